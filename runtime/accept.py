@@ -1,0 +1,73 @@
+"""Which drafted tokens stay: the rules that make drafting lossless. Pure functions of numbers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.vocab_map import VocabMap
+from runtime.sampling import sample
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The first `count` drafted tokens stay, and `next_token`, the target's own, follows them."""
+
+    count: int
+    next_token: int
+
+
+def accept_greedy(draft: Sequence[int], verified: NDArray[np.int64]) -> Accepted:
+    """Keep the draft up to where the target would have chosen otherwise.
+
+    draft: g token ids. verified: int64[g + 1], the target's most likely token before and after each of them.
+    """
+    chosen = verified.tolist()
+    count = next((i for i, token in enumerate(draft) if token != chosen[i]), len(draft))
+    return Accepted(count, chosen[count])
+
+
+def accept_sampled(
+    draft: Sequence[int],
+    q: Sequence[NDArray[np.float32]],
+    p: Callable[[int], NDArray[np.float32]],
+    vocab_map: VocabMap | None,
+    rng: np.random.Generator,
+) -> Accepted:
+    """Keep or replace drafted tokens so that what comes out is distributed as the target alone would have it.
+
+    Leviathan et al. 2023, arXiv 2211.17192, algorithm 1; Chen et al. 2023, arXiv 2302.01318, algorithm 2.
+
+    draft: g token ids, token i sampled from q[i].
+    q: g times float32[rows], the drafter's distribution over the rows of its head: token `kept_token_ids[row]`, or
+        `row` itself with no `vocab_map`. All other tokens have probability zero.
+    p: p(i), float32[n], is the target's distribution after i drafted tokens; ids from n on have probability zero.
+        A function, as computing it costs most of all here, and no row after the first rejection is needed.
+    """
+    for i, token in enumerate(draft):
+        p_i = p(i)
+        p_token = p_i[token] if token < len(p_i) else 0.0
+        q_token = q[i][token if vocab_map is None else vocab_map.inverse[token]]
+        # q <= p: always accept. q > p: accept with probability p / q.
+        if rng.random() * q_token >= p_token:
+            return Accepted(i, sample(residual(p_i, q[i], vocab_map), rng))
+    return Accepted(len(draft), sample(p(len(draft)), rng))
+
+
+def residual(p: NDArray[np.float32], q: NDArray[np.float32], vocab_map: VocabMap | None) -> NDArray[np.float32]:
+    """The positive part of p − q, float32[n], which a rejected token is replaced from. Not normalised.
+
+    p: float32[n] over token ids. q: float32[rows] over head rows, as in `accept_sampled`.
+    """
+    rest = p.copy()
+    if vocab_map is None:
+        width = min(len(p), len(q))  # one head may be padded further than the other
+        rest[:width] -= q[:width]
+    else:
+        kept = vocab_map.kept_token_ids
+        inside = len(kept) if kept[-1] < len(p) else int(kept.searchsorted(len(p)))
+        rest[kept[:inside]] -= q[:inside]
+    np.maximum(rest, 0, out=rest)
+    # Where p equals q, rounding alone rejected, and nothing is left over.
+    return rest if rest.any() else p

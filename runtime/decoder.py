@@ -1,0 +1,227 @@
+"""`SpeculativeDecoder`: prompts in, text out, with two engines and what was gained."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import Engine
+from engines.errors import VocabtrimError
+from engines.tokenizer import TOKENIZER_NAME, Tokenizer
+from runtime.loop import GREEDY, MAX_DRAFT_LENGTH, FinishReason, Round, decode_rounds
+from runtime.sampling import SamplingParams
+from runtime.stats import Stats, summarize
+
+# Text, the messages of a conversation (`{"role": …, "content": …}`), or token ids.
+Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token and the text that it completes: "" for a special one or within an unfinished character."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What was generated, the prompt not included.
+
+    text: without special tokens; "" where the decoder has no tokenizer. token_ids: with the EOS, if there is one.
+    finish_reason: "stop" at an EOS, "length" at `max_new_tokens` or at the end of the context.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: Stats
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for `json.dumps`."""
+        return asdict(self) | {"stats": self.stats.to_dict()}
+
+
+class Stream(Iterator[Token]):
+    """The tokens of one generation as they come. Their texts, joined, are the text of `finish()`.
+
+    A decoder has one KV cache per engine, so that its next `generate` or `stream` ends this one.
+    """
+
+    def __init__(self, rounds: Iterator[Round], tokenizer: Tokenizer | None) -> None:
+        self._past: list[Round] = []
+        self._text = tokenizer.stream() if tokenizer else None
+        self._tokens = self._run(rounds)
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    @property
+    def stats(self) -> Stats:
+        """Of the rounds so far."""
+        return summarize(self._past)
+
+    def finish(self) -> Generation:
+        """Generate what is left, and return all of it."""
+        for _ in self:
+            pass
+        last = self._past[-1] if self._past else None
+        if last is None or last.finish_reason is None:
+            raise VocabtrimError("this generation broke off with an error: start another")
+        token_ids = tuple(token for entry in self._past for token in entry.tokens)
+        return Generation(self._text.text if self._text else "", token_ids, last.finish_reason, self.stats)
+
+    def _run(self, rounds: Iterator[Round]) -> Iterator[Token]:
+        for entry in rounds:
+            self._past.append(entry)
+            for left, token_id in zip(range(len(entry.tokens) - 1, -1, -1), entry.tokens, strict=True):
+                piece = self._text.push(token_id) if self._text else ""
+                if self._text and entry.finish_reason and not left:
+                    piece += self._text.finish()
+                yield Token(token_id, piece)
+
+
+class SpeculativeDecoder:
+    """A target and, if there is one, a drafter. What comes out is the target's own, only sooner.
+
+    Owns its engines: `close`, or leaving its `with` block, closes them. Not for several threads at once.
+    """
+
+    def __init__(
+        self,
+        target: Engine,
+        drafter: Engine | None = None,
+        tokenizer: Tokenizer | None = None,
+        draft_length: int = 4,
+    ) -> None:
+        """draft_length: γ, tokens drafted per round, 1 to 255. tokenizer: the target's; without it prompts are ids.
+
+        Raises `VocabtrimError` where the two engines do not belong together.
+        """
+        if not 1 <= draft_length <= MAX_DRAFT_LENGTH:
+            raise VocabtrimError(f"draft_length is {draft_length}: give a number from 1 to {MAX_DRAFT_LENGTH}")
+        check_pair(target, drafter)
+        self.target = target
+        self.drafter = drafter
+        self.tokenizer = tokenizer
+        self.draft_length = draft_length
+        self._running: object = None  # identifies the generation that the engines' caches hold
+
+    @classmethod
+    def load(
+        cls, target: str | Path, drafter: str | Path | None = None, device: str = "cpu", draft_length: int = 4
+    ) -> Self:
+        """Load bundles, and the tokenizer from the target's. Raises `VocabtrimError`."""
+        from engines import load_engine
+
+        with ExitStack() as opened:  # closes the first engine if the second does not load
+            target_engine = opened.enter_context(load_engine(target, device))
+            drafter_engine = None if drafter is None else opened.enter_context(load_engine(drafter, device))
+            has_tokenizer = TOKENIZER_NAME in target_engine.manifest.files
+            tokenizer = Tokenizer.load(target) if has_tokenizer else None
+            decoder = cls(target_engine, drafter_engine, tokenizer, draft_length)
+            opened.pop_all()
+        return decoder
+
+    def generate(
+        self, prompt: Prompt, *, max_new_tokens: int = 256, sampling: SamplingParams = GREEDY, chat: bool = True
+    ) -> Generation:
+        """Generate to an EOS, to `max_new_tokens` or to the end of the context.
+
+        prompt: a text becomes a user's message to the chat template if the tokenizer has one and `chat` is true, and
+        is taken as it is otherwise; messages always go through the template; token ids are fed as they are.
+        Raises `VocabtrimError` for a prompt that is empty or leaves no room in the context, and for
+        `max_new_tokens` below 1.
+        """
+        return self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat).finish()
+
+    def stream(
+        self, prompt: Prompt, *, max_new_tokens: int = 256, sampling: SamplingParams = GREEDY, chat: bool = True
+    ) -> Stream:
+        """As `generate`, token by token: iterate over it, then ask it for `stats` or `finish()`."""
+        if max_new_tokens < 1:
+            raise VocabtrimError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
+        token_ids = self.encode(prompt, chat=chat)
+        rounds = decode_rounds(
+            self.target,
+            self.drafter,
+            token_ids,
+            max_new_tokens=max_new_tokens,
+            draft_length=self.draft_length,
+            sampling=sampling,
+        )
+        return Stream(self._exclusive(rounds), self.tokenizer)
+
+    def encode(self, prompt: Prompt, *, chat: bool = True) -> list[int]:
+        """The token ids that `generate` feeds for `prompt`, checked to fit. Raises `VocabtrimError`."""
+        token_ids = self._token_ids(prompt, chat)
+        if not token_ids:
+            raise VocabtrimError("the prompt is empty: give at least one token")
+        if len(token_ids) >= self.target.capacity:
+            raise VocabtrimError(
+                f"the prompt has {len(token_ids)} tokens and the target's context holds {self.target.capacity}: "
+                "shorten it, or export with a longer context"
+            )
+        vocab_size = self.target.manifest.vocab_size
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            raise VocabtrimError(f"the prompt has token ids outside the target's vocabulary of {vocab_size}")
+        return token_ids
+
+    def close(self) -> None:
+        """Close both engines. Calling it again does nothing."""
+        self.target.close()
+        if self.drafter:
+            self.drafter.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _token_ids(self, prompt: Prompt, chat: bool) -> list[int]:
+        if isinstance(prompt, str):
+            tokenizer = self._require_tokenizer()
+            if chat and tokenizer.has_chat_template:
+                return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+            return tokenizer.encode(prompt)
+        if len(prompt) and isinstance(prompt[0], Mapping):
+            return self._require_tokenizer().encode_chat(cast(Sequence[Mapping[str, Any]], prompt))
+        return [int(token) for token in cast(Sequence[int], prompt)]
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise VocabtrimError("the target's bundle has no tokenizer: give the prompt as token ids")
+        return self.tokenizer
+
+    def _exclusive(self, rounds: Iterator[Round]) -> Iterator[Round]:
+        """Refuse to go on once another generation has overwritten the caches."""
+        running = self._running = object()
+        for entry in rounds:
+            yield entry
+            if self._running is not running and entry.finish_reason is None:
+                raise VocabtrimError("another generation of this decoder has ended this stream")
+
+
+def check_pair(target: Engine, drafter: Engine | None) -> None:
+    """Raise `VocabtrimError` unless `drafter` can draft for `target`. A target's bundle may draft, as an oracle."""
+    manifest = target.manifest
+    if manifest.role != "target" or target.vocab_map is not None:
+        raise VocabtrimError("the target's bundle holds a drafter: give the bundle of the whole model")
+    if drafter is None:
+        return
+    if drafter is target:
+        raise VocabtrimError("target and drafter are one engine: load the bundle twice, each needs its own cache")
+    if drafter.manifest.tokenizer != manifest.tokenizer:
+        raise VocabtrimError("the drafter was made for another tokenizer than the target's: export it for this target")
+    if drafter.vocab_map and drafter.vocab_map.kept_token_ids[-1] >= manifest.vocab_size:
+        raise VocabtrimError(
+            f"the drafter keeps token ids beyond the target's vocabulary of {manifest.vocab_size}: export it again"
+        )

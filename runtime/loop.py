@@ -1,0 +1,213 @@
+"""The draft/verify loop: one `Round` per call of the target."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import Engine, StepOutput
+from runtime.accept import Accepted, accept_greedy, accept_sampled
+from runtime.sampling import SamplingParams, distribution, sample
+
+FinishReason = Literal["stop", "length"]
+
+GREEDY = SamplingParams()
+MAX_DRAFT_LENGTH = 255  # an engine predicts after at most 256 positions of one feed
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one call of the target gave.
+
+    tokens: the new token ids, at least one. is_prefill: the target read the prompt, as it does in the first round.
+    drafted, accepted: drafted tokens that were verified, and those of them that stayed.
+    prefill_seconds: reading the prompt: the target in the first round, the drafter when it first drafts.
+    draft_seconds, verify_seconds: proposing tokens, and the target's call on them. seconds: the whole round.
+    finish_reason: set on the last round: "stop" after an EOS, "length" at the tokens asked for or a full cache.
+    """
+
+    tokens: tuple[int, ...]
+    is_prefill: bool
+    drafted: int
+    accepted: int
+    prefill_seconds: float
+    draft_seconds: float
+    verify_seconds: float
+    seconds: float
+    finish_reason: FinishReason | None
+
+
+def decode_rounds(
+    target: Engine,
+    drafter: Engine | None,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    draft_length: int,
+    sampling: SamplingParams = GREEDY,
+) -> Iterator[Round]:
+    """Generate after `prompt`: at least one token, at most `max_new_tokens`.
+
+    The first round is the target's prefill and gives one token. Each further one drafts up to `draft_length` tokens,
+    verifies them in one target call and gives one to `draft_length + 1`; with no `drafter`, one. Ends after an EOS of
+    the target's manifest or when the target's cache is full; past the end of its own cache the drafter falls silent.
+    Both engines start from nothing (`rewind(0)`) and belong to this generator until it ends.
+    `prompt` has at least one token and fits in the target's cache.
+    """
+    loop = _Loop(target, drafter, prompt, max_new_tokens, draft_length, sampling)
+    yield loop.prefill()
+    while not loop.finish_reason:
+        yield loop.round()
+
+
+class _Rule(Protocol):
+    """How a draft is proposed and judged."""
+
+    def propose(self, output: StepOutput) -> int:
+        """The drafter's next token."""
+
+    def accept(self, draft: list[int], output: StepOutput) -> Accepted:
+        """The target's verdict; with an empty `draft`, its next token."""
+
+
+class _Greedy:
+    """Reads token ids only, so that an engine need not hand its logits over."""
+
+    def propose(self, output: StepOutput) -> int:
+        return int(output.token_ids[-1])
+
+    def accept(self, draft: list[int], output: StepOutput) -> Accepted:
+        return accept_greedy(draft, output.token_ids)
+
+
+class _Sampled:
+    """Keeps the distribution behind each proposed token until the draft is judged."""
+
+    def __init__(self, sampling: SamplingParams, drafter: Engine | None, vocab_size: int) -> None:
+        self.sampling = sampling
+        self.rng = np.random.default_rng(sampling.seed)
+        self.vocab_map = drafter.vocab_map if drafter else None
+        # Head rows of tokens that the target lacks (padding) can never be accepted: leave them out of q.
+        kept = self.vocab_map.kept_token_ids if self.vocab_map else None
+        self.rows = vocab_size if kept is None else int(kept.searchsorted(vocab_size))
+        self.q: list[NDArray[np.float32]] = []
+
+    def propose(self, output: StepOutput) -> int:
+        q = self.warped(output.logits[-1, : self.rows])
+        self.q.append(q)
+        row = sample(q, self.rng)
+        return int(self.vocab_map.kept_token_ids[row]) if self.vocab_map else row
+
+    def accept(self, draft: list[int], output: StepOutput) -> Accepted:
+        logits, q, self.q = output.logits, self.q, []
+        return accept_sampled(draft, q, lambda i: self.warped(logits[i]), self.vocab_map, self.rng)
+
+    def warped(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        probabilities: NDArray[np.float32] = distribution(logits[None], self.sampling)[0]
+        return probabilities
+
+
+class _Loop:
+    """The state between rounds. `sequence` is the prompt and what was generated.
+
+    Between rounds `target.length == len(sequence) - 1`: the last token is not in the cache yet, the next call feeds it.
+    `drafter.length` is at most that: what it lacks it is fed when it next drafts.
+    """
+
+    def __init__(
+        self,
+        target: Engine,
+        drafter: Engine | None,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        draft_length: int,
+        sampling: SamplingParams,
+    ) -> None:
+        self.target, self.drafter, self.draft_length = target, drafter, draft_length
+        self.vocab_size = target.manifest.vocab_size
+        self.stop = frozenset(target.manifest.eos_token_ids)
+        self.rule: _Rule = _Greedy() if sampling.is_greedy else _Sampled(sampling, drafter, self.vocab_size)
+        self.sequence = list(prompt)
+        self.end = len(self.sequence) + max_new_tokens
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        if self.sequence[-1] in self.stop:
+            return "stop"
+        is_full = self.target.length >= self.target.capacity
+        return "length" if is_full or len(self.sequence) >= self.end else None
+
+    def prefill(self) -> Round:
+        start = perf_counter()
+        self.target.rewind(0)
+        if self.drafter:
+            self.drafter.rewind(0)
+        output = self.target.feed(self.sequence)
+        fed = perf_counter()
+        token = self.rule.accept([], output).next_token
+        self.sequence.append(token)
+        return Round((token,), True, 0, 0, fed - start, 0.0, 0.0, perf_counter() - start, self.finish_reason)
+
+    def round(self) -> Round:
+        start = perf_counter()
+        draft, prefill_seconds = self.draft(self.drafter) if self.drafter else ([], 0.0)
+        drafted = perf_counter()
+        output = self.target.feed([self.sequence[-1], *draft], keep=len(draft) + 1)
+        verified = perf_counter()
+        accepted = self.rule.accept(draft, output)
+        tokens = draft[: accepted.count]
+        if not tokens or tokens[-1] not in self.stop:
+            tokens.append(accepted.next_token)
+        self.sequence += tokens
+        self.target.rewind(len(self.sequence) - 1)
+        if self.drafter:
+            self.drafter.rewind(min(self.drafter.length, len(self.sequence) - 1))
+        draft_seconds = drafted - start - prefill_seconds
+        return Round(
+            tuple(tokens),
+            False,
+            len(draft),
+            accepted.count,
+            prefill_seconds,
+            draft_seconds,
+            verified - drafted,
+            perf_counter() - start,
+            self.finish_reason,
+        )
+
+    def draft(self, drafter: Engine) -> tuple[list[int], float]:
+        """The drafted tokens, and the seconds that the drafter's prefill took if this was its first draft."""
+        draft: list[int] = []
+        room = self.room(drafter)
+        if room < 1:
+            return draft, 0.0
+        start, is_first = perf_counter(), drafter.length == 0
+        output = drafter.feed(self.unread(drafter))
+        prefill_seconds = perf_counter() - start if is_first else 0.0
+        while (token := self.rule.propose(output)) < self.vocab_size:  # a head padded further than the target's
+            draft.append(token)
+            if len(draft) == room or token in self.stop:  # nothing after an EOS can be used
+                break
+            output = drafter.feed(draft[-1:])
+        return draft, prefill_seconds
+
+    def room(self, drafter: Engine) -> int:
+        """How many tokens to draft: no more than can be used, since the target adds one, or than the caches hold."""
+        length = len(self.sequence)
+        return min(
+            self.draft_length,
+            self.end - length - 1,
+            self.target.capacity - self.target.length - 1,
+            drafter.capacity - length + 1,  # the last drafted token is not fed
+        )
+
+    def unread(self, drafter: Engine) -> list[int]:
+        """What the drafter has not been fed yet: at least one token."""
+        tokens = self.sequence[drafter.length :]
+        last = drafter.manifest.vocab_size - 1
+        # A head of the target's padded further may name a token that the drafter lacks. What stands in for it
+        # changes what is drafted, never what comes out.
+        return tokens if last + 1 >= self.vocab_size else [min(token, last) for token in tokens]

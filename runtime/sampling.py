@@ -1,0 +1,110 @@
+"""From logits to probabilities to one token, without sorting the vocabulary."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import VocabtrimError
+
+MIN_TEMPERATURE = 1e-5  # below it float32 logits divide to infinity
+_BLOCK = 256  # entries that `sample` sums before it looks inside
+_CUTOFFS = (2**-6, 2**-10, 2**-14, 2**-18, 2**-24, 0.0)  # of the highest weight: how far down top-p looks in turn
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen: temperature, then top-k, then top-p, as Hugging Face's warpers apply them.
+
+    temperature: 0 is greedy, whatever the others say. top_k: 0 keeps all. top_p: 1 keeps all.
+    seed: of the one random generator of a generation; None takes a fresh one. Raises `VocabtrimError`.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
+            raise VocabtrimError(
+                f"temperature is {self.temperature}: give 0 (greedy) or a number of at least {MIN_TEMPERATURE}"
+            )
+        if self.top_k < 0:
+            raise VocabtrimError(f"top_k is {self.top_k}: give the number of tokens to keep, or 0 for all")
+        if not 0 < self.top_p <= 1:
+            raise VocabtrimError(f"top_p is {self.top_p}: give a probability above 0 and up to 1")
+        if self.seed is not None and self.seed < 0:
+            raise VocabtrimError(f"seed is {self.seed}: give 0 or more")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def distribution(logits: NDArray[np.float32], params: SamplingParams) -> NDArray[np.float32]:
+    """Probabilities of the next token, float32[rows, n], from `logits`, float32[rows, n]. A new array.
+
+    The same set survives as in transformers' `TemperatureLogitsWarper`, `TopKLogitsWarper` (which keeps ties with the
+    k-th logit) and `TopPLogitsWarper` (the fewest tokens that hold `top_p` of what top-k left; of equal ones the
+    smaller id). Raises `VocabtrimError` for logits that are not finite, `ValueError` for greedy `params`.
+    """
+    if params.is_greedy:
+        raise ValueError("greedy decoding has no distribution: take the most likely token")
+    probabilities = np.empty(logits.shape, np.float32)
+    for row, result in zip(logits, probabilities, strict=True):
+        _warp(row, params, result)
+    return probabilities
+
+
+def sample(weights: NDArray[np.float32], rng: np.random.Generator) -> int:
+    """An index drawn in proportion to `weights`, float32[n]: not negative, not all zero. One uniform number is used.
+
+    Sums blocks first and accumulates inside one only: a running sum over 262k entries takes ten times as long.
+    """
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64).cumsum()
+    point = rng.random() * sums[-1]  # below sums[-1], as random() is below 1
+    block = int(sums.searchsorted(point, "right"))
+    inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+    rest = point - sums[block - 1] if block else point
+    # The two sums round differently: stay below the last one, so that the entry found never weighs zero.
+    return block * _BLOCK + int(inside.searchsorted(min(rest, np.nextafter(inside[-1], 0)), "right"))
+
+
+def _warp(row: NDArray[np.float32], params: SamplingParams, result: NDArray[np.float32]) -> None:
+    """Write the probabilities of one row into `result`."""
+    highest = row.max()  # NaN if any is
+    if not np.isfinite(highest):
+        raise VocabtrimError("the model's logits are not finite: export it again with a wider --dtype")
+    kept = _top_k(row, params.top_k) if 0 < params.top_k < len(row) else None
+    weights = np.subtract(row, highest, out=result) if kept is None else row[kept] - highest
+    weights /= params.temperature
+    np.exp(weights, out=weights)
+    if params.top_p < 1:
+        inside = _top_p(weights, params.top_p)
+        kept, weights = inside if kept is None else kept[inside], weights[inside]
+    weights /= float(weights.sum())
+    if kept is not None:
+        result.fill(0)
+        result[kept] = weights
+
+
+def _top_k(row: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Indices, ascending, of the `k` highest values and of those equal to the k-th."""
+    return np.flatnonzero(row >= np.partition(row, len(row) - k)[len(row) - k])
+
+
+def _top_p(weights: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
+    """Indices, ascending, of the fewest `weights` whose sum reaches `top_p` of the whole. The highest weight is 1."""
+    wanted = top_p * float(weights.sum())
+    for cutoff in _CUTOFFS:  # most often a few hundred weights hold the mass: only these are sorted
+        candidates = weights[weights >= cutoff]
+        if candidates.sum() >= wanted:
+            break
+    candidates = np.sort(candidates)[::-1]
+    last = min(int(candidates.cumsum(dtype=np.float64).searchsorted(wanted)), len(candidates) - 1)
+    lowest = candidates[last]
+    above = np.flatnonzero(weights > lowest)
+    ties = np.flatnonzero(weights == lowest)[: last + 1 - len(above)]
+    return np.sort(np.concatenate([above, ties]))

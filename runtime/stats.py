@@ -1,0 +1,85 @@
+"""What rounds add up to."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from runtime.loop import Round
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Sums over the rounds of one generation or of several.
+
+    tokens: generated tokens. prefills: target calls that read a prompt and gave its first token.
+    rounds: target calls after these, with a draft to verify or without one.
+    drafted, accepted: drafted tokens that the target verified, and those that stayed.
+    acceptance: entry i is the share of the rounds with more than i drafted tokens in which more than i were accepted.
+    seconds: in all, the time between rounds (a caller's own) not counted. other_seconds: neither prefill nor drafting
+    nor the target's verifying.
+    """
+
+    tokens: int
+    prefills: int
+    rounds: int
+    drafted: int
+    accepted: int
+    acceptance: tuple[float, ...]
+    seconds: float
+    prefill_seconds: float
+    draft_seconds: float
+    verify_seconds: float
+
+    @property
+    def other_seconds(self) -> float:
+        return self.seconds - self.prefill_seconds - self.draft_seconds - self.verify_seconds
+
+    @property
+    def block_efficiency(self) -> float:
+        """τ: tokens gained per target call, prefills and their first tokens not counted. 0 without such a call."""
+        return (self.tokens - self.prefills) / self.rounds if self.rounds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """All tokens over all seconds, prefills included."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and what follows from them, ready for `json.dumps`."""
+        derived = "other_seconds", "block_efficiency", "tokens_per_second"
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+def summarize(rounds: Iterable[Round]) -> Stats:
+    """Add up the rounds of one generation, or of several."""
+    every = list(rounds)
+    later = [entry for entry in every if not entry.is_prefill]
+    return Stats(
+        tokens=sum(len(entry.tokens) for entry in every),
+        prefills=len(every) - len(later),
+        rounds=len(later),
+        drafted=sum(entry.drafted for entry in later),
+        accepted=sum(entry.accepted for entry in later),
+        acceptance=_acceptance(later),
+        seconds=sum(entry.seconds for entry in every),
+        prefill_seconds=sum(entry.prefill_seconds for entry in every),
+        draft_seconds=sum(entry.draft_seconds for entry in every),
+        verify_seconds=sum(entry.verify_seconds for entry in every),
+    )
+
+
+def mbsu(block_efficiency: float, cost_ratio: float, draft_length: float) -> float:
+    """Memory-bound speed-up τ / (c·γ + 1), arXiv 2506.22694.
+
+    block_efficiency: τ. cost_ratio: c, bytes that the drafter reads per step over bytes that the target reads.
+    draft_length: γ. What to expect where reading memory is all that takes time.
+    """
+    return block_efficiency / (cost_ratio * draft_length + 1)
+
+
+def _acceptance(rounds: list[Round]) -> tuple[float, ...]:
+    shares = []
+    for position in range(max((entry.drafted for entry in rounds), default=0)):
+        tried = [entry for entry in rounds if entry.drafted > position]
+        shares.append(sum(entry.accepted > position for entry in tried) / len(tried))
+    return tuple(shares)

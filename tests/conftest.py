@@ -1,0 +1,53 @@
+"""A tiny language model and its tokenizer, made anew: two layers of Llama, a BPE of a few hundred tokens."""
+
+import pytest
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SPECIAL = ("<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unused_0|>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator(["the quick brown fox jumps over the lazy dog and the system of tokens " * 20], trainer)
+    # As Llama's do, it puts a BOS before plain text; a chat template writes what it wants itself.
+    backend.post_processor = processors.TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|end|>", chat_template=TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=448,  # more rows than the tokenizer has tokens, as many heads are padded
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.4,  # far from uniform logits: no near-ties
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads only wait for each other in models of this size
+    yield LlamaForCausalLM(config).eval()
+    torch.set_num_threads(threads)

@@ -1,0 +1,133 @@
+import json
+
+import pytest
+import tokenizers
+
+from engines.errors import VocabtrimError
+from engines.tokenizer import Tokenizer, tokenizer_digest
+
+TEMPLATE = """{{ bos_token }}
+{%- for m in messages %}
+    {%- if m.role == 'bad' %}{{ raise_exception('no role ' + m.role) }}{% endif %}
+    {%- if m.role == 'skip' %}{% continue %}{% endif %}
+    {%- generation %}[{{ m.role }}]{{ m.content | tojson }}{% endgeneration %}
+{%- endfor %}
+{%- if add_generation_prompt %}[assistant]{% endif %}"""
+
+
+def make_backend(*, prefix=""):
+    """Byte-level, every byte a token, so that any text survives; BOS in front of plain text."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {prefix + letter: i for i, letter in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+    return backend
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    make_backend().save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "model_max_length": 8}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    return tmp_path
+
+
+def test_plain_text_gets_the_special_tokens_and_decoding_drops_them(bundle):
+    tokenizer = Tokenizer.load(bundle)
+    ids = tokenizer.encode("héllo")
+    assert (ids[0], len(ids)) == (256, 7)
+    assert tokenizer.decode([*ids, 257]) == "héllo"
+
+
+def test_a_saved_truncation_or_padding_does_not_touch_prompts(bundle):
+    backend = make_backend()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.save(str(bundle / "tokenizer.json"))
+    assert len(Tokenizer.load(bundle).encode("a" * 20)) == 21
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json", "named"])
+def test_a_chat_goes_through_the_template_as_in_transformers(bundle, where):
+    if where != "chat_template.jinja":
+        (bundle / "chat_template.jinja").unlink()
+        template = [{"name": "default", "template": TEMPLATE}] if where == "named" else TEMPLATE
+        (bundle / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "chat_template": template}))
+    tokenizer = Tokenizer.load(bundle)
+    ids = tokenizer.encode_chat([{"role": "user", "content": "a<é"}, {"role": "skip", "content": "b"}])
+    assert (ids[0], ids.count(256)) == (256, 1)  # written by the template alone
+    assert tokenizer.decode(ids) == '[user]"a<é"[assistant]'
+    assert tokenizer.has_chat_template
+
+
+def test_a_template_that_refuses_is_one_line(bundle):
+    with pytest.raises(VocabtrimError, match="refused the messages: no role bad"):
+        Tokenizer.load(bundle).encode_chat([{"role": "bad", "content": ""}])
+    (bundle / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(VocabtrimError, match="does not parse"):
+        Tokenizer.load(bundle)
+    (bundle / "chat_template.jinja").unlink()
+    with pytest.raises(VocabtrimError, match="no chat template"):
+        Tokenizer.load(bundle).encode_chat([{"role": "user", "content": ""}])
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(bundle):
+    (bundle / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}{{ messages.append(1) }}")
+    with pytest.raises(VocabtrimError, match="refused"):
+        Tokenizer.load(bundle).encode_chat([{"role": "user", "content": ""}])
+
+
+@pytest.mark.parametrize("text", ["plain", "né 你好 🙂 end", ""])
+def test_streamed_pieces_join_to_the_text_and_never_split_a_character(bundle, text):
+    tokenizer = Tokenizer.load(bundle)
+    stream = tokenizer.stream()
+    pieces = [stream.push(token) for token in [*tokenizer.encode(text), 257]]
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+    assert stream.finish() == ""
+
+
+def test_an_unfinished_character_comes_out_at_the_end(bundle):
+    tokenizer = Tokenizer.load(bundle)
+    stream = tokenizer.stream()
+    ids = tokenizer.encode("a🙂")[:-1]
+    assert "".join(map(stream.push, ids)) == "a"
+    assert "a" + stream.finish() == stream.text == tokenizer.decode(ids) == "a\ufffd"
+
+
+def test_byte_fallback_that_rewrites_the_past_does_not_stop_the_stream():
+    """Two bytes make é; a third, invalid, turns the whole run to U+FFFD when decoded at once."""
+    bytes_ = {f"<0x{i:02X}>": i for i in range(256)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(bytes_, [], byte_fallback=True))
+    backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    stream = Tokenizer(backend, {}, None).stream()
+    text = "".join(stream.push(byte) for byte in [0xC3, 0xA9, 0xFF, 0x41]) + stream.finish()
+    assert text == stream.text
+    assert text.startswith("é")
+
+
+def test_the_digest_is_of_the_token_table_alone(bundle):
+    digest = Tokenizer.load(bundle).digest
+    backend = make_backend()
+    assert digest == tokenizer_digest(backend)
+    backend.post_processor = None
+    assert digest == tokenizer_digest(backend)
+    backend.add_tokens(["more"])
+    assert digest != tokenizer_digest(backend)
+    assert digest != tokenizer_digest(make_backend(prefix="x"))
+
+
+def test_files_that_are_missing_or_malformed_are_named(bundle):
+    (bundle / "tokenizer_config.json").write_text("{")
+    with pytest.raises(VocabtrimError, match=r"tokenizer_config\.json is not JSON"):
+        Tokenizer.load(bundle)
+    (bundle / "tokenizer.json").write_text("{}")
+    with pytest.raises(VocabtrimError, match=r"tokenizer\.json is not a tokenizer"):
+        Tokenizer.load(bundle)
+    (bundle / "tokenizer.json").unlink()
+    with pytest.raises(VocabtrimError, match=r"has no tokenizer\.json"):
+        Tokenizer.load(bundle)

@@ -1,0 +1,67 @@
+"""Every architecture, exported and run for real, against PyTorch's logits: prefill, decode, a block after a past."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from engines import load_engine
+
+from .conftest import ARCHITECTURES
+
+STEPS = [(24, 24), (1, 1), (5, 5), (1, 1), (17, 3)]  # tokens fed, positions kept
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_exported_graph_computes_what_pytorch_does(architecture, random_model, export_pair):
+    directory = random_model(architecture)
+    result = export_pair(directory)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    ids = torch.randint(0, 400, (1, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = model(ids).logits[0].numpy()
+    spread = wanted.std()
+    for path in (result.target, result.drafter):
+        with load_engine(path) as engine:
+            columns = slice(None) if engine.vocab_map is None else engine.vocab_map.kept_token_ids
+            at = 0
+            for fed, keep in STEPS:
+                output = engine.feed(ids[0, at : at + fed].numpy(), keep=keep)
+                at += fed
+                rows = wanted[at - keep : at, columns]
+                np.testing.assert_allclose(output.logits, rows, atol=2e-4 * spread, rtol=1e-4)
+                best = rows.argmax(-1)
+                assert output.token_ids.tolist() == (best if engine.vocab_map is None else columns[best]).tolist()
+            engine.rewind(24)  # forgetting moves no data and loses none
+            output = engine.feed(ids[0, 24:30].numpy(), keep=6)
+            np.testing.assert_allclose(output.logits, wanted[24:30, columns], atol=2e-4 * spread, rtol=1e-4)
+
+
+def test_fast_paths_are_taken(random_model, export_pair):
+    """A Llama's decode step has no shape arithmetic, one product for q, k and v, and rotates inside attention."""
+    import onnx
+
+    result = export_pair(random_model("llama"))
+    graph = onnx.load(result.drafter / "model.onnx", load_external_data=False).graph
+    ops = [node.op_type for node in graph.node]
+    assert ops.count("MatMul") == 2 * 5 + 1  # qkv, o, gate, up, down of each layer, and the head
+    assert ops.count("SkipSimplifiedLayerNormalization") == 4
+    assert not {"Transpose", "Concat", "Shape", "Cos", "Reshape"} & set(ops)
+    attention = next(node for node in graph.node if node.op_type == "GroupQueryAttention")
+    assert {a.name: a.i for a in attention.attribute}["do_rotary"] == 1
+
+
+def test_drafter_graph_ends_with_the_baked_table(random_model, export_pair):
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    result = export_pair(random_model("llama"))
+    model = onnx.load(result.drafter / "model.onnx")
+    head, top, gather = model.graph.node[-3:]
+    assert (head.op_type, top.op_type, gather.op_type) == ("MatMul", "ArgMax", "Gather")
+    assert (top.input[0], gather.input[1], gather.output[0]) == (head.output[0], top.output[0], "token_ids")
+    tensors = {tensor.name: to_array(tensor) for tensor in model.graph.initializer}
+    assert tensors[gather.input[0]].tolist() == result.selection.vocab_map.kept_token_ids.tolist()
+    assert tensors[head.input[1]].shape == (64, 192)
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    assert properties["vocabtrim.vocab_map"] == result.drafter_manifest.vocab_map

@@ -1,0 +1,101 @@
+import json
+
+import pytest
+
+from engines.errors import VocabtrimError
+from runtime import bench, mbsu, read_bandwidth
+from runtime.loop import Round
+from runtime.report import mode_report
+from runtime.stats import summarize
+from runtime.timing import Feed, Run
+
+PROMPTS = [[3, 4], [5, 6, 7], [8]]
+
+
+def test_every_mode_is_measured_against_the_target_alone(make_target, make_drafter):
+    steps = []
+    report = bench(
+        make_target(),
+        {"full_drafter": make_drafter(noise=0.3), "trimmed_drafter": make_drafter(range(2, 40), noise=0.3)},
+        PROMPTS,
+        max_new_tokens=20,
+        repeats=2,
+        bandwidth=1e9,
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    assert steps == [(i + 1, 18) for i in range(18)]
+    data = json.loads(json.dumps(report.to_dict()))
+    assert list(data["modes"]) == ["target_only", "full_drafter", "trimmed_drafter"]
+    assert data["lossless"]
+    alone, trimmed = data["modes"]["target_only"], data["modes"]["trimmed_drafter"]
+    assert (alone["speedup"], alone["block_efficiency"], alone["mbsu"], alone["draft_step_ms"]) == (1, 1, 1, None)
+    assert trimmed["equal_prompts"] == 3
+    assert trimmed["speedup"] == trimmed["tokens_per_second"] / alone["tokens_per_second"]
+    context = 2 + 20 / 2  # a prompt's mean length, and half of what is generated
+    assert trimmed["bytes_per_step"] == 200 + 10 * context
+    ratio = (200 + 10 * context) / (1000 + 10 * context)
+    assert trimmed["mbsu"] == pytest.approx(mbsu(trimmed["block_efficiency"], ratio, 4))
+    assert trimmed["bandwidth_fraction"] == pytest.approx(320 / (trimmed["draft_step_ms"] / 1e3) / 1e9)
+    assert 1 < trimmed["block_efficiency"] <= 5
+    assert trimmed["verify_ms"] > alone["verify_ms"]  # five positions of a fake cost more than one
+    assert 0 < trimmed["overhead"] < 1
+    assert data["environment"]["tool_versions"] == {"fake": "1"}
+
+
+def test_a_mode_whose_tokens_differ_is_reported(make_target, make_drafter):
+    """A target that answers otherwise after a rewind, as a broken rollback would make it."""
+    target, drafter = make_target(), make_drafter(noise=2.0)
+    rewind = target.rewind
+
+    def broken(length):
+        if length and length < target.length:
+            target.seed += 1
+        rewind(length)
+
+    target.rewind = broken
+    report = bench(target, {"trimmed_drafter": drafter}, PROMPTS, max_new_tokens=20, repeats=1, bandwidth=1e9)
+    assert not report.lossless
+    assert report.modes["trimmed_drafter"].differing_prompts
+
+
+def test_steps_are_timed_by_their_kind_and_runs_by_their_median(make_target, make_drafter):
+    """Two prompts of two repeats; prefills, catch-ups and cut drafts do not count as steps."""
+
+    def run(seconds, *, target, drafter=()):
+        first = Round((0,), True, 0, 0, 0, 0, 0, 1, None)
+        rest = Round((0, 0, 0), False, 2, 2, 0, 0, 0, 1, "length")
+        return Run((first, rest), (Feed(2, 1, 100.0), *target), drafter, seconds)
+
+    alone = [[run(2.0, target=[Feed(1, 1, 0.2)]), run(4.0, target=[Feed(1, 1, 0.4)])]] * 2
+    feeds = {"target": [Feed(3, 3, 0.5), Feed(2, 2, 9.0)], "drafter": (Feed(3, 1, 9.0), Feed(1, 1, 0.1))}
+    drafted = [[run(1.0, **feeds), run(2.0, **feeds)]] * 2
+    target, drafter = make_target().manifest, make_drafter().manifest
+    report = mode_report(drafted, alone, target, drafter, 2, bandwidth=1e4)
+    assert (report.verify_ms, report.draft_step_ms) == (500, 100)
+    assert report.tokens_per_second == 8 / 3
+    assert report.speedup == 2
+    assert report.bandwidth_fraction == pytest.approx((200 + 10 * (2 + 4 / 2)) / 0.1 / 1e4)
+    assert mode_report(alone, alone, target, None, 2, bandwidth=1e4).verify_ms == pytest.approx(300)
+
+
+def test_a_bench_of_nothing_is_refused(make_target):
+    for prompts, repeats in ([], 1), (PROMPTS, 0):
+        with pytest.raises(VocabtrimError, match="at least one"):
+            bench(make_target(), {}, prompts, repeats=repeats)
+
+
+def test_acceptance_by_position_counts_rounds_that_drafted_so_far():
+    def entry(drafted, accepted):
+        return Round((0,) * (accepted + 1), False, drafted, accepted, 0, 0, 0, 1, None)
+
+    stats = summarize([entry(2, 2), entry(2, 0), entry(1, 1), entry(0, 0)])
+    assert stats.acceptance == (2 / 3, 1 / 2)
+    assert stats.block_efficiency == 7 / 4
+
+
+def test_mbsu_is_the_papers_formula():
+    assert mbsu(3.0, 0.1, 5) == 2.0
+
+
+def test_memory_bandwidth_is_measured_in_bytes_per_second():
+    assert 1e8 < read_bandwidth(buffer_bytes=1 << 24, seconds=0.02) < 1e13

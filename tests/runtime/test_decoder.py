@@ -1,0 +1,128 @@
+import json
+
+import pytest
+import tokenizers
+
+from engines.errors import VocabtrimError
+from engines.tokenizer import Tokenizer
+from runtime import SamplingParams, SpeculativeDecoder
+
+
+@pytest.fixture
+def tokenizer():
+    """Byte-level, one token a byte, so that most generations break characters; EOS is special."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[-46:]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"a": 0, "</s>": 1} | {c: i + 2 for i, c in enumerate(letters)}, [])
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}aa"
+    return Tokenizer(backend, {}, template)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_streamed_texts_join_to_the_final_text(make_target, make_drafter, tokenizer, seed):
+    with SpeculativeDecoder(make_target(seed=seed, eos_bias=0.0), make_drafter(noise=2.0), tokenizer) as decoder:
+        stream = decoder.stream("aaa", max_new_tokens=30)
+        tokens = list(stream)
+        result = stream.finish()
+        again = decoder.generate("aaa", max_new_tokens=30)
+    assert "".join(token.text for token in tokens) == result.text == tokenizer.decode(result.token_ids)
+    assert "\ufffd" in result.text  # the case is hard: bytes that are no character
+    assert tuple(token.id for token in tokens) == result.token_ids == again.token_ids
+    assert stream.stats.tokens == len(tokens)
+    assert decoder.target.closed
+    assert decoder.drafter.closed
+
+
+def test_a_prompt_is_text_a_chat_or_ids(make_target, tokenizer):
+    decoder = SpeculativeDecoder(make_target(), tokenizer=tokenizer)
+    assert decoder.encode("a") == decoder.encode([{"role": "user", "content": "a"}]) == [0, 0, 0]
+    assert decoder.encode("a", chat=False) == decoder.encode([0]) == [0]
+    with pytest.raises(VocabtrimError, match="no tokenizer"):
+        SpeculativeDecoder(make_target()).generate("a")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "empty"),
+        (range(16), {}, "16 tokens .* holds 16"),
+        ([48], {}, "outside"),
+        ([-1], {}, "outside"),
+        ([3], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ],
+)
+def test_a_prompt_that_cannot_run_is_refused_before_the_first_token(make_target, prompt, options, message):
+    with pytest.raises(VocabtrimError, match=message):
+        SpeculativeDecoder(make_target(context=16)).stream(prompt, **options)
+
+
+def test_the_longest_prompt_generates_until_the_context_is_full(make_target):
+    result = SpeculativeDecoder(make_target(context=16)).generate(range(15), max_new_tokens=9)
+    assert (len(result.token_ids), result.finish_reason) == (2, "length")
+
+
+def test_engines_that_do_not_belong_together_are_refused(make_target, make_drafter):
+    target = make_target()
+    for drafter, message in [
+        (make_drafter(tokenizer="another"), "another tokenizer"),
+        (make_drafter([2, 60], rows=64), "beyond the target's vocabulary of 48"),
+        (target, "one engine"),
+    ]:
+        with pytest.raises(VocabtrimError, match=message):
+            SpeculativeDecoder(target, drafter)
+    with pytest.raises(VocabtrimError, match="holds a drafter"):
+        SpeculativeDecoder(make_drafter(), target)
+    for draft_length in (0, 256):
+        with pytest.raises(VocabtrimError, match=f"draft_length is {draft_length}"):
+            SpeculativeDecoder(target, draft_length=draft_length)
+
+
+@pytest.mark.parametrize("role", ["target", "drafter"])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0, seed=7)])
+def test_an_engine_that_raises_leaves_the_decoder_usable(make_target, make_drafter, role, sampling):
+    fresh = SpeculativeDecoder(make_target(), make_drafter()).generate([3, 4], max_new_tokens=20, sampling=sampling)
+    decoder = SpeculativeDecoder(make_target(), make_drafter())
+    broken = getattr(decoder, role)
+    broken.fails_at = 3
+    stream = decoder.stream([9], max_new_tokens=20, sampling=sampling)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        list(stream)
+    with pytest.raises(VocabtrimError, match="broke off"):
+        stream.finish()
+    again = decoder.generate([3, 4], max_new_tokens=20, sampling=sampling)
+    assert again.token_ids == fresh.token_ids
+
+
+def test_nothing_of_a_former_prompt_leaks_into_the_next(make_target, make_drafter):
+    decoder = SpeculativeDecoder(make_target(), make_drafter())
+    first = decoder.generate([3, 4, 5], max_new_tokens=12)
+    decoder.generate([3, 4, 9, 9], max_new_tokens=5)
+    assert decoder.generate([3, 4, 5], max_new_tokens=12).token_ids == first.token_ids
+
+
+def test_a_stream_that_another_overtook_says_so(make_target):
+    decoder = SpeculativeDecoder(make_target())
+    stream = decoder.stream([3], max_new_tokens=9)
+    next(stream)
+    decoder.generate([4], max_new_tokens=2)
+    with pytest.raises(VocabtrimError, match="another generation"):
+        next(stream)
+
+
+def test_the_stats_add_up(make_target):
+    """γ = 4 and a drafter that is always right: a prefill, two rounds of five tokens, one of two."""
+    result = SpeculativeDecoder(make_target(), make_target()).generate([3], max_new_tokens=13)
+    stats = result.stats
+    assert (stats.tokens, stats.prefills, stats.rounds, stats.drafted, stats.accepted) == (13, 1, 3, 9, 9)
+    assert stats.block_efficiency == 12 / 3
+    assert stats.acceptance == (1, 1, 1, 1)
+    parts = stats.prefill_seconds, stats.draft_seconds, stats.verify_seconds, stats.other_seconds
+    assert min(parts) > 0
+    assert stats.tokens_per_second == 13 / stats.seconds
+    written = json.loads(json.dumps(result.to_dict()))
+    assert written["token_ids"] == list(result.token_ids)
+    assert written["stats"]["block_efficiency"] == 4

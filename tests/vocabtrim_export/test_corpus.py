@@ -1,0 +1,118 @@
+"""Every form of calibration data is read; everything else is one clear line."""
+
+import json
+
+import pytest
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.calibration import Document, Message, builtin_corpus, read_corpus
+from vocabtrim_export.calibration.corpus import MAX_PIECE, split_text
+
+USER = Message("user", "Hi")
+SYSTEM = Message("system", "Be brief.")
+
+
+def records(tmp_path, *items, name="data.jsonl"):
+    path = tmp_path / name
+    text = json.dumps(items) if name.endswith(".json") else "\n".join(map(json.dumps, items))
+    path.write_text(text, "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+@pytest.mark.parametrize(
+    ("record", "document"),
+    [
+        ({"text": " Hi "}, Document("Hi")),
+        ({"prompt": "Hi"}, Document("Hi", (USER,))),
+        ({"prompt": [{"role": "user", "content": "Hi"}]}, Document("Hi", (USER,))),
+        ({"turns": ["Hi", "More"], "category": "x"}, Document("Hi\n\nMore", (USER,))),
+        (
+            {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]},
+            Document("Be brief.\n\nHi", (SYSTEM, USER)),
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image"}]}]},
+            Document("Hi", (USER,)),
+        ),
+        (
+            # As ShareGPT has them: the answer of a cut-off exchange first.
+            {"conversations": [{"from": "gpt", "value": "Yes."}, {"from": "human", "value": "Hi"}]},
+            Document("Yes.\n\nHi", (USER,)),
+        ),
+        (
+            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": []}]},
+            Document("Hi", (USER,)),
+        ),
+    ],
+)
+def test_a_record_becomes_a_document(tmp_path, name, record, document):
+    assert read_corpus([records(tmp_path, record, name=name)]).documents == (document,)
+
+
+def test_empty_records_among_others_are_passed_over(tmp_path):
+    path = records(tmp_path, {"conversations": []}, {"text": "Hi"}, {"prompt": " "})
+    assert read_corpus([path]).documents == (Document("Hi"),)
+
+
+def test_unusual_characters_survive(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "\\ud800 a lone surrogate"}\r\n{"text": "one\xe2\x80\xa8record"}\r\n')
+    assert read_corpus([path]).documents == (Document("? a lone surrogate"), Document("one\u2028record"))
+
+
+def test_a_directory_is_read_in_order_whoever_lists_it(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".git").mkdir()
+    for name, text in [("b.txt", "B"), ("sub/a.md", "A"), (".git/x", "X"), ("empty.py", ""), ("a.txt", "\ufeffC")]:
+        (tmp_path / name).write_text(text, "utf-8")
+    corpus = read_corpus([tmp_path, tmp_path / "b.txt"])
+    assert [document.text for document in corpus.documents] == ["C", "B", "A"]
+    assert corpus.digest == read_corpus([tmp_path]).digest != read_corpus([tmp_path / "b.txt"]).digest
+
+
+def test_a_long_text_is_cut_where_it_pauses_and_loses_nothing():
+    text = "\n\n".join(" ".join(["word"] * (17 * number)) for number in range(1, 60)) + "x" * 5000
+    pieces = list(split_text(text))
+    assert all(0 < len(piece) <= MAX_PIECE for piece in pieces)
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+
+
+def test_the_built_in_corpus_stands_in():
+    assert read_corpus([]) == builtin_corpus()
+    assert builtin_corpus().source == "built-in (pydoc_data.topics)"
+    assert len(builtin_corpus().documents) > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "a.txt: no usable text"),
+        ("a.txt", b" \n", "a.txt: no usable text"),
+        ("a.txt", b"\xff\xfe\x00", "a.txt is not UTF-8 text"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": ', "a.jsonl, line 3 is not valid JSON"),
+        ("a.jsonl", b'\n{"text": ""}', "a.jsonl, line 2: no usable text"),
+        ("a.jsonl", b'{"text": "x"}\n{"output": "y"}', "a.jsonl, line 2: a record needs one of the fields"),
+        ("a.jsonl", b'{"text": 3}', "line 1, text: expected text, got int"),
+        ("a.jsonl", b'["x"]', "line 1: expected an object"),
+        ("a.jsonl", b'{"turns": "x"}', "line 1: `turns` must be a list"),
+        ("a.jsonl", b'{"messages": [{"content": "x"}]}', r"line 1, messages\[0\]: a message needs `role`"),
+        ("a.jsonl", b'{"messages": [3]}', r"line 1, messages\[0\]: expected a message"),
+        ("a.json", b'{"text": "x"}', "a.json must hold a JSON list"),
+        ("a.json", b'[{"text": "x"},\n{]', r"a.json is not valid JSON \(at line 2\)"),
+        ("a.json", b'[{"text": "x"}, {}]', "a.json, record 2: a record needs"),
+        ("a.json", b"[" * 100_000, "a.json is not valid JSON"),
+    ],
+)
+def test_bad_data_is_one_clear_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(VocabtrimError, match=message) as error:
+        read_corpus([tmp_path / name])
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_path_and_an_empty_directory_are_named(tmp_path):
+    with pytest.raises(VocabtrimError, match=r"not found: .*nowhere"):
+        read_corpus([tmp_path / "nowhere"])
+    with pytest.raises(VocabtrimError, match="no calibration files in the directory"):
+        read_corpus([tmp_path])

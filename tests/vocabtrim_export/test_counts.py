@@ -1,0 +1,161 @@
+"""Token counts: saved whole or not at all, added with care, resumed to the same end."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.calibration import BatchLimits, CalibrationRun, Corpus, Document, TokenCounts, calibrate
+from vocabtrim_export.calibration.counts import is_held_out
+
+RUN = CalibrationRun("target", "corpus-digest", seed=0, tokens=6, documents_done=3)
+LIMITS = BatchLimits(batch_size=4, max_prompt_tokens=12, max_new_tokens=10)
+
+
+def counts(*values, held_out=None, tokenizer="tokenizer-digest", run=RUN):
+    array = np.array(values, np.int64)
+    return TokenCounts(array, np.zeros_like(array) if held_out is None else np.array(held_out), tokenizer, (run,))
+
+
+def same(left, right):
+    return (left.digest, left.runs, left.total) == (right.digest, right.runs, right.total)
+
+
+def test_a_saved_file_loads_as_it_was(tmp_path):
+    before = counts(1, 0, 5, held_out=[0, 2, 0])
+    before.save(tmp_path / "counts.safetensors")
+    assert same(TokenCounts.load(tmp_path / "counts.safetensors"), before)
+    assert [path.name for path in tmp_path.iterdir()] == ["counts.safetensors"]
+    assert before.describe()["tokens"] == 8
+
+
+@pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.replace"])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken):
+    path = tmp_path / "counts.safetensors"
+    counts(1, 2).save(path)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(broken, fail)
+    with pytest.raises(VocabtrimError, match="No space left on device"):
+        counts(3, 4).save(path)
+    assert same(TokenCounts.load(path), counts(1, 2))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    from safetensors.numpy import save_file
+
+    (tmp_path / "text").write_text("hello")
+    save_file({"counts": np.zeros(3, np.int64)}, tmp_path / "other")
+    for name in ("text", "other", "missing"):
+        with pytest.raises(VocabtrimError, match=name):
+            TokenCounts.load(tmp_path / name)
+
+
+def test_counts_of_one_tokenizer_add_up_and_others_do_not():
+    one, two = counts(1, 2), counts(0, 3, held_out=[4, 0], run=replace(RUN, seed=1, source="text"))
+    total = one + two
+    assert total.counts.tolist() == [1, 5]
+    assert total.held_out.tolist() == [4, 0]
+    assert (total.source, total.total) == ("target+text", 10)
+    with pytest.raises(VocabtrimError, match="same calibration"):
+        total + two
+    for other in (counts(1, 2, 3), counts(1, 2, tokenizer="other")):
+        with pytest.raises(VocabtrimError, match="different tokenizers"):
+            one + other
+
+
+def test_counts_fit_a_head_padded_otherwise():
+    assert counts(1, 2).resized(4).counts.tolist() == [1, 2, 0, 0]
+    assert counts(1, 2, 0).resized(2).counts.tolist() == [1, 2]
+    with pytest.raises(VocabtrimError, match="a head of 1 rows"):
+        counts(1, 2).resized(1)
+
+
+def test_an_eighth_is_held_out_and_of_few_documents_one():
+    assert [index for index in range(24) if is_held_out(index, 24)] == [7, 15, 23]
+    assert [index for index in range(3) if is_held_out(index, 3)] == [2]
+    assert not is_held_out(0, 1)
+
+
+def corpus(number):
+    return Corpus.of([Document(f"the fox {index} " + "jumps over " * (index % 7)) for index in range(number)], "test")
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after_first_batch(path):
+    def progress(done, total):
+        if path.exists():
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize("source", ["target", "text"])
+def test_a_resumed_calibration_ends_as_an_uninterrupted_one(tmp_path, model, tokenizer, source):
+    path = tmp_path / "checkpoint"
+    settings = {"source": source, "max_tokens": 900, "seed": 3, "limits": LIMITS}
+    documents = corpus(20 if source == "target" else 100)  # the model goes round more than once
+    whole = calibrate(model, tokenizer, documents, **settings)
+    with pytest.raises(Killed):
+        calibrate(model, tokenizer, documents, **settings, checkpoint=path, progress=killed_after_first_batch(path))
+    begun = TokenCounts.load(path)
+    assert 0 < begun.total < whole.total
+    assert same(calibrate(model, tokenizer, documents, **settings, checkpoint=path), whole)
+    assert whole.runs[0].documents_done > 20
+    assert whole.runs[0].tokens == whole.total == pytest.approx(900, abs=400)
+    assert whole.held_out.sum() > 0
+    # A finished one returns at once.
+    assert same(calibrate(model, tokenizer, documents, **settings, checkpoint=path, progress=pytest.fail), whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 4}, "seed"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"source": "drafter"}, "source"),
+        ({"model_digest": "other"}, "model_digest"),
+        ({"limits": replace(LIMITS, max_new_tokens=11)}, "max_new_tokens"),
+        ({"corpus": corpus(9)}, "corpus_digest"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, model, tokenizer, change, named):
+    settings = {
+        "corpus": corpus(8),
+        "source": "target",
+        "max_tokens": 5,
+        "limits": LIMITS,
+        "checkpoint": tmp_path / "c",
+    }
+    calibrate(model, tokenizer, **settings)
+    with pytest.raises(VocabtrimError, match=f"calibrated with another {named}: remove it"):
+        calibrate(model, tokenizer, **{**settings, **change})
+
+
+def test_text_counts_its_tokens_in_one_pass(tokenizer):
+    found = calibrate(None, tokenizer, corpus(10), source="text", max_tokens=10**6)
+    expected = [tokenizer(document.text, add_special_tokens=False)["input_ids"] for document in corpus(10).documents]
+    assert found.total == sum(map(len, expected))
+    assert found.held_out.tolist() == np.bincount(expected[7], minlength=len(tokenizer)).tolist()
+
+
+def test_settings_that_cannot_work_are_refused(model, tokenizer):
+    for settings, message in [
+        ({"model": None, "source": "drafter"}, "needs the drafter model"),
+        ({"source": "web"}, "unknown calibration source 'web'"),
+        ({"max_tokens": 0}, "must be positive"),
+        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"corpus": Corpus.of([], "nothing")}, "counted no token"),
+    ]:
+        arguments = {"model": model, "corpus": corpus(2), "source": "target", "max_tokens": 5, **settings}
+        with pytest.raises(VocabtrimError, match=message):
+            calibrate(tokenizer=tokenizer, **arguments)

@@ -1,0 +1,1 @@
+"""The command line: argument parsing, progress and messages around the public functions."""

@@ -1,0 +1,35 @@
+"""Count the tokens that a model uses. One file of counts serves every K; a run that was interrupted goes on."""
+
+import argparse
+import json
+from pathlib import Path
+
+from vocabtrim_export.cli.arguments import add_calibration_arguments, add_json_argument
+from vocabtrim_export.cli.console import progress_reporter
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--drafter", metavar="MODEL", help="a hub id, a local model directory, or a .gguf file")
+    parser.add_argument("--target", metavar="MODEL", help="the same; its generations are the best to count")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="token counts (.safetensors)")
+    add_calibration_arguments(parser)
+    add_json_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from vocabtrim_export.cli.arguments import calibration_settings
+    from vocabtrim_export.counting import calibrate_models
+
+    with progress_reporter({"calibrate": "tokens"}) as progress:
+        counts = calibrate_models(
+            options.drafter,
+            options.target,
+            options.output,
+            calibration_settings(options),
+            lambda done, total: progress("calibrate", done, total),
+        )
+    distinct = int(((counts.counts + counts.held_out) > 0).sum())
+    if options.json:
+        print(json.dumps({"output": str(options.output), "distinct": distinct} | counts.describe(), indent=2))
+    else:
+        print(f"{options.output}: {counts.total} tokens counted, {distinct} different ones, from {counts.source}")

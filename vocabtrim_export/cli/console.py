@@ -1,0 +1,86 @@
+"""Progress for people: bars on a terminal, plain lines elsewhere. All of it on standard error."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+Report = Callable[[str, int, int], None]
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+@contextmanager
+def progress_reporter(rates: dict[str, str] | None = None) -> Iterator[Report]:
+    """Yield `report(task, done, total)`.
+
+    rates: the unit of the tasks whose speed is worth showing, as in {"calibrate": "tokens"}.
+    """
+    if sys.stderr.isatty():
+        with _bars(rates or {}) as report:
+            yield report
+    else:
+        yield _lines(rates or {})
+
+
+@contextmanager
+def _bars(rates: dict[str, str]) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+        rate = _Rate(rates)
+
+        def report(task: str, done: int, total: int) -> None:
+            if task not in tasks:
+                tasks[task] = bars.add_task(task, note="")
+            bars.update(tasks[task], completed=done, total=total, note=f"{done}/{total}{rate(task, done)}")
+
+        yield report
+
+
+def _lines(rates: dict[str, str]) -> Report:
+    """A line when a task begins to move, every 15 seconds while it does, and when it is done."""
+    last: dict[str, float] = {}
+    rate = _Rate(rates)
+
+    def report(task: str, done: int, total: int) -> None:
+        now = monotonic()
+        note = rate(task, done)
+        if done >= total or now - last.get(task, -_SECONDS_BETWEEN_LINES) >= _SECONDS_BETWEEN_LINES:
+            last[task] = now
+            print(f"{task}: {done}/{total}{note}", file=sys.stderr, flush=True)
+
+    return report
+
+
+class _Rate:
+    """Speed since a task's first report (an earlier run's work does not count)."""
+
+    def __init__(self, units: dict[str, str]) -> None:
+        self.units = units
+        self.began: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, task: str, done: int) -> str:
+        start, already = self.began.setdefault(task, (monotonic(), done))
+        seconds = monotonic() - start
+        if task not in self.units or seconds < 1:
+            return ""
+        return f", {(done - already) / seconds:.0f} {self.units[task]}/s"
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on standard output; the first column is left-aligned, numbers right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)

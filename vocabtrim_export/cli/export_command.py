@@ -1,0 +1,111 @@
+"""Cut a drafter's LM head to its K most used rows and export it, and its target, to ONNX."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vocabtrim_export.cli.arguments import add_calibration_arguments, add_json_argument
+from vocabtrim_export.cli.console import progress_reporter
+
+if TYPE_CHECKING:
+    from vocabtrim_export.export import ExportResult
+
+_MODEL = "a hub id, a local model directory, or a .gguf file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--drafter", required=True, metavar="MODEL", help=f"the model to trim: {_MODEL}")
+    parser.add_argument("--target", metavar="MODEL", help="the model it drafts for; may be the same one")
+    parser.add_argument(
+        "--k",
+        required=True,
+        metavar="K",
+        help="rows the drafter's head keeps (rounded up to a multiple of 64), or coverage:0.95: as few as keep that "
+        "share of held-out tokens",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets DIR/drafter and DIR/target")
+    parser.add_argument("--format", choices=["onnx"], default="onnx", help="what to write")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of weights and KV cache")
+    quantizations = ["none", "int8", "int4"]
+    parser.add_argument("--quantize", choices=quantizations, default="none", help="weight-only, both models")
+    parser.add_argument("--quantize-drafter", choices=quantizations, help="the same, for the drafter alone")
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens the KV caches hold (default: the model's, at most 4096)"
+    )
+    add_calibration_arguments(parser)
+    parser.add_argument("--force", action="store_true", help="replace bundles that are in DIR already")
+    add_json_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from vocabtrim_export.cli.arguments import calibration_settings
+    from vocabtrim_export.export import ExportSettings, export
+
+    settings = ExportSettings(
+        k=options.k,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        quantize_drafter=options.quantize_drafter,
+        max_length=options.max_length,
+        calibration=calibration_settings(options),
+        force=options.force,
+    )
+    with progress_reporter({"calibrate": "tokens"}) as progress:
+        result = export(options.drafter, options.target, options.output, settings, progress)
+    for note in notes(result, builtin=not options.calibration):
+        print(f"note: {note}", file=sys.stderr)
+    print(json.dumps(summary(result), indent=2) if options.json else text(result))
+
+
+def notes(result: "ExportResult", builtin: bool) -> list[str]:
+    """What the user should know about this selection."""
+    selection, found = result.selection, []
+    if builtin:
+        found.append("no --calibration given: counted on Python's own documentation, which is like no user's prompts")
+    if selection.is_noop:
+        found.append(f"K covers the whole vocabulary of {selection.vocab_map.full_vocab} tokens: nothing is trimmed")
+    elif selection.filler > len(selection.vocab_map) // 4:
+        found.append(
+            f"{selection.filler} of {len(selection.vocab_map)} rows were never counted and only fill up K: "
+            "more --calibration-tokens would choose better ones, or a smaller K would do"
+        )
+    asked = selection.requested_coverage
+    if asked and selection.coverage is not None and selection.coverage < asked:
+        found.append(f"coverage is {selection.coverage:.4f}, not {asked}: the target lacks the tokens that are missing")
+    return found
+
+
+def summary(result: "ExportResult") -> dict[str, object]:
+    selection = result.selection
+    return {
+        "drafter": str(result.drafter),
+        "target": str(result.target) if result.target else None,
+        "k": len(selection.vocab_map),
+        "full_vocab": selection.vocab_map.full_vocab,
+        "coverage": selection.coverage,
+        "counted": selection.counted,
+        "always_kept": selection.always_kept,
+        "filler": selection.filler,
+        "manifests": {
+            "drafter": asdict(result.drafter_manifest),
+            "target": asdict(result.target_manifest) if result.target_manifest else None,
+        },
+    }
+
+
+def text(result: "ExportResult") -> str:
+    selection, drafter, target = result.selection, result.drafter_manifest, result.target_manifest
+    coverage = "" if selection.coverage is None else f", {selection.coverage:.2%} of held-out tokens"
+    lines = [
+        f"kept {len(selection.vocab_map)} of {selection.vocab_map.full_vocab} tokens{coverage} "
+        f"({selection.counted} counted, {selection.always_kept} always kept, {selection.filler} filler)",
+        f"drafter  {result.drafter}: {drafter.weight_bytes_per_step / 1e6:.1f} MB a step, "
+        f"head {drafter.head_bytes / 1e6:.1f} MB",
+    ]
+    if result.target and target:
+        lines.append(f"target   {result.target}: {target.weight_bytes_per_step / 1e6:.1f} MB a step")
+        lines.append(f"try      vocabtrim generate --target {result.target} --drafter {result.drafter} --prompt 'Hi!'")
+    return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""Generate text with a target and, faster and to the same result, a drafter."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from vocabtrim_export.cli.arguments import add_engine_arguments, add_json_argument
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_engine_arguments(parser)
+    parser.add_argument("--drafter", type=Path, metavar="DIR", help="the drafter's bundle; without, the target alone")
+    parser.add_argument("--prompt", help="what to answer (default: read standard input)")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to generate at most")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest that hold this mass")
+    parser.add_argument("--seed", type=int, help="of the sampling (default: a fresh one)")
+    add_json_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from runtime import SamplingParams, SpeculativeDecoder
+
+    sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.seed)
+    prompt = sys.stdin.read() if options.prompt is None else options.prompt
+    with SpeculativeDecoder.load(
+        options.target, options.drafter, device=options.device, draft_length=options.draft_length
+    ) as decoder:
+        stream = decoder.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling, chat=not options.raw)
+        if not options.json:
+            for token in stream:
+                print(token.text, end="", flush=True)
+            print()
+        result = stream.finish()
+    if options.json:
+        print(json.dumps(asdict(result), indent=2))
+    else:
+        stats = result.stats
+        print(
+            f"[{len(result.token_ids)} tokens, {result.finish_reason}; {stats.tokens_per_second:.1f} tokens/s, "
+            f"block efficiency {stats.block_efficiency:.2f}]",
+            file=sys.stderr,
+        )

@@ -1,0 +1,135 @@
+"""The main job: a drafter, a target and text in; two bundles out, the drafter's head cut to K rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from engines.bundle import Manifest, Role
+from engines.errors import VocabtrimError
+from vocabtrim_export.bundle_writer import BundlePlan, Progress, write_bundle
+from vocabtrim_export.calibration import TokenCounts
+from vocabtrim_export.counting import CalibrationSettings, count_tokens, read_calibration
+from vocabtrim_export.graph.quantize import Quantization
+from vocabtrim_export.lowering.trace import Traced, trace
+from vocabtrim_export.models import DTYPES, Source, load_source
+from vocabtrim_export.output import COUNTS_NAME, check_output, replacing
+from vocabtrim_export.select import Selection, check_k, select_vocab, structural_token_ids
+
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSettings:
+    """How to export; the command line's options by the same names.
+
+    k: rows of the drafter's head: a number, or "coverage:0.95". dtype: "fp32", "fp16" or "bf16", of both bundles.
+    quantize_drafter: None does as `quantize` says.
+    max_length: tokens that the KV caches hold; None: what the models were made for, at most 4,096.
+    """
+
+    k: str
+    dtype: str = "fp32"
+    quantize: Quantization = "none"
+    quantize_drafter: Quantization | None = None
+    max_length: int | None = None
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """The bundles that were written (no target where none was asked for), and the selection behind them."""
+
+    drafter: Path
+    target: Path | None
+    drafter_manifest: Manifest
+    target_manifest: Manifest | None
+    selection: Selection
+
+
+def export(
+    drafter: str,
+    target: str | None,
+    output: Path,
+    settings: ExportSettings,
+    progress: Progress = lambda _task, _done, _total: None,
+) -> ExportResult:
+    """Calibrate, trim and export MODELs into `output/drafter` and, with a target, `output/target`.
+
+    The token counts stay in `output/token_counts.safetensors`: an interrupted calibration goes on from there, and
+    given as the calibration of another export they serve another K. progress: called with (task, done, total).
+    Raises `VocabtrimError` for everything that the user can mend; `output` is then as it was, but for the counts.
+    """
+    roles: list[Role] = ["drafter", "target"] if target else ["drafter"]
+    check_output(output, list(roles), settings.force)
+    check_k(settings.k)
+    given = read_calibration(settings.calibration.calibration)
+    sources = _load(drafter, target, settings.dtype, progress)
+    context = {role: _context_length(source, settings.max_length) for role, source in sources.items()}
+    counts = count_tokens(
+        sources,
+        given,
+        settings.calibration,
+        output / COUNTS_NAME,
+        lambda done, total: progress("calibrate", done, total),
+    )
+    selection = _select(counts, sources, settings.k)
+    manifests: dict[Role, Manifest] = {}
+    traced: dict[tuple[str, int], Traced] = {}
+    with replacing([output / role for role in roles]) as directories:
+        for role, directory in zip(roles, directories, strict=True):
+            key = sources[role].name, context[role]
+            if key not in traced:  # a model that drafts for itself is traced once
+                progress("trace", 0, 1)
+                traced = {key: trace(sources[role].model, DTYPES[settings.dtype], context[role])}
+                progress("trace", 1, 1)
+            plan = _plan(role, sources[role], context[role], selection, counts, settings)
+            manifests[role] = write_bundle(directory, traced[key], plan, progress)
+    where = output / "target" if target else None
+    return ExportResult(output / "drafter", where, manifests["drafter"], manifests.get("target"), selection)
+
+
+def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> dict[Role, Source]:
+    progress("load", 0, 1)
+    sources: dict[Role, Source] = {"drafter": load_source(drafter, DTYPES[dtype])}
+    if target:
+        same = target == drafter
+        sources["target"] = sources["drafter"] if same else load_source(target, DTYPES[dtype])
+        if sources["drafter"].tokenizer_digest != sources["target"].tokenizer_digest:
+            raise VocabtrimError(
+                f"{drafter} and {target} have different vocabularies: a drafter must share its target's tokenizer"
+            )
+    progress("load", 1, 1)
+    return sources
+
+
+def _context_length(source: Source, max_length: int | None) -> int:
+    config = source.model.config.get_text_config()
+    limit = int(getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        # these rotate differently beyond the length they were first trained at; a graph has one set of tables
+        limit = int(rope.get("original_max_position_embeddings") or limit)
+    if max_length is None:
+        return min(limit, DEFAULT_CONTEXT)
+    if not 0 < max_length <= limit:
+        raise VocabtrimError(f"--max-length {max_length} is not in the 1 to {limit} tokens that {source.name} takes")
+    return max_length
+
+
+def _select(counts: TokenCounts, sources: Mapping[Role, Source], k: str) -> Selection:
+    always: set[int] = set()
+    for source in sources.values():
+        always |= structural_token_ids(source.tokenizer, source.model.generation_config, source.tokenizer.chat_template)
+    limit = min(source.vocab_size for source in sources.values())
+    return select_vocab(counts.resized(sources["drafter"].vocab_size), k, always_keep=always, vocab_limit=limit)
+
+
+def _plan(
+    role: Role, source: Source, context: int, selection: Selection, counts: TokenCounts, settings: ExportSettings
+) -> BundlePlan:
+    if role == "target":
+        return BundlePlan(role, source, settings.dtype, settings.quantize, context)
+    plan = BundlePlan(role, source, settings.dtype, settings.quantize_drafter or settings.quantize, context)
+    vocab_map = None if selection.is_noop else selection.vocab_map
+    return replace(plan, vocab_map=vocab_map, coverage=selection.coverage, calibration=counts.describe())

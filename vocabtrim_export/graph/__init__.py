@@ -1,0 +1,1 @@
+"""The ONNX graph: passes from composites to what ONNX Runtime runs."""

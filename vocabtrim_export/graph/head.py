@@ -1,0 +1,47 @@
+"""The LM head: which positions it reads, which rows it keeps, and the table that maps its columns back to tokens."""
+
+import onnx_ir as ir
+import torch
+
+from engines.vocab_map import VocabMap
+from vocabtrim_export.graph.decoder import DecoderGraph, name_of
+
+KEEP_INPUT = "num_logits_to_keep"
+_END = (1 << 63) - 1
+
+
+def keep_last_positions(decoder: DecoderGraph) -> None:
+    """Feed the head only the last `num_logits_to_keep: int64[1]` positions: a prefill needs one row of logits."""
+    (head,) = decoder.composites("Head")
+    keep = decoder.input(KEEP_INPUT, ir.DataType.INT64, [1])
+    start = ir.node("Neg", [keep])
+    bounds = decoder.constant("slice_end", [_END]), decoder.constant("slice_axis", [1])
+    last = ir.node("Slice", [head.inputs[0], start.outputs[0], *bounds])
+    decoder.graph.insert_before(head, [start, last])
+    head.replace_input_with(0, last.outputs[0])
+
+
+def trim_head(decoder: DecoderGraph, vocab_map: VocabMap) -> None:
+    """Keep only the head rows (and bias entries) of `vocab_map`. A tied embedding keeps all of its rows."""
+    (head,) = decoder.composites("Head")
+    rows = torch.from_numpy(vocab_map.kept_token_ids.copy())
+    for index, value in list(enumerate(head.inputs))[1:]:
+        if value is not None:
+            name = name_of(value)
+            head.replace_input_with(index, decoder.add_weight(f"{name}.kept", decoder.weights[name].rows(rows)))
+
+
+def bake_token_ids(decoder: DecoderGraph, vocab_map: VocabMap | None) -> None:
+    """Add the output token_ids: int64[1, keep]: ArgMax of the logits (the first of equals), then, for a trimmed
+    head, Gather from the table of kept token ids. Runs first of the outputs' edits: logits is output 0."""
+    (logits,) = decoder.graph.outputs
+    vocab = len(vocab_map) if vocab_map else int(logits.shape[-1])  # type: ignore[index, arg-type]
+    logits.shape = ir.Shape([1, "keep", vocab])
+    top = ir.node("ArgMax", [logits], {"axis": -1, "keepdims": 0, "select_last_index": 0})
+    decoder.graph.append(top)
+    if vocab_map is not None:
+        table = decoder.initializer("kept_token_ids", ir.tensor(vocab_map.kept_token_ids, name="kept_token_ids"))
+        top = ir.node("Gather", [table, top.outputs[0]])
+        decoder.graph.append(top)
+        decoder.model.metadata_props["vocabtrim.vocab_map"] = vocab_map.digest
+    decoder.output(top.outputs[0], "token_ids", ir.DataType.INT64, [1, "keep"])

@@ -1,0 +1,48 @@
+"""Weights that are computed when they are written, so an export never holds two copies of a model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor of a known shape and dtype whose values `load` gives."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> "Weight":
+        """`tensor`, cast to `dtype` if it is a floating-point tensor."""
+        target = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        return cls(tuple(tensor.shape), target, lambda: tensor.detach().to(target))
+
+    def rows(self, ids: Tensor) -> "Weight":
+        """The rows `ids: int64[n]`."""
+        return Weight((len(ids), *self.shape[1:]), self.dtype, lambda: self.load()[ids])
+
+    def transposed(self) -> "Weight":
+        return Weight(self.shape[::-1], self.dtype, lambda: self.load().t().contiguous())
+
+    def plus(self, number: float) -> "Weight":
+        """Every value plus `number`, added in float32."""
+        return Weight(self.shape, self.dtype, lambda: (self.load().float() + number).to(self.dtype))
+
+    def to_ir(self, name: str) -> ir.LazyTensor:
+        dtype = from_torch_dtype(self.dtype)
+        return ir.LazyTensor(
+            lambda: TorchTensor(self.load().contiguous(), name=name), dtype, ir.Shape(self.shape), name=name
+        )
+
+
+def concatenate(weights: Sequence[Weight]) -> Weight:
+    """Rows of `weights`, one after another."""
+    first = weights[0]
+    rows = sum(weight.shape[0] for weight in weights)
+    return Weight((rows, *first.shape[1:]), first.dtype, lambda: torch.cat([weight.load() for weight in weights]))

@@ -1,0 +1,171 @@
+"""The composite operators that tracing emits, and the stand-ins that make a transformers model emit them.
+
+A traced graph holds attention, norms and linear layers as one node each, so a lowering starts from the
+decoder's meaning and never has to recognise it in primitive operators:
+
+    Linear(x, weight[out, in], bias?)      attribute transposed=1: the weight is [in, out]
+    Head(x, weight[vocab, hidden], bias?)  the LM head
+    RMSNorm(x, weight)                     attributes epsilon, zero_centered (then it scales by 1 + weight)
+    Attention(q, k, v, cos?, sin?)         q, k, v: [1, S, heads·head_dim]; cos, sin: [context, rotary_dim/2];
+                                           attributes layer, num_heads, num_kv_heads, head_dim, scale,
+                                           window (tokens that attention reaches back, itself included; 0: all),
+                                           softcap (0: none)
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.onnx.ops import symbolic
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+DOMAIN = "vocabtrim"
+ATTENTION = "vocabtrim_composite"
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A module known to compute `x · rsqrt(mean(x²) + epsilon) · w`, w = weight, or 1 + weight if zero_centered."""
+
+    name: str
+    epsilon: float
+    zero_centered: bool
+
+
+class Rope(nn.Module):
+    """A model's rotary tables as buffers `cos_NAME`, `sin_NAME`: [context, rotary_dim/2], one pair a layer type."""
+
+    def __init__(self, tables: dict[str, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        for name, (cos, sin) in tables.items():
+            self.register_buffer(f"cos_{name}", cos)
+            self.register_buffer(f"sin_{name}", sin)
+
+    def table(self, layer_type: str | None) -> tuple[Tensor, Tensor]:
+        name = layer_type or "default"
+        return self.get_buffer(f"cos_{name}"), self.get_buffer(f"sin_{name}")
+
+
+def rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that turn positions into cosines and sines."""
+    return [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+
+
+@contextmanager
+def composites(skeleton: PreTrainedModel, modeling: ModuleType, norms: list[Norm], rope: Rope | None) -> Iterator[None]:
+    """Make `skeleton`, whose code is in the module `modeling`, emit composites while it is traced.
+
+    With `rope`, the model's rotary module hands out whole tables instead of the rows of some positions, and its
+    `apply_rotary_pos_emb` passes them on to the Attention composite, which then rotates. Without, the rotation stays
+    in the graph as the model writes it.
+    """
+    handed_on: list[tuple[Tensor, Tensor]] = []
+
+    def hand_out(
+        _hidden: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:  # the names that transformers' own modules have
+        assert rope is not None
+        return rope.table(layer_type)
+
+    def hand_on(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        handed_on[:] = [(cos, sin)]
+        return q, k
+
+    AttentionInterface.register(ATTENTION, _attention(handed_on))
+    AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+    skeleton.config._attn_implementation = ATTENTION
+    head = skeleton.get_output_embeddings()
+    with ExitStack() as stack:
+
+        def stand_in(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(_replaced(owner, name, value))
+
+        stand_in(nn.Linear, "forward", _linear)
+        stand_in(Conv1D, "forward", _conv1d)
+        stand_in(head, "forward", _head.__get__(head))
+        for norm in norms:
+            module = skeleton.get_submodule(norm.name)
+            stand_in(module, "forward", _rms_norm(norm).__get__(module))
+        if rope is not None:
+            stand_in(modeling, "apply_rotary_pos_emb", hand_on)
+            for module in rotary_modules(skeleton):
+                stand_in(module, "forward", hand_out)
+        yield
+
+
+def _emit(op: str, inputs: list[Any], shape: Any, **attributes: float) -> Tensor:
+    output: Tensor = symbolic(f"{DOMAIN}::{op}", inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=1)
+    return output
+
+
+def _linear(self: nn.Linear, x: Tensor) -> Tensor:
+    return _emit("Linear", [x, self.weight, self.bias], (*x.shape[:-1], self.out_features))
+
+
+def _conv1d(self: Conv1D, x: Tensor) -> Tensor:
+    return _emit("Linear", [x, self.weight, self.bias], (*x.shape[:-1], self.nf), transposed=1)
+
+
+def _head(self: nn.Linear, x: Tensor) -> Tensor:
+    return _emit("Head", [x, self.weight, self.bias], (*x.shape[:-1], self.out_features))
+
+
+def _rms_norm(norm: Norm) -> Callable[[nn.Module, Tensor], Tensor]:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        attributes = {"epsilon": norm.epsilon, "zero_centered": int(norm.zero_centered)}
+        return _emit("RMSNorm", [x, self.weight], x.shape, **attributes)
+
+    return forward
+
+
+def _attention(handed_on: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, None]]:
+    """An attention function for transformers; it takes the rotary tables out of `handed_on`."""
+
+    def attention(
+        module: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        _mask: None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        if options.get("s_aux") is not None:
+            raise NotImplementedError("attention sinks")
+        _, heads, length, head_dim = q.shape
+        flat = [x.transpose(1, 2).reshape(1, length, -1) for x in (q, k, v)]
+        out = _emit(
+            "Attention",
+            flat + list(handed_on.pop() if handed_on else ()),
+            flat[0].shape,
+            layer=module.layer_idx,
+            num_heads=heads,
+            num_kv_heads=k.shape[1],
+            head_dim=head_dim,
+            scale=float(head_dim**-0.5 if scaling is None else scaling),
+            window=sliding_window or 0,
+            softcap=float(softcap or 0),
+        )
+        return out.reshape(1, length, heads, head_dim), None
+
+    return attention
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)

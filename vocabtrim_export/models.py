@@ -1,0 +1,157 @@
+"""Loading what a user calls MODEL: a hub id, a local model directory, or a `.gguf` file."""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from engines.bundle import file_digest
+from engines.errors import VocabtrimError
+from engines.tokenizer import tokenizer_digest
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A loaded model with its tokenizer. digest: sha256 over its weight files."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    digest: str
+
+    @property
+    def backend(self) -> Tokenizer:
+        return self.tokenizer.backend_tokenizer
+
+    @property
+    def tokenizer_digest(self) -> str:
+        return tokenizer_digest(self.backend)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding table."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a generation, by the generation config and the tokenizer."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = configured if isinstance(configured, list) else [configured]
+        return tuple(sorted({int(i) for i in [*ids, self.tokenizer.eos_token_id] if i is not None}))
+
+
+def load_source(spec: str, dtype: torch.dtype) -> Source:
+    """Load MODEL in `dtype`. Raises `VocabtrimError` with what is wrong with it."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    files, where, options = _locate(spec)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except VocabtrimError:
+        raise
+    except Exception as error:  # transformers and huggingface_hub raise many kinds
+        raise VocabtrimError(f"cannot load {spec}: {_first_line(error)}") from error
+    _forget_quantization(model)
+    _check(spec, model, tokenizer)
+    if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
+        raise VocabtrimError(f"the weights of {spec} do not fit its config.json: no usable {missing[0]} among them")
+    return Source(spec, model.eval(), tokenizer, _digest(files, model))
+
+
+@contextmanager
+def calibration_model(model: PreTrainedModel, needed: bool = True) -> Iterator[PreTrainedModel | None]:
+    """`model` in the dtype that this CPU samples fastest in: a bfloat16 copy where it has the instructions (two to
+    three times as fast as float32 here), else float32, to which float16 and bfloat16 convert and back without loss. None where no
+    model is `needed`."""
+    before = model.dtype
+    if not needed:
+        yield None
+        return
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        yield model if before == torch.bfloat16 else copy.deepcopy(model).to(torch.bfloat16)
+        return
+    model.float()
+    try:
+        yield model
+    finally:
+        model.to(before)
+
+
+def _locate(spec: str) -> tuple[list[Path], str, dict[str, Any]]:
+    """The weight files of a local MODEL (none for a hub id), and how transformers is to open it."""
+    path = Path(spec).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise VocabtrimError(f"{spec} is a file but no .gguf: give the directory that holds config.json")
+        return [path], str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        return _locate_directory(path)
+    if spec.count("/") > 1 or spec.startswith((".", "/", "~")) or spec.endswith(".gguf"):
+        raise VocabtrimError(f"no model at {spec}: the path does not exist")
+    return [], spec, {}
+
+
+def _locate_directory(path: Path) -> tuple[list[Path], str, dict[str, Any]]:
+    weights = sorted(path.glob("*.safetensors"))
+    if (path / "config.json").is_file() and weights:
+        return weights, str(path), {}
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return ggufs, str(path), {"gguf_file": ggufs[0].name}
+    if ggufs:
+        raise VocabtrimError(f"{path} holds {len(ggufs)} .gguf files: name one of them")
+    if any(next(path.glob(pattern), None) for pattern in _PICKLES):
+        raise VocabtrimError(
+            f"{path} holds a pickle checkpoint, which can run code when opened: load and save_pretrained it "
+            "in a sandbox, which writes .safetensors, or take a release that has them"
+        )
+    if any(path.glob("*.onnx")):
+        raise VocabtrimError(f"{path} holds an ONNX model, which cannot be trimmed yet: give the original weights")
+    missing = ".safetensors weights" if (path / "config.json").is_file() else "config.json"
+    raise VocabtrimError(f"{path} is not a model directory: it has no {missing}")
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A GGUF's weights are dequantised as they load; the model must not call itself quantised any more."""
+    if hasattr(model.config, "quantization_config"):
+        if getattr(model.config.quantization_config, "quant_method", "gguf") != "gguf":
+            raise VocabtrimError("this checkpoint is quantised: give its unquantised weights or a .gguf file")
+        del model.config.quantization_config
+
+
+def _check(spec: str, model: PreTrainedModel, tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise VocabtrimError(f"{spec} has no tokenizer.json: a fast tokenizer is needed")
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise VocabtrimError(
+            f"the tokenizer of {spec} does not match its weights: it has ids up to {highest}, the model {rows} rows"
+        )
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        raise VocabtrimError(f"{spec} ({model.config.model_type}) has no linear LM head to trim")
+
+
+def _digest(files: list[Path], model: PreTrainedModel) -> str:
+    """sha256 over the weight files' own digests; of a hub model, over the commit that it was fetched at."""
+    parts = [file_digest(file) for file in files] or [str(getattr(model.config, "_commit_hash", None))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
