@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -25,7 +26,7 @@ class _Step:
     binding: ort.IOBinding
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
-    logits: NDArray[np.generic]
+    logits: NDArray[Any]
     token_ids: NDArray[np.int64]
 
 
@@ -89,7 +90,7 @@ class OnnxRuntimeEngine(Engine):
             np.zeros((1, keep, self._head_rows), self._dtype),
             np.zeros((1, keep), np.int64),
         )
-        inputs = {
+        inputs: dict[str, NDArray[Any]] = {
             "input_ids": step.input_ids,
             "position_ids": step.position_ids,
             "num_logits_to_keep": np.array([keep], np.int64),
@@ -115,7 +116,7 @@ class OnnxRuntimeEngine(Engine):
         return caches
 
 
-def _share(array: NDArray[np.generic]) -> ort.OrtValue:
+def _share(array: NDArray[Any]) -> ort.OrtValue:
     """An OrtValue on the memory of `array`, which it keeps alive."""
     return ort.OrtValue.ortvalue_from_numpy(array)
 

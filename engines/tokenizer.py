@@ -160,7 +160,7 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def _tojson(
-    value: Any,  # noqa: ANN401 - whatever a message holds
+    value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,

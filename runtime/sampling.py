@@ -64,18 +64,18 @@ def sample(weights: NDArray[np.float32], rng: np.random.Generator) -> int:
     Sums blocks first and accumulates inside one only: a running sum over 262k entries takes ten times as long.
     """
     sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64).cumsum()
-    point = rng.random() * sums[-1]  # below sums[-1], as random() is below 1
+    point = rng.random() * float(sums[-1])  # below sums[-1], as random() is below 1
     block = int(sums.searchsorted(point, "right"))
     inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
-    rest = point - sums[block - 1] if block else point
+    rest = point - float(sums[block - 1]) if block else point
     # The two sums round differently: stay below the last one, so that the entry found never weighs zero.
-    return block * _BLOCK + int(inside.searchsorted(min(rest, np.nextafter(inside[-1], 0)), "right"))
+    return block * _BLOCK + int(inside.searchsorted(min(rest, math.nextafter(inside[-1], 0)), "right"))
 
 
 def _warp(row: NDArray[np.float32], params: SamplingParams, result: NDArray[np.float32]) -> None:
     """Write the probabilities of one row into `result`."""
     highest = row.max()  # NaN if any is
-    if not np.isfinite(highest):
+    if not math.isfinite(highest):
         raise VocabtrimError("the model's logits are not finite: export it again with a wider --dtype")
     kept = _top_k(row, params.top_k) if 0 < params.top_k < len(row) else None
     weights = np.subtract(row, highest, out=result) if kept is None else row[kept] - highest

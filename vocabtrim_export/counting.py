@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 
@@ -68,19 +68,22 @@ def count_tokens(
     if how == "drafter" and "drafter" not in sources:
         raise VocabtrimError("--calibration-source drafter needs a --drafter to generate with")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    with calibration_model(source.model, needed=how != "text") as model:
-        return calibrate(
-            model,
-            source.tokenizer,
-            given.corpus,
-            source=how,
-            max_tokens=settings.calibration_tokens,
-            seed=settings.seed,
-            temperature=settings.temperature,
-            checkpoint=checkpoint,
-            progress=progress,
-            model_digest=source.digest,
-        )
+    run = partial(
+        calibrate,
+        tokenizer=source.tokenizer,
+        corpus=given.corpus,
+        source=how,
+        max_tokens=settings.calibration_tokens,
+        seed=settings.seed,
+        temperature=settings.temperature,
+        checkpoint=checkpoint,
+        progress=progress,
+        model_digest=source.digest,
+    )
+    if how == "text":
+        return run(None)
+    with calibration_model(source.model) as model:
+        return run(model)
 
 
 def calibrate_models(

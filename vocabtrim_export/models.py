@@ -57,14 +57,15 @@ def load_source(spec: str, dtype: torch.dtype) -> Source:
     transformers_logging.disable_progress_bar()
     files, where, options = _locate(spec)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except VocabtrimError:
         raise
     except Exception as error:  # transformers and huggingface_hub raise many kinds
         raise VocabtrimError(f"cannot load {spec}: {_first_line(error)}") from error
+    model, loading = loaded
     _forget_quantization(model)
     _check(spec, model, tokenizer)
     if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
@@ -73,22 +74,26 @@ def load_source(spec: str, dtype: torch.dtype) -> Source:
 
 
 @contextmanager
-def calibration_model(model: PreTrainedModel, needed: bool = True) -> Iterator[PreTrainedModel | None]:
-    """`model` in the dtype that this CPU samples fastest in: a bfloat16 copy where it has the instructions (two to
-    three times as fast as float32 here), else float32, to which float16 and bfloat16 convert and back without loss. None where no
-    model is `needed`."""
+def calibration_model(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """`model` in the dtype that this CPU samples fastest in.
+
+    A bfloat16 copy where the CPU has the instructions: two to three times as fast as float32 there. Else float32,
+    to which float16 and bfloat16 convert and back without loss.
+    """
     before = model.dtype
-    if not needed:
-        yield None
-        return
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        yield model if before == torch.bfloat16 else copy.deepcopy(model).to(torch.bfloat16)
+        yield model if before == torch.bfloat16 else _cast(copy.deepcopy(model), torch.bfloat16)
         return
-    model.float()
+    _cast(model, torch.float32)
     try:
         yield model
     finally:
-        model.to(before)
+        _cast(model, before)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    cast: Any = model  # `to` is decorated out of its type
+    return cast.to(dtype)  # type: ignore[no-any-return]
 
 
 def _locate(spec: str) -> tuple[list[Path], str, dict[str, Any]]:
@@ -136,7 +141,7 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 def _check(spec: str, model: PreTrainedModel, tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise VocabtrimError(f"{spec} has no tokenizer.json: a fast tokenizer is needed")
-    rows = int(model.get_input_embeddings().weight.shape[0])
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise VocabtrimError(

@@ -115,7 +115,7 @@ def _left_pad(prompts: Sequence[Sequence[int]], steps: int) -> tuple[Tensor, Ten
     return tokens, mask
 
 
-class _BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _BufferedLayer(DynamicLayer):
     """A layer's keys and values in buffers of a known capacity.
 
     `DynamicLayer` concatenates, copying the whole cache at every step (44% of the time at batch 64); `StaticLayer`
@@ -123,7 +123,7 @@ class _BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.capacity, self.length = capacity, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

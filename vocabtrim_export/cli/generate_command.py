@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from vocabtrim_export.cli.arguments import add_engine_arguments, add_json_argument
@@ -37,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
             print()
         result = stream.finish()
     if options.json:
-        print(json.dumps(asdict(result), indent=2))
+        print(json.dumps(result.to_dict(), indent=2))
     else:
         stats = result.stats
         print(

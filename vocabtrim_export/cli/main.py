@@ -4,6 +4,7 @@ import argparse
 import errno
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -76,6 +77,7 @@ def _fail(message: str) -> int:
 def _quiet_libraries() -> None:
     """Keep other libraries' notes off the terminal: what a user must know, we say."""
     warnings.filterwarnings("ignore")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     for name in ("torch", "transformers", "onnxscript", "onnx_ir", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
@@ -46,14 +47,12 @@ class DecoderGraph:
         return self.initializer(name, weight.to_ir(name))
 
     def constant(self, name: str, values: Sequence[int], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
-        return self.initializer(name, ir.tensor(list(values), dtype=dtype, name=name))
+        return self.initializer(name, ir.Tensor(np.array(values, dtype.numpy()), name=name))
 
-    def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    def initializer(self, name: str, tensor: ir.Tensor | ir.LazyTensor) -> ir.Value:
         """An initializer; one that is there already is given back."""
         if name not in self.graph.initializers:
-            value = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
-            )
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 

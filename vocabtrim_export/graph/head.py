@@ -40,7 +40,7 @@ def bake_token_ids(decoder: DecoderGraph, vocab_map: VocabMap | None) -> None:
     top = ir.node("ArgMax", [logits], {"axis": -1, "keepdims": 0, "select_last_index": 0})
     decoder.graph.append(top)
     if vocab_map is not None:
-        table = decoder.initializer("kept_token_ids", ir.tensor(vocab_map.kept_token_ids, name="kept_token_ids"))
+        table = decoder.initializer("kept_token_ids", ir.Tensor(vocab_map.kept_token_ids, name="kept_token_ids"))
         top = ir.node("Gather", [table, top.outputs[0]])
         decoder.graph.append(top)
         decoder.model.metadata_props["vocabtrim.vocab_map"] = vocab_map.digest

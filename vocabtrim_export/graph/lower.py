@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
+from engines.errors import VocabtrimError
 from engines.vocab_map import VocabMap
 from vocabtrim_export.graph.decoder import DecoderGraph
 from vocabtrim_export.graph.head import bake_token_ids, keep_last_positions, trim_head
@@ -48,15 +49,15 @@ def lower(
     decoder.finish()
     decoder.graph.opset_imports.update({"": OPSET, CONTRIB: 1})
     caches = [value for value in decoder.graph.inputs if str(value.name).startswith("past_key_values.")]
-    shapes = [value.shape for value in caches if value.shape is not None]
+    heads, head_dim = _cache_form(caches)
     return Lowered(
         decoder.model,
         weight_bytes_per_step=_bytes_per_step(decoder.graph),
         head_bytes=sum(_size(decoder.graph.initializers[name]) for name in head_weights),
-        kv_bytes_per_token=sum(int(shape[1]) * int(shape[3]) for shape in shapes) * decoder.dtype.itemsize,
+        kv_bytes_per_token=len(caches) * heads * head_dim * decoder.dtype.itemsize,
         num_layers=len(caches) // 2,
-        num_kv_heads=int(shapes[0][1]),
-        head_dim=int(shapes[0][3]),
+        num_kv_heads=heads,
+        head_dim=head_dim,
     )
 
 
@@ -64,9 +65,22 @@ def _bytes_per_step(graph: ir.Graph) -> int:
     total = 0
     for value in graph.initializers.values():
         whole = any(use.idx not in _TABLES.get(use.node.op_type, ()) for use in value.uses())
-        rows = 1 if whole or value.shape is None else int(value.shape[0])
-        total += _size(value) // rows
+        total += _size(value) // (1 if whole else _dims(value)[0])
     return total
+
+
+def _cache_form(caches: list[ir.Value]) -> tuple[int, int]:
+    """Heads and head size of the KV caches, which a bundle has of one form only."""
+    forms = {(shape[1], shape[3]) for shape in map(_dims, caches)}
+    if len(forms) != 1:
+        raise VocabtrimError(f"the layers' KV caches differ in form ({sorted(forms)}), which bundles cannot hold")
+    return forms.pop()
+
+
+def _dims(value: ir.Value) -> list[int]:
+    """The dimensions of a value; 0 for one that is not known."""
+    assert value.shape is not None
+    return [dim if isinstance(dim, int) else 0 for dim in value.shape]
 
 
 def _size(value: ir.Value) -> int:

@@ -58,7 +58,7 @@ def lower_attention(decoder: DecoderGraph) -> None:
     for node in decoder.composites("Attention"):
         numbers = attributes(node)
         layer, rotary = int(numbers["layer"]), node.inputs[3:5]
-        cache_shape = [1, int(numbers["num_kv_heads"]), "capacity", int(numbers["head_dim"])]
+        cache_shape: list[int | str] = [1, int(numbers["num_kv_heads"]), "capacity", int(numbers["head_dim"])]
         past = [
             decoder.input(f"past_key_values.{layer}.{part}", decoder.ir_dtype, cache_shape) for part in ("key", "value")
         ]

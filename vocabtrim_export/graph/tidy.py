@@ -13,7 +13,7 @@ def tidy(decoder: DecoderGraph) -> None:
     IdentityEliminationPass()(decoder.model)
     for node in list(decoder.graph):
         if node.graph is not None and node.op_type in ("Reshape", "Transpose") and not node.domain:
-            _cancel(decoder, node)
+            _cancel(node)
     RemoveUnusedNodesPass()(decoder.model)
 
 
@@ -27,17 +27,16 @@ def _constant_reshapes(decoder: DecoderGraph) -> None:
                 node.replace_input_with(1, decoder.constant("shape_" + "_".join(map(str, dims)), dims))
 
 
-def _cancel(decoder: DecoderGraph, node: ir.Node) -> None:
+def _cancel(node: ir.Node) -> None:
     """Bypass as many of the views before `node` as leave its input as it was."""
     value = node.outputs[0]
-    source, order = value, None
-    best = None
+    source, best = value, None
+    order: list[int] | None = None  # the permutation since the last plain view; None: none
     while (producer := source.producer()) is not None and producer.op_type in ("Reshape", "Transpose"):
         if producer.op_type == "Transpose":
-            perm = producer.attributes["perm"].as_ints()
+            perm = list(producer.attributes["perm"].as_ints())
             order = perm if order is None else [perm[i] for i in order]
-            if order == sorted(order):
-                order = None
+            order = None if order == sorted(order) else order
         elif order is not None:  # a reshape of a transposed tensor mixes its elements
             break
         source = producer.inputs[0] or source

@@ -66,7 +66,9 @@ def composites(skeleton: PreTrainedModel, modeling: ModuleType, norms: list[Norm
     handed_on: list[tuple[Tensor, Tensor]] = []
 
     def hand_out(
-        _hidden: Tensor, position_ids: Tensor, layer_type: str | None = None
+        _hidden: Tensor,
+        position_ids: Tensor,  # noqa: ARG001
+        layer_type: str | None = None,
     ) -> tuple[Tensor, Tensor]:  # the names that transformers' own modules have
         assert rope is not None
         return rope.table(layer_type)
@@ -97,7 +99,7 @@ def composites(skeleton: PreTrainedModel, modeling: ModuleType, norms: list[Norm
         yield
 
 
-def _emit(op: str, inputs: list[Any], shape: Any, **attributes: float) -> Tensor:
+def _emit(op: str, inputs: list[Any], shape: Any, **attributes: Any) -> Tensor:
     output: Tensor = symbolic(f"{DOMAIN}::{op}", inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=1)
     return output
 

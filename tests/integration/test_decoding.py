@@ -1,0 +1,128 @@
+"""The oracle tests, on real engines: what the loop gives is what the target alone gives."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from onnx.numpy_helper import to_array
+
+from engines import load_engine
+from runtime import SamplingParams, SpeculativeDecoder
+
+PROMPTS = [[5, 17, 200, 33], list(range(40, 70)), [7]]
+
+
+@pytest.fixture(scope="module")
+def directory(random_model):
+    return random_model("llama")
+
+
+@pytest.fixture(scope="module")
+def pair(directory, export_pair):
+    return export_pair(directory, quantize_drafter="int4")
+
+
+def plain_greedy(directory, prompt, tokens):
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=tokens, min_new_tokens=1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def test_greedy_equals_transformers_generate(directory, pair):
+    for draft_length in (1, 4, 7):
+        with SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=draft_length) as decoder:
+            for prompt in PROMPTS:
+                result = decoder.generate(prompt, max_new_tokens=40)
+                assert list(result.token_ids) == plain_greedy(directory, prompt, 40)
+
+
+def test_the_target_as_its_own_drafter_accepts_everything(pair):
+    with SpeculativeDecoder(load_engine(pair.target), load_engine(pair.target), draft_length=4) as decoder:
+        for prompt in PROMPTS:
+            stats = decoder.generate(prompt, max_new_tokens=41).stats
+            assert stats.accepted == stats.drafted > 0
+        for seed in range(3):
+            sampling = SamplingParams(temperature=1.0, top_p=0.9, seed=seed)
+            stats = decoder.generate(PROMPTS[0], max_new_tokens=41, sampling=sampling).stats
+            assert stats.accepted == stats.drafted > 0
+
+
+def test_long_prompts_run_in_chunks(directory, export_pair):
+    prompt = np.random.default_rng(0).integers(2, 400, 240).tolist()
+    result = export_pair(directory, max_length=256)
+    with load_engine(result.target) as whole, load_engine(result.target) as parts:
+        from engines import onnxruntime_engine
+
+        expected = whole.feed(prompt, keep=3).logits.copy()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(onnxruntime_engine, "CHUNK", 16)
+            found = parts.feed(prompt, keep=3).logits
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_full_context_ends_the_generation(pair):
+    with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
+        prompt = list(range(40, 60))
+        result = decoder.generate(prompt, max_new_tokens=10_000)
+        assert result.finish_reason == "length"
+        assert len(prompt) + len(result.token_ids) == 128 + 1  # the last one need not be cached
+
+
+def test_a_drafter_of_another_model_still_gives_the_targets_output(directory, random_model, export_pair):
+    other = random_model("llama", seed=1, hidden_size=32, num_hidden_layers=1)
+    result = export_pair(other, target=directory, k="coverage:0.5")
+    with SpeculativeDecoder.load(result.target, result.drafter) as decoder:
+        generated = decoder.generate(PROMPTS[1], max_new_tokens=40)
+        assert list(generated.token_ids) == plain_greedy(directory, PROMPTS[1], 40)
+        assert generated.stats.accepted < generated.stats.drafted
+
+
+def head_tensors(bundle):
+    model = onnx.load(bundle / "model.onnx")
+    head = next(node for node in reversed(model.graph.node) if node.op_type == "MatMulNBits")
+    tensors = {tensor.name: to_array(tensor) for tensor in model.graph.initializer}
+    return [tensors[name] for name in head.input[1:]]
+
+
+def test_rows_may_be_selected_before_or_after_quantisation(pair, directory, export_pair):
+    full = export_pair(directory, k="448", quantize_drafter="int4")
+    assert full.selection.is_noop
+    kept = pair.selection.vocab_map.kept_token_ids
+    for trimmed, whole in zip(head_tensors(pair.drafter), head_tensors(full.drafter), strict=True):
+        np.testing.assert_array_equal(trimmed, whole[kept])
+
+
+def test_bytes_per_step_are_what_the_files_hold(pair):
+    """Everything but tables is read whole: the embedding, the rotary tables and the remap table give a row each."""
+    manifest, model = pair.drafter_manifest, onnx.load(pair.drafter / "model.onnx")
+    sizes = {tensor.name: (to_array(tensor).nbytes, len(to_array(tensor))) for tensor in model.graph.initializer}
+    tables = [
+        name
+        for name, (_, rows) in sizes.items()
+        if name == "model.lm_head.weight" or "rope" in name or "kept_token" in name
+    ]
+    assert len(tables) == 4
+    expected = sum(size // rows if name in tables else size for name, (size, rows) in sizes.items())
+    assert manifest.weight_bytes_per_step == expected
+    blocks = 64 // 32
+    assert manifest.head_bytes == 192 * (blocks * 16 + blocks * 4 + 1)  # nibbles, scales, zero points
+    assert manifest.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head size, float32
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_bundles(dtype, directory, export_pair):
+    from engines import VocabtrimError
+
+    result = export_pair(directory, dtype=dtype)
+    if dtype == "bf16":
+        with pytest.raises(VocabtrimError, match="bf16"):
+            load_engine(result.target)
+        return
+    with load_engine(result.target) as engine:
+        logits = engine.feed(PROMPTS[1], keep=8).logits
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        wanted = model(torch.tensor([PROMPTS[1]])).logits[0, -8:].numpy()
+    np.testing.assert_allclose(logits, wanted, atol=0.1 * wanted.std())

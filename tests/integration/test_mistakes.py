@@ -1,0 +1,202 @@
+"""A user's mistakes: one line on standard error that says what to do, exit code 2, nothing lost."""
+
+import errno
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vocabtrim_export.cli.main import export_main, main
+
+
+@pytest.fixture(scope="module")
+def model(random_model):
+    return random_model("llama")
+
+
+@pytest.fixture(scope="module")
+def bundles(model, export_pair):
+    return export_pair(model)
+
+
+@pytest.fixture
+def attempt(model, count_file, tmp_path, capsys):
+    """attempt(k="0", …) runs vocabtrim-export with these options changed → (exit code, standard error)."""
+    counts = count_file(model)
+
+    def run(**changes):
+        options = {
+            "drafter": model,
+            "target": model,
+            "k": 192,
+            "output": tmp_path / "out",
+            "calibration": counts,
+            "max_length": 64,
+        }
+        arguments = []
+        for name, value in (options | changes).items():
+            if value is not None:
+                arguments += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+        try:
+            code = export_main(arguments)
+        except SystemExit as stop:  # argparse's way
+            code = stop.code
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def assert_one_line(result, pattern):
+    code, message = result
+    lines = [line for line in message.splitlines() if not re.match(r"[\w ]+: \d+/\d+", line)]  # progress
+    assert code == 2, message
+    assert len(lines) == 1, message
+    assert lines[0].startswith("error: ")
+    assert re.search(pattern, lines[0]), message
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_missing_or_wrong_models(attempt, model, tmp_path):
+    assert_one_line(attempt(drafter="./no/such/model"), "no model at ./no/such/model")
+    (tmp_path / "empty").mkdir()
+    assert_one_line(attempt(drafter=tmp_path / "empty"), "no config.json")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(model / "config.json", pickled)
+    write(pickled / "pytorch_model.bin", "not opened")
+    assert_one_line(attempt(drafter=pickled), "pickle")
+    unknown = shutil.copytree(model, tmp_path / "unknown")
+    config = json.loads((model / "config.json").read_text())
+    write(unknown / "config.json", json.dumps(config | {"model_type": "frobnicator", "architectures": ["F"]}))
+    assert_one_line(attempt(drafter=unknown), "frobnicator")
+    broken = shutil.copytree(model, tmp_path / "broken")
+    write(broken / "model.safetensors", "no weights")
+    assert_one_line(attempt(drafter=broken), "cannot load")
+    assert_one_line(attempt(drafter=write(tmp_path / "notes.txt", "x")), "no .gguf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_do_not_fit_their_config(attempt, model, tmp_path):
+    deeper = shutil.copytree(model, tmp_path / "deeper")
+    config = json.loads((model / "config.json").read_text())
+    write(deeper / "config.json", json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
+    assert_one_line(attempt(drafter=deeper), "do not fit")
+
+
+def test_tokenizers_that_do_not_belong(attempt, random_model, model, tmp_path):
+    small = random_model("llama", vocab_size=192)
+    assert_one_line(attempt(drafter=small), "does not match its weights")
+    other = shutil.copytree(model, tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    data = json.loads(text)
+    vocab = data["model"]["vocab"]
+    first, second = sorted(vocab, key=vocab.get)[100:102]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    write(other / "tokenizer.json", json.dumps(data))
+    assert_one_line(attempt(target=other), "different vocabularies")
+
+
+@pytest.mark.parametrize(
+    ("k", "pattern"),
+    [("0", "must be positive"), ("-5", "must be positive"), ("many", "not understood"), ("coverage:2", "coverage")],
+)
+def test_impossible_k(attempt, k, pattern):
+    assert_one_line(attempt(k=k), pattern)
+
+
+def test_unusable_calibration(attempt, tmp_path):
+    assert_one_line(attempt(calibration=tmp_path / "gone.txt"), "gone.txt")
+    assert_one_line(attempt(calibration=write(tmp_path / "empty.txt", "")), "empty.txt")
+    assert_one_line(attempt(calibration=write(tmp_path / "a.jsonl", '{"text": "x"}\n{"no": 1}\n')), "a.jsonl")
+    (tmp_path / "nothing").mkdir()
+    assert_one_line(attempt(calibration=tmp_path / "nothing"), "nothing")
+    assert_one_line(attempt(calibration=write(tmp_path / "c.safetensors", "x")), "token counts")
+
+
+def test_wrong_options(attempt):
+    assert_one_line(attempt(max_length=100_000), "--max-length 100000")
+    assert_one_line(attempt(dtype="fp64"), "fp64")
+    assert_one_line(attempt(k=None), "--k")
+    assert_one_line(attempt(target=None, calibration=None, calibration_source="target"), "--target")
+
+
+def test_an_output_that_holds_something(attempt, tmp_path):
+    kept = write(tmp_path / "out" / "thesis.txt", "precious")
+    assert_one_line(attempt(), "not empty.*--force")
+    assert attempt(force=True)[0] == 0
+    assert kept.read_text() == "precious"
+    assert attempt(force=True)[0] == 0  # replaces its own bundles
+    mine = write(tmp_path / "other" / "drafter" / "notes.txt", "precious")
+    assert_one_line(attempt(output=tmp_path / "other", force=True), "not a bundle")
+    assert mine.read_text() == "precious"
+    assert_one_line(attempt(output=write(tmp_path / "file", "x")), "is a file")
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_fault_while_writing_loses_nothing(fault, attempt, tmp_path, monkeypatch):
+    """The second bundle's manifest cannot be written: the pair that was there stays as it was."""
+    assert attempt()[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    real_write, manifests = Path.write_text, []
+
+    def failing_write(self, *arguments, **options):
+        if self.name == "vocabtrim.json":
+            manifests.append(self)
+            if len(manifests) == 2:
+                raise fault
+        return real_write(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", failing_write)
+    code, message = attempt(force=True, k=256)
+    if isinstance(fault, KeyboardInterrupt):
+        assert code == 130
+        assert "interrupted" in message
+    else:
+        assert_one_line((code, message), "disk is full")
+    after = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert after == before
+
+
+def run_vocabtrim(capsys, *arguments):
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+def test_wrong_bundles(bundles, tmp_path, capsys):
+    def generate(target, drafter, *more):
+        return run_vocabtrim(capsys, "generate", "--target", target, "--drafter", drafter, "--prompt", "hi", *more)
+
+    assert_one_line(generate(tmp_path / "none", bundles.drafter), "no bundle")
+    assert_one_line(generate(bundles.target.parent, bundles.drafter), "did you mean")
+    assert_one_line(generate(bundles.drafter, bundles.target), "holds a drafter")
+    assert_one_line(generate(bundles.target, bundles.drafter, "--max-new-tokens", "0"), "max_new_tokens")
+    assert_one_line(generate(bundles.target, bundles.drafter, "--device", "abacus"), "abacus")
+    damaged = shutil.copytree(bundles.drafter, tmp_path / "damaged")
+    data = bytearray((damaged / "model.onnx.data").read_bytes())
+    data[1000] ^= 1
+    (damaged / "model.onnx.data").write_bytes(data)
+    assert_one_line(generate(bundles.target, damaged), "model.onnx.data does not match")
+    swapped = shutil.copytree(bundles.drafter, tmp_path / "swapped")
+    (swapped / "vocab_map.safetensors").unlink()
+    assert_one_line(generate(bundles.target, swapped), "lacks vocab_map.safetensors")
+
+
+def test_a_k_that_covers_the_vocabulary_is_said_to_trim_nothing(attempt, tmp_path):
+    code, message = attempt(k=10_000)
+    assert code == 0
+    assert "nothing is trimmed" in message
+    assert not (tmp_path / "out" / "drafter" / "vocab_map.safetensors").exists()
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    assert_one_line(run_vocabtrim(capsys, "exprot"), "exprot")
