@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from torch import Tensor
 
 from engines.bundle import MANIFEST_NAME, MODEL_NAME, VOCAB_MAP_NAME, WEIGHTS_NAME, Manifest, Role, file_digest
 from engines.vocab_map import VocabMap
@@ -22,7 +23,10 @@ _TOOLS = ("vocabtrim-export", "torch", "transformers", "onnx", "onnxscript")
 
 @dataclass(frozen=True, slots=True)
 class BundlePlan:
-    """What one bundle is to hold. vocab_map: None for a full head; coverage, calibration: how the map came about."""
+    """What one bundle is to hold.
+
+    vocab_map: None for a full head; coverage, calibration: how the map came about. moments: see `input_moments`.
+    """
 
     role: Role
     source: Source
@@ -32,13 +36,14 @@ class BundlePlan:
     vocab_map: VocabMap | None = None
     coverage: float | None = None
     calibration: Mapping[str, Any] | None = None
+    moments: Mapping[str, Tensor] | None = None
 
 
 def write_bundle(directory: Path, traced: Traced, plan: BundlePlan, progress: Progress) -> Manifest:
     """Fill the empty `directory` with the bundle that `plan` describes. progress: called with (task, done, total)."""
     task = f"write {plan.role}"
     progress(task, 0, 1)
-    lowered = lower(traced, DTYPES[plan.dtype], plan.quantization, plan.vocab_map)
+    lowered = lower(traced, DTYPES[plan.dtype], plan.quantization, plan.vocab_map, plan.moments)
 
     def report(_tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
         progress(task, info.index + 1, info.total)

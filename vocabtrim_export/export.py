@@ -11,7 +11,8 @@ from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.counting import CalibrationSettings, count_tokens, read_calibration
 from vocabtrim_export.graph.quantize import Quantization
 from vocabtrim_export.lowering.trace import Traced, trace
-from vocabtrim_export.models import DTYPES, Source, load_source
+from vocabtrim_export.models import DTYPES, Source, calibration_model, load_source
+from vocabtrim_export.moments import input_moments
 from vocabtrim_export.output import COUNTS_NAME, check_output, replacing
 from vocabtrim_export.select import Selection, check_k, select_vocab, structural_token_ids
 
@@ -84,6 +85,11 @@ def export(
                 traced = {key: trace(sources[role].model, DTYPES[settings.dtype], context[role])}
                 progress("trace", 1, 1)
             plan = _plan(role, sources[role], context[role], selection, counts, settings)
+            if plan.quantization == "int4":
+                progress("measure inputs", 0, 1)
+                with calibration_model(sources[role].model) as model:
+                    plan = replace(plan, moments=input_moments(model, sources[role].tokenizer))
+                progress("measure inputs", 1, 1)
             manifests[role] = write_bundle(directory, traced[key], plan, progress)
     where = output / "target" if target else None
     return ExportResult(output / "drafter", where, manifests["drafter"], manifests.get("target"), selection)

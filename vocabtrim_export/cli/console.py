@@ -43,12 +43,16 @@ def _bars(rates: dict[str, str]) -> Iterator[Report]:
 def _lines(rates: dict[str, str]) -> Report:
     """A line when a task begins to move, every 15 seconds while it does, and when it is done."""
     last: dict[str, float] = {}
+    complete: set[str] = set()
     rate = _Rate(rates)
 
     def report(task: str, done: int, total: int) -> None:
         now = monotonic()
         note = rate(task, done)
-        if done >= total or now - last.get(task, -_SECONDS_BETWEEN_LINES) >= _SECONDS_BETWEEN_LINES:
+        finished = done >= total and task not in complete
+        if finished:
+            complete.add(task)
+        if finished or now - last.get(task, -_SECONDS_BETWEEN_LINES) >= _SECONDS_BETWEEN_LINES:
             last[task] = now
             print(f"{task}: {done}/{total}{note}", file=sys.stderr, flush=True)
 

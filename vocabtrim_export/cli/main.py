@@ -78,7 +78,7 @@ def _quiet_libraries() -> None:
     """Keep other libraries' notes off the terminal: what a user must know, we say."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    for name in ("torch", "transformers", "onnxscript", "onnx_ir", "huggingface_hub"):
+    for name in ("torch", "torch.onnx", "transformers", "onnxscript", "onnx_ir", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

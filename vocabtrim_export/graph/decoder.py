@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+from torch import Tensor
 
 from vocabtrim_export.graph.weights import Weight
 from vocabtrim_export.lowering.composites import DOMAIN
 from vocabtrim_export.lowering.trace import Traced
-
-Attributes = Mapping[str, int | float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,9 @@ class DecoderGraph:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, traced: Traced, dtype: torch.dtype) -> "DecoderGraph":
-        """A copy of `traced`, so that it can be lowered again."""
-        weights = {name: Weight.of(tensor, dtype) for name, tensor in traced.weights.items()}
+    def of(cls, traced: Traced, dtype: torch.dtype, moments: Mapping[str, Tensor]) -> "DecoderGraph":
+        """A copy of `traced`, so that it can be lowered again. moments: of the inputs, by the weight's name."""
+        weights = {name: Weight.of(tensor, dtype, moments.get(name)) for name, tensor in traced.weights.items()}
         return cls(traced.graph.clone(), weights, dtype)
 
     @property
@@ -49,7 +49,7 @@ class DecoderGraph:
     def constant(self, name: str, values: Sequence[int], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
         return self.initializer(name, ir.Tensor(np.array(values, dtype.numpy()), name=name))
 
-    def initializer(self, name: str, tensor: ir.Tensor | ir.LazyTensor) -> ir.Value:
+    def initializer(self, name: str, tensor: ir.Tensor[Any] | ir.LazyTensor) -> ir.Value:
         """An initializer; one that is there already is given back."""
         if name not in self.graph.initializers:
             value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)

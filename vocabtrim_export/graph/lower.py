@@ -1,16 +1,18 @@
 """One traced decoder → one ONNX Runtime model: the order of the passes, and what the result reads per step."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from engines.errors import VocabtrimError
 from engines.vocab_map import VocabMap
-from vocabtrim_export.graph.decoder import DecoderGraph
+from vocabtrim_export.graph.decoder import DecoderGraph, name_of
 from vocabtrim_export.graph.head import bake_token_ids, keep_last_positions, trim_head
 from vocabtrim_export.graph.ort import CONTRIB, lower_attention, lower_norms
-from vocabtrim_export.graph.quantize import Quantization, lower_products
+from vocabtrim_export.graph.quantize import HEAD, Quantization, lower_products
 from vocabtrim_export.graph.tidy import pack_projections, tidy
 from vocabtrim_export.lowering.trace import OPSET, Traced
 
@@ -32,10 +34,21 @@ class Lowered:
 
 
 def lower(
-    traced: Traced, dtype: torch.dtype, quantization: Quantization = "none", vocab_map: VocabMap | None = None
+    traced: Traced,
+    dtype: torch.dtype,
+    quantization: Quantization = "none",
+    vocab_map: VocabMap | None = None,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> Lowered:
-    """Lower for ONNX Runtime, the head trimmed to `vocab_map` where one is given. `traced` stays as it was."""
-    decoder = DecoderGraph.of(traced, dtype)
+    """Lower for ONNX Runtime, the head trimmed to `vocab_map` where one is given. `traced` stays as it was.
+
+    moments: of the linear layers' inputs, as `input_moments` measures them; int4 is better with them.
+    """
+    by_weight = {f"model.{name}.weight": value for name, value in (moments or {}).items()}
+    decoder = DecoderGraph.of(traced, dtype, by_weight)
+    (head,) = decoder.composites("Head")
+    name = name_of(head.inputs[1])  # of a tied weight, whichever name it was traced under
+    decoder.weights[name] = replace(decoder.weights[name], moments=(moments or {}).get(HEAD))
     decoder.model.producer_name, decoder.graph.name = "vocabtrim-export", "decoder"
     tidy(decoder)
     pack_projections(decoder)

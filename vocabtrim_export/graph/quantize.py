@@ -14,9 +14,10 @@ from vocabtrim_export.graph.weights import Weight
 Quantization = Literal["none", "int8", "int4"]
 BITS: dict[str, int] = {"int8": 8, "int4": 4}
 BLOCK = 32
-_ROWS_AT_ONCE = 4096
+HEAD = "head"
+_ROWS_AT_ONCE = 2048
 # clipping a block's extremes a little costs less than it gains with 16 levels, nothing with 256
-_SHRINKS = {4: (0.85, 0.9, 0.95, 1.0, 1.05), 8: (1.0,)}
+_SHRINKS = {4: (0.85, 0.925, 1.0), 8: (1.0,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +34,18 @@ class Blocks:
     zero_points: Tensor
 
 
-def quantize_blocks(weight: Tensor, bits: int) -> Blocks:
-    """Quantise `weight: [out, in]`, choosing for each block the scale and zero point of least squared error."""
-    parts = [_quantize_rows(rows, bits) for rows in weight.split(_ROWS_AT_ONCE)]
+def quantize_blocks(weight: Tensor, bits: int, moments: Tensor | None = None) -> Blocks:
+    """Quantise `weight: [out, in]`, choosing for each block the best of some scales and zero points.
+
+    Best is the least error of the product, eᵀ·moments·e for the block's rounding error e, with `moments` E[x xᵀ] of
+    its inputs, float32[blocks, BLOCK, BLOCK]; without, the least squared error.
+    """
+    parts = [_quantize_rows(rows, bits, moments) for rows in weight.split(_ROWS_AT_ONCE)]
     packed, scales, zero_points = (torch.cat(part) for part in zip(*parts, strict=True))
     return Blocks(packed, scales, zero_points)
 
 
-def _quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_rows(weight: Tensor, bits: int, moments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     out, size = weight.shape
     count, top = -(-size // BLOCK), (1 << bits) - 1
     blocks = torch.nn.functional.pad(weight.float(), (0, count * BLOCK - size)).view(out, count, BLOCK)
@@ -48,15 +53,15 @@ def _quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     span = blocks.amax(-1, keepdim=True).clamp(min=0) - low
     span = torch.where(span == 0, 1.0, span)
     zero_low = (-low / span * top).floor()
-    error = torch.full_like(span, float("inf"))
+    least = torch.full(span.shape, float("inf"), dtype=torch.float64)
     best_q, best_scale, best_zero = torch.zeros_like(blocks, dtype=torch.uint8), span, zero_low
     for shrink in _SHRINKS[bits]:
-        scale = (span * shrink / top).to(weight.dtype).float()
+        scale = (span * (shrink / top)).to(weight.dtype).float()
         for zero in (zero_low, (zero_low + 1).clamp(max=top)):
             q = (blocks / scale + zero).round_().clamp_(0, top)
-            off = ((q - zero) * scale - blocks).square_().sum(-1, keepdim=True)
-            better = off < error
-            error = torch.where(better, off, error)
+            error = _error((q - zero) * scale - blocks, moments)
+            better = error < least
+            least = torch.where(better, error, least)
             best_q = torch.where(better, q.to(torch.uint8), best_q)
             best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
     return (
@@ -64,6 +69,16 @@ def _quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         best_scale[..., 0].to(weight.dtype),
         _pack(best_zero[..., 0].to(torch.uint8), bits),
     )
+
+
+def _error(off: Tensor, moments: Tensor | None) -> Tensor:
+    """float64[out, blocks, 1]: the cost of `off`, [out, blocks, BLOCK].
+
+    In float64, so that how a matrix product is tiled, which depends on how many rows there are, decides nothing.
+    """
+    off = off.double()
+    weighted = off if moments is None else (off.transpose(0, 1) @ moments.double()).transpose(0, 1)
+    return (weighted * off).sum(-1, keepdim=True)
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:
@@ -102,7 +117,7 @@ def lower_products(decoder: DecoderGraph, quantization: Quantization) -> list[st
 
 
 def _quantized_product(decoder: DecoderGraph, x: ir.Value, name: str, dense: Weight, bits: int) -> ir.Node:
-    blocks = quantize_blocks(dense.load(), bits)
+    blocks = quantize_blocks(dense.load(), bits, dense.moments if bits == 4 else None)
     parts = {"quantized": blocks.packed, "scales": blocks.scales, "zero_points": blocks.zero_points}
     inputs = [decoder.add_weight(f"{name}.{part}", Weight.of(tensor)) for part, tensor in parts.items()]
     options = {"K": dense.shape[1], "N": dense.shape[0], "bits": bits, "block_size": BLOCK, "accuracy_level": 4}

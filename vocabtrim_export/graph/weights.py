@@ -11,24 +11,28 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor of a known shape and dtype whose values `load` gives."""
+    """A tensor of a known shape and dtype whose values `load` gives.
+
+    moments: float32[blocks, BLOCK, BLOCK], of the inputs that a product multiplies this weight with, if known.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
+    moments: Tensor | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> "Weight":
+    def of(cls, tensor: Tensor, dtype: torch.dtype | None = None, moments: Tensor | None = None) -> "Weight":
         """`tensor`, cast to `dtype` if it is a floating-point tensor."""
         target = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-        return cls(tuple(tensor.shape), target, lambda: tensor.detach().to(target))
+        return cls(tuple(tensor.shape), target, lambda: tensor.detach().to(target), moments)
 
     def rows(self, ids: Tensor) -> "Weight":
         """The rows `ids: int64[n]`."""
-        return Weight((len(ids), *self.shape[1:]), self.dtype, lambda: self.load()[ids])
+        return Weight((len(ids), *self.shape[1:]), self.dtype, lambda: self.load()[ids], self.moments)
 
     def transposed(self) -> "Weight":
-        return Weight(self.shape[::-1], self.dtype, lambda: self.load().t().contiguous())
+        return Weight(self.shape[::-1], self.dtype, lambda: self.load().t().contiguous(), self.moments)
 
     def plus(self, number: float) -> "Weight":
         """Every value plus `number`, added in float32."""
@@ -42,7 +46,8 @@ class Weight:
 
 
 def concatenate(weights: Sequence[Weight]) -> Weight:
-    """Rows of `weights`, one after another."""
+    """Rows of `weights`, one after another; all are multiplied with the same inputs."""
     first = weights[0]
     rows = sum(weight.shape[0] for weight in weights)
-    return Weight((rows, *first.shape[1:]), first.dtype, lambda: torch.cat([weight.load() for weight in weights]))
+    shape = rows, *first.shape[1:]
+    return Weight(shape, first.dtype, lambda: torch.cat([weight.load() for weight in weights]), first.moments)
