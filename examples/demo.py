@@ -22,12 +22,12 @@ def main() -> None:
     trimmed, full = options.output / "trimmed", options.output / "full"
     quantized = f"--drafter {options.model} --quantize-drafter int4 --max-length 2048"
     if not (trimmed / "target").exists():
-        calibration = f"--calibration {HERE / 'calibration.jsonl'} --calibration-tokens 30000"
-        run(f"vocabtrim-export {quantized} --target {options.model} --k 8192 {calibration} --output {trimmed}")
+        calibration = f"--calibration {HERE / 'calibration.jsonl'} --calibration-tokens 60000"
+        run(f"vocabtrim-export {quantized} --target {options.model} --k 16384 {calibration} --output {trimmed}")
     if not (full / "drafter").exists():  # what the trimmed drafter is compared with
         counts = f"--calibration {trimmed / 'token_counts.safetensors'}"
         run(f"vocabtrim-export {quantized} --k 49152 {counts} --output {full}")
-    pair = f"--target {trimmed / 'target'} --drafter {trimmed / 'drafter'}"
+    pair = f"--target {trimmed / 'target'} --drafter {trimmed / 'drafter'} --draft-length 2"
     prompt = shlex.quote("Why does the moon always show us the same side?")
     run(f"vocabtrim generate {pair} --prompt {prompt} --max-new-tokens 96")
     prompts = f"--prompts {HERE / 'prompts.jsonl'} --num-prompts 8 --max-new-tokens 96"

@@ -62,11 +62,10 @@ def count_tokens(
             raise VocabtrimError("the token counts were made with another tokenizer than the model's: calibrate again")
         return counts
     how = settings.calibration_source or ("target" if "target" in sources else "drafter")
-    source = sources["drafter" if how == "drafter" or "target" not in sources else "target"]
-    if how == "target" and "target" not in sources:
-        raise VocabtrimError("--calibration-source target needs a --target to generate with")
-    if how == "drafter" and "drafter" not in sources:
-        raise VocabtrimError("--calibration-source drafter needs a --drafter to generate with")
+    role = next(iter(sources)) if how == "text" else how
+    if role not in sources:
+        raise VocabtrimError(f"--calibration-source {role} needs a --{role} to generate with")
+    source = sources[role]
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     run = partial(
         calibrate,

@@ -10,6 +10,7 @@ from engines.bundle import MANIFEST_NAME
 from engines.errors import VocabtrimError
 
 COUNTS_NAME = "token_counts.safetensors"
+_ASIDE = ".vocabtrim-"
 
 
 def check_output(output: Path, names: list[str], force: bool) -> None:
@@ -19,7 +20,8 @@ def check_output(output: Path, names: list[str], force: bool) -> None:
     """
     if output.exists() and not output.is_dir():
         raise VocabtrimError(f"{output} is a file: name a directory for the output")
-    if output.is_dir() and not force and any(path.name != COUNTS_NAME for path in output.iterdir()):
+    ours = (COUNTS_NAME, _ASIDE)  # what an interrupted or killed run leaves
+    if output.is_dir() and not force and any(not path.name.startswith(ours) for path in output.iterdir()):
         raise VocabtrimError(f"{output} is not empty: choose another --output, or --force to replace its bundles")
     for name in names:
         place = output / name
@@ -36,22 +38,28 @@ def replacing(paths: list[Path]) -> Iterator[list[Path]]:
     """
     parent = paths[0].parent
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".vocabtrim-", dir=parent) as aside:
+    with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=parent) as aside:
         fresh = [Path(aside) / "new" / path.name for path in paths]
         for path in fresh:
             path.mkdir(parents=True)
         yield fresh
-        moved: list[tuple[Path, Path]] = []
-        try:
-            for new, place in zip(fresh, paths, strict=True):
-                if place.exists():
-                    old = Path(aside) / "old" / place.name
-                    old.parent.mkdir(exist_ok=True)
-                    place.rename(old)
-                    moved.append((old, place))
-                new.rename(place)
-        except BaseException:
-            for old, place in moved:
+        _put_in_place(fresh, paths, Path(aside) / "old")
+
+
+def _put_in_place(fresh: list[Path], paths: list[Path], attic: Path) -> None:
+    attic.mkdir()
+    touched: list[tuple[Path, Path]] = []
+    try:
+        for new, place in zip(fresh, paths, strict=True):
+            old = attic / place.name
+            touched.append((place, old))
+            if place.exists():
+                place.rename(old)
+            new.rename(place)
+    except BaseException:
+        for place, old in touched:
+            if old.exists() or place is not touched[-1][0]:
                 shutil.rmtree(place, ignore_errors=True)
+            if old.exists():
                 old.rename(place)
-            raise
+        raise

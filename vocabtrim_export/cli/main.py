@@ -61,7 +61,7 @@ def run_command(command: str, arguments: Sequence[str], prog: str) -> int:
     except MemoryError:
         return _fail("out of memory: lower --max-length, or use a smaller --dtype")
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _fail(f"the disk is full: free some space and run it again ({error.filename or error.strerror})")
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return _fail(f"no permission to write {error.filename or 'the output'}: choose another --output")
@@ -78,7 +78,7 @@ def _quiet_libraries() -> None:
     """Keep other libraries' notes off the terminal: what a user must know, we say."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    for name in ("torch", "torch.onnx", "transformers", "onnxscript", "onnx_ir", "huggingface_hub"):
+    for name in ("torch.onnx._internal", "transformers", "onnxscript", "onnx_ir", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -1,0 +1,83 @@
+"""SmolLM2-135M-Instruct as its users have it, through the commands. `make test` fetches the weights."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from engines import load_engine
+from runtime import SpeculativeDecoder
+from vocabtrim_export.cli.main import export_main, main
+
+MODEL = os.environ.get("VOCABTRIM_TEST_MODEL")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not MODEL, reason="needs VOCABTRIM_TEST_MODEL, the path of SmolLM2-135M-Instruct as .gguf"),
+]
+EXAMPLES = Path(__file__).parents[2] / "examples"
+QUESTIONS = [
+    "A farmer has 17 sheep and buys 3 pens for 8 sheep each. How many more sheep fit in?",
+    "Name three rivers in Europe and say where they end.",
+]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """The demo's pair, on a calibration that is short and needs no generation."""
+    output = tmp_path_factory.mktemp("smollm2") / "out"
+    arguments = ["--drafter", MODEL, "--target", MODEL, "--quantize-drafter", "int4", "--k", "8192"]
+    arguments += ["--calibration-source", "text", "--max-length", "512", "--output", str(output)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    assert export_main(arguments) == 0
+    yield output
+    torch.set_num_threads(threads)
+
+
+def test_greedy_output_is_that_of_transformers(bundles):
+    """Both generate from the same GGUF; a difference would have to be a near-tie, and these prompts have none."""
+    path = Path(MODEL)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    with SpeculativeDecoder.load(bundles / "target", bundles / "drafter") as decoder:
+        for question in QUESTIONS:
+            prompt = decoder.encode(question)
+            with torch.no_grad():
+                ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=48)[0, len(prompt) :]
+            result = decoder.generate(question, max_new_tokens=48)
+            assert list(result.token_ids) == ids.tolist()
+            assert result.stats.block_efficiency > 1.5
+
+
+def test_the_target_as_its_own_drafter_accepts_everything(bundles):
+    with SpeculativeDecoder(load_engine(bundles / "target"), load_engine(bundles / "target")) as decoder:
+        tokenizer = SpeculativeDecoder.load(bundles / "target").tokenizer
+        stats = decoder.generate(tokenizer.encode_chat([{"role": "user", "content": QUESTIONS[0]}])).stats
+        assert stats.accepted == stats.drafted > 50
+
+
+def test_bench_reports_every_mode(bundles, capsys):
+    arguments = ["bench", "--target", bundles / "target", "--drafter", bundles / "drafter", "--num-prompts", 1]
+    arguments += ["--prompts", EXAMPLES / "prompts.jsonl", "--max-new-tokens", 24, "--repeats", 1, "--json"]
+    assert main([str(argument) for argument in arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["modes"]) == {"target_only", "trimmed_drafter"}
+    assert report["lossless"]
+    trimmed, target = report["modes"]["trimmed_drafter"], report["modes"]["target_only"]
+    for mode in (trimmed, target):
+        assert mode["tokens_per_second"] > 0
+        assert mode["verify_ms"] > 0
+    assert trimmed["bytes_per_step"] < target["bytes_per_step"] / 5
+    assert trimmed["overhead"] < 0.1  # typically 0.003
+
+
+def test_generate_prints_the_text(bundles, capsys):
+    arguments = ["generate", "--target", bundles / "target", "--drafter", bundles / "drafter", "--max-new-tokens", "8"]
+    assert main([*map(str, arguments), "--prompt", "What is 2 + 2?", "--temperature", "0.8", "--seed", "1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip()
+    assert "block efficiency" in captured.err

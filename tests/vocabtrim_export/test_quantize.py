@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+
+from vocabtrim_export.graph.quantize import BLOCK, quantize_blocks
+
+
+def unpack(blocks, bits):
+    q, zero = blocks.packed.numpy(), blocks.zero_points.numpy()
+    if bits == 4:
+        q = np.stack([q & 15, q >> 4], -1).reshape(*q.shape[:-1], -1)
+        zero = np.stack([zero & 15, zero >> 4], -1).reshape(len(zero), -1)[:, : blocks.scales.shape[1]]
+    values = (q.astype(np.float32) - zero[..., None]) * blocks.scales.float().numpy()[..., None]
+    return values.reshape(len(q), -1)
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(70, 3 * BLOCK, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def moments():
+    x = torch.randn(500, 3, BLOCK, generator=torch.Generator().manual_seed(1)) + 0.7
+    return torch.einsum("nbi,nbj->bij", x, x) / 500
+
+
+@pytest.mark.parametrize(("bits", "steps"), [(4, 15), (8, 255)])
+def test_values_are_within_the_rounding_of_their_block(weight, bits, steps):
+    values = unpack(quantize_blocks(weight, bits), bits)
+    blocks = weight.numpy().reshape(70, 3, BLOCK)
+    span = blocks.max(-1) - blocks.min(-1)
+    error = np.abs(values.reshape(blocks.shape) - blocks).max(-1)
+    assert (error <= 1.15 * 0.5 * span / steps + (0.075 if bits == 4 else 0) * span).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_do_not_depend_on_each_other(weight, moments, bits):
+    rows = torch.tensor([3, 8, 9, 40, 69])
+    before, after = quantize_blocks(weight[rows], bits, moments), quantize_blocks(weight, bits, moments)
+    for name in ("packed", "scales", "zero_points"):
+        assert torch.equal(getattr(before, name), getattr(after, name)[rows])
+
+
+def test_moments_lower_the_error_of_the_product(weight, moments):
+    def cost(values):
+        off = (torch.from_numpy(values) - weight).view(70, 3, BLOCK)
+        return torch.einsum("obi,bij,obj->", off, moments, off)
+
+    plain, weighed = (unpack(quantize_blocks(weight, 4, given), 4) for given in (None, moments))
+    assert cost(weighed) < 0.9 * cost(plain)
+
+
+def test_zeros_stay_zero():
+    weight = torch.zeros(2, 40)  # also: an input that is no multiple of the block
+    assert not unpack(quantize_blocks(weight, 4), 4).any()
