@@ -39,11 +39,12 @@ def genai_step(directory: Path, past: int) -> Callable[[], None]:
         "attention_mask": np.ones((1, past + 1), np.int64),
         "position_ids": np.full((1, 1), past, np.int64),
     }
+    head_size = json.loads((directory / "genai_config.json").read_text())["model"]["decoder"]["head_size"]
     for value in session.get_inputs():
         if value.name in inputs:
             binding.bind_ortvalue_input(value.name, share(inputs[value.name]))
             continue
-        cache = share(np.zeros((1, value.shape[1], CAPACITY, value.shape[3]), np.float32))
+        cache = share(np.zeros((1, value.shape[1], CAPACITY, head_size), np.float32))
         binding.bind_ortvalue_input(value.name, cache)
         binding.bind_ortvalue_output(value.name.replace("past_key_values", "present"), cache)
     vocab = session.get_outputs()[0].shape[-1]

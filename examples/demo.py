@@ -22,7 +22,7 @@ def main() -> None:
     trimmed, full = options.output / "trimmed", options.output / "full"
     quantized = f"--drafter {options.model} --quantize-drafter int4 --max-length 2048"
     if not (trimmed / "target").exists():
-        calibration = f"--calibration {HERE / 'calibration.jsonl'} --calibration-tokens 60000"
+        calibration = f"--calibration {HERE / 'calibration.jsonl'} --calibration-tokens 40000"
         run(f"vocabtrim-export {quantized} --target {options.model} --k 16384 {calibration} --output {trimmed}")
     if not (full / "drafter").exists():  # what the trimmed drafter is compared with
         counts = f"--calibration {trimmed / 'token_counts.safetensors'}"
