@@ -66,7 +66,8 @@ def export(
     check_k(settings.k)
     given = read_calibration(settings.calibration.calibration)
     sources = _load(drafter, target, settings.dtype, progress)
-    context = {role: _context_length(source, settings.max_length) for role, source in sources.items()}
+    for source in sources.values():
+        context_length(source, settings.max_length)  # refuses before the long work
     counts = count_tokens(
         sources,
         given,
@@ -75,24 +76,36 @@ def export(
         lambda done, total: progress("calibrate", done, total),
     )
     selection = _select(counts, sources, settings.k)
-    manifests: dict[Role, Manifest] = {}
-    traced: dict[tuple[str, int], Traced] = {}
     with replacing([output / role for role in roles]) as directories:
-        for role, directory in zip(roles, directories, strict=True):
-            key = sources[role].name, context[role]
-            if key not in traced:  # a model that drafts for itself is traced once
-                progress("trace", 0, 1)
-                traced = {key: trace(sources[role].model, DTYPES[settings.dtype], context[role])}
-                progress("trace", 1, 1)
-            plan = _plan(role, sources[role], context[role], selection, counts, settings)
-            if plan.quantization == "int4":
-                progress("measure inputs", 0, 1)
-                with calibration_model(sources[role].model) as model:
-                    plan = replace(plan, moments=input_moments(model, sources[role].tokenizer))
-                progress("measure inputs", 1, 1)
-            manifests[role] = write_bundle(directory, traced[key], plan, progress)
+        places = dict(zip(roles, directories, strict=True))
+        manifests = _write_bundles(places, sources, selection, counts, settings, progress)
     where = output / "target" if target else None
     return ExportResult(output / "drafter", where, manifests["drafter"], manifests.get("target"), selection)
+
+
+def _write_bundles(
+    places: Mapping[Role, Path],
+    sources: Mapping[Role, Source],
+    selection: Selection,
+    counts: TokenCounts,
+    settings: ExportSettings,
+    progress: Progress,
+) -> dict[Role, Manifest]:
+    manifests: dict[Role, Manifest] = {}
+    traced: dict[str, Traced] = {}
+    for role, directory in places.items():
+        source, plan = sources[role], _plan(role, sources[role], selection, counts, settings)
+        if source.name not in traced:  # a model that drafts for itself is traced once
+            progress("trace", 0, 1)
+            traced = {source.name: trace(source.model, DTYPES[settings.dtype], plan.context_length)}
+            progress("trace", 1, 1)
+        if plan.quantization == "int4":
+            progress("measure inputs", 0, 1)
+            with calibration_model(source.model) as model:
+                plan = replace(plan, moments=input_moments(model, source.tokenizer))
+            progress("measure inputs", 1, 1)
+        manifests[role] = write_bundle(directory, traced[source.name], plan, progress)
+    return manifests
 
 
 def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> dict[Role, Source]:
@@ -109,7 +122,8 @@ def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> d
     return sources
 
 
-def _context_length(source: Source, max_length: int | None) -> int:
+def context_length(source: Source, max_length: int | None) -> int:
+    """Tokens that the KV cache of a bundle holds. Raises `VocabtrimError` for more than the model can take."""
     config = source.model.config.get_text_config()
     limit = int(getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
     rope = getattr(config, "rope_parameters", None) or {}
@@ -132,8 +146,9 @@ def _select(counts: TokenCounts, sources: Mapping[Role, Source], k: str) -> Sele
 
 
 def _plan(
-    role: Role, source: Source, context: int, selection: Selection, counts: TokenCounts, settings: ExportSettings
+    role: Role, source: Source, selection: Selection, counts: TokenCounts, settings: ExportSettings
 ) -> BundlePlan:
+    context = context_length(source, settings.max_length)
     if role == "target":
         return BundlePlan(role, source, settings.dtype, settings.quantize, context)
     plan = BundlePlan(role, source, settings.dtype, settings.quantize_drafter or settings.quantize, context)

@@ -126,3 +126,22 @@ def test_half_precision_bundles(dtype, directory, export_pair):
     with torch.no_grad():
         wanted = model(torch.tensor([PROMPTS[1]])).logits[0, -8:].numpy()
     np.testing.assert_allclose(logits, wanted, atol=0.1 * wanted.std())
+
+
+@pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.03), ("int4", 0.5)])
+def test_quantised_targets_are_near_the_model_and_still_lossless(quantize, tolerance, directory, export_pair):
+    result = export_pair(directory, quantize=quantize)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        wanted = model(torch.tensor([PROMPTS[1]])).logits[0, -8:].numpy()
+    with (
+        SpeculativeDecoder.load(result.target) as alone,
+        SpeculativeDecoder.load(result.target, result.drafter) as pair,
+    ):
+        found = alone.target.feed(PROMPTS[1], keep=8).logits
+        assert np.abs(found - wanted).mean() < tolerance * wanted.std()
+        for prompt in PROMPTS:
+            assert (
+                pair.generate(prompt, max_new_tokens=30).token_ids
+                == alone.generate(prompt, max_new_tokens=30).token_ids
+            )

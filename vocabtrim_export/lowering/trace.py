@@ -20,15 +20,14 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.lowering.composites import DOMAIN, Norm, Rope, composites, rotary_modules
 
 OPSET = 20
-KEEP_INPUT = "num_logits_to_keep"
 
 
 @dataclass(frozen=True, slots=True)
 class Traced:
     """A decoder as composites.
 
-    graph: inputs input_ids, position_ids: int64[1, S], num_logits_to_keep: int64[1]; output logits[1, keep, vocab].
-    Its initializers have names and shapes, no values. weights: their values by name, sharing the model's memory.
+    graph: inputs input_ids, position_ids: int64[1, S]; output logits[1, S, vocab]. Its initializers have names and
+    shapes, no values. weights: their values by name, sharing the model's memory.
     """
 
     graph: ir.Model
@@ -50,7 +49,7 @@ def trace(model: PreTrainedModel, dtype: torch.dtype, context_length: int) -> Tr
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise VocabtrimError(f"cannot trace a {model.config.model_type} model: {cause[0]}") from error
     _check_attention(graph, model)
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict(keep_vars=False).items()}
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     weights |= {f"model.{name}": tensor for name, tensor in model.named_buffers()}
     weights |= {f"rope.{name}": tensor for name, tensor in (rope.named_buffers() if rope else ())}
     return Traced(graph, weights)
