@@ -20,9 +20,11 @@ __all__ = [
 ]
 
 
-def load_engine(path: str | Path, device: str = "cpu") -> Engine:
+def load_engine(path: str | Path, device: str = "cpu", share_cache_with: Engine | None = None) -> Engine:
     """Check the bundle at `path` and load it on `device`, with an empty KV cache of its context length.
 
+    share_cache_with: an engine whose KV cache to use where both were made from the same weights and their caches are
+    of one form; else it changes nothing. A model that drafts for itself then reads the target's keys and values.
     Raises `VocabtrimError` if the bundle is damaged, the device unknown or its runtime not installed.
     """
     if device != "cpu":
@@ -36,4 +38,11 @@ def load_engine(path: str | Path, device: str = "cpu") -> Engine:
         from engines.onnxruntime_engine import OnnxRuntimeEngine
     except ImportError as error:
         raise VocabtrimError(f"ONNX Runtime is missing ({error}): pip install 'vocabtrim-export[cpu]'") from error
+    if isinstance(share_cache_with, OnnxRuntimeEngine) and _one_cache(bundle.manifest, share_cache_with.manifest):
+        return OnnxRuntimeEngine(bundle, share_cache_with)
     return OnnxRuntimeEngine(bundle)
+
+
+def _one_cache(a: Manifest, b: Manifest) -> bool:
+    names = ("source_digest", "dtype", "context_length", "num_layers", "num_kv_heads", "head_dim")
+    return all(getattr(a, name) == getattr(b, name) for name in names)

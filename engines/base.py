@@ -26,13 +26,18 @@ class StepOutput:
 
 
 class Engine(ABC):
-    """A decoder and its KV cache of `capacity` tokens, of which the first `length` are filled."""
+    """A decoder and its KV cache of `capacity` tokens, of which the first `length` are filled.
+
+    cache: identifies the memory of the KV cache. Engines of one model may share it (see `load_engine`); then what one
+    of them fed, the others can `adopt`.
+    """
 
     def __init__(self, manifest: Manifest, vocab_map: VocabMap | None) -> None:
         self.manifest = manifest
         self.vocab_map = vocab_map
         self.capacity = manifest.context_length
         self.length = 0
+        self.cache: object = object()
 
     @abstractmethod
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
@@ -46,6 +51,10 @@ class Engine(ABC):
         """Forget everything after the first `length` tokens. Moves no data."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
+        self.length = length
+
+    def adopt(self, length: int) -> None:
+        """Take the first `length` tokens that an engine with the same `cache` has fed for this one's own."""
         self.length = length
 
     @abstractmethod

@@ -31,12 +31,16 @@ class _Step:
 
 
 class OnnxRuntimeEngine(Engine):
-    """Runs on the CPU. Each layer's keys and values live in one buffer, bound as past and as present."""
+    """Runs on the CPU. Each layer's keys and values live in one buffer, bound as past and as present.
 
-    def __init__(self, bundle: Bundle) -> None:
+    shared: an engine whose buffers to use instead of own ones; the two caches must be of one form.
+    """
+
+    def __init__(self, bundle: Bundle, shared: "OnnxRuntimeEngine | None" = None) -> None:
         super().__init__(bundle.manifest, bundle.vocab_map)
         self._session = _open_session(bundle.path / MODEL_NAME)
-        self._caches = self._allocate_caches()
+        self._caches: dict[str, ort.OrtValue] = dict(shared._caches) if shared else self._allocate_caches()
+        self.cache = shared.cache if shared else self.cache
         self._seqlens = np.zeros(1, np.int32)
         self._total = np.zeros(1, np.int32)
         self._steps: dict[tuple[int, int], _Step] = {}

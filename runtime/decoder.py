@@ -116,12 +116,17 @@ class SpeculativeDecoder:
     def load(
         cls, target: str | Path, drafter: str | Path | None = None, device: str = "cpu", draft_length: int = 4
     ) -> Self:
-        """Load bundles, and the tokenizer from the target's. Raises `VocabtrimError`."""
+        """Load bundles, and the tokenizer from the target's. Raises `VocabtrimError`.
+
+        A drafter made from the target's own weights shares its KV cache, if both hold as many tokens.
+        """
         from engines import load_engine
 
         with ExitStack() as opened:  # closes the first engine if the second does not load
             target_engine = opened.enter_context(load_engine(target, device))
-            drafter_engine = None if drafter is None else opened.enter_context(load_engine(drafter, device))
+            drafter_engine = (
+                None if drafter is None else opened.enter_context(load_engine(drafter, device, target_engine))
+            )
             has_tokenizer = TOKENIZER_NAME in target_engine.manifest.files
             tokenizer = Tokenizer.load(target) if has_tokenizer else None
             decoder = cls(target_engine, drafter_engine, tokenizer, draft_length)

@@ -114,7 +114,7 @@ class _Loop:
     """The state between rounds. `sequence` is the prompt and what was generated.
 
     Between rounds `target.length == len(sequence) - 1`: the last token is not in the cache yet, the next call feeds it.
-    `drafter.length` is at most that: what it lacks it is fed when it next drafts.
+    `drafter.length` is at most that: what it lacks it is fed when it next drafts, unless it shares the target's cache.
     """
 
     def __init__(
@@ -130,6 +130,9 @@ class _Loop:
         self.vocab_size = target.manifest.vocab_size
         self.stop = frozenset(target.manifest.eos_token_ids)
         self.rule: _Rule = _Greedy() if sampling.is_greedy else _Sampled(sampling, drafter, self.vocab_size)
+        # A drafter of the target's own weights reads the target's keys and values: nothing to prefill or to catch up
+        # on, and better ones than its own. What it writes ahead, the verification overwrites.
+        self.one_cache = drafter is not None and drafter.cache is target.cache
         self.sequence = list(prompt)
         self.end = len(self.sequence) + max_new_tokens
 
@@ -184,6 +187,8 @@ class _Loop:
         room = self.room(drafter)
         if room < 1:
             return draft, 0.0
+        if self.one_cache:
+            drafter.adopt(self.target.length)
         start, is_first = perf_counter(), drafter.length == 0
         output = drafter.feed(self.unread(drafter))
         prefill_seconds = perf_counter() - start if is_first else 0.0

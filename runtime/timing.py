@@ -44,6 +44,7 @@ class TimedEngine(Engine):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine.manifest, engine.vocab_map)
         self.capacity, self.length = engine.capacity, engine.length
+        self.cache = engine.cache
         self.engine = engine
         self.feeds: list[Feed] = []
 
@@ -56,6 +57,10 @@ class TimedEngine(Engine):
 
     def rewind(self, length: int) -> None:
         self.engine.rewind(length)
+        self.length = length
+
+    def adopt(self, length: int) -> None:
+        self.engine.adopt(length)
         self.length = length
 
     def close(self) -> None:

@@ -70,7 +70,7 @@ def load_source(spec: str, dtype: torch.dtype) -> Source:
     _check(spec, model, tokenizer)
     if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
         raise VocabtrimError(f"the weights of {spec} do not fit its config.json: no usable {missing[0]} among them")
-    return Source(spec, model.eval(), tokenizer, _digest(files, model))
+    return Source(spec, model.eval(), tokenizer, _digest(spec, files, model))
 
 
 @contextmanager
@@ -153,9 +153,9 @@ def _check(spec: str, model: PreTrainedModel, tokenizer: Any) -> None:
         raise VocabtrimError(f"{spec} ({model.config.model_type}) has no linear LM head to trim")
 
 
-def _digest(files: list[Path], model: PreTrainedModel) -> str:
-    """sha256 over the weight files' own digests; of a hub model, over the commit that it was fetched at."""
-    parts = [file_digest(file) for file in files] or [str(getattr(model.config, "_commit_hash", None))]
+def _digest(spec: str, files: list[Path], model: PreTrainedModel) -> str:
+    """sha256 over the weight files' own digests; of a hub model, over its id and the commit it was fetched at."""
+    parts = [file_digest(file) for file in files] or [spec, str(getattr(model.config, "_commit_hash", None))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -38,8 +38,12 @@ def test_greedy_equals_transformers_generate(directory, pair):
                 assert list(result.token_ids) == plain_greedy(directory, prompt, 40)
 
 
-def test_the_target_as_its_own_drafter_accepts_everything(pair):
-    with SpeculativeDecoder(load_engine(pair.target), load_engine(pair.target), draft_length=4) as decoder:
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_target_as_its_own_drafter_accepts_everything(shared, pair):
+    with (
+        load_engine(pair.target) as target,
+        SpeculativeDecoder(target, load_engine(pair.target, share_cache_with=target if shared else None)) as decoder,
+    ):
         for prompt in PROMPTS:
             stats = decoder.generate(prompt, max_new_tokens=41).stats
             assert stats.accepted == stats.drafted > 0
@@ -128,7 +132,7 @@ def test_half_precision_bundles(dtype, directory, export_pair):
     np.testing.assert_allclose(logits, wanted, atol=0.1 * wanted.std())
 
 
-@pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.03), ("int4", 0.5)])
+@pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.15), ("int4", 0.5)]  # of the logits' spread; inputs are int8, too)
 def test_quantised_targets_are_near_the_model_and_still_lossless(quantize, tolerance, directory, export_pair):
     result = export_pair(directory, quantize=quantize)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
@@ -145,3 +149,29 @@ def test_quantised_targets_are_near_the_model_and_still_lossless(quantize, toler
                 pair.generate(prompt, max_new_tokens=30).token_ids
                 == alone.generate(prompt, max_new_tokens=30).token_ids
             )
+
+
+def test_only_a_drafter_of_the_targets_weights_shares_its_cache(pair, directory, random_model, export_pair):
+    other = export_pair(random_model("llama", seed=2), target=directory)
+    shorter = export_pair(directory, max_length=64)
+    with load_engine(pair.target) as target:
+        for result, shares in [(pair, True), (other, False), (shorter, False)]:
+            with load_engine(result.drafter, share_cache_with=target) as drafter:
+                assert (drafter.cache is target.cache) == shares
+
+
+def test_sharing_the_cache_changes_the_drafts_and_not_the_output(directory, pair):
+    prompt = PROMPTS[1]
+    with (
+        load_engine(pair.target) as target,
+        load_engine(pair.drafter) as own,
+        load_engine(pair.drafter, share_cache_with=target) as shared,
+    ):
+        for drafter in (own, shared, own):  # turns on one target, as bench takes them
+            result = SpeculativeDecoder(target, drafter).generate(prompt, max_new_tokens=60)
+            assert list(result.token_ids) == plain_greedy(directory, prompt, 60)
+        # what the drafter wrote ahead has left no trace in the target's cache
+        sampling = SamplingParams(temperature=1.0, seed=3)
+        first = SpeculativeDecoder(target, shared).generate(prompt, max_new_tokens=60, sampling=sampling)
+        again = SpeculativeDecoder(target, shared).generate(prompt, max_new_tokens=60, sampling=sampling)
+        assert first.token_ids == again.token_ids

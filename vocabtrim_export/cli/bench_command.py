@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         target = stack.enter_context(load_engine(options.target, options.device))
         drafters = {
-            mode: stack.enter_context(load_engine(path, options.device)) for mode, path in paths.items() if path
+            mode: stack.enter_context(load_engine(path, options.device, target)) for mode, path in paths.items() if path
         }
         decoder = SpeculativeDecoder(target, tokenizer=Tokenizer.load(options.target))
         messages = [[{"role": m.role, "content": m.content} for m in document.prompt] for document in documents]
