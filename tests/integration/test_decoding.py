@@ -132,7 +132,7 @@ def test_half_precision_bundles(dtype, directory, export_pair):
     np.testing.assert_allclose(logits, wanted, atol=0.1 * wanted.std())
 
 
-@pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.15), ("int4", 0.5)]  # of the logits' spread; inputs are int8, too)
+@pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.15), ("int4", 0.5)])  # the inputs are int8, too
 def test_quantised_targets_are_near_the_model_and_still_lossless(quantize, tolerance, directory, export_pair):
     result = export_pair(directory, quantize=quantize)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
