@@ -27,6 +27,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there is something to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return (
+            super()._get_help_string(action)
+            if action.default not in (None, []) and action.default is not False
+            else action.help
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`vocabtrim COMMAND …`. Returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -47,7 +58,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 def run_command(command: str, arguments: Sequence[str], prog: str) -> int:
     """Parse `arguments` for `command`, run it, and turn what goes wrong into one line."""
     module = importlib.import_module(f"vocabtrim_export.cli.{command}_command")
-    parser = Parser(prog=prog, description=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog=prog, description=module.__doc__, formatter_class=HelpFormatter)
     module.add_arguments(parser)
     options = parser.parse_args(arguments)
     _quiet_libraries()
