@@ -7,6 +7,7 @@ bytes of the model's weights (without a second copy of a tied head), and (peak â
 """
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -34,15 +35,8 @@ def model_bytes(path: Path, dtype: str) -> int:
         count = 0
         for file in path.glob("*.safetensors"):
             with safe_open(file, framework="numpy") as tensors:
-                count += sum(int(_size(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
+                count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in [*tensors.keys()])
     return count * {"fp32": 4, "fp16": 2, "bf16": 2}[dtype]
-
-
-def _size(shape: list[int]) -> int:
-    total = 1
-    for dim in shape:
-        total *= dim
-    return total
 
 
 if __name__ == "__main__":

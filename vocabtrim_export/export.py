@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from engines.bundle import Manifest, Role
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundle_writer import BundlePlan, Progress, write_bundle
@@ -93,17 +95,20 @@ def _write_bundles(
 ) -> dict[Role, Manifest]:
     manifests: dict[Role, Manifest] = {}
     traced: dict[str, Traced] = {}
+    moments: dict[str, Mapping[str, Tensor]] = {}
     for role, directory in places.items():
         source, plan = sources[role], _plan(role, sources[role], selection, counts, settings)
-        if source.name not in traced:  # a model that drafts for itself is traced once
+        if source.name not in traced:  # a model that drafts for itself is traced and measured once
             progress("trace", 0, 1)
             traced = {source.name: trace(source.model, DTYPES[settings.dtype], plan.context_length)}
             progress("trace", 1, 1)
         if plan.quantization == "int4":
-            progress("measure inputs", 0, 1)
-            with calibration_model(source.model) as model:
-                plan = replace(plan, moments=input_moments(model, source.tokenizer))
-            progress("measure inputs", 1, 1)
+            if source.name not in moments:
+                progress("measure inputs", 0, 1)
+                with calibration_model(source.model) as model:
+                    moments = {source.name: input_moments(model, source.tokenizer)}
+                progress("measure inputs", 1, 1)
+            plan = replace(plan, moments=moments[source.name])
         manifests[role] = write_bundle(directory, traced[source.name], plan, progress)
     return manifests
 

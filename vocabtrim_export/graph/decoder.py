@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor
 
 from vocabtrim_export.graph.weights import Weight
@@ -35,7 +36,7 @@ class DecoderGraph:
 
     @property
     def ir_dtype(self) -> ir.DataType:
-        return ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[str(self.dtype)[6:]]]
+        return from_torch_dtype(self.dtype)
 
     def composites(self, op: str) -> Iterator[ir.Node]:
         """The composite nodes `op` there are now, in order; they may be replaced while iterating."""
@@ -46,8 +47,9 @@ class DecoderGraph:
         self.weights[name] = weight
         return self.initializer(name, weight.to_ir(name))
 
-    def constant(self, name: str, values: Sequence[int], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
-        return self.initializer(name, ir.Tensor(np.array(values, dtype.numpy()), name=name))
+    def constant(self, name: str, values: Sequence[int]) -> ir.Value:
+        """An int64 initializer."""
+        return self.initializer(name, ir.Tensor(np.array(values, np.int64), name=name))
 
     def initializer(self, name: str, tensor: ir.Tensor[Any] | ir.LazyTensor) -> ir.Value:
         """An initializer; one that is there already is given back."""
