@@ -1,7 +1,7 @@
 """`Engine`: a loaded decoder with its own KV cache, whatever runs it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -15,14 +15,21 @@ from engines.vocab_map import VocabMap
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What the last `keep` fed positions predict. Both arrays are valid until the engine's next `feed`.
+    """What the last `keep` fed positions predict. Both arrays are valid until the engine's next `feed` or `draft`.
 
     token_ids: int64[keep], the most likely next token of each position, as full-vocabulary ids.
-    logits: float32[keep, head_rows]; column `i` of a trimmed drafter is token `vocab_map.kept_token_ids[i]`.
     """
 
     token_ids: NDArray[np.int64]
-    logits: NDArray[np.float32]
+    read_logits: Callable[[], NDArray[np.float32]]
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """float32[keep, head_rows]; column `i` of a trimmed drafter is token `vocab_map.kept_token_ids[i]`.
+
+        Copied from where the engine runs when asked for: greedy decoding never needs them.
+        """
+        return self.read_logits()
 
 
 class Engine(ABC):
@@ -46,6 +53,14 @@ class Engine(ABC):
         Long inputs run in chunks; `keep` positions must fit in one (`keep <= 256`).
         Raises `ContextFull` if they do not fit; the cache is then as before.
         """
+
+    def draft(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64] | None:  # noqa: ARG002
+        """Append `token_ids` and draft after them greedily, in one call of the device: int64[γ], γ the engine's own.
+
+        All drafted tokens but the last are then in the cache. None, and nothing done, where the engine has no graph
+        that does this for so many tokens or the cache has no room.
+        """
+        return None
 
     def rewind(self, length: int) -> None:
         """Forget everything after the first `length` tokens. Moves no data."""

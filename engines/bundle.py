@@ -10,13 +10,59 @@ from typing import Any, Literal
 from engines.errors import VocabtrimError
 from engines.vocab_map import VocabMap
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "vocabtrim.json"
 MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx.data"
 VOCAB_MAP_NAME = "vocab_map.safetensors"
+PLAN_NAME = "model.engine"
+DRAFT_MODEL_NAME = "draft.onnx"
+DRAFT_PLAN_NAME = "draft.engine"
 
 Role = Literal["target", "drafter"]
+Phase = Literal["draft", "verify", "prefill"]
+Flavor = Literal["none", "tensorrt", "rtx"]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One fixed shape: `tokens` fed, `keep` of their positions predicted, `span` slots of the KV cache attended to."""
+
+    phase: Phase
+    tokens: int
+    keep: int
+    span: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRT:
+    """What a bundle of `--format trt` holds beside the graph.
+
+    flavor, version: the library that built the plans; no other version opens them. "none": there are only graphs.
+    compute_capabilities: of the GPUs that they were built for, such as "8.6".
+    profiles: the optimization profiles of `model.engine`, in its order.
+    draft_length: tokens that one call of `draft.engine` drafts (γ), 0 where there is none. It has one optimization
+    profile for each of `spans`.
+    weights_stripped: the plans hold no weights; `model.onnx` and `draft.onnx` refit them at load.
+    """
+
+    flavor: Flavor
+    version: str
+    compute_capabilities: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    draft_length: int
+    weights_stripped: bool
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Numbers of slots that attention can read, ascending; the last is the whole KV cache."""
+        return tuple(sorted({profile.span for profile in self.profiles}))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "TensorRT":
+        profiles = tuple(Profile(**profile) for profile in data["profiles"])
+        fields = dict(data) | {"profiles": profiles, "compute_capabilities": tuple(data["compute_capabilities"])}
+        return cls(**fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +76,7 @@ class Manifest:
     vocab_map: digest of the VocabMap, None for a full head. coverage: share of held-out calibration tokens it keeps.
     tokenizer: digest of the token ↔ id table. source_digest: sha256 over the source's weights.
     files: name → sha256 of every other file of the bundle.
+    tensorrt: the plans of a bundle of `--format trt`; its graph has fixed shapes and standard operators.
     """
 
     role: Role
@@ -56,6 +103,7 @@ class Manifest:
     vocab_map: str | None = None
     coverage: float | None = None
     calibration: Mapping[str, Any] | None = None
+    tensorrt: TensorRT | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -77,6 +125,11 @@ class Manifest:
             raise VocabtrimError(f"{where} has missing or unknown fields: {', '.join(sorted(unknown))}")
         for name in ("eos_token_ids", "inputs", "outputs"):
             data[name] = tuple(data[name])
+        if data["tensorrt"] is not None:
+            try:
+                data["tensorrt"] = TensorRT.from_dict(data["tensorrt"])
+            except (KeyError, TypeError) as error:
+                raise VocabtrimError(f"{where}: malformed field tensorrt ({error})") from error
         return cls(**data)
 
 

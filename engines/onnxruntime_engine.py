@@ -38,7 +38,7 @@ class OnnxRuntimeEngine(Engine):
 
     def __init__(self, bundle: Bundle, shared: "OnnxRuntimeEngine | None" = None) -> None:
         super().__init__(bundle.manifest, bundle.vocab_map)
-        self._session = _open_session(bundle.path / MODEL_NAME)
+        self._session = open_session(bundle.path / MODEL_NAME)
         self._caches: dict[str, ort.OrtValue] = dict(shared._caches) if shared else self._allocate_caches()
         self.cache = shared.cache if shared else self.cache
         self._seqlens = np.zeros(1, np.int32)
@@ -46,7 +46,7 @@ class OnnxRuntimeEngine(Engine):
         self._steps: dict[tuple[int, int], _Step] = {}
         (logits,) = (output for output in self._session.get_outputs() if output.name == "logits")
         self._head_rows = int(logits.shape[-1])
-        self._dtype = _numpy_dtype(logits.type)
+        self._dtype = numpy_dtype(logits.type)
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         ids = np.asarray(token_ids, np.int64)
@@ -75,7 +75,7 @@ class OnnxRuntimeEngine(Engine):
         self._seqlens[0], self._total[0] = end - 1, end
         self._session.run_with_iobinding(step.binding)
         self.length = end
-        return StepOutput(step.token_ids[0], step.logits[0].astype(np.float32, copy=False))
+        return StepOutput(step.token_ids[0], lambda: step.logits[0].astype(np.float32, copy=False))
 
     def _step(self, length: int, keep: int) -> _Step:
         step = self._steps.get((length, keep))
@@ -103,11 +103,11 @@ class OnnxRuntimeEngine(Engine):
         }
         for value in self._session.get_inputs():
             cache = self._caches.get(value.name)
-            binding.bind_ortvalue_input(value.name, cache or _share(inputs[value.name]))
+            binding.bind_ortvalue_input(value.name, cache or share(inputs[value.name]))
         for name, cache in self._caches.items():
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
-        binding.bind_ortvalue_output("logits", _share(step.logits))
-        binding.bind_ortvalue_output("token_ids", _share(step.token_ids))
+        binding.bind_ortvalue_output("logits", share(step.logits))
+        binding.bind_ortvalue_output("token_ids", share(step.token_ids))
         return step
 
     def _allocate_caches(self) -> dict[str, ort.OrtValue]:
@@ -116,22 +116,24 @@ class OnnxRuntimeEngine(Engine):
             if value.name.startswith("past_key_values."):
                 _, heads, _, size = value.shape
                 shape = 1, heads, self.capacity, size
-                caches[value.name] = _share(np.zeros(shape, _numpy_dtype(value.type)))
+                caches[value.name] = share(np.zeros(shape, numpy_dtype(value.type)))
         return caches
 
 
-def _share(array: NDArray[Any]) -> ort.OrtValue:
+def share(array: NDArray[Any]) -> ort.OrtValue:
     """An OrtValue on the memory of `array`, which it keeps alive."""
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _numpy_dtype(onnx_type: str) -> np.dtype[np.generic]:
+def numpy_dtype(onnx_type: str) -> np.dtype[np.generic]:
+    """The dtype of, for one, "tensor(float16)"."""
     name = re.fullmatch(r"tensor\((\w+)\)", onnx_type)
     dtypes = {"float": np.float32, "float16": np.float16}
     return np.dtype(dtypes[name[1] if name else onnx_type])
 
 
-def _open_session(path: Path) -> ort.InferenceSession:
+def open_session(path: Path) -> ort.InferenceSession:
+    """A session on the CPU, in the thread pool that all share. Raises `VocabtrimError`."""
     _share_thread_pool()
     options = ort.SessionOptions()
     options.use_per_session_threads = False

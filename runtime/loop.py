@@ -129,7 +129,8 @@ class _Loop:
         self.target, self.drafter, self.draft_length = target, drafter, draft_length
         self.vocab_size = target.manifest.vocab_size
         self.stop = frozenset(target.manifest.eos_token_ids)
-        self.rule: _Rule = _Greedy() if sampling.is_greedy else _Sampled(sampling, drafter, self.vocab_size)
+        self.greedy = sampling.is_greedy
+        self.rule: _Rule = _Greedy() if self.greedy else _Sampled(sampling, drafter, self.vocab_size)
         # A drafter of the target's own weights reads the target's keys and values: nothing to prefill or to catch up
         # on, and better ones than its own. What it writes ahead, the verification overwrites.
         self.one_cache = drafter is not None and drafter.cache is target.cache
@@ -189,8 +190,11 @@ class _Loop:
             return draft, 0.0
         if self.one_cache:
             drafter.adopt(self.target.length)
-        start, is_first = perf_counter(), drafter.length == 0
-        output = drafter.feed(self.unread(drafter))
+        start, is_first, unread = perf_counter(), drafter.length == 0, self.unread(drafter)
+        drafted = None if is_first or not self.greedy else drafter.draft(unread)
+        if drafted is not None:
+            return self.usable(drafted[:room].tolist()), 0.0
+        output = drafter.feed(unread)
         prefill_seconds = perf_counter() - start if is_first else 0.0
         while (token := self.rule.propose(output)) < self.vocab_size:  # a head padded further than the target's
             draft.append(token)
@@ -198,6 +202,15 @@ class _Loop:
                 break
             output = drafter.feed(draft[-1:])
         return draft, prefill_seconds
+
+    def usable(self, drafted: list[int]) -> list[int]:
+        """The tokens that drafting one by one would have given: up to an EOS, or to one that the target lacks."""
+        for index, token in enumerate(drafted):
+            if token >= self.vocab_size:
+                return drafted[:index]
+            if token in self.stop:
+                return drafted[: index + 1]
+        return drafted
 
     def room(self, drafter: Engine) -> int:
         """How many tokens to draft: no more than can be used, since the target adds one, or than the caches hold."""

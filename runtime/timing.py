@@ -13,7 +13,10 @@ from runtime.loop import Round, decode_rounds
 
 
 class Feed(NamedTuple):
-    """One call of `Engine.feed`: tokens fed, positions predicted after, seconds."""
+    """One call of `Engine.feed` or `Engine.draft`: tokens fed, positions predicted after, seconds.
+
+    A draft of γ tokens counts as the γ steps of one token that it stands for.
+    """
 
     tokens: int
     keep: int
@@ -54,6 +57,15 @@ class TimedEngine(Engine):
         self.feeds.append(Feed(len(token_ids), keep, perf_counter() - start))
         self.length = self.engine.length
         return output
+
+    def draft(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64] | None:
+        start = perf_counter()
+        drafted = self.engine.draft(token_ids)
+        if drafted is not None:
+            steps = len(drafted)
+            self.feeds += [Feed(1, 1, (perf_counter() - start) / steps)] * steps
+            self.length = self.engine.length
+        return drafted
 
     def rewind(self, length: int) -> None:
         self.engine.rewind(length)

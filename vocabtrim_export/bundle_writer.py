@@ -1,23 +1,27 @@
 """One bundle written: graph and weights, tokenizer, VocabMap, and the manifest that vouches for them."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 from torch import Tensor
 
-from engines.bundle import MANIFEST_NAME, MODEL_NAME, VOCAB_MAP_NAME, WEIGHTS_NAME, Manifest, Role, file_digest
+from engines.bundle import MANIFEST_NAME, VOCAB_MAP_NAME, Manifest, Role, file_digest
 from engines.vocab_map import VocabMap
-from vocabtrim_export.graph.lower import Lowered, lower
+from vocabtrim_export.graph.files import Progress, save_graph
+from vocabtrim_export.graph.lower import Weights, lower
+from vocabtrim_export.graph.lowered import Lowered
 from vocabtrim_export.graph.quantize import Quantization
 from vocabtrim_export.lowering.trace import Traced
 from vocabtrim_export.models import DTYPES, Source
+from vocabtrim_export.trt.bundle import write_tensorrt
+from vocabtrim_export.trt.polygraphy import write_loader
+from vocabtrim_export.trt.settings import TensorRTSettings
 
-Progress = Callable[[str, int, int], None]
+_PROMPT = "The drafter proposes a few tokens, and the target reads all of them at once to see which it would have chosen."
 _TOOLS = ("vocabtrim-export", "torch", "transformers", "onnx", "onnxscript")
 
 
@@ -26,6 +30,7 @@ class BundlePlan:
     """What one bundle is to hold.
 
     vocab_map: None for a full head; coverage, calibration: how the map came about. moments: see `input_moments`.
+    trt: how to build TensorRT plans; None makes a bundle for ONNX Runtime.
     """
 
     role: Role
@@ -37,23 +42,29 @@ class BundlePlan:
     coverage: float | None = None
     calibration: Mapping[str, Any] | None = None
     moments: Mapping[str, Tensor] | None = None
+    trt: TensorRTSettings | None = None
 
 
 def write_bundle(directory: Path, traced: Traced, plan: BundlePlan, progress: Progress) -> Manifest:
     """Fill the empty `directory` with the bundle that `plan` describes. progress: called with (task, done, total)."""
-    task = f"write {plan.role}"
-    progress(task, 0, 1)
-    lowered = lower(traced, DTYPES[plan.dtype], plan.quantization, plan.vocab_map, plan.moments)
-
-    def report(_tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-        progress(task, info.index + 1, info.total)
-
-    ir.save(lowered.model, directory / MODEL_NAME, external_data=WEIGHTS_NAME, callback=report)
+    weights = Weights(DTYPES[plan.dtype], plan.quantization, plan.vocab_map, plan.moments)
+    tensorrt = None
+    if plan.trt is None:
+        lowered = lower(traced, weights)
+        save_graph(lowered.model, directory, f"write {plan.role}", progress)
+    else:
+        lowered, tensorrt = write_tensorrt(
+            directory, traced, weights, plan.role, plan.context_length, plan.trt, progress
+        )
     plan.source.tokenizer.save_pretrained(directory)
     if plan.vocab_map is not None:
         (directory / VOCAB_MAP_NAME).write_bytes(plan.vocab_map.to_bytes())
+    manifest = replace(_manifest(plan, lowered), tensorrt=tensorrt)
+    if tensorrt is not None:
+        write_loader(directory, manifest, plan.source.tokenizer.encode(_PROMPT))
     names = sorted(path.name for path in directory.iterdir())
-    manifest = replace(_manifest(plan, lowered), files={name: file_digest(directory / name) for name in names})
+    digests = {name: file_digest(directory / name) for name in names}
+    manifest = replace(manifest, files=digests)
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
     for path in directory.iterdir():
         with path.open("rb") as file:

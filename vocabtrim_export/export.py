@@ -8,15 +8,18 @@ from torch import Tensor
 
 from engines.bundle import Manifest, Role
 from engines.errors import VocabtrimError
-from vocabtrim_export.bundle_writer import BundlePlan, Progress, write_bundle
+from vocabtrim_export.bundle_writer import BundlePlan, write_bundle
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.counting import CalibrationSettings, count_tokens, read_calibration
+from vocabtrim_export.graph.files import Progress
 from vocabtrim_export.graph.quantize import Quantization
 from vocabtrim_export.lowering.trace import Traced, trace
 from vocabtrim_export.models import DTYPES, Source, calibration_model, load_source
 from vocabtrim_export.moments import input_moments
 from vocabtrim_export.output import COUNTS_NAME, check_output, replacing
 from vocabtrim_export.select import Selection, check_k, select_vocab, structural_token_ids
+from vocabtrim_export.trt.bundle import check_buildable
+from vocabtrim_export.trt.settings import TensorRTSettings
 
 DEFAULT_CONTEXT = 4096
 
@@ -25,18 +28,25 @@ DEFAULT_CONTEXT = 4096
 class ExportSettings:
     """How to export; the command line's options by the same names.
 
-    k: rows of the drafter's head: a number, or "coverage:0.95". dtype: "fp32", "fp16" or "bf16", of both bundles.
+    k: rows of the drafter's head: a number, or "coverage:0.95".
+    trt: how to build TensorRT plans; None exports for ONNX Runtime.
+    dtype: "fp32", "fp16" or "bf16", of both bundles; None: fp16 for TensorRT, fp32 for ONNX Runtime.
     quantize_drafter: None does as `quantize` says.
     max_length: tokens that the KV caches hold; None: what the models were made for, at most 4,096.
     """
 
     k: str
-    dtype: str = "fp32"
+    trt: TensorRTSettings | None = None
+    dtype: str | None = None
     quantize: Quantization = "none"
     quantize_drafter: Quantization | None = None
     max_length: int | None = None
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     force: bool = False
+
+    @property
+    def weights_dtype(self) -> str:
+        return self.dtype or ("fp16" if self.trt else "fp32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +76,9 @@ def export(
     roles: list[Role] = ["drafter", "target"] if target else ["drafter"]
     check_output(output, list(roles), settings.force)
     check_k(settings.k)
+    _check_format(settings)
     given = read_calibration(settings.calibration.calibration)
-    sources = _load(drafter, target, settings.dtype, progress)
+    sources = _load(drafter, target, settings.weights_dtype, progress)
     for source in sources.values():
         context_length(source, settings.max_length)  # refuses before the long work
     counts = count_tokens(
@@ -85,6 +96,14 @@ def export(
     return ExportResult(output / "drafter", where, manifests["drafter"], manifests.get("target"), selection)
 
 
+def _check_format(settings: ExportSettings) -> None:
+    """Refuse before the long work what the format cannot hold."""
+    if settings.trt is not None:
+        check_buildable(settings.trt, settings.weights_dtype)
+    elif "fp8" in (settings.quantize, settings.quantize_drafter):
+        raise VocabtrimError("ONNX Runtime has no fp8 products on the CPU: use int8 or int4, or --format trt")
+
+
 def _write_bundles(
     places: Mapping[Role, Path],
     sources: Mapping[Role, Source],
@@ -100,7 +119,7 @@ def _write_bundles(
         source, plan = sources[role], _plan(role, sources[role], selection, counts, settings)
         if source.name not in traced:  # a model that drafts for itself is traced and measured once
             progress("trace", 0, 1)
-            traced = {source.name: trace(source.model, DTYPES[settings.dtype], plan.context_length)}
+            traced = {source.name: trace(source.model, DTYPES[settings.weights_dtype], plan.context_length)}
             progress("trace", 1, 1)
         if plan.quantization == "int4":
             if source.name not in moments:
@@ -155,7 +174,8 @@ def _plan(
 ) -> BundlePlan:
     context = context_length(source, settings.max_length)
     if role == "target":
-        return BundlePlan(role, source, settings.dtype, settings.quantize, context)
-    plan = BundlePlan(role, source, settings.dtype, settings.quantize_drafter or settings.quantize, context)
+        return BundlePlan(role, source, settings.weights_dtype, settings.quantize, context, trt=settings.trt)
+    quantization = settings.quantize_drafter or settings.quantize
+    plan = BundlePlan(role, source, settings.weights_dtype, quantization, context, trt=settings.trt)
     vocab_map = None if selection.is_noop else selection.vocab_map
     return replace(plan, vocab_map=vocab_map, coverage=selection.coverage, calibration=counts.describe())

@@ -71,7 +71,7 @@ class FakeEngine(Engine):
         chosen = logits.argmax(axis=1)
         token_ids = chosen if self.vocab_map is None else self.vocab_map.kept_token_ids[chosen]
         self._outputs = [token_ids.astype(np.int64), logits]
-        return StepOutput(*self._outputs)
+        return StepOutput(self._outputs[0], lambda: logits)
 
     def logits(self, prefix) -> np.ndarray:
         """float32[head_rows] after `prefix`."""

@@ -4,8 +4,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.errors import VocabtrimError
+
 if TYPE_CHECKING:
     from vocabtrim_export.counting import CalibrationSettings
+    from vocabtrim_export.trt.settings import TensorRTSettings
 
 
 def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +45,68 @@ def calibration_settings(options: argparse.Namespace) -> "CalibrationSettings":
     )
 
 
+def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with --format trt")
+    group.add_argument(
+        "--trt-flavor",
+        choices=["auto", "tensorrt", "rtx", "none"],
+        default="auto",
+        help="tensorrt: builds for the GPU of this machine; rtx: TensorRT-RTX, builds without a GPU; auto: tensorrt "
+        "where it is installed and there is a GPU, else rtx; none: the graphs alone",
+    )
+    group.add_argument(
+        "--compute-capability",
+        nargs="+",
+        default=[],
+        metavar="X.Y",
+        help="of the GPUs to build for, such as 8.6 8.9 (rtx; default: all from 8.0 on)",
+    )
+    group.add_argument(
+        "--draft-length", type=int, default=4, metavar="N", help="tokens verified per round, less one (γ)"
+    )
+    group.add_argument(
+        "--unroll-draft", action="store_true", help="build an engine that drafts all γ tokens in one call as well"
+    )
+    group.add_argument("--prefill-chunk", type=int, default=256, metavar="N", help="tokens of a prompt read per call")
+    group.add_argument(
+        "--span",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="lengths below --max-length to build for as well: a text takes as long as the next longer one",
+    )
+    group.add_argument("--strip-weights", action="store_true", help="plans without weights; loading reads the graph's")
+    group.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="kernel timings to reuse and to add to (tensorrt)"
+    )
+    group.add_argument("--verbose", action="store_true", help="show what TensorRT logs while it builds")
+
+
+def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":
+    """What `add_tensorrt_arguments` parsed; None for another format."""
+    if options.format != "trt":
+        for name in ("compute_capability", "unroll_draft", "span", "strip_weights", "timing_cache"):
+            if getattr(options, name):
+                raise VocabtrimError(f"--{name.replace('_', '-')} is for TensorRT: give --format trt as well")
+        return None
+    from vocabtrim_export.trt.settings import TensorRTSettings
+
+    return TensorRTSettings(
+        flavor=options.trt_flavor,
+        compute_capabilities=tuple(options.compute_capability),
+        draft_length=options.draft_length,
+        prefill_chunk=options.prefill_chunk,
+        spans=tuple(options.span),
+        unroll=options.unroll_draft,
+        strip_weights=options.strip_weights,
+        timing_cache=options.timing_cache,
+    )
+
+
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", type=Path, required=True, metavar="DIR", help="the target's bundle")
-    parser.add_argument("--device", default="cpu", help="where the engines run")
+    parser.add_argument("--device", default="cpu", help="where the engines run: cpu, or cuda for TensorRT bundles")
     parser.add_argument("--draft-length", type=int, default=4, metavar="N", help="tokens drafted per round (γ)")
 
 

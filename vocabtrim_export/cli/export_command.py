@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vocabtrim_export.cli.arguments import add_calibration_arguments, add_json_argument
+from vocabtrim_export.cli.arguments import add_calibration_arguments, add_json_argument, add_tensorrt_arguments
 from vocabtrim_export.cli.console import progress_reporter
 
 if TYPE_CHECKING:
@@ -27,25 +28,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "share of held-out tokens",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets DIR/drafter and DIR/target")
-    parser.add_argument("--format", choices=["onnx"], default="onnx", help="what to write")
-    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of weights and KV cache")
-    quantizations = ["none", "int8", "int4"]
+    parser.add_argument(
+        "--format",
+        choices=["onnx", "trt"],
+        default="onnx",
+        help="onnx: for ONNX Runtime; trt: TensorRT engines as well",
+    )
+    parser.add_argument(
+        "--dtype", choices=["fp32", "fp16", "bf16"], help="of weights and KV cache (default: fp32, fp16 for trt)"
+    )
+    quantizations = ["none", "int8", "int4", "fp8"]
     parser.add_argument("--quantize", choices=quantizations, default="none", help="weight-only, both models")
     parser.add_argument("--quantize-drafter", choices=quantizations, help="the same, for the drafter alone")
     parser.add_argument(
         "--max-length", type=int, metavar="N", help="tokens the KV caches hold (default: the model's, at most 4096)"
     )
     add_calibration_arguments(parser)
+    add_tensorrt_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace bundles that are in DIR already")
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    from vocabtrim_export.cli.arguments import calibration_settings
+    from vocabtrim_export.cli.arguments import calibration_settings, tensorrt_settings
     from vocabtrim_export.export import ExportSettings, export
 
     settings = ExportSettings(
         k=options.k,
+        trt=tensorrt_settings(options),
         dtype=options.dtype,
         quantize=options.quantize,
         quantize_drafter=options.quantize_drafter,
@@ -53,6 +63,9 @@ def run(options: argparse.Namespace) -> None:
         calibration=calibration_settings(options),
         force=options.force,
     )
+    if options.verbose:
+        logging.basicConfig(stream=sys.stderr, format="%(message)s")
+        logging.getLogger("vocabtrim_export.trt").setLevel(logging.DEBUG)
     with progress_reporter({"calibrate": "tokens"}) as progress:
         result = export(options.drafter, options.target, options.output, settings, progress)
     for note in notes(result, builtin=not options.calibration):

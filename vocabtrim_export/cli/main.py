@@ -16,6 +16,7 @@ COMMANDS = {
     "export": "calibrate, trim and export a drafter and its target (what `vocabtrim-export` does)",
     "calibrate": "count the tokens that a model uses, for any K",
     "generate": "generate text with a target and a drafter",
+    "inspect": "show what a bundle holds: sizes, inputs and outputs, profiles, layers",
     "bench": "measure what a drafter gains, against decoding with the target alone",
 }
 

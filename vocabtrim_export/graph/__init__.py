@@ -1,1 +1,1 @@
-"""The ONNX graph: passes from composites to what ONNX Runtime runs."""
+"""The ONNX graph: passes from composites to what ONNX Runtime and TensorRT run."""

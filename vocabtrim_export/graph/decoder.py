@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
-from onnx_ir.tensor_adapters import from_torch_dtype
+from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
 from torch import Tensor
 
 from vocabtrim_export.graph.weights import Weight
@@ -27,7 +27,13 @@ class DecoderGraph:
     @classmethod
     def of(cls, traced: Traced, dtype: torch.dtype, moments: Mapping[str, Tensor]) -> "DecoderGraph":
         """A copy of `traced`, so that it can be lowered again. moments: of the inputs, by the weight's name."""
-        weights = {name: Weight.of(tensor, dtype, moments.get(name)) for name, tensor in traced.weights.items()}
+        initializers = traced.graph.graph.initializers
+        weights = {
+            # a few stay in float32 whatever the model is in: frequencies of a rotation, for one
+            name: Weight.of(tensor, to_torch_dtype(value.dtype), moments.get(name))
+            for name, tensor in traced.weights.items()
+            if (value := initializers.get(name)) is not None and value.dtype is not None
+        }
         return cls(traced.graph.clone(), weights, dtype)
 
     @property
@@ -81,6 +87,7 @@ class DecoderGraph:
         RemoveUnusedNodesPass()(self.model)
         RemoveUnusedOpsetsPass()(self.model)
         self.model.functions.clear()
+        self.graph.metadata_props.clear()  # the exporter's notes on where values came from
         for name, value in list(self.graph.initializers.items()):
             if name in self.weights:
                 value.const_value = self.weights[name].to_ir(name)

@@ -5,8 +5,10 @@ import torch
 
 from engines.vocab_map import VocabMap
 from vocabtrim_export.graph.decoder import DecoderGraph, name_of
+from vocabtrim_export.graph.nodes import Nodes
 
 KEEP_INPUT = "num_logits_to_keep"
+POSITIONS_INPUT = "logits_positions"
 _END = (1 << 63) - 1
 
 
@@ -19,6 +21,20 @@ def keep_last_positions(decoder: DecoderGraph) -> None:
     last = ir.node("Slice", [head.inputs[0], start.outputs[0], *bounds])
     decoder.graph.insert_before(head, [start, last])
     head.replace_input_with(0, last.outputs[0])
+
+
+def select_positions(decoder: DecoderGraph) -> None:
+    """Feed the head only the positions at the indices `logits_positions: int64[keep]` of the input."""
+    (head,) = decoder.composites("Head")
+    indices = decoder.input(POSITIONS_INPUT, ir.DataType.INT64, ["keep"])
+    head.replace_input_with(0, Nodes(decoder, head)("Gather", head.inputs[0], indices, axis=1))
+
+
+def select_last_position(decoder: DecoderGraph) -> None:
+    """Feed the head only the last position."""
+    (head,) = decoder.composites("Head")
+    nodes = Nodes(decoder, head)
+    head.replace_input_with(0, nodes("Gather", head.inputs[0], nodes.ints(-1), axis=1))
 
 
 def trim_head(decoder: DecoderGraph, vocab_map: VocabMap) -> None:

@@ -1,101 +1,109 @@
-"""One traced decoder → one ONNX Runtime model: the order of the passes, and what the result reads per step."""
+"""One traced decoder → one graph for ONNX Runtime or TensorRT: the order of the passes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from engines.errors import VocabtrimError
 from engines.vocab_map import VocabMap
 from vocabtrim_export.graph.decoder import DecoderGraph, name_of
-from vocabtrim_export.graph.head import bake_token_ids, keep_last_positions, trim_head
+from vocabtrim_export.graph.head import (
+    bake_token_ids,
+    keep_last_positions,
+    select_last_position,
+    select_positions,
+    trim_head,
+)
+from vocabtrim_export.graph.lowered import Lowered
+from vocabtrim_export.graph.nodes import name_nodes
 from vocabtrim_export.graph.ort import CONTRIB, lower_attention, lower_norms
+from vocabtrim_export.graph.qdq import standard_products
 from vocabtrim_export.graph.quantize import HEAD, Quantization, lower_products
+from vocabtrim_export.graph.standard import STANDARD_OPSET, CacheForm, standard_attention, standard_norms
 from vocabtrim_export.graph.tidy import pack_projections, tidy
+from vocabtrim_export.graph.unroll import unroll
 from vocabtrim_export.lowering.trace import OPSET, Traced
-
-# of these inputs a step reads a few rows: an embedding or remap table, rotary tables
-_TABLES = {"Gather": (0,), "GroupQueryAttention": (7, 8)}
 
 
 @dataclass(frozen=True, slots=True)
-class Lowered:
-    """A finished model, and the bytes of weights that one decode step reads: in all, and of the head alone."""
+class Weights:
+    """What a graph's weights are to be.
 
-    model: ir.Model
-    weight_bytes_per_step: int
-    head_bytes: int
-    kv_bytes_per_token: int
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-
-
-def lower(
-    traced: Traced,
-    dtype: torch.dtype,
-    quantization: Quantization = "none",
-    vocab_map: VocabMap | None = None,
-    moments: Mapping[str, Tensor] | None = None,
-) -> Lowered:
-    """Lower for ONNX Runtime, the head trimmed to `vocab_map` where one is given. `traced` stays as it was.
-
-    moments: of the linear layers' inputs, as `input_moments` measures them; int4 is better with them.
+    vocab_map: the head's rows, None for all. moments: of the linear layers' inputs, as `input_moments` measures them;
+    int4 is better with them.
     """
-    by_weight = {f"model.{name}.weight": value for name, value in (moments or {}).items()}
-    decoder = DecoderGraph.of(traced, dtype, by_weight)
-    (head,) = decoder.composites("Head")
-    name = name_of(head.inputs[1])  # of a tied weight, whichever name it was traced under
-    decoder.weights[name] = replace(decoder.weights[name], moments=(moments or {}).get(HEAD))
-    decoder.model.producer_name, decoder.graph.name = "vocabtrim-export", "decoder"
-    tidy(decoder)
+
+    dtype: torch.dtype
+    quantization: Quantization = "none"
+    vocab_map: VocabMap | None = None
+    moments: Mapping[str, Tensor] | None = None
+
+
+def lower(traced: Traced, weights: Weights) -> Lowered:
+    """Lower for ONNX Runtime. `traced` stays as it was."""
+    decoder = _start(traced, weights)
     pack_projections(decoder)
     keep_last_positions(decoder)
-    if vocab_map is not None:
-        trim_head(decoder, vocab_map)
-    bake_token_ids(decoder, vocab_map)
+    _finish_head(decoder, weights)
     lower_norms(decoder)
     lower_attention(decoder)
-    head_weights = lower_products(decoder, quantization)
+    head_weights = lower_products(decoder, weights.quantization)
     decoder.finish()
     decoder.graph.opset_imports.update({"": OPSET, CONTRIB: 1})
-    caches = [value for value in decoder.graph.inputs if str(value.name).startswith("past_key_values.")]
-    heads, head_dim = _cache_form(caches)
-    return Lowered(
-        decoder.model,
-        weight_bytes_per_step=_bytes_per_step(decoder.graph),
-        head_bytes=sum(_size(decoder.graph.initializers[name]) for name in head_weights),
-        kv_bytes_per_token=len(caches) * heads * head_dim * decoder.dtype.itemsize,
-        num_layers=len(caches) // 2,
-        num_kv_heads=heads,
-        head_dim=head_dim,
-    )
+    return Lowered.of(decoder, head_weights)
 
 
-def _bytes_per_step(graph: ir.Graph) -> int:
-    total = 0
-    for value in graph.initializers.values():
-        whole = any(use.idx not in _TABLES.get(use.node.op_type, ()) for use in value.uses())
-        total += _size(value) // (1 if whole else _dims(value)[0])
-    return total
+def lower_standard(traced: Traced, weights: Weights, cache: CacheForm) -> Lowered:
+    """Lower to standard operators, for TensorRT. `traced` stays as it was.
+
+    Inputs input_ids, position_ids: int64[1, sequence_length]; logits_positions: int64[keep], which of these positions
+    the head reads; past_key_values.N.key|value: [1, kv_heads, slots, head_dim]; see `CacheForm` for attended_slots.
+    Outputs logits: [1, keep, rows], token_ids: int64[1, keep], present.N.key|value. Tokens are written to the cache
+    from slot `position_ids[0, 0]` on.
+    """
+    decoder = _start(traced, weights)
+    positions = next(value for value in decoder.graph.inputs if value.name == "position_ids")
+    for value in decoder.graph.inputs:
+        value.shape = ir.Shape([1, "sequence_length"])
+    select_positions(decoder)
+    _finish_head(decoder, weights)
+    return _finish_standard(decoder, weights, cache, [positions])
 
 
-def _cache_form(caches: list[ir.Value]) -> tuple[int, int]:
-    """Heads and head size of the KV caches, which a bundle has of one form only."""
-    forms = {(shape[1], shape[3]) for shape in map(_dims, caches)}
-    if len(forms) != 1:
-        raise VocabtrimError(f"the layers' KV caches differ in form ({sorted(forms)}), which bundles cannot hold")
-    return forms.pop()
+def lower_unrolled(traced: Traced, weights: Weights, cache: CacheForm, steps: int) -> Lowered:
+    """As `lower_standard`, `steps` greedy steps at once: see `unroll` for what goes in and comes out."""
+    decoder = _start(traced, weights)
+    select_last_position(decoder)
+    _finish_head(decoder, weights)
+    return _finish_standard(decoder, weights, cache, unroll(decoder, steps))
 
 
-def _dims(value: ir.Value) -> list[int]:
-    """The dimensions of a value; 0 for one that is not known."""
-    assert value.shape is not None
-    return [dim if isinstance(dim, int) else 0 for dim in value.shape]
+def _start(traced: Traced, weights: Weights) -> DecoderGraph:
+    moments = weights.moments or {}
+    decoder = DecoderGraph.of(traced, weights.dtype, {f"model.{name}.weight": value for name, value in moments.items()})
+    (head,) = decoder.composites("Head")
+    name = name_of(head.inputs[1])  # of a tied weight, whichever name it was traced under
+    decoder.weights[name] = replace(decoder.weights[name], moments=moments.get(HEAD))
+    decoder.model.producer_name, decoder.graph.name = "vocabtrim-export", "decoder"
+    tidy(decoder)
+    return decoder
 
 
-def _size(value: ir.Value) -> int:
-    assert value.const_value is not None
-    return value.const_value.nbytes
+def _finish_head(decoder: DecoderGraph, weights: Weights) -> None:
+    if weights.vocab_map is not None:
+        trim_head(decoder, weights.vocab_map)
+    bake_token_ids(decoder, weights.vocab_map)
+
+
+def _finish_standard(
+    decoder: DecoderGraph, weights: Weights, cache: CacheForm, positions: Sequence[ir.Value]
+) -> Lowered:
+    standard_norms(decoder)
+    standard_attention(decoder, cache, positions)
+    head_weights = standard_products(decoder, weights.quantization)
+    decoder.finish()
+    name_nodes(decoder.graph)
+    decoder.graph.opset_imports.update({"": STANDARD_OPSET})
+    return Lowered.of(decoder, head_weights)

@@ -11,7 +11,7 @@ from vocabtrim_export.graph.decoder import DecoderGraph, name_of
 from vocabtrim_export.graph.ort import CONTRIB
 from vocabtrim_export.graph.weights import Weight
 
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "fp8"]
 BITS: dict[str, int] = {"int8": 8, "int4": 4}
 BLOCK = 32
 HEAD = "head"
@@ -59,29 +59,30 @@ def _quantize_rows(weight: Tensor, bits: int, moments: Tensor | None) -> tuple[T
         scale = (span * (shrink / top)).to(weight.dtype).float()
         for zero in (zero_low, (zero_low + 1).clamp(max=top)):
             q = (blocks / scale + zero).round_().clamp_(0, top)
-            error = _error((q - zero) * scale - blocks, moments)
+            error = product_error((q - zero) * scale - blocks, moments)
             better = error < least
             least = torch.where(better, error, least)
             best_q = torch.where(better, q.to(torch.uint8), best_q)
             best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
     return (
-        _pack(best_q, bits),
+        pack(best_q, bits),
         best_scale[..., 0].to(weight.dtype),
-        _pack(best_zero[..., 0].to(torch.uint8), bits),
+        pack(best_zero[..., 0].to(torch.uint8), bits),
     )
 
 
-def _error(off: Tensor, moments: Tensor | None) -> Tensor:
-    """float64[out, blocks, 1]: the cost of `off`, [out, blocks, BLOCK].
+def product_error(off: Tensor, moments: Tensor | None) -> Tensor:
+    """float64[out, blocks, 1]: the cost of `off`, [out, blocks, n·BLOCK], with `moments` as in `quantize_blocks`.
 
     In float64, so that how a matrix product is tiled, which depends on how many rows there are, decides nothing.
     """
-    off = off.double()
+    out, blocks, _ = off.shape
+    off = off.double().view(out, -1, BLOCK)
     weighted = off if moments is None else (off.transpose(0, 1) @ moments.double()).transpose(0, 1)
-    return (weighted * off).sum(-1, keepdim=True)
+    return (weighted * off).reshape(out, blocks, -1).sum(-1, keepdim=True)
 
 
-def _pack(values: Tensor, bits: int) -> Tensor:
+def pack(values: Tensor, bits: int) -> Tensor:
     """Two 4-bit values a byte along the last axis, the first in the low nibble."""
     if bits == 8:
         return values

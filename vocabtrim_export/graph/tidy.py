@@ -10,6 +10,9 @@ from vocabtrim_export.graph.weights import concatenate
 def tidy(decoder: DecoderGraph) -> None:
     """Make reshapes' targets constant, then drop views and transposes that undo each other."""
     _constant_reshapes(decoder)
+    for node in list(decoder.graph):
+        if node.op_type == "SplitToSequence" and not node.domain:
+            _plain_split(decoder, node)
     IdentityEliminationPass()(decoder.model)
     for node in list(decoder.graph):
         if node.graph is not None and node.op_type in ("Reshape", "Transpose") and not node.domain:
@@ -18,13 +21,49 @@ def tidy(decoder: DecoderGraph) -> None:
 
 
 def _constant_reshapes(decoder: DecoderGraph) -> None:
-    """A reshape to a shape with one unknown dimension needs no arithmetic: -1 stands for it."""
+    """A reshape to a shape with one unknown dimension needs no arithmetic: -1 stands for it. One of a constant list of
+    integers, as the exporter writes axes, is itself a constant."""
     for node in decoder.graph:
         shape = node.outputs[0].shape
-        if node.op_type == "Reshape" and not node.domain and shape is not None:
+        if node.op_type != "Reshape" or node.domain:
+            continue
+        numbers, target = (_constant(value) for value in node.inputs)
+        is_list = target is not None and target.size == 1
+        if is_list and numbers is not None and numbers.dtype == ir.DataType.INT64:
+            values = numbers.numpy().flatten().tolist()
+            constant = decoder.constant("ints_" + "_".join(map(str, values)), values)
+            node.outputs[0].replace_all_uses_with(constant)
+        elif shape is not None:
             dims = [dim if isinstance(dim, int) else -1 for dim in shape]
             if dims.count(-1) <= 1:
                 node.replace_input_with(1, decoder.constant("shape_" + "_".join(map(str, dims)), dims))
+
+
+def _plain_split(decoder: DecoderGraph, node: ir.Node) -> None:
+    """SplitToSequence and the SequenceAt nodes after it → Split: TensorRT has no sequences."""
+    x, split = node.inputs
+    readers = [use.node for use in node.outputs[0].uses()]
+    parts = [_constant(reader.inputs[1]) for reader in readers]
+    sizes = _constant(split)
+    axis = node.attributes["axis"].as_int()
+    total = x.shape[axis] if x is not None and x.shape is not None else None
+    if sizes is None or None in parts or not isinstance(total, int):
+        return
+    numbers = sizes.numpy()
+    lengths = (
+        numbers.tolist() if numbers.ndim else [min(int(numbers), total - at) for at in range(0, total, int(numbers))]
+    )
+    name = "split_" + "_".join(map(str, lengths))
+    plain = ir.node("Split", [x, decoder.constant(name, lengths)], {"axis": axis}, num_outputs=len(lengths))
+    plain.metadata_props.update(node.metadata_props)
+    decoder.graph.insert_before(node, plain)
+    for reader, part in zip(readers, parts, strict=True):
+        assert part is not None
+        decoder.replace(reader, [], [plain.outputs[int(part.numpy())]])
+
+
+def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    return None if value is None else ir.convenience.get_const_tensor(value)
 
 
 def _cancel(node: ir.Node) -> None:

@@ -1,0 +1,1 @@
+"""Bundles of `--format trt` made runnable: TensorRT or TensorRT-RTX on an NVIDIA GPU."""

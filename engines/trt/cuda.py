@@ -1,0 +1,173 @@
+"""The part of the CUDA runtime that an engine needs, its errors as exceptions. Sizes are bytes, addresses numbers."""
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import VocabtrimError
+
+ALIGNMENT = 256  # that TensorRT asks of every address
+
+_MENDABLE = {
+    "cudaErrorInsufficientDriver": "no NVIDIA driver, or one too old for this CUDA: install or update it",
+    "cudaErrorNoDevice": "no NVIDIA GPU, or CUDA_VISIBLE_DEVICES hides it",
+    "cudaErrorDevicesUnavailable": "another process has the GPU to itself",
+    "cudaErrorSystemDriverMismatch": "the NVIDIA driver was updated while loaded: restart the machine",
+}
+
+
+def runtime() -> Any:
+    """The module `cuda.bindings.runtime`."""
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise VocabtrimError(
+            f"the CUDA bindings are missing ({error}): pip install 'vocabtrim-export[trt]' or '[trt-rtx]'"
+        ) from error
+
+
+def check(result: tuple[Any, ...], asked: int = 0) -> Any:
+    """What a CUDA call returned after its error code: None, the value, or a tuple of values.
+
+    asked: bytes that the call was to allocate. Raises `VocabtrimError` for what the user can mend, else RuntimeError.
+    """
+    error, *values = result
+    if error.value == 0:
+        return None if not values else values[0] if len(values) == 1 else tuple(values)
+    if error.name in _MENDABLE:
+        raise VocabtrimError(f"CUDA cannot be used ({error.name}): {_MENDABLE[error.name]}")
+    if error.name == "cudaErrorMemoryAllocation":
+        raise VocabtrimError(
+            f"out of GPU memory ({error.name}) when asking for {asked:,} bytes: "
+            "lower --max-length or export with a smaller --dtype or --quantize"
+        )
+    _, text = runtime().cudaGetErrorString(error)
+    raise RuntimeError(f"CUDA failed with {error.name}: {text.decode()}")
+
+
+def has_device() -> bool:
+    """Whether there is an NVIDIA GPU that CUDA can use."""
+    try:
+        return bool(check(runtime().cudaGetDeviceCount()))
+    except VocabtrimError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU. compute_capability: such as "8.6"."""
+
+    name: str
+    compute_capability: str
+
+
+def current_device() -> Device:
+    """The GPU that calls of this thread go to. Raises `VocabtrimError` if there is none."""
+    cuda = runtime()
+    properties = check(cuda.cudaGetDeviceProperties(check(cuda.cudaGetDevice())))
+    return Device(properties.name.split(b"\0")[0].decode(), f"{properties.major}.{properties.minor}")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Memory of the GPU, its owner's to free once; `allocate_device` makes it."""
+
+    address: int
+    size: int
+
+    def free(self) -> None:
+        # Unchecked: it fails only after a call that has failed before, and said what is wrong.
+        runtime().cudaFree(self.address)
+
+
+def allocate_device(size: int) -> DeviceMemory:
+    """At least `size` bytes, aligned to ALIGNMENT, with anything in them."""
+    size = max(size, ALIGNMENT)
+    return DeviceMemory(int(check(runtime().cudaMalloc(size), asked=size)), size)
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedMemory:
+    """Page-locked memory of the host, its owner's to free once; `allocate_pinned` makes it.
+
+    Only with it does a copy that a CUDA graph holds run without waiting for the host.
+    """
+
+    address: int
+    size: int
+
+    def view(self, offset: int, count: int) -> NDArray[np.int64]:
+        """int64[count] on the bytes from `offset` on. It must not be used after `free`."""
+        raw = (ctypes.c_byte * (8 * count)).from_address(self.address + offset)
+        return np.frombuffer(memoryview(raw), np.int64)
+
+    def free(self) -> None:
+        runtime().cudaFreeHost(self.address)
+
+
+def allocate_pinned(size: int) -> PinnedMemory:
+    """`size` bytes of page-locked memory."""
+    return PinnedMemory(int(check(runtime().cudaMallocHost(size), asked=size)), size)
+
+
+class Stream:
+    """A queue of work for the GPU, run in order. It does not wait for the default stream, nor that for it."""
+
+    def __init__(self) -> None:
+        cuda = runtime()
+        self._handle = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
+        self.address = int(self._handle)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Queue a copy between any two of host and device memory."""
+        cuda = runtime()
+        check(cuda.cudaMemcpyAsync(target, source, size, cuda.cudaMemcpyKind.cudaMemcpyDefault, self._handle))
+
+    def zero(self, memory: DeviceMemory) -> None:
+        """Queue filling all of `memory` with zeros."""
+        check(runtime().cudaMemsetAsync(memory.address, 0, memory.size, self._handle))
+
+    def synchronize(self) -> None:
+        """Wait until everything queued is done. Raises RuntimeError for what failed since the last time."""
+        check(runtime().cudaStreamSynchronize(self._handle))
+
+    def capture(self, enqueue: Callable[[], bool]) -> Any | None:
+        """What `enqueue` queues, as a graph for `launch`; nothing runs yet.
+
+        None if `enqueue` returns False or does what a graph cannot hold; the stream is then as before.
+        """
+        cuda = runtime()
+        # Thread-local: another thread's engine may allocate meanwhile.
+        mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        check(cuda.cudaStreamBeginCapture(self._handle, mode))
+        try:
+            complete = enqueue()
+        except RuntimeError:
+            complete = False
+        error, graph = cuda.cudaStreamEndCapture(self._handle)
+        if error.value or not complete:
+            cuda.cudaGetLastError()  # else the next call that asks for the last error takes it for its own
+            if not error.value:
+                check(cuda.cudaGraphDestroy(graph))
+            return None
+        try:
+            return check(cuda.cudaGraphInstantiate(graph, 0))
+        finally:
+            check(cuda.cudaGraphDestroy(graph))
+
+    def launch(self, graph: Any) -> None:
+        """Queue all that a captured graph holds."""
+        check(runtime().cudaGraphLaunch(graph, self._handle))
+
+    def discard(self, graph: Any) -> None:
+        """Free a captured graph."""
+        runtime().cudaGraphExecDestroy(graph)
+
+    def destroy(self) -> None:
+        """Release the stream, once."""
+        runtime().cudaStreamDestroy(self._handle)

@@ -1,0 +1,109 @@
+"""`TensorRTExecutor`: the plans of a bundle on one GPU, on one stream, over one KV cache."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import StepOutput
+from engines.bundle import DRAFT_MODEL_NAME, DRAFT_PLAN_NAME, MODEL_NAME, PLAN_NAME, Bundle, Profile, TensorRT
+from engines.errors import VocabtrimError
+from engines.static import SLOTS_INPUT, Executor
+from engines.trt import cuda
+from engines.trt.bound import BoundProfile, KVCache, Shared
+from engines.trt.library import Library, Log, load_library, make_log
+from engines.trt.plan import check_plans, open_engine
+
+Which = Literal["model", "draft"]
+
+
+class TensorRTExecutor(Executor):
+    """Runs `model.engine` and, where the bundle has one, `draft.engine`. One call runs at a time.
+
+    What a step returns is valid until the next one.
+    write: gets every line that the library logs.
+    Raises `VocabtrimError` if the library, its version or the GPU is not what the plans were built for.
+    """
+
+    def __init__(self, bundle: Bundle, write: Callable[[str], None] | None = None) -> None:
+        plans = bundle.manifest.tensorrt
+        if plans is None or plans.flavor == "none":
+            raise VocabtrimError(f"{bundle.path} holds no TensorRT plans: export it with --format trt")
+        library = load_library(plans.flavor)
+        check_plans(plans, library.version, cuda.current_device().compute_capability, str(bundle.path))
+        self._plans = plans
+        self._bound: dict[tuple[Which, int], BoundProfile] = {}
+        log = make_log(library, write)
+        with ExitStack() as owned:
+            stream = cuda.Stream()
+            owned.callback(stream.destroy)
+            self._runtime = library.api.Runtime(log)  # must outlive its engines
+            self._engines = _open(bundle, plans, library, self._runtime, log)
+            owned.callback(self._engines.clear)
+            activation = cuda.allocate_device(max(e.device_memory_size_v2 for e in self._engines.values()))
+            owned.callback(activation.free)
+            self._shared = Shared(library, log, stream, activation)
+            self._cache = KVCache.allocate(library, self._engines["model"], stream)
+            owned.callback(self._free_cache)
+            self._owned = owned.pop_all()
+
+    @property
+    def cuda_graphs(self) -> int:
+        """Profiles that run as a CUDA graph."""
+        return sum(bound.has_graph for bound in self._bound.values())
+
+    def step(
+        self,
+        profile: Profile,
+        input_ids: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        logits_positions: NDArray[np.int64],
+    ) -> StepOutput:
+        """input_ids, position_ids: int64[profile.tokens]."""
+        bound = self._profile("model", self._plans.profiles.index(profile))
+        bound.inputs["input_ids"][:] = input_ids.reshape(-1)
+        bound.inputs["position_ids"][:] = position_ids.reshape(-1)
+        bound.inputs["logits_positions"][:] = logits_positions.reshape(-1)
+        return StepOutput(bound.run(), bound.read_logits)
+
+    def draft(self, span: int, input_ids: NDArray[np.int64], position_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """input_ids, position_ids: int64[DRAFT_TOKENS]. Returns int64[γ]."""
+        if not self._plans.draft_length:
+            raise ValueError("the bundle has no draft.engine")
+        bound = self._profile("draft", self._plans.spans.index(span))
+        bound.inputs["input_ids"][:] = input_ids.reshape(-1)
+        bound.inputs["position_ids"][:] = position_ids.reshape(-1)
+        return bound.run()
+
+    def close(self) -> None:
+        self._owned.close()
+
+    def _profile(self, which: Which, index: int) -> BoundProfile:
+        """The profile, bound when first used."""
+        bound = self._bound.get((which, index))
+        if bound is None:
+            bound = BoundProfile(self._shared, self._engines[which], index, self._cache)
+            if (slots := bound.inputs.get(SLOTS_INPUT)) is not None:
+                slots[:] = np.arange(len(slots))
+            self._bound[which, index] = bound
+        return bound
+
+    def _free_cache(self) -> None:
+        """Free the cache and, before it, all that is bound to its addresses."""
+        while self._bound:
+            self._bound.popitem()[1].close()
+        self._cache.memory.free()
+
+
+def _open(bundle: Bundle, plans: TensorRT, library: Library, runtime: Any, log: Log) -> dict[Which, Any]:
+    """The ICudaEngines of a bundle."""
+    files: dict[Which, tuple[str, str]] = {"model": (PLAN_NAME, MODEL_NAME)}
+    if plans.draft_length:
+        files["draft"] = DRAFT_PLAN_NAME, DRAFT_MODEL_NAME
+    engines: dict[Which, Any] = {}
+    for which, (plan, model) in files.items():
+        weights = bundle.path / model if plans.weights_stripped else None
+        engines[which] = open_engine(library, runtime, log, bundle.path / plan, weights)
+    return engines

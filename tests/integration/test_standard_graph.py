@@ -1,0 +1,145 @@
+"""The graphs that TensorRT plans are built from, on ONNX Runtime's CPU against PyTorch: this is what the plans mean."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from engines import VocabtrimError, load_engine
+from runtime import SamplingParams, SpeculativeDecoder
+from vocabtrim_export.trt.settings import TensorRTSettings
+
+from .conftest import ARCHITECTURES
+
+GRAPHS = TensorRTSettings(flavor="none", draft_length=3, prefill_chunk=16, spans=(40,), unroll=True)
+STEPS = [(24, 24), (1, 1), (5, 5), (1, 1), (17, 3), (20, 1), (4, 4)]  # tokens fed, positions kept
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_standard_graph_computes_what_pytorch_does(architecture, random_model, export_pair):
+    directory = random_model(architecture)
+    result = export_pair(directory, trt=GRAPHS, dtype="fp32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    ids = torch.randint(0, 400, (1, 72), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = model(ids).logits[0].numpy()
+    spread = wanted.std()
+    for path in (result.target, result.drafter):
+        with load_engine(path) as engine:
+            columns = slice(None) if engine.vocab_map is None else engine.vocab_map.kept_token_ids
+            at = 0
+            for fed, keep in STEPS:
+                output = engine.feed(ids[0, at : at + fed].numpy(), keep=keep)
+                at += fed
+                rows = wanted[at - keep : at, columns]
+                np.testing.assert_allclose(output.logits, rows, atol=2e-4 * spread, rtol=1e-4)
+                best = rows.argmax(-1)
+                assert output.token_ids.tolist() == (best if engine.vocab_map is None else columns[best]).tolist()
+            engine.rewind(24)
+            output = engine.feed(ids[0, 24:30].numpy(), keep=6)
+            np.testing.assert_allclose(output.logits, wanted[24:30, columns], atol=2e-4 * spread, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_unrolled_draft_is_the_stepwise_one(architecture, random_model, export_pair):
+    result = export_pair(random_model(architecture), trt=GRAPHS, dtype="fp32")
+    ids = np.random.default_rng(2).integers(2, 400, 60)
+    with load_engine(result.drafter) as unrolled, load_engine(result.drafter) as stepwise:
+        for length, lacking in ((1, 1), (20, 1), (20, 2), (37, 2), (58, 2)):
+            for engine in (unrolled, stepwise):
+                engine.rewind(0)
+                engine.feed(ids[:length])
+            drafted = unrolled.draft(ids[length : length + lacking])
+            expected = [int(stepwise.feed(ids[length : length + lacking]).token_ids[-1])]
+            for _ in range(2):
+                expected.append(int(stepwise.feed(expected[-1:]).token_ids[-1]))
+            assert drafted.tolist() == expected
+            assert unrolled.length == stepwise.length
+            after = [engine.feed([5, 6], keep=2).logits for engine in (unrolled, stepwise)]
+            np.testing.assert_allclose(*after, atol=2e-4 * after[0].std())  # so is what it left in the cache
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
+def test_quantised_weights_stay_near_the_models(quantize, random_model, export_pair):
+    """Their own error is the quantiser's tests' business; a mistake in axis, block or layout would give noise."""
+    directory = random_model("llama")
+    exact, rounded = (
+        export_pair(directory, trt=GRAPHS, dtype="fp32", quantize=name).drafter for name in ("none", quantize)
+    )
+    ids = np.random.default_rng(3).integers(2, 400, 40)
+    with load_engine(exact) as a, load_engine(rounded) as b:
+        found, wanted = b.feed(ids, keep=40).logits, a.feed(ids, keep=40).logits
+    assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > {"int8": 0.99, "int4": 0.8, "fp8": 0.98}[quantize]
+
+
+def test_half_precision_graph_runs_as_well(random_model, export_pair):
+    directory = random_model("qwen3")
+    result = export_pair(directory, trt=GRAPHS, dtype="fp16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    ids = torch.randint(0, 400, (1, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), load_engine(result.target) as engine:
+        wanted = model(ids).logits[0].numpy()
+        np.testing.assert_allclose(engine.feed(ids[0].numpy(), keep=40).logits, wanted, atol=0.05 * wanted.std())
+
+
+@pytest.fixture(scope="module")
+def pair(random_model, export_pair):
+    directory = random_model("llama")
+    plain = export_pair(directory)
+    return plain, export_pair(directory, trt=GRAPHS, dtype="fp32")
+
+
+@pytest.mark.parametrize("draft_length", [1, 3, 5])  # below, at and above what the engines were built for
+def test_greedy_output_is_the_plain_targets(pair, draft_length):
+    plain, standard = pair
+    with (
+        SpeculativeDecoder.load(plain.target) as alone,
+        SpeculativeDecoder.load(standard.target, standard.drafter, draft_length=draft_length) as decoder,
+    ):
+        for prompt in ([5, 17, 200, 33], list(range(40, 100)), [7]):
+            expected = alone.generate(prompt, max_new_tokens=200)
+            result = decoder.generate(prompt, max_new_tokens=200)
+            assert result.token_ids == expected.token_ids
+            assert result.finish_reason == expected.finish_reason == "length"
+
+
+def test_the_target_as_its_own_drafter_accepts_everything(pair):
+    _, standard = pair
+    target = load_engine(standard.target)
+    with SpeculativeDecoder(target, load_engine(standard.target), draft_length=3) as decoder:
+        for sampling in (SamplingParams(), SamplingParams(temperature=1.0, seed=1)):
+            stats = decoder.generate([5, 6, 7], max_new_tokens=60, sampling=sampling).stats
+            assert stats.accepted == stats.drafted > 0
+
+
+def test_drafts_in_one_call_are_counted_as_steps(pair):
+    from runtime.timing import timed_run
+
+    _, standard = pair
+    with load_engine(standard.target) as target, load_engine(standard.drafter) as drafter:
+        run = timed_run(target, drafter, [5, 6, 7], 40, 3)
+    later = run.drafter[1:]
+    assert {feed.tokens for feed in later} == {1}
+    assert any(a.seconds == b.seconds == c.seconds for a, b, c in zip(later, later[1:], later[2:], strict=False))
+
+
+def test_int4_that_does_not_divide_is_refused_and_names_the_layer(random_model, export_pair):
+    directory = random_model("llama", intermediate_size=88)
+    with pytest.raises(VocabtrimError, match=r"layers\.0\.mlp\.down_proj\.weight has 88 inputs"):
+        export_pair(directory, trt=GRAPHS, dtype="fp32", quantize="int4")
+
+
+def test_a_text_takes_the_shortest_span(pair):
+    _, standard = pair
+    spans = []
+    with load_engine(standard.target) as engine:
+        step = engine._executor.step
+        engine._executor.step = lambda profile, *inputs: (spans.append(profile.span), step(profile, *inputs))[1]
+        engine.feed(range(2, 52))
+        engine.feed(range(52, 62))
+        assert set(spans) == {64}
+        engine.feed(range(62, 66))
+        assert spans[-1] == 192
+        engine.rewind(40)
+        engine.feed([5])
+        assert spans[-1] == 64

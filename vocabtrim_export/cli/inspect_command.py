@@ -1,0 +1,191 @@
+"""Show what a bundle holds: the model, its graph, its plans and the layers that TensorRT made of them."""
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vocabtrim_export.cli.arguments import add_json_argument
+from vocabtrim_export.cli.console import print_table
+
+if TYPE_CHECKING:
+    from engines.bundle import Bundle, Manifest
+    from vocabtrim_export.trt.network import Layer, Network
+
+_CACHE = ("past_key_values.", "present.")
+Graph = dict[str, list[dict[str, Any]]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="DIR", help="the bundle")
+    parser.add_argument(
+        "--layers", action="store_true", help="list every layer of the parsed network, or every node of an ONNX graph"
+    )
+    add_json_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from engines.bundle import read_bundle
+
+    bundle = read_bundle(options.bundle)
+    graphs, networks = read_graphs(bundle), read_networks(bundle)
+    layers = list_layers(bundle, networks) if options.layers else {}
+    if options.json:
+        print(json.dumps(summary(bundle, graphs, networks, layers), indent=2))
+    else:
+        _print(bundle, graphs, networks, layers)
+
+
+def read_graphs(bundle: "Bundle") -> dict[str, Graph]:
+    """File → its inputs and outputs, each with name, dtype and shape (a dynamic dimension's name for its size)."""
+    return {name: {"inputs": _values(graph.input), "outputs": _values(graph.output)} for name, graph in _open(bundle)}
+
+
+def read_networks(bundle: "Bundle") -> dict[str, "Network"]:
+    """File → the parsed network of a plan that it describes; none for a bundle without plans."""
+    from vocabtrim_export.trt.network import DRAFT_NETWORK_NAME, NETWORK_NAME, Network
+
+    paths = [bundle.path / name for name in (NETWORK_NAME, DRAFT_NETWORK_NAME) if name in bundle.manifest.files]
+    return {path.name: Network.from_json(path.read_text("utf-8"), str(path)) for path in paths}
+
+
+def list_layers(bundle: "Bundle", networks: dict[str, "Network"]) -> dict[str, list[dict[str, Any]]]:
+    """File → its layers in order: of the parsed networks where there are any, else the nodes of the graphs."""
+    if networks:
+        return {name: [_layer(layer) for layer in network.layers] for name, network in networks.items()}
+    return {
+        name: [
+            {"name": node.name, "type": node.op_type, "inputs": list(node.input), "outputs": list(node.output)}
+            for node in graph.node
+        ]
+        for name, graph in _open(bundle)
+    }
+
+
+def summary(
+    bundle: "Bundle",
+    graphs: dict[str, Graph],
+    networks: dict[str, "Network"],
+    layers: dict[str, list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """What `--json` prints: the manifest as it is, and what is only in the files."""
+    found: dict[str, Any] = {
+        "bundle": str(bundle.path),
+        "format": "trt" if bundle.manifest.tensorrt else "onnx",
+        "manifest": asdict(bundle.manifest),
+        "file_bytes": _sizes(bundle),
+        "graphs": graphs,
+        "networks": {
+            name: {"layers": network.counts(), "kernels": dict(Counter(kernel.type for kernel in network.kernels))}
+            for name, network in networks.items()
+        },
+    }
+    return found | ({"layers": layers} if layers else {})
+
+
+def _open(bundle: "Bundle") -> list[tuple[str, Any]]:
+    """The ONNX graphs by their file, without weights: these are megabytes, the rest is not."""
+    import onnx
+
+    names = sorted((name for name in bundle.manifest.files if name.endswith(".onnx")), reverse=True)
+    return [(name, onnx.load(bundle.path / name, load_external_data=False).graph) for name in names]
+
+
+def _values(values: Any) -> list[dict[str, Any]]:
+    import onnx
+
+    return [
+        {
+            "name": value.name,
+            "dtype": onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower(),
+            "shape": [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+        }
+        for value in values
+    ]
+
+
+def _layer(layer: "Layer") -> dict[str, Any]:
+    named = {"name": layer.name, "type": layer.type}
+    return named | {side: [asdict(tensor) for tensor in getattr(layer, side)] for side in ("inputs", "outputs")}
+
+
+def _sizes(bundle: "Bundle") -> dict[str, int]:
+    return {name: (bundle.path / name).stat().st_size for name in sorted(bundle.manifest.files)}
+
+
+def _print(
+    bundle: "Bundle",
+    graphs: dict[str, Graph],
+    networks: dict[str, "Network"],
+    layers: dict[str, list[dict[str, Any]]],
+) -> None:
+    from rich.markup import escape  # a name may have brackets, which are markup else
+
+    manifest = bundle.manifest
+    print_table(escape(str(bundle.path)), ["", "value"], [[name, value] for name, value in _facts(manifest).items()])
+    if manifest.tensorrt is not None:
+        rows = [[p.phase, str(p.tokens), str(p.keep), str(p.span)] for p in manifest.tensorrt.profiles]
+        print_table("profiles", ["phase", "tokens", "predicted", "slots attended to"], rows)
+    for name, graph in graphs.items():
+        rows = [[v["name"], side, v["dtype"], _shape(v["shape"])] for side, v in _without_caches(graph)]
+        print_table(name, ["tensor", "", "type", "shape"], rows)
+    for name, network in networks.items():
+        rows = [[type_, str(count)] for type_, count in network.counts().items()]
+        rows.append(["kernels built from them", str(len(network.kernels))])
+        print_table(name, ["layer", "count"], rows)
+    print_table("files", ["name", "bytes"], [[name, f"{size:,}"] for name, size in _sizes(bundle).items()])
+    for name, found in layers.items():
+        rows = [
+            [escape(layer["name"]), layer["type"], _tensors(layer["inputs"]), _tensors(layer["outputs"])]
+            for layer in found
+        ]
+        print_table(f"layers of {name}", ["name", "type", "inputs", "outputs"], rows)
+
+
+def _facts(manifest: "Manifest") -> dict[str, str]:
+    """The manifest in words, as far as people ask for it."""
+    share = f"{manifest.head_rows / manifest.vocab_size:.1%}"
+    facts = {
+        "role": manifest.role,
+        "source": f"{manifest.source} ({manifest.architecture}), {manifest.source_digest[:12]}",
+        "dtype": manifest.dtype,
+        "quantization": manifest.quantization,
+        "head rows": f"{manifest.head_rows:,} of {manifest.vocab_size:,} ({share})",
+        "kept tokens": f"map {manifest.vocab_map[:12]}" if manifest.vocab_map else "all",
+        "coverage": "unknown" if manifest.coverage is None else f"{manifest.coverage:.2%} of held-out tokens",
+        "context length": f"{manifest.context_length:,} tokens",
+        "weights per step": f"{manifest.weight_bytes_per_step:,} bytes, of the head {manifest.head_bytes:,}",
+        "KV cache": f"{manifest.kv_bytes_per_token:,} bytes a token",
+    }
+    plans = manifest.tensorrt
+    if plans is None:
+        return facts
+    library = {"none": "none, only graphs", "tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}[plans.flavor]
+    return facts | {
+        "plans": f"{library} {plans.version}".strip(),
+        "compute capabilities": ", ".join(plans.compute_capabilities) or "none",
+        "drafted in one call": f"{plans.draft_length} tokens" if plans.draft_length else "one token",
+        "weights": "stripped, taken from the graphs at load" if plans.weights_stripped else "in the plans",
+    }
+
+
+def _without_caches(graph: Graph) -> list[tuple[str, dict[str, Any]]]:
+    """(side, tensor) for each; the KV caches of all layers stand as one on each side."""
+    found = []
+    for side, values in (("input", graph["inputs"]), ("output", graph["outputs"])):
+        caches = [value for value in values if value["name"].startswith(_CACHE)]
+        found += [(side, value) for value in values if value not in caches]
+        if caches:
+            found.append((side, caches[0] | {"name": f"{caches[0]['name']} and {len(caches) - 1} more"}))
+    return found
+
+
+def _shape(shape: list[Any]) -> str:
+    return "×".join(str(size) for size in shape) or "scalar"
+
+
+def _tensors(tensors: list[Any]) -> str:
+    """A parsed network knows the shape of each, a graph only the name."""
+    return ", ".join(tensor if isinstance(tensor, str) else _shape(tensor["shape"]) for tensor in tensors)

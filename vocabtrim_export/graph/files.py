@@ -1,0 +1,29 @@
+"""Graphs as files: weights beside the graph, and shared by the graphs of one bundle."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from engines.bundle import MODEL_NAME, WEIGHTS_NAME
+
+Progress = Callable[[str, int, int], None]
+
+
+def save_graph(model: ir.Model, directory: Path, task: str, progress: Progress) -> None:
+    """Write `model.onnx`, and its weights to `model.onnx.data`. progress: called with (task, tensors written, all)."""
+    progress(task, 0, 1)
+
+    def report(_tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+        progress(task, info.index + 1, info.total)
+
+    ir.save(model, directory / MODEL_NAME, external_data=WEIGHTS_NAME, callback=report)
+
+
+def save_sharing_weights(model: ir.Model, directory: Path, name: str) -> None:
+    """Write `model` as `name` beside a `model.onnx` whose weights it shares by their names."""
+    written = ir.load(directory / MODEL_NAME).graph.initializers
+    for value in model.graph.initializers.values():
+        if value.name is not None and value.name in written:
+            value.const_value = written[value.name].const_value
+    ir.save(model, directory / name)

@@ -1,0 +1,191 @@
+"""`build_plan`: an ONNX graph in, a TensorRT plan out, built by a process of its own.
+
+One kernel compilation can take a minute and hears nothing meanwhile. A process can be ended at any time, gives its
+memory back before the next plan is built, and takes nothing with it if the library aborts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from engines.errors import VocabtrimError
+from engines.trt import cuda
+from engines.trt.library import NAMES, Library
+from vocabtrim_export.trt.messages import raise_ended
+from vocabtrim_export.trt.network import Network
+
+_WORKER = "vocabtrim_export.trt.worker"
+_TURING = "7.5"  # RTX builds for it only when asked: it has no bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """How a plan is built.
+
+    compute_capabilities: such as "8.6", of the GPUs that are to run it. Empty: all from Ampere on that TensorRT-RTX
+    knows; of TensorRT, this machine's. strip_weights: a plan without weights, to be refitted from its graph at load.
+    timing_cache: file of kernel timings that TensorRT reads first and adds to; made if missing.
+    """
+
+    compute_capabilities: tuple[str, ...] = ()
+    strip_weights: bool = False
+    timing_cache: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltPlan:
+    """A plan file that was written. size: bytes. network: what was parsed, and the kernels that stand for it."""
+
+    size: int
+    seconds: float
+    compute_capabilities: tuple[str, ...]
+    network: Network
+
+
+def build_plan(
+    library: Library,
+    onnx_path: Path,
+    plan_path: Path,
+    profiles: Sequence[Mapping[str, int]],
+    options: BuildOptions,
+    log_write: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> BuiltPlan:
+    """Parse `onnx_path`, build it strongly typed and write the plan to `plan_path`.
+
+    profiles: one fixed shape each, the size of every dynamic dimension by its name. log_write: gets each line that the
+    library logs. progress: called with (profiles built, profiles).
+    Raises `VocabtrimError` naming the node and layer that cannot be parsed, or the library's reason. Whatever happens,
+    Ctrl-C included, the builder is ended and no plan is left half-written.
+    """
+    capabilities = target_capabilities(library, options)
+    request = {
+        "flavor": library.flavor,
+        "onnx": str(onnx_path),
+        "plan": str(plan_path),
+        "profiles": [dict(profile) for profile in profiles],
+        "capabilities": capabilities if library.flavor == "rtx" else (),
+        "strip_weights": options.strip_weights,
+        "timing_cache": str(options.timing_cache) if options.timing_cache else None,
+        "verbose": log_write is not None,
+    }
+    progress(0, len(profiles))
+    try:
+        done = _run(request, log_write or (lambda _line: None), progress)
+    except BaseException:
+        plan_path.unlink(missing_ok=True)
+        raise
+    progress(len(profiles), len(profiles))
+    network = Network.from_json(done["network"], str(onnx_path))
+    return BuiltPlan(plan_path.stat().st_size, done["seconds"], capabilities, network)
+
+
+def target_capabilities(library: Library, options: BuildOptions) -> tuple[str, ...]:
+    """The compute capabilities that a plan of `options` is for, ascending. Raises `VocabtrimError` for those it cannot
+    have, and for options that `library` does not offer."""
+    if library.flavor == "tensorrt":
+        return _this_gpu(library, options.compute_capabilities)
+    if options.timing_cache is not None:
+        raise VocabtrimError("TensorRT-RTX has no timing cache: leave --timing-cache out")
+    known = _known(library.api.ComputeCapability.__members__)
+    if unknown := [asked for asked in options.compute_capabilities if asked not in known]:
+        hopper = " (Hopper needs --trt-flavor tensorrt)" if "9.0" in unknown else ""
+        raise VocabtrimError(
+            f"{library.name} {library.version} does not build for compute capability {', '.join(unknown)}{hopper}: "
+            f"it knows {', '.join(known)}"
+        )
+    wanted = options.compute_capabilities or [capability for capability in known if capability != _TURING]
+    if options.strip_weights and not cuda.has_device():
+        raise VocabtrimError(f"{library.name} needs an NVIDIA GPU to strip weights: leave --strip-weights out here")
+    if options.strip_weights and len(wanted) > 1:
+        raise VocabtrimError(
+            f"{library.name} strips the weights of plans for one compute capability, not {len(wanted)}: "
+            "give one --compute-capability"
+        )
+    return tuple(capability for capability in known if capability in wanted)
+
+
+def member_name(capability: str) -> str:
+    """ "8.6" → "SM86", the name in TensorRT-RTX's enum."""
+    return "SM" + capability.replace(".", "")
+
+
+def _known(members: Mapping[str, Any]) -> list[str]:
+    """ "8.6" for "SM86" and so on, ascending; of the enum's members also NONE and CURRENT."""
+    numbers = sorted(int(name[2:]) for name in members if name[:2] == "SM" and name[2:].isdecimal())
+    return [f"{number // 10}.{number % 10}" for number in numbers]
+
+
+def _this_gpu(library: Library, asked: Sequence[str]) -> tuple[str, ...]:
+    if not cuda.has_device():
+        raise VocabtrimError(
+            f"{library.name} builds on the GPU that it builds for, and there is none here: "
+            "take --trt-flavor rtx, or a machine with an NVIDIA GPU"
+        )
+    found = cuda.current_device()
+    if others := [capability for capability in asked if capability != found.compute_capability]:
+        raise VocabtrimError(
+            f"{library.name} builds for this machine's {found.name} of compute capability {found.compute_capability}, "
+            f"not for {', '.join(others)}: build on such a GPU, or take --trt-flavor rtx"
+        )
+    return (found.compute_capability,)
+
+
+def _run(
+    request: Mapping[str, Any], log_write: Callable[[str], None], progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Let the worker do `request`, and return what it says of the finished plan."""
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", _WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            # Its end stays open for as long as this process lives, by which the worker knows that it does.
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            done = _relay(process.stdout, log_write, progress)
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                stream.close()
+        if done is None:
+            stderr.seek(0)
+            text = stderr.read().decode("utf-8", "replace")
+            raise_ended(NAMES[request["flavor"]], Path(request["onnx"]).name, process.returncode, text)
+        return done
+
+
+def _relay(
+    messages: IO[str], log_write: Callable[[str], None], progress: Callable[[int, int], None]
+) -> dict[str, Any] | None:
+    """Pass on what the worker reports; what it says in the end, None if it ends without a word."""
+    for line in messages:
+        message = json.loads(line)
+        match message["kind"]:
+            case "log":
+                log_write(message["line"])
+            case "progress":
+                progress(message["done"], message["total"])
+            case "error":
+                raise VocabtrimError(message["error"])
+            case "oserror":
+                raise OSError(*message["arguments"])
+            case "done":
+                return dict(message)
+    return None

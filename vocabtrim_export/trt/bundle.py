@@ -1,0 +1,97 @@
+"""The TensorRT part of a bundle: its graphs, the plans that are built from them, and what the builder said."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from engines.bundle import DRAFT_MODEL_NAME, DRAFT_PLAN_NAME, MODEL_NAME, PLAN_NAME, Role, TensorRT
+from engines.errors import VocabtrimError
+from engines.trt.library import Library, load_library
+from vocabtrim_export.graph.files import Progress, save_graph, save_sharing_weights
+from vocabtrim_export.graph.lower import Weights, lower_standard, lower_unrolled
+from vocabtrim_export.graph.lowered import Lowered
+from vocabtrim_export.graph.standard import CacheForm
+from vocabtrim_export.lowering.trace import Traced
+from vocabtrim_export.trt.build import BuildOptions, build_plan, target_capabilities
+from vocabtrim_export.trt.network import DRAFT_NETWORK_NAME, NETWORK_NAME
+from vocabtrim_export.trt.settings import TensorRTSettings, dimensions, profiles
+
+_LOG = logging.getLogger("vocabtrim_export.trt")
+
+
+def check_buildable(settings: TensorRTSettings, dtype: str) -> None:
+    """Raise `VocabtrimError` for what would fail only after the long work: a library that is not there, a GPU that it
+    does not build for, a dtype that it cannot run."""
+    settings.check()
+    if settings.flavor == "none":
+        return
+    if dtype == "fp32":
+        raise VocabtrimError(
+            "TensorRT has no fused attention in fp32: give --dtype fp16 or bf16 (--trt-flavor none writes the graph)"
+        )
+    target_capabilities(load_library(settings.flavor), _options(settings))
+
+
+def write_tensorrt(
+    directory: Path,
+    traced: Traced,
+    weights: Weights,
+    role: Role,
+    context_length: int,
+    settings: TensorRTSettings,
+    progress: Progress,
+) -> tuple[Lowered, TensorRT]:
+    """Write `model.onnx` and its plan, and, for a drafter with `settings.unroll`, `draft.onnx` and its plan.
+
+    With the flavor "none" only the graphs. Raises `VocabtrimError` for what cannot be built.
+    """
+    shapes = profiles(role, settings, context_length)
+    plans = TensorRT("none", "", (), shapes, 0, False)
+    cache = CacheForm(plans.spans[-1], plans.spans)
+    lowered = lower_standard(traced, weights, cache)
+    save_graph(lowered.model, directory, f"write {role}", progress)
+    steps = settings.draft_length if role == "drafter" and settings.unroll else 0
+    if steps:
+        save_sharing_weights(lower_unrolled(traced, weights, cache, steps).model, directory, DRAFT_MODEL_NAME)
+    plans = replace(plans, draft_length=steps)
+    if settings.flavor == "none":
+        return lowered, plans
+    builder = _Builder(load_library(settings.flavor), directory, _options(settings), progress)
+    capabilities = builder.build(MODEL_NAME, PLAN_NAME, NETWORK_NAME, [dimensions(x) for x in shapes], f"build {role}")
+    if steps:
+        sizes = [{"span": span} for span in plans.spans]
+        builder.build(DRAFT_MODEL_NAME, DRAFT_PLAN_NAME, DRAFT_NETWORK_NAME, sizes, "build draft engine")
+    library = builder.library
+    return lowered, replace(
+        plans,
+        flavor=library.flavor,
+        version=library.version,
+        compute_capabilities=capabilities,
+        weights_stripped=settings.strip_weights,
+    )
+
+
+class _Builder:
+    def __init__(self, library: Library, directory: Path, options: BuildOptions, progress: Progress) -> None:
+        self.library, self.directory, self.options, self.progress = library, directory, options, progress
+
+    def build(
+        self, model: str, plan: str, network: str, shapes: Sequence[Mapping[str, int]], task: str
+    ) -> tuple[str, ...]:
+        """Build one plan and keep what it is made of; the compute capabilities that it is for."""
+        built = build_plan(
+            self.library,
+            self.directory / model,
+            self.directory / plan,
+            shapes,
+            self.options,
+            _LOG.debug if _LOG.isEnabledFor(logging.DEBUG) else None,
+            lambda done, total: self.progress(task, done, total),
+        )
+        (self.directory / network).write_text(built.network.to_json(), "utf-8")
+        return built.compute_capabilities
+
+
+def _options(settings: TensorRTSettings) -> BuildOptions:
+    return BuildOptions(settings.compute_capabilities, settings.strip_weights, settings.timing_cache)

@@ -1,0 +1,58 @@
+"""What goes wrong in a build, each in one line that says where in the model and what to do."""
+
+import re
+import signal
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engines.errors import VocabtrimError
+from engines.trt.library import Library, one_line
+
+_LAYER = re.compile(r"(?:^|.*?[./_])layers?\.\d+(?=[./_]|$)")
+
+
+def parse_error(library: Library, onnx_path: Path, parser: Any, reason: str) -> VocabtrimError:
+    """Of a failed `OnnxParser`: the first node it refuses, that node's operator and layer, and the parser's reason.
+
+    reason: the log's, where the parser has no errors to ask for.
+    """
+    if not parser.num_errors:
+        return VocabtrimError(f"{library.name} cannot read {onnx_path}: {reason}")
+    error = parser.get_error(0)
+    why = one_line(error.desc())
+    if not error.node_operator():
+        return VocabtrimError(f"{library.name} cannot read {onnx_path}: {why}")
+    layer = model_layer(error.node_name())
+    of_layer = f" of layer {layer}" if layer else ""
+    return VocabtrimError(
+        f"{library.name} cannot take {error.node_operator()}{of_layer} (node {error.node_name() or error.node()} of "
+        f"{onnx_path.name}): {why}; --format onnx has no such limit"
+    )
+
+
+def build_error(library: Library, onnx_path: Path, reason: str) -> VocabtrimError:
+    """Of a failed builder; reason: the log's."""
+    advice = "it has attention for --dtype fp16 and bf16 only: " if "dedicated kernel" in reason else ""
+    return VocabtrimError(f"{library.name} cannot build {onnx_path.name}: {advice}{reason}")
+
+
+def model_layer(node_name: str) -> str | None:
+    """The model's layer that a node belongs to by its name: "model.layers.3" of "model.layers.3.self_attn.o_proj"."""
+    found = _LAYER.match(node_name)
+    return found[0] if found else None
+
+
+def raise_ended(library_name: str, onnx_name: str, code: int, stderr: str) -> NoReturn:
+    """The builder ended without a word. code: its exit status, the negative number of the signal that ended it.
+
+    Raises `VocabtrimError` if it ran out of memory or the library broke down, RuntimeError for a fault of ours.
+    """
+    if code > 0:
+        raise RuntimeError(f"the builder of {onnx_name} failed:\n{stderr}")
+    if -code == signal.SIGKILL:
+        raise VocabtrimError(
+            f"the builder of {onnx_name} was killed, most often for want of memory: close other programs, or export "
+            "with a smaller --draft-length or --quantize"
+        )
+    last = one_line((stderr.strip().splitlines() or ["it gave no reason"])[-1])
+    raise VocabtrimError(f"{library_name} broke down on {onnx_name} ({signal.Signals(-code).name}): {last}")

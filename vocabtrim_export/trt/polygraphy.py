@@ -1,0 +1,129 @@
+"""`polygraphy_inputs.py` of a bundle: real inputs of its graphs, in the shapes that its plans have, for Polygraphy."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from engines.bundle import Manifest
+from engines.errors import VocabtrimError
+from engines.static import DRAFT_TOKENS
+
+LOADER_NAME = "polygraphy_inputs.py"
+
+_SCRIPT = '''"""Inputs of this bundle's graphs for Polygraphy: a real prompt over an empty KV cache.
+
+    polygraphy run model.onnx --onnxrt --data-loader-script polygraphy_inputs.py
+    polygraphy run model.onnx --trt --onnxrt --data-loader-script polygraphy_inputs.py:load_PHASE SHAPES
+    python polygraphy_inputs.py inputs.json [PHASE]     # and then: polygraphy run … --load-inputs inputs.json
+
+PHASE is one of this bundle's: prefill, verify or draft; unrolled is the one of draft.onnx. SHAPES are the options that
+`python polygraphy_inputs.py --shapes PHASE` prints: TensorRT needs the sizes before it builds.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+PROMPT = @PROMPT@
+MANIFEST = json.loads((Path(__file__).parent / "vocabtrim.json").read_text("utf-8"))
+SPANS = sorted({profile["span"] for profile in MANIFEST["tensorrt"]["profiles"]})  # the last: the whole cache
+UNROLLED_TOKENS = @UNROLLED@
+
+
+def phases():
+    """Name → (tokens fed, positions predicted; None where the graph is not asked which)."""
+    found = {
+        profile["phase"]: (profile["tokens"], profile["keep"])
+        for profile in MANIFEST["tensorrt"]["profiles"]
+        if profile["span"] == SPANS[0]
+    }
+    return found | ({"unrolled": (UNROLLED_TOKENS, None)} if MANIFEST["tensorrt"]["draft_length"] else {})
+
+
+def feed(phase):
+    """The inputs of one call, by name."""
+    if phase not in phases():
+        sys.exit(f"this bundle has no phase {phase}: choose from {', '.join(phases())}")
+    tokens, keep = phases()[phase]
+    inputs = {"input_ids": np.resize(np.array(PROMPT), (1, tokens)), "position_ids": np.arange(tokens)[None]}
+    if keep is not None:
+        inputs["logits_positions"] = np.arange(tokens - keep, tokens)
+    if len(SPANS) > 1:
+        inputs["attended_slots"] = np.arange(SPANS[0])
+    caches = [name for name in MANIFEST["inputs"] if name.startswith("past_key_values.")]
+    return inputs | {name: empty_cache() for name in caches}
+
+
+def empty_cache():
+    shape = (1, MANIFEST["num_kv_heads"], SPANS[-1], MANIFEST["head_dim"])
+    if MANIFEST["dtype"] == "bf16":  # numpy has no such type; Polygraphy takes torch's
+        import torch
+
+        return torch.zeros(shape, dtype=torch.bfloat16)
+    return np.zeros(shape, {"fp16": np.float16, "fp32": np.float32}[MANIFEST["dtype"]])
+
+
+def load_data():
+    """Every phase of model.onnx, one after the other."""
+    for phase in phases():
+        if phase != "unrolled":
+            yield feed(phase)
+
+
+def load_prefill():
+    yield feed("prefill")
+
+
+def load_verify():
+    yield feed("verify")
+
+
+def load_draft():
+    yield feed("draft")
+
+
+def load_unrolled():
+    yield feed("unrolled")
+
+
+def main(arguments):
+    if len(arguments) == 2 and arguments[0] == "--shapes":
+        shapes = " ".join(f"{name}:{list(x.shape)}".replace(" ", "") for name, x in feed(arguments[1]).items())
+        print(" ".join(f"--trt-{which}-shapes {shapes}" for which in ("min", "opt", "max")))
+    elif len(arguments) in (1, 2) and not arguments[0].startswith("-"):
+        from polygraphy.json import save_json
+
+        save_json([feed(phase) for phase in arguments[1:]] or list(load_data()), arguments[0])
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+'''
+
+
+def write_loader(directory: Path, manifest: Manifest, prompt_ids: Sequence[int]) -> Path:
+    """Write `polygraphy_inputs.py` into the bundle `directory`; it reads all but the prompt from the bundle's manifest.
+
+    prompt_ids: tokens of a real text, repeated where a shape has more.
+    Raises `VocabtrimError` for a bundle that is not of `--format trt`, or an empty or impossible prompt.
+    """
+    if manifest.tensorrt is None:
+        raise VocabtrimError(f"{directory} has no fixed shapes to give inputs for: export it with --format trt")
+    if not prompt_ids or not 0 <= min(prompt_ids) <= max(prompt_ids) < manifest.vocab_size:
+        raise VocabtrimError(
+            f"the prompt for {LOADER_NAME} must be token ids below {manifest.vocab_size}, at least one"
+        )
+    path = directory / LOADER_NAME
+    script = _SCRIPT.replace("@PROMPT@", _wrapped(prompt_ids)).replace("@UNROLLED@", str(DRAFT_TOKENS))
+    path.write_text(script, "utf-8")
+    return path
+
+
+def _wrapped(numbers: Sequence[int]) -> str:
+    """A Python list of them, sixteen a line."""
+    rows = [numbers[start : start + 16] for start in range(0, len(numbers), 16)]
+    lines = "".join(f"    {', '.join(str(int(number)) for number in row)},\n" for row in rows)
+    return f"[\n{lines}]"

@@ -1,0 +1,88 @@
+"""What `--format trt` is asked for, and the fixed shapes that follow from it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from engines.bundle import Flavor, Profile, Role
+from engines.errors import VocabtrimError
+
+_LONGEST_DRAFT = 64
+_LONGEST_CHUNK = 4096
+_SLOTS = 64  # a KV cache has a multiple of them
+_CAPABILITY = re.compile(r"[1-9]\d?\.\d")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRTSettings:
+    """How a bundle of `--format trt` is built.
+
+    flavor: the library to build with; "auto": what is installed, "none": only graphs. compute_capabilities: see
+    `BuildOptions`. draft_length: tokens drafted a round (γ). prefill_chunk: prompt tokens of one call.
+    spans: tokens that attention reads, beside the full length, while a text is no longer: its time follows the span,
+    not the text. unroll: draft γ tokens in one call. strip_weights: see `BuildOptions`.
+    timing_cache: of TensorRT, see `BuildOptions`.
+    """
+
+    flavor: Literal["auto"] | Flavor = "auto"
+    compute_capabilities: tuple[str, ...] = ()
+    draft_length: int = 4
+    prefill_chunk: int = 256
+    spans: tuple[int, ...] = ()
+    unroll: bool = False
+    strip_weights: bool = False
+    timing_cache: Path | None = None
+
+    def check(self) -> None:
+        """Raise `VocabtrimError` for the first value that makes no sense."""
+        flavors = ("auto", *get_args(Flavor))
+        if self.flavor not in flavors:
+            raise VocabtrimError(f"--trt-flavor is {self.flavor!r}: choose one of {', '.join(flavors)}")
+        for capability in self.compute_capabilities:
+            if not _CAPABILITY.fullmatch(capability):
+                raise VocabtrimError(f"--compute-capability is {capability!r}: write it like 8.6")
+        _check_range("--draft-length", self.draft_length, 0, _LONGEST_DRAFT)
+        _check_range("--prefill-chunk", self.prefill_chunk, 1, _LONGEST_CHUNK)
+        for span in self.spans:
+            if span < 1:
+                raise VocabtrimError(f"--span is {span}: attention reads 1 token or more")
+        if self.timing_cache is not None and self.timing_cache.is_dir():
+            raise VocabtrimError(f"--timing-cache is {self.timing_cache}, a directory: name a file")
+        if self.unroll and not self.draft_length:
+            raise VocabtrimError("--unroll-draft needs a --draft-length of 1 or more")
+
+
+def profiles(role: Role, settings: TensorRTSettings, max_length: int) -> tuple[Profile, ...]:
+    """The optimization profiles of a model whose KV cache holds `max_length` tokens, the shortest span first.
+
+    Each span has one for decoding, a drafter's single step or a target's verification of γ drafted tokens, and one for
+    the prompt. Raises `VocabtrimError` for a span that is not shorter than the cache.
+    """
+    for span in settings.spans:
+        if span >= max_length:
+            raise VocabtrimError(f"--span is {span}: give lengths below --max-length, which is {max_length}")
+    lengths = (*settings.spans, max_length)
+    found: list[Profile] = []
+    for slots in sorted({cache_slots(length, settings.draft_length) for length in lengths}):
+        if role == "drafter":
+            found.append(Profile("draft", 1, 1, slots))
+        else:
+            found.append(Profile("verify", settings.draft_length + 1, settings.draft_length + 1, slots))
+        found.append(Profile("prefill", min(settings.prefill_chunk, slots), 1, slots))
+    return tuple(found)
+
+
+def cache_slots(length: int, draft_length: int) -> int:
+    """Slots for `length` tokens: a verification that is padded writes up to γ more than there are."""
+    return -(-(length + draft_length) // _SLOTS) * _SLOTS
+
+
+def dimensions(profile: Profile) -> dict[str, int]:
+    """The sizes of the graph's dynamic dimensions in `profile`, as `build_plan` takes them."""
+    return {"sequence_length": profile.tokens, "keep": profile.keep, "span": profile.span}
+
+
+def _check_range(option: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise VocabtrimError(f"{option} is {value}: give {least} to {most}")
