@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from engines.bundle import Manifest
 from engines.vocab_map import VocabMap
 
+MAX_KEEP = 256
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
@@ -37,6 +39,7 @@ class Engine(ABC):
 
     cache: identifies the memory of the KV cache. Engines of one model may share it (see `load_engine`); then what one
     of them fed, the others can `adopt`.
+    max_keep: positions that one run can predict after. unrolled: tokens that `draft` gives (γ), 0 if it gives none.
     """
 
     def __init__(self, manifest: Manifest, vocab_map: VocabMap | None) -> None:
@@ -45,17 +48,19 @@ class Engine(ABC):
         self.capacity = manifest.context_length
         self.length = 0
         self.cache: object = object()
+        self.max_keep = MAX_KEEP
+        self.unrolled = 0
 
     @abstractmethod
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         """Append `token_ids` (at least one) to the cache and predict after the last `keep` of them.
 
-        Long inputs run in chunks; `keep` positions must fit in one (`keep <= 256`).
+        Long inputs run in chunks; `keep` is at most 256.
         Raises `ContextFull` if they do not fit; the cache is then as before.
         """
 
     def draft(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64] | None:  # noqa: ARG002
-        """Append `token_ids` and draft after them greedily, in one call of the device: int64[γ], γ the engine's own.
+        """Append `token_ids` and draft after them greedily, in one call of the device: int64[unrolled].
 
         All drafted tokens but the last are then in the cache. None, and nothing done, where the engine has no graph
         that does this for so many tokens or the cache has no room.

@@ -11,11 +11,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-from engines.base import ContextFull, Engine, StepOutput
+from engines.base import MAX_KEEP, ContextFull, Engine, StepOutput
 from engines.bundle import MODEL_NAME, Bundle
 from engines.errors import VocabtrimError
 
-CHUNK = 256
+CHUNK = MAX_KEEP
 _CACHED_LENGTHS = 32  # step lengths (drafts, catch-ups, verifications) whose bindings are kept
 
 

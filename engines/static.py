@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import ContextFull, Engine, StepOutput
+from engines.base import MAX_KEEP, ContextFull, Engine, StepOutput
 from engines.bundle import Bundle, Profile, TensorRT
 
 SLOTS_INPUT = "attended_slots"  # of a graph with several spans: int64[span], the numbers from 0 on
@@ -80,13 +80,15 @@ class StaticEngine(Engine):
         assert bundle.manifest.tensorrt is not None
         self._plans: TensorRT = bundle.manifest.tensorrt
         self._executor = executor
+        self.max_keep = max(profile.keep for profile in self._plans.profiles)
+        self.unrolled = self._plans.draft_length
         self._padding = min(profile.tokens for profile in self._plans.profiles) - 1
         self._tokens = np.zeros(self.capacity, np.int64)  # what the cache holds
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         ids = np.asarray(token_ids, np.int64)
-        if not 1 <= keep <= len(ids):
-            raise ValueError(f"cannot keep {keep} of {len(ids)} positions")
+        if not 1 <= keep <= min(len(ids), MAX_KEEP):
+            raise ValueError(f"cannot keep {keep} of {len(ids)} positions (at most {MAX_KEEP})")
         if self.length + len(ids) > self.capacity:
             raise ContextFull(f"{self.length} + {len(ids)} tokens, the cache holds {self.capacity}")
         span = self._span(self.length + len(ids) + self._padding)
@@ -122,7 +124,7 @@ class StaticEngine(Engine):
 
     def draft(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64] | None:
         again = DRAFT_TOKENS - len(token_ids)  # tokens fed before, whose keys and values are computed anew
-        begin, steps = self.length - again, self._plans.draft_length
+        begin, steps = self.length - again, self.unrolled
         end = self.length + len(token_ids) + steps - 1
         if not steps or again < 0 or begin < 0 or end > self.capacity:
             return None

@@ -23,7 +23,7 @@ def bench(
     prompts: Sequence[Sequence[int] | NDArray[np.int64]],
     *,
     max_new_tokens: int = 128,
-    draft_length: int = 4,
+    draft_length: int | None = None,
     repeats: int = 3,
     bandwidth: float | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -31,6 +31,7 @@ def bench(
     """Decode all prompts greedily with the target alone, as mode "target_only", and with each of `drafters`.
 
     drafters: by the name of their mode, "full_drafter" and "trimmed_drafter" say. prompts: token ids.
+    draft_length: see `SpeculativeDecoder`.
     bandwidth: bytes/s that the engines' memory delivers; None measures this machine's main memory (about 1 s).
     progress: called with the generations done and their number, the warm-up not counted.
     Raises `VocabtrimError` for input that cannot run.
@@ -39,19 +40,21 @@ def bench(
         raise VocabtrimError("a bench needs at least one prompt, one repeat and one new token")
     modes: dict[str, Engine | None] = {TARGET_ONLY: None, **drafters}
     token_ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts]
-    for drafter in modes.values():
-        SpeculativeDecoder(target, drafter, draft_length=draft_length)  # refuses what does not belong together
-        timed_run(target, drafter, token_ids[0], min(max_new_tokens, _WARM_UP_TOKENS), draft_length)
+    length = 1
+    for drafter in modes.values():  # the first without a drafter
+        # refuses what does not belong together
+        length = SpeculativeDecoder(target, drafter, draft_length=draft_length).draft_length
+        timed_run(target, drafter, token_ids[0], min(max_new_tokens, _WARM_UP_TOKENS), length)
     speed = bandwidth or read_bandwidth()
-    runs = _measure(target, modes, token_ids, max_new_tokens, draft_length, repeats, progress)
+    runs = _measure(target, modes, token_ids, max_new_tokens, length, repeats, progress)
     reports = {
         mode: mode_report(
-            runs[mode], runs[TARGET_ONLY], target.manifest, drafter.manifest if drafter else None, draft_length, speed
+            runs[mode], runs[TARGET_ONLY], target.manifest, drafter.manifest if drafter else None, length, speed
         )
         for mode, drafter in modes.items()
     }
     made_by = {"source": target.manifest.source, "tool_versions": dict(target.manifest.tool_versions)}
-    return BenchReport(reports, len(prompts), max_new_tokens, draft_length, repeats, speed, environment() | made_by)
+    return BenchReport(reports, len(prompts), max_new_tokens, length, repeats, speed, environment() | made_by)
 
 
 def _measure(

@@ -10,12 +10,14 @@ from typing import Any, Self, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine
+from engines.base import MAX_KEEP, Engine
 from engines.errors import VocabtrimError
 from engines.tokenizer import TOKENIZER_NAME, Tokenizer
-from runtime.loop import GREEDY, MAX_DRAFT_LENGTH, FinishReason, Round, decode_rounds
+from runtime.loop import GREEDY, FinishReason, Round, decode_rounds
 from runtime.sampling import SamplingParams
 from runtime.stats import Stats, summarize
+
+DEFAULT_DRAFT_LENGTH = 4
 
 # Text, the messages of a conversation (`{"role": …, "content": …}`), or token ids.
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | NDArray[np.int64]
@@ -97,24 +99,23 @@ class SpeculativeDecoder:
         target: Engine,
         drafter: Engine | None = None,
         tokenizer: Tokenizer | None = None,
-        draft_length: int = 4,
+        draft_length: int | None = None,
     ) -> None:
-        """draft_length: γ, tokens drafted per round, 1 to 255. tokenizer: the target's; without it prompts are ids.
+        """tokenizer: the target's; without it prompts are ids.
 
-        Raises `VocabtrimError` where the two engines do not belong together.
+        draft_length: γ, tokens drafted per round; None: 4, or fewer where the target verifies no more.
+        Raises `VocabtrimError` where the two engines do not belong together, or for more than the target verifies.
         """
-        if not 1 <= draft_length <= MAX_DRAFT_LENGTH:
-            raise VocabtrimError(f"draft_length is {draft_length}: give a number from 1 to {MAX_DRAFT_LENGTH}")
         check_pair(target, drafter)
         self.target = target
         self.drafter = drafter
         self.tokenizer = tokenizer
-        self.draft_length = draft_length
+        self.draft_length = resolve_draft_length(target, drafter, draft_length)
         self._running: object = None  # identifies the generation that the engines' caches hold
 
     @classmethod
     def load(
-        cls, target: str | Path, drafter: str | Path | None = None, device: str = "cpu", draft_length: int = 4
+        cls, target: str | Path, drafter: str | Path | None = None, device: str = "cpu", draft_length: int | None = None
     ) -> Self:
         """Load bundles, and the tokenizer from the target's. Raises `VocabtrimError`.
 
@@ -213,6 +214,19 @@ class SpeculativeDecoder:
             yield entry
             if self._running is not running and entry.finish_reason is None:
                 raise VocabtrimError("another generation of this decoder has ended this stream")
+
+
+def resolve_draft_length(target: Engine, drafter: Engine | None, draft_length: int | None) -> int:
+    """γ, by default DEFAULT_DRAFT_LENGTH or what `target` can verify. Raises `VocabtrimError` for more than that."""
+    most = (target.max_keep if drafter else MAX_KEEP) - 1
+    if not most:
+        raise VocabtrimError("the target's engine verifies no drafts: export it with a --draft-length of 1 or more")
+    if draft_length is None:
+        return min(DEFAULT_DRAFT_LENGTH, most)
+    if not 1 <= draft_length <= most:
+        longer = "" if most == MAX_KEEP - 1 else f", or export the target with --draft-length {draft_length}"
+        raise VocabtrimError(f"draft_length is {draft_length}: give a number from 1 to {most}{longer}")
+    return draft_length
 
 
 def check_pair(target: Engine, drafter: Engine | None) -> None:

@@ -15,7 +15,6 @@ from runtime.sampling import SamplingParams, distribution, sample
 FinishReason = Literal["stop", "length"]
 
 GREEDY = SamplingParams()
-MAX_DRAFT_LENGTH = 255  # an engine predicts after at most 256 positions of one feed
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +190,9 @@ class _Loop:
         if self.one_cache:
             drafter.adopt(self.target.length)
         start, is_first, unread = perf_counter(), drafter.length == 0, self.unread(drafter)
-        drafted = None if is_first or not self.greedy else drafter.draft(unread)
-        if drafted is not None:
-            return self.usable(drafted[:room].tolist()), 0.0
+        at_once = self.greedy and not is_first and drafter.unrolled == room
+        if at_once and (drafted := drafter.draft(unread)) is not None:
+            return self.usable(drafted.tolist()), 0.0
         output = drafter.feed(unread)
         prefill_seconds = perf_counter() - start if is_first else 0.0
         while (token := self.rule.propose(output)) < self.vocab_size:  # a head padded further than the target's

@@ -48,6 +48,7 @@ class TimedEngine(Engine):
         super().__init__(engine.manifest, engine.vocab_map)
         self.capacity, self.length = engine.capacity, engine.length
         self.cache = engine.cache
+        self.max_keep, self.unrolled = engine.max_keep, engine.unrolled
         self.engine = engine
         self.feeds: list[Feed] = []
 

@@ -21,7 +21,7 @@ from vocabtrim_export.trt.bundle import write_tensorrt
 from vocabtrim_export.trt.polygraphy import write_loader
 from vocabtrim_export.trt.settings import TensorRTSettings
 
-_PROMPT = "The drafter proposes a few tokens, and the target reads all of them at once to see which it would have chosen."
+_PROMPT = "The drafter proposes a few tokens; the target reads all of them at once and keeps those it agrees with."
 _TOOLS = ("vocabtrim-export", "torch", "transformers", "onnx", "onnxscript")
 
 

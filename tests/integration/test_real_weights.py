@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct as its users have it, through the commands. `make test` fetches the weights."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import transformers
 from engines import load_engine
 from runtime import SpeculativeDecoder
 from vocabtrim_export.cli.main import export_main, main
+from vocabtrim_export.trt.network import Network
 
 MODEL = os.environ.get("VOCABTRIM_TEST_MODEL")
 pytestmark = [
@@ -81,3 +83,29 @@ def test_generate_prints_the_text(bundles, capsys):
     captured = capsys.readouterr()
     assert captured.out.strip()
     assert "block efficiency" in captured.err
+
+
+def test_tensorrt_plans_for_three_gpus(bundles, tmp_path):
+    """Both plans, as the README says; the drafter's last layers are of K columns. What they compute runs on the CPU."""
+    if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("needs TensorRT-RTX: pip install '.[trt-rtx]'")
+    output = tmp_path / "out"
+    arguments = ["--drafter", MODEL, "--target", MODEL, "--k", "8192", "--max-length", "512", "--output", str(output)]
+    arguments += ["--calibration", str(bundles / "token_counts.safetensors"), "--format", "trt", "--trt-flavor", "rtx"]
+    assert export_main([*arguments, "--compute-capability", "8.6", "8.9", "12.0"]) == 0
+    for role, profiles in (("drafter", 2), ("target", 2)):
+        network = Network.from_json((output / role / "network.json").read_text("utf-8"), role)
+        counts = network.counts()
+        assert (counts["KV_CACHE_UPDATE"], counts["ATTENTION_INPUT"], counts["TOPK"]) == (60, 30, 1)
+        assert sum("mha" in kernel.name for kernel in network.kernels) == 30 * profiles
+    network = Network.from_json((output / "drafter" / "network.json").read_text("utf-8"), "drafter")
+    head, top, table, gather = network.layers[-4:]
+    assert [layer.type for layer in (head, top, table, gather)] == ["MATRIX_MULTIPLY", "TOPK", "CONSTANT", "GATHER"]
+    assert head.outputs[0].shape[-1] == table.outputs[0].shape[0] == 8192
+    with (
+        SpeculativeDecoder.load(output / "target", output / "drafter") as half,
+        SpeculativeDecoder.load(bundles / "target") as plain,
+    ):
+        result, expected = (each.generate(QUESTIONS[1], max_new_tokens=16) for each in (half, plain))
+        assert result.token_ids == expected.token_ids  # fp16 against fp32: no near-tie in this text
+        assert result.stats.block_efficiency > 2

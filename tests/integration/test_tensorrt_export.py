@@ -1,25 +1,157 @@
 """`--format trt` with the real parser and builder of TensorRT-RTX, which needs no GPU."""
 
 import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from engines import read_bundle
-from vocabtrim_export.trt.network import NETWORK_NAME, Network
+from engines import VocabtrimError, load_engine, read_bundle
+from engines.bundle import PLAN_NAME
+from vocabtrim_export.cli.main import export_main, main
+from vocabtrim_export.trt.network import DRAFT_NETWORK_NAME, NETWORK_NAME, Network
 from vocabtrim_export.trt.settings import TensorRTSettings
 
 from .conftest import ARCHITECTURES
 
 if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
     pytest.skip("needs TensorRT-RTX: pip install '.[trt-rtx]'", allow_module_level=True)
-RTX = TensorRTSettings(flavor="rtx", compute_capabilities=("8.9",), draft_length=3, prefill_chunk=16, unroll=True)
+RTX = TensorRTSettings(flavor="rtx", compute_capabilities=("8.9",), draft_length=3, prefill_chunk=16)
+LAYERS = 2  # of the random models
+
+
+def network_of(bundle, name=NETWORK_NAME):
+    return Network.from_json((bundle / name).read_text("utf-8"), name)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_builds(architecture, random_model, export_pair):
     result = export_pair(random_model(architecture), trt=RTX)
     for path in (result.target, result.drafter):
-        bundle = read_bundle(path)
-        assert bundle.manifest.tensorrt.compute_capabilities == ("8.9",)
-        network = Network.from_json((path / NETWORK_NAME).read_text(), "it")
-        assert network.counts()["KV_CACHE_UPDATE"] == 4
+        plans = read_bundle(path).manifest.tensorrt
+        assert (plans.flavor, plans.compute_capabilities) == ("rtx", ("8.9",))
+        assert (path / PLAN_NAME).stat().st_size > 0
+        network = network_of(path)
+        counts = network.counts()
+        assert counts["KV_CACHE_UPDATE"] == 2 * LAYERS
+        if architecture == "gemma2":  # the parser refuses attention with a softcap: it is written out
+            assert "ATTENTION_INPUT" not in counts
+        else:
+            assert counts["ATTENTION_INPUT"] == counts["ATTENTION_OUTPUT"] == LAYERS
+            fused = [kernel for kernel in network.kernels if "mha" in kernel.name]
+            assert len(fused) == LAYERS * len(plans.profiles)
+
+
+def test_the_drafter_ends_with_k_columns_a_top_1_and_the_table(random_model, export_pair):
+    result = export_pair(random_model("llama"), trt=RTX)
+    head, top, table, gather = network_of(result.drafter).layers[-4:]
+    assert [layer.type for layer in (head, top, table, gather)] == ["MATRIX_MULTIPLY", "TOPK", "CONSTANT", "GATHER"]
+    assert head.outputs[0].shape[-1] == 192
+    assert top.inputs[0].name == head.outputs[0].name == "logits"
+    assert (table.outputs[0].shape, table.outputs[0].dtype) == ((192,), "INT64")
+    assert gather.inputs[0].name == table.outputs[0].name
+    assert gather.inputs[1].name == top.outputs[1].name  # the index, not the value
+    assert gather.outputs[0].name == "token_ids"
+    assert [layer.type for layer in network_of(result.target).layers[-2:]] == ["TOPK", "CAST"]
+
+
+def test_the_trim_shrinks_the_plan_by_the_rows_it_cuts(random_model, export_pair):
+    directory = random_model("llama", vocab_size=32768, tie_word_embeddings=False, hidden_size=128)
+    trimmed, full = (export_pair(directory, k=k, trt=RTX) for k in ("1024", "32768"))
+    sizes = [(result.drafter / PLAN_NAME).stat().st_size for result in (trimmed, full)]
+    cut = (32768 - 1024) * 128 * 2
+    assert sizes[1] - sizes[0] == pytest.approx(cut, rel=0.05)
+
+
+def test_one_plan_has_all_spans_and_capabilities(random_model, export_pair):
+    settings = TensorRTSettings(flavor="rtx", compute_capabilities=("12.0", "8.6"), draft_length=3, spans=(40,))
+    result = export_pair(random_model("llama"), trt=settings)
+    plans = read_bundle(result.target).manifest.tensorrt
+    assert plans.compute_capabilities == ("8.6", "12.0")
+    assert [(p.phase, p.tokens, p.span) for p in plans.profiles] == [
+        ("verify", 4, 64),
+        ("prefill", 64, 64),
+        ("verify", 4, 192),
+        ("prefill", 192, 192),
+    ]
+
+
+def test_unrolled_drafts_write_the_cache_once(random_model, export_pair):
+    settings = TensorRTSettings(flavor="rtx", compute_capabilities=("8.9",), draft_length=3, unroll=True)
+    result = export_pair(random_model("llama"), trt=settings)
+    counts = network_of(result.drafter, DRAFT_NETWORK_NAME).counts()
+    assert counts["KV_CACHE_UPDATE"] == 2 * LAYERS
+    assert counts["ATTENTION_INPUT"] == 3 * LAYERS
+    assert counts["TOPK"] == 3
+    assert "draft.onnx" in read_bundle(result.drafter).manifest.files
+    assert (result.drafter / "draft.onnx").stat().st_size < 1e6  # its weights are model.onnx's
+    assert not (result.target / "draft.onnx").exists()
+
+
+@pytest.mark.parametrize(("quantize", "bits"), [("int8", 8), ("int4", 4), ("fp8", 8)])
+def test_quantised_weights_stay_small_in_the_plan(quantize, bits, random_model, export_pair):
+    directory = random_model("llama", hidden_size=256, intermediate_size=2048, vocab_size=512)
+    dense, small = (export_pair(directory, trt=RTX, quantize=name).drafter for name in ("none", quantize))
+    saved = (dense / PLAN_NAME).stat().st_size - (small / PLAN_NAME).stat().st_size
+    weights = LAYERS * (3 * 256 * 2048 + 2 * 256 * 256 + 2 * 256 * 128) + 192 * 256
+    assert saved > weights * (16 - bits) / 8 * 0.85  # scales, and padding, take some
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_what_cannot_run_here_is_said_in_one_line(dtype, random_model, export_pair):
+    result = export_pair(random_model("llama"), trt=RTX, dtype=dtype)
+    with pytest.raises(VocabtrimError, match=r"^\S.*(no NVIDIA driver|no GPU|CUDA)") as raised:
+        load_engine(result.target, device="cuda").close()
+    assert "\n" not in str(raised.value)
+
+
+def test_polygraphy_runs_the_graph_on_the_bundles_inputs(random_model, export_pair):
+    result = export_pair(random_model("llama"), trt=RTX)
+
+    def polygraphy(*arguments):
+        command = [str(Path(sys.executable).with_name("polygraphy")), *arguments]
+        return subprocess.run(command, cwd=result.drafter, capture_output=True, text=True)
+
+    shown = polygraphy("inspect", "model", "model.onnx")
+    assert "logits_positions [dtype=int64, shape=('keep',)]" in shown.stdout
+    done = polygraphy("run", "model.onnx", "--onnxrt", "--data-loader-script", "polygraphy_inputs.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASSED" in done.stdout
+
+
+def test_inspect_shows_the_plans(random_model, export_pair, capsys):
+    result = export_pair(random_model("llama"), trt=RTX)
+    assert main(["inspect", str(result.drafter), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["manifest"]["tensorrt"]["compute_capabilities"] == ["8.9"]
+    assert main(["inspect", str(result.drafter), "--layers"]) == 0
+    assert "KV_CACHE_UPDATE" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "an unknown GPU": (["--compute-capability", "6.1"], r"does not build for compute capability 6\.1.*8\.6"),
+    "Hopper": (["--compute-capability", "9.0"], "Hopper needs --trt-flavor tensorrt"),
+    "fp32": (["--dtype", "fp32"], "give --dtype fp16 or bf16"),
+    "a span that is none": (["--span", "128"], "--span is 128: give lengths below --max-length"),
+    "no draft to unroll": (["--draft-length", "0", "--unroll-draft"], "--unroll-draft needs a --draft-length"),
+    "a long draft": (["--draft-length", "65"], "--draft-length is 65: give 0 to 64"),
+    "full TensorRT": (["--trt-flavor", "tensorrt"], "TensorRT"),
+    "another format": (["--format", "onnx", "--compute-capability", "8.6"], "is for TensorRT: give --format trt"),
+    "fp8 elsewhere": (["--format", "onnx", "--quantize", "fp8"], "no fp8 products on the CPU"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_and_leaves_nothing(mistake, random_model, count_file, tmp_path, capsys):
+    model = random_model("llama")
+    extra, message = MISTAKES[mistake]
+    arguments = ["--drafter", str(model), "--k", "192", "--max-length", "128", "--calibration", str(count_file(model))]
+    output = tmp_path / "out"
+    arguments += ["--format", "trt", "--trt-flavor", "rtx", "--output", str(output), *extra]
+    assert export_main(arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.search(message, line), line
+    assert not list(output.glob("[!t]*"))  # the token counts may stay

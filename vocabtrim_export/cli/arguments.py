@@ -107,7 +107,12 @@ def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", type=Path, required=True, metavar="DIR", help="the target's bundle")
     parser.add_argument("--device", default="cpu", help="where the engines run: cpu, or cuda for TensorRT bundles")
-    parser.add_argument("--draft-length", type=int, default=4, metavar="N", help="tokens drafted per round (γ)")
+    parser.add_argument(
+        "--draft-length",
+        type=int,
+        metavar="N",
+        help="tokens drafted per round (γ; default: 4, or fewer where the target verifies no more)",
+    )
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:

@@ -120,5 +120,7 @@ def text(result: "ExportResult") -> str:
     ]
     if result.target and target:
         lines.append(f"target   {result.target}: {target.weight_bytes_per_step / 1e6:.1f} MB a step")
-        lines.append(f"try      vocabtrim generate --target {result.target} --drafter {result.drafter} --prompt 'Hi!'")
+        device = "--device cuda " if target.tensorrt and target.tensorrt.flavor != "none" else ""
+        bundles = f"--target {result.target} --drafter {result.drafter}"
+        lines.append(f"try      vocabtrim generate {device}{bundles} --prompt 'Hi!'")
     return "\n".join(lines)
