@@ -113,8 +113,10 @@ class StaticEngine(Engine):
         profile, given = call.profile, len(ids)
         padded = np.zeros(profile.tokens, np.int64)
         padded[:given] = ids
-        # padding stands on the context's last position at most: tables of positions end there
-        positions = np.minimum(np.arange(self.length, self.length + profile.tokens), self.capacity - 1)
+        # Padding stands on a position that there is a table for, and on a slot that it sees: with a sliding window it
+        # would else see none, and the NaN that it left in the cache would reach every token, weighed by 0 or not.
+        last = min(self.capacity, profile.span) - 1
+        positions = np.minimum(np.arange(self.length, self.length + profile.tokens), last)
         rows = np.minimum(np.arange(profile.keep) + given - max(call.keep, 1), given - 1)
         output = self._executor.step(profile, padded, positions, rows)
         self._tokens[self.length : self.length + given] = ids

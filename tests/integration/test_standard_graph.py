@@ -1,5 +1,7 @@
 """The graphs that TensorRT plans are built from, on ONNX Runtime's CPU against PyTorch: this is what the plans mean."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,23 @@ def test_unrolled_draft_is_the_stepwise_one(architecture, random_model, export_p
             assert unrolled.length == stepwise.length
             after = [engine.feed([5, 6], keep=2).logits for engine in (unrolled, stepwise)]
             np.testing.assert_allclose(*after, atol=2e-4 * after[0].std())  # so is what it left in the cache
+
+
+def test_padding_sees_a_slot_whatever_the_window(random_model, export_pair):
+    """A token that sees none leaves NaN in the cache, where a runtime has it so; masked or not, NaN spreads."""
+    settings = replace(GRAPHS, prefill_chunk=64, unroll=False)
+    result = export_pair(random_model("mistral"), trt=settings, dtype="fp32")
+    calls = []
+    with load_engine(result.target) as engine:
+        step = engine._executor.step
+        engine._executor.step = lambda profile, ids, at, rows: (
+            calls.append((profile, at)),
+            step(profile, ids, at, rows),
+        )[1]
+        for fed in (20, 20, 4, 60, 20):
+            engine.feed(range(2, 2 + fed))
+    assert {profile.span for profile, _ in calls} == {64, 192}
+    assert all(at.max() < min(profile.span, engine.capacity) for profile, at in calls)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
