@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from engines.base import ContextFull, Engine, StepOutput
-from engines.bundle import Bundle, Manifest, read_bundle
+from engines.bundle import MODEL_NAME, Bundle, Manifest, read_bundle
 from engines.errors import VocabtrimError
 from engines.static import StaticEngine
 from engines.vocab_map import VocabMap
@@ -24,28 +24,42 @@ __all__ = [
 def load_engine(path: str | Path, device: str = "cpu", share_cache_with: Engine | None = None) -> Engine:
     """Check the bundle at `path` and load it on `device`, with an empty KV cache of its context length.
 
-    device: "cpu" runs any bundle on ONNX Runtime, one of `--format trt` to check it; "cuda" runs TensorRT plans.
-    share_cache_with: an engine whose KV cache to use where both were made from the same weights and their caches are
-    of one form; else it changes nothing. A model that drafts for itself then reads the target's keys and values.
+    device: "cpu" runs any bundle on ONNX Runtime, one of `--format trt` to check it; "cuda" runs TensorRT plans where
+    the bundle is of that format, else ONNX Runtime's CUDA.
+    share_cache_with: an engine whose KV cache to use where both run on one device, were made from the same weights and
+    their caches are of one form; else it keeps its own. A model that drafts for itself then reads the target's keys
+    and values. On ONNX Runtime's CUDA, engines so named share a stream in any case.
     Raises `VocabtrimError` if the bundle is damaged, the device unknown or its runtime not installed.
     """
     if device not in ("cpu", "cuda"):
         raise VocabtrimError(f"unknown device {device!r}: bundles run on 'cpu' or 'cuda'")
     bundle = read_bundle(path)
-    if device == "cuda":
-        return _load_tensorrt(bundle)
-    if bundle.manifest.dtype == "bf16":
+    if bundle.manifest.dtype == "bf16" and device == "cpu":
         raise VocabtrimError(f"{path} is a bf16 bundle, which ONNX Runtime cannot run on the CPU: export it as fp32")
+    if device == "cuda" and bundle.manifest.tensorrt is not None:
+        return _load_tensorrt(bundle)
     try:
-        from engines.onnxruntime_engine import OnnxRuntimeEngine
-        from engines.reference_executor import ReferenceExecutor
+        return _load_onnxruntime(bundle, device, share_cache_with)
     except ImportError as error:
-        raise VocabtrimError(f"ONNX Runtime is missing ({error}): pip install 'vocabtrim-export[cpu]'") from error
+        extra = "cpu" if device == "cpu" else "cuda"
+        raise VocabtrimError(f"ONNX Runtime is missing ({error}): pip install 'vocabtrim-export[{extra}]'") from error
+
+
+def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None) -> Engine:
+    from engines.onnxruntime_engine import OnnxRuntimeEngine, open_session
+
     if bundle.manifest.tensorrt is not None:
+        from engines.reference_executor import ReferenceExecutor
+
         return StaticEngine(bundle, ReferenceExecutor(bundle))
-    if isinstance(share_cache_with, OnnxRuntimeEngine) and _one_cache(bundle.manifest, share_cache_with.manifest):
-        return OnnxRuntimeEngine(bundle, share_cache_with)
-    return OnnxRuntimeEngine(bundle)
+    shared = neighbour if isinstance(neighbour, OnnxRuntimeEngine) and neighbour.device == device else None
+    if shared and not _one_cache(bundle.manifest, shared.manifest):
+        shared = None
+    if device == "cuda":
+        from engines.onnxruntime_cuda import load_cuda_engine
+
+        return load_cuda_engine(bundle, neighbour, share_cache=shared is not None)
+    return OnnxRuntimeEngine(bundle, open_session(bundle.path / MODEL_NAME), shared)
 
 
 def _load_tensorrt(bundle: Bundle) -> Engine:

@@ -1,10 +1,11 @@
 """`OnnxRuntimeEngine`: a bundle on ONNX Runtime, with everything it touches bound once."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -12,41 +13,82 @@ from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from engines.base import MAX_KEEP, ContextFull, Engine, StepOutput
-from engines.bundle import MODEL_NAME, Bundle
+from engines.bundle import Bundle
 from engines.errors import VocabtrimError
 
+Device = Literal["cpu", "cuda"]
+
 CHUNK = MAX_KEEP
-_CACHED_LENGTHS = 32  # step lengths (drafts, catch-ups, verifications) whose bindings are kept
+CACHED_LENGTHS = 32  # step lengths (drafts, catch-ups, verifications) whose bindings are kept
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """One input length with its buffers: written by `feed`, read by the session, never allocated again."""
+class Step(ABC):
+    """One input length with its buffers: written by `feed`, read by the session, never allocated again.
 
+    input_ids, position_ids: int64[1, length]. seqlens_k: int32[1], tokens in the cache after the step, less one.
+    token_ids: int64[1, keep], what `run` gives.
+    """
+
+    session: ort.InferenceSession
     binding: ort.IOBinding
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
-    logits: NDArray[Any]
+    seqlens_k: NDArray[np.int32]
     token_ids: NDArray[np.int64]
+
+    @abstractmethod
+    def run(self, end: int) -> None:
+        """Compute with what the arrays hold and wait for `token_ids`. end: tokens in the cache afterwards."""
+
+    @abstractmethod
+    def read_logits(self) -> NDArray[np.float32]:
+        """float32[keep, head_rows] of the last `run`."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostStep(Step):
+    """The session works on the arrays themselves. total: int32[1], of all steps of an engine."""
+
+    total: NDArray[np.int32]
+    logits: NDArray[Any]
+
+    def run(self, end: int) -> None:
+        self.total[0] = end
+        self.session.run_with_iobinding(self.binding)
+
+    def read_logits(self) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = self.logits[0].astype(np.float32, copy=False)
+        return logits
 
 
 class OnnxRuntimeEngine(Engine):
     """Runs on the CPU. Each layer's keys and values live in one buffer, bound as past and as present.
 
-    shared: an engine whose buffers to use instead of own ones; the two caches must be of one form.
+    session: on the bundle's model. shared: an engine whose buffers to use instead of own ones; the two caches must be
+    of one form and on one device.
+    device: where the buffers are.
     """
 
-    def __init__(self, bundle: Bundle, shared: "OnnxRuntimeEngine | None" = None) -> None:
+    device: Device = "cpu"
+
+    def __init__(
+        self, bundle: Bundle, session: ort.InferenceSession, shared: "OnnxRuntimeEngine | None" = None
+    ) -> None:
         super().__init__(bundle.manifest, bundle.vocab_map)
-        self._session = open_session(bundle.path / MODEL_NAME)
+        self._session = session
         self._caches: dict[str, ort.OrtValue] = dict(shared._caches) if shared else self._allocate_caches()
         self.cache = shared.cache if shared else self.cache
         self._seqlens = np.zeros(1, np.int32)
-        self._total = np.zeros(1, np.int32)
-        self._steps: dict[tuple[int, int], _Step] = {}
+        # What the kernels reserve for: the tokens so far on the CPU, on CUDA always all that fit.
+        self._total = np.full(1, self.capacity, np.int32)
+        self._steps: dict[tuple[int, int], Step] = {}
+        # position_ids are absent where attention counts by itself
+        names = [value.name for value in self._session.get_inputs()]
+        self._token_inputs = [name for name in ("input_ids", "position_ids", "seqlens_k") if name in names]
         (logits,) = (output for output in self._session.get_outputs() if output.name == "logits")
         self._head_rows = int(logits.shape[-1])
-        self._dtype = numpy_dtype(logits.type)
+        self._logits_type: str = logits.type
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         ids = np.asarray(token_ids, np.int64)
@@ -72,52 +114,58 @@ class OnnxRuntimeEngine(Engine):
         end = self.length + len(ids)
         step.input_ids[0] = ids
         step.position_ids[0] = np.arange(self.length, end)
-        self._seqlens[0], self._total[0] = end - 1, end
-        self._session.run_with_iobinding(step.binding)
+        step.seqlens_k[0] = end - 1
+        step.run(end)
         self.length = end
-        return StepOutput(step.token_ids[0], lambda: step.logits[0].astype(np.float32, copy=False))
+        return StepOutput(step.token_ids[0], step.read_logits)
 
-    def _step(self, length: int, keep: int) -> _Step:
+    def _step(self, length: int, keep: int) -> Step:
         step = self._steps.get((length, keep))
         if step is None:
             step = self._bind(length, keep)
-            if length <= _CACHED_LENGTHS or length == CHUNK:
+            if length <= CACHED_LENGTHS or length == CHUNK:
                 self._steps[length, keep] = step
         return step
 
-    def _bind(self, length: int, keep: int) -> _Step:
-        binding = self._session.io_binding()
-        step = _Step(
+    def _bind(self, length: int, keep: int) -> Step:
+        binding = self._bind_common(keep)
+        step = HostStep(
+            self._session,
             binding,
             np.zeros((1, length), np.int64),
             np.zeros((1, length), np.int64),
-            np.zeros((1, keep, self._head_rows), self._dtype),
+            self._seqlens,
             np.zeros((1, keep), np.int64),
+            self._total,
+            np.zeros((1, keep, self._head_rows), numpy_dtype(self._logits_type)),
         )
-        inputs: dict[str, NDArray[Any]] = {
-            "input_ids": step.input_ids,
-            "position_ids": step.position_ids,
-            "num_logits_to_keep": np.array([keep], np.int64),
-            "seqlens_k": self._seqlens,
-            "total_sequence_length": self._total,
-        }
-        for value in self._session.get_inputs():
-            cache = self._caches.get(value.name)
-            binding.bind_ortvalue_input(value.name, cache or share(inputs[value.name]))
-        for name, cache in self._caches.items():
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
-        binding.bind_ortvalue_output("logits", share(step.logits))
-        binding.bind_ortvalue_output("token_ids", share(step.token_ids))
+        for name in self._token_inputs:
+            binding.bind_ortvalue_input(name, share(getattr(step, name)))
+        for name in ("logits", "token_ids"):
+            binding.bind_ortvalue_output(name, share(getattr(step, name)))
         return step
+
+    def _bind_common(self, keep: int) -> ort.IOBinding:
+        """A binding of what all lengths have in common: the cache, and the numbers that kernels read on the host."""
+        binding = self._session.io_binding()
+        for name, cache in self._caches.items():
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
+        binding.bind_ortvalue_input("num_logits_to_keep", share(np.array([keep], np.int64)))
+        binding.bind_ortvalue_input("total_sequence_length", share(self._total))
+        return binding
 
     def _allocate_caches(self) -> dict[str, ort.OrtValue]:
         caches = {}
         for value in self._session.get_inputs():
             if value.name.startswith("past_key_values."):
                 _, heads, _, size = value.shape
-                shape = 1, heads, self.capacity, size
-                caches[value.name] = share(np.zeros(shape, numpy_dtype(value.type)))
+                caches[value.name] = self._allocate_cache((1, heads, self.capacity, size), value.type)
         return caches
+
+    def _allocate_cache(self, shape: tuple[int, ...], onnx_type: str) -> ort.OrtValue:
+        """Zeros: a masked slot weighs 0 in attention, but 0 times a NaN of old memory is NaN."""
+        return share(np.zeros(shape, numpy_dtype(onnx_type)))
 
 
 def share(array: NDArray[Any]) -> ort.OrtValue:
@@ -126,23 +174,32 @@ def share(array: NDArray[Any]) -> ort.OrtValue:
 
 
 def numpy_dtype(onnx_type: str) -> np.dtype[np.generic]:
-    """The dtype of, for one, "tensor(float16)"."""
+    """The dtype of, for one, "tensor(float16)". NumPy has no bfloat16: uint16, its bits."""
     name = re.fullmatch(r"tensor\((\w+)\)", onnx_type)
-    dtypes = {"float": np.float32, "float16": np.float16}
+    dtypes = {"float": np.float32, "float16": np.float16, "bfloat16": np.uint16}
     return np.dtype(dtypes[name[1] if name else onnx_type])
 
 
-def open_session(path: Path) -> ort.InferenceSession:
-    """A session on the CPU, in the thread pool that all share. Raises `VocabtrimError`."""
+def session_options() -> ort.SessionOptions:
+    """Of every session: in the thread pool that all share, and quiet."""
     _share_thread_pool()
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
+    return options
+
+
+def open_session(path: Path) -> ort.InferenceSession:
+    """A session on the CPU. Raises `VocabtrimError`."""
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(path, session_options(), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base
-        reason = " ".join(str(error).split())[:300]
-        raise VocabtrimError(f"ONNX Runtime cannot open {path} on the CPU: {reason}") from error
+        raise VocabtrimError(f"ONNX Runtime cannot open {path} on the CPU: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What an exception of ONNX Runtime says, in one line of bounded length."""
+    return " ".join(str(error).split())[:300]
 
 
 def _share_thread_pool() -> None:

@@ -1,32 +1,47 @@
 """The lossless draft/verify loop over two engines, and its measurement."""
 
-from runtime.accept import Accepted, accept_greedy, accept_sampled
+from runtime.accept import Accepted, accept_forced, accept_greedy, accept_sampled
 from runtime.bandwidth import read_bandwidth
 from runtime.bench import TARGET_ONLY, bench
 from runtime.decoder import Generation, SpeculativeDecoder, Stream, Token
 from runtime.loop import Round, decode_rounds
+from runtime.planner import Candidate, Plan, plan
+from runtime.planning import PlanReport, make_plan
 from runtime.report import BenchReport, ModeReport
 from runtime.sampling import SamplingParams, distribution
-from runtime.stats import Stats, mbsu, summarize
+from runtime.stats import Percentiles, Stats, latency_speedup, mbsu, summarize
+from runtime.sweep import SweepReport, SweepRow, SweepSettings, sweep
 
 __all__ = [
     "TARGET_ONLY",
     "Accepted",
     "BenchReport",
+    "Candidate",
     "Generation",
     "ModeReport",
+    "Percentiles",
+    "Plan",
+    "PlanReport",
     "Round",
     "SamplingParams",
     "SpeculativeDecoder",
     "Stats",
     "Stream",
+    "SweepReport",
+    "SweepRow",
+    "SweepSettings",
     "Token",
+    "accept_forced",
     "accept_greedy",
     "accept_sampled",
     "bench",
     "decode_rounds",
     "distribution",
+    "latency_speedup",
+    "make_plan",
     "mbsu",
+    "plan",
     "read_bandwidth",
     "summarize",
+    "sweep",
 ]

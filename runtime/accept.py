@@ -28,6 +28,15 @@ def accept_greedy(draft: Sequence[int], verified: NDArray[np.int64]) -> Accepted
     return Accepted(count, chosen[count])
 
 
+def accept_forced(draft: Sequence[int], verified: NDArray[np.int64], count: int) -> Accepted:
+    """Keep `count` drafted tokens, or all of fewer, whatever the target says: latency apart from acceptance.
+
+    draft, verified: as in `accept_greedy`. What comes out is not the target's text.
+    """
+    kept = min(count, len(draft))
+    return Accepted(kept, int(verified[kept]))
+
+
 def accept_sampled(
     draft: Sequence[int],
     q: Sequence[NDArray[np.float32]],

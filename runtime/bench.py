@@ -1,6 +1,7 @@
 """Measure what a drafter gains: every mode on every prompt, interleaved, warmed up, medians."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +12,10 @@ from runtime.bandwidth import read_bandwidth
 from runtime.decoder import SpeculativeDecoder
 from runtime.environment import environment
 from runtime.report import BenchReport, mode_report
-from runtime.timing import Run, timed_run
+from runtime.timing import Way, measure
 
 TARGET_ONLY = "target_only"
-_WARM_UP_TOKENS = 16
+Forced: TypeAlias = int | Literal["all"] | None
 
 
 def bench(
@@ -25,13 +26,15 @@ def bench(
     max_new_tokens: int = 128,
     draft_length: int | None = None,
     repeats: int = 3,
+    force_accepted: Forced = None,
     bandwidth: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchReport:
     """Decode all prompts greedily with the target alone, as mode "target_only", and with each of `drafters`.
 
     drafters: by the name of their mode, "full_drafter" and "trimmed_drafter" say. prompts: token ids.
-    draft_length: see `SpeculativeDecoder`.
+    draft_length: see `SpeculativeDecoder`. force_accepted: drafted tokens that each round accepts, see
+    `decode_rounds`, "all" for γ; nothing is then said of equal outputs.
     bandwidth: bytes/s that the engines' memory delivers; None measures this machine's main memory (about 1 s).
     progress: called with the generations done and their number, the warm-up not counted.
     Raises `VocabtrimError` for input that cannot run.
@@ -41,43 +44,40 @@ def bench(
     modes: dict[str, Engine | None] = {TARGET_ONLY: None, **drafters}
     token_ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts]
     length = 1
-    for drafter in modes.values():  # the first without a drafter
-        # refuses what does not belong together
+    for drafter in modes.values():  # the first without a drafter; refuses what does not belong together
         length = SpeculativeDecoder(target, drafter, draft_length=draft_length).draft_length
-        timed_run(target, drafter, token_ids[0], min(max_new_tokens, _WARM_UP_TOKENS), length)
+    forced = resolve_forced(force_accepted, length)
+    ways = {mode: Way(drafter, length, token_ids, max_new_tokens, forced) for mode, drafter in modes.items()}
     speed = bandwidth or read_bandwidth()
-    runs = _measure(target, modes, token_ids, max_new_tokens, length, repeats, progress)
+    runs = measure(target, ways, repeats, progress)
     reports = {
         mode: mode_report(
-            runs[mode], runs[TARGET_ONLY], target.manifest, drafter.manifest if drafter else None, length, speed
+            runs[mode],
+            runs[TARGET_ONLY],
+            target.manifest,
+            drafter.manifest if drafter else None,
+            length,
+            speed,
+            forced=forced is not None,
         )
         for mode, drafter in modes.items()
     }
+    return BenchReport(reports, len(prompts), max_new_tokens, length, repeats, forced, speed, measured_on(target))
+
+
+def measured_on(target: Engine) -> dict[str, Any]:
+    """What a report says of the machine, and of the tools that made the target's bundle."""
     made_by = {"source": target.manifest.source, "tool_versions": dict(target.manifest.tool_versions)}
-    return BenchReport(reports, len(prompts), max_new_tokens, length, repeats, speed, environment() | made_by)
+    return environment() | made_by
 
 
-def _measure(
-    target: Engine,
-    modes: Mapping[str, Engine | None],
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    draft_length: int,
-    repeats: int,
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, list[list[Run]]]:
-    """Runs by mode, prompt and repeat. The modes take turns on each prompt and in who begins.
-
-    A machine that slows down in between then slows all of them.
-    """
-    runs: dict[str, list[list[Run]]] = {mode: [[] for _ in prompts] for mode in modes}
-    names, done = list(modes), 0
-    for repeat in range(repeats):
-        for index, prompt in enumerate(prompts):
-            first = (repeat + index) % len(names)
-            for mode in names[first:] + names[:first]:
-                runs[mode][index].append(timed_run(target, modes[mode], prompt, max_new_tokens, draft_length))
-                done += 1
-                if progress:
-                    progress(done, len(names) * len(prompts) * repeats)
-    return runs
+def resolve_forced(force_accepted: Forced, draft_length: int) -> int | None:
+    """N for `draft_length` drafted tokens. Raises `VocabtrimError` for more accepted tokens than are drafted."""
+    if force_accepted == "all":
+        return draft_length
+    if force_accepted is not None and not 0 <= force_accepted <= draft_length:
+        raise VocabtrimError(
+            f"{force_accepted} tokens cannot be accepted of the {draft_length} that a round drafts: "
+            f"give a number from 0 to {draft_length}"
+        )
+    return force_accepted

@@ -115,19 +115,25 @@ class SpeculativeDecoder:
 
     @classmethod
     def load(
-        cls, target: str | Path, drafter: str | Path | None = None, device: str = "cpu", draft_length: int | None = None
+        cls,
+        target: str | Path,
+        drafter: str | Path | None = None,
+        device: str = "cpu",
+        draft_length: int | None = None,
+        drafter_device: str | None = None,
     ) -> Self:
-        """Load bundles, and the tokenizer from the target's. Raises `VocabtrimError`.
+        """Load bundles, and the tokenizer from the target's, on `device`; the drafter on `drafter_device` if given.
 
-        A drafter made from the target's own weights shares its KV cache, if both hold as many tokens.
+        A drafter made from the target's own weights shares its KV cache, if both hold as many tokens on one device.
+        Raises `VocabtrimError`.
         """
         from engines import load_engine
 
         with ExitStack() as opened:  # closes the first engine if the second does not load
             target_engine = opened.enter_context(load_engine(target, device))
-            drafter_engine = (
-                None if drafter is None else opened.enter_context(load_engine(drafter, device, target_engine))
-            )
+            drafter_engine = None
+            if drafter is not None:
+                drafter_engine = opened.enter_context(load_engine(drafter, drafter_device or device, target_engine))
             has_tokenizer = TOKENIZER_NAME in target_engine.manifest.files
             tokenizer = Tokenizer.load(target) if has_tokenizer else None
             decoder = cls(target_engine, drafter_engine, tokenizer, draft_length)

@@ -3,14 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from engines.base import Engine, StepOutput
-from runtime.accept import Accepted, accept_greedy, accept_sampled
-from runtime.sampling import SamplingParams, distribution, sample
+from engines.base import Engine
+from runtime.profiling import DRAFTER, NO_PROFILER, TARGET, Profiler
+from runtime.rules import Forced, Greedy, Rule, Sampled
+from runtime.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
 
@@ -47,6 +45,8 @@ def decode_rounds(
     max_new_tokens: int,
     draft_length: int,
     sampling: SamplingParams = GREEDY,
+    force_accepted: int | None = None,
+    profiler: Profiler = NO_PROFILER,
 ) -> Iterator[Round]:
     """Generate after `prompt`: at least one token, at most `max_new_tokens`.
 
@@ -55,58 +55,19 @@ def decode_rounds(
     the target's manifest or when the target's cache is full; past the end of its own cache the drafter falls silent.
     Both engines start from nothing (`rewind(0)`) and belong to this generator until it ends.
     `prompt` has at least one token and fits in the target's cache.
+    force_accepted: drafted tokens that every round accepts, or all if it drafted fewer, whatever the target says; no
+    EOS ends generation. Greedy only. It shows latency; the tokens mean nothing.
     """
-    loop = _Loop(target, drafter, prompt, max_new_tokens, draft_length, sampling)
-    yield loop.prefill()
+    if force_accepted is not None and (not sampling.is_greedy or force_accepted < 0):
+        raise ValueError("force_accepted is a number from 0 up, and goes with greedy decoding")
+    loop = _Loop(target, drafter, prompt, max_new_tokens, draft_length, sampling, force_accepted, profiler)
+    with profiler.span("round", length=0):
+        entry = loop.prefill()
+    yield entry  # never within a span: what the caller does meanwhile is not the round's
     while not loop.finish_reason:
-        yield loop.round()
-
-
-class _Rule(Protocol):
-    """How a draft is proposed and judged."""
-
-    def propose(self, output: StepOutput) -> int:
-        """The drafter's next token."""
-
-    def accept(self, draft: list[int], output: StepOutput) -> Accepted:
-        """The target's verdict; with an empty `draft`, its next token."""
-
-
-class _Greedy:
-    """Reads token ids only, so that an engine need not hand its logits over."""
-
-    def propose(self, output: StepOutput) -> int:
-        return int(output.token_ids[-1])
-
-    def accept(self, draft: list[int], output: StepOutput) -> Accepted:
-        return accept_greedy(draft, output.token_ids)
-
-
-class _Sampled:
-    """Keeps the distribution behind each proposed token until the draft is judged."""
-
-    def __init__(self, sampling: SamplingParams, drafter: Engine | None, vocab_size: int) -> None:
-        self.sampling = sampling
-        self.rng = np.random.default_rng(sampling.seed)
-        self.vocab_map = drafter.vocab_map if drafter else None
-        # Head rows of tokens that the target lacks (padding) can never be accepted: leave them out of q.
-        kept = self.vocab_map.kept_token_ids if self.vocab_map else None
-        self.rows = vocab_size if kept is None else int(kept.searchsorted(vocab_size))
-        self.q: list[NDArray[np.float32]] = []
-
-    def propose(self, output: StepOutput) -> int:
-        q = self.warped(output.logits[-1, : self.rows])
-        self.q.append(q)
-        row = sample(q, self.rng)
-        return int(self.vocab_map.kept_token_ids[row]) if self.vocab_map else row
-
-    def accept(self, draft: list[int], output: StepOutput) -> Accepted:
-        logits, q, self.q = output.logits, self.q, []
-        return accept_sampled(draft, q, lambda i: self.warped(logits[i]), self.vocab_map, self.rng)
-
-    def warped(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        probabilities: NDArray[np.float32] = distribution(logits[None], self.sampling)[0]
-        return probabilities
+        with profiler.span("round", length=len(loop.sequence)):
+            entry = loop.round()
+        yield entry
 
 
 class _Loop:
@@ -124,12 +85,18 @@ class _Loop:
         max_new_tokens: int,
         draft_length: int,
         sampling: SamplingParams,
+        force_accepted: int | None,
+        profiler: Profiler,
     ) -> None:
+        self.profiler = profiler
         self.target, self.drafter, self.draft_length = target, drafter, draft_length
         self.vocab_size = target.manifest.vocab_size
-        self.stop = frozenset(target.manifest.eos_token_ids)
+        # Forced runs have their full length: the EOS that they may meet is none that the target chose.
+        self.stop = frozenset(target.manifest.eos_token_ids if force_accepted is None else ())
         self.greedy = sampling.is_greedy
-        self.rule: _Rule = _Greedy() if self.greedy else _Sampled(sampling, drafter, self.vocab_size)
+        self.rule: Rule = Greedy() if self.greedy else Sampled(sampling, drafter, self.vocab_size)
+        if force_accepted is not None:
+            self.rule = Forced(force_accepted)
         # A drafter of the target's own weights reads the target's keys and values: nothing to prefill or to catch up
         # on, and better ones than its own. What it writes ahead, the verification overwrites.
         self.one_cache = drafter is not None and drafter.cache is target.cache
@@ -148,26 +115,35 @@ class _Loop:
         self.target.rewind(0)
         if self.drafter:
             self.drafter.rewind(0)
-        output = self.target.feed(self.sequence)
+        with self.profiler.span("prefill", TARGET, tokens=len(self.sequence)):
+            output = self.target.feed(self.sequence)
         fed = perf_counter()
-        token = self.rule.accept([], output).next_token
+        with self.profiler.span("accept", drafted=0):
+            token = self.rule.accept([], output).next_token
         self.sequence.append(token)
         return Round((token,), True, 0, 0, fed - start, 0.0, 0.0, perf_counter() - start, self.finish_reason)
 
     def round(self) -> Round:
         start = perf_counter()
-        draft, prefill_seconds = self.draft(self.drafter) if self.drafter else ([], 0.0)
+        draft: list[int] = []
+        prefill_seconds = 0.0
+        if self.drafter:
+            with self.profiler.span("draft", DRAFTER, length=len(self.sequence)):
+                draft, prefill_seconds = self.draft(self.drafter)
         drafted = perf_counter()
-        output = self.target.feed([self.sequence[-1], *draft], keep=len(draft) + 1)
+        with self.profiler.span("verify", TARGET, tokens=len(draft) + 1):
+            output = self.target.feed([self.sequence[-1], *draft], keep=len(draft) + 1)
         verified = perf_counter()
-        accepted = self.rule.accept(draft, output)
+        with self.profiler.span("accept", drafted=len(draft)):
+            accepted = self.rule.accept(draft, output)
         tokens = draft[: accepted.count]
         if not tokens or tokens[-1] not in self.stop:
             tokens.append(accepted.next_token)
         self.sequence += tokens
-        self.target.rewind(len(self.sequence) - 1)
-        if self.drafter:
-            self.drafter.rewind(min(self.drafter.length, len(self.sequence) - 1))
+        with self.profiler.span("rewind"):
+            self.target.rewind(len(self.sequence) - 1)
+            if self.drafter:
+                self.drafter.rewind(min(self.drafter.length, len(self.sequence) - 1))
         draft_seconds = drafted - start - prefill_seconds
         return Round(
             tuple(tokens),
@@ -193,7 +169,8 @@ class _Loop:
         at_once = self.greedy and not is_first and drafter.unrolled == room
         if at_once and (drafted := drafter.draft(unread)) is not None:
             return self.usable(drafted.tolist()), 0.0
-        output = drafter.feed(unread)
+        with self.profiler.span("prefill" if is_first else "catch_up", DRAFTER, tokens=len(unread)):
+            output = drafter.feed(unread)
         prefill_seconds = perf_counter() - start if is_first else 0.0
         while (token := self.rule.propose(output)) < self.vocab_size:  # a head padded further than the target's
             draft.append(token)

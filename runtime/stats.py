@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from runtime.loop import Round
 
 
@@ -50,6 +52,21 @@ class Stats:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Half, 90% and 99% of the values are at most this. Between two values, interpolated."""
+
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Percentiles | None":
+        """None where there are no `values`."""
+        given = list(values)
+        return cls(*np.percentile(given, (50, 90, 99)).tolist()) if given else None
+
+
 def summarize(rounds: Iterable[Round]) -> Stats:
     """Add up the rounds of one generation, or of several."""
     every = list(rounds)
@@ -75,6 +92,30 @@ def mbsu(block_efficiency: float, cost_ratio: float, draft_length: float) -> flo
     draft_length: γ. What to expect where reading memory is all that takes time.
     """
     return block_efficiency / (cost_ratio * draft_length + 1)
+
+
+def latency_speedup(
+    block_efficiency: float, draft_step: float, verify: float, target_step: float, draft_length: float
+) -> float:
+    """Speed-up by measured latency, τ / (c·γ + v), with c = draft_step / target_step, v = verify / target_step.
+
+    Theorem 3.8 of Leviathan et al. 2023, arXiv 2211.17192, where v is 1; with v as Sadhukhan et al. 2024,
+    arXiv 2408.11049, put it. Where MBSU asks what memory allows, this one knows what a step and the verification of
+    γ + 1 tokens cost here. Without prefills and without the time outside the engines.
+
+    block_efficiency: τ. draft_length: γ. The three times in one unit.
+    """
+    return block_efficiency * target_step / (draft_step * draft_length + verify)
+
+
+def round_tokens_per_second(
+    tokens: float, draft_step_ms: float, verify_ms: float, overhead_ms: float, draft_length: float
+) -> float:
+    """Tokens/s of rounds that draft γ tokens, verify them and gain `tokens`: τ, or N + 1 where N are forced.
+
+    A drafter with a cache of its own reads two tokens after a draft that was accepted whole; that is not in here.
+    """
+    return 1e3 * tokens / (draft_length * draft_step_ms + verify_ms + overhead_ms)
 
 
 def _acceptance(rounds: list[Round]) -> tuple[float, ...]:

@@ -1,7 +1,7 @@
-"""One generation, with the time that each call of an engine took."""
+"""Generations, with the time that each call of an engine took; several ways of decoding, interleaved."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import NamedTuple
 
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from engines.base import Engine, StepOutput
 from runtime.loop import Round, decode_rounds
+
+_WARM_UP_TOKENS = 16
 
 
 class Feed(NamedTuple):
@@ -39,6 +41,27 @@ class Run:
     @property
     def engine_seconds(self) -> float:
         return sum(feed.seconds for feed in self.target + self.drafter)
+
+    @property
+    def decode_seconds(self) -> float:
+        """Without the target's prefill, and the drafter's."""
+        return sum(entry.seconds - entry.prefill_seconds for entry in self.rounds if not entry.is_prefill)
+
+    @property
+    def decoded(self) -> int:
+        """Tokens that the rounds after the prefill gave."""
+        return sum(len(entry.tokens) for entry in self.rounds if not entry.is_prefill)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way of decoding some prompts. drafter: None for the target alone. force_accepted: see `decode_rounds`."""
+
+    drafter: Engine | None
+    draft_length: int
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    force_accepted: int | None = None
 
 
 class TimedEngine(Engine):
@@ -81,14 +104,56 @@ class TimedEngine(Engine):
 
 
 def timed_run(
-    target: Engine, drafter: Engine | None, prompt: Sequence[int], max_new_tokens: int, draft_length: int
+    target: Engine,
+    drafter: Engine | None,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    draft_length: int,
+    force_accepted: int | None = None,
 ) -> Run:
     """Generate greedily, as `decode_rounds` does."""
     timed_target = TimedEngine(target)
     timed_drafter = None if drafter is None else TimedEngine(drafter)
     start = perf_counter()
     rounds = tuple(
-        decode_rounds(timed_target, timed_drafter, prompt, max_new_tokens=max_new_tokens, draft_length=draft_length)
+        decode_rounds(
+            timed_target,
+            timed_drafter,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            draft_length=draft_length,
+            force_accepted=force_accepted,
+        )
     )
     seconds = perf_counter() - start
     return Run(rounds, tuple(timed_target.feeds), tuple(timed_drafter.feeds) if timed_drafter else (), seconds)
+
+
+def measure(
+    target: Engine, ways: Mapping[str, Way], repeats: int, progress: Callable[[int, int], None] | None = None
+) -> dict[str, list[list[Run]]]:
+    """Runs by way, prompt and repeat, after a warm-up. All ways have as many prompts.
+
+    The ways take turns on each prompt and in who begins: a machine that slows down in between slows all of them.
+    progress: called with the generations done and their number, the warm-up not counted.
+    """
+    for way in ways.values():  # a few tokens more than one round gives
+        tokens = max(_WARM_UP_TOKENS, 2 * way.draft_length + 2)
+        _run(target, replace(way, max_new_tokens=min(way.max_new_tokens, tokens)), 0)
+    prompts = len(next(iter(ways.values())).prompts)
+    runs: dict[str, list[list[Run]]] = {name: [[] for _ in range(prompts)] for name in ways}
+    names, done = list(ways), 0
+    for repeat in range(repeats):
+        for index in range(prompts):
+            first = (repeat + index) % len(names)
+            for name in names[first:] + names[:first]:
+                runs[name][index].append(_run(target, ways[name], index))
+                done += 1
+                if progress:
+                    progress(done, len(names) * prompts * repeats)
+    return runs
+
+
+def _run(target: Engine, way: Way, prompt: int) -> Run:
+    tokens = way.prompts[prompt]
+    return timed_run(target, way.drafter, tokens, way.max_new_tokens, way.draft_length, way.force_accepted)

@@ -26,9 +26,7 @@ def runtime() -> Any:
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
-        raise VocabtrimError(
-            f"the CUDA bindings are missing ({error}): pip install 'vocabtrim-export[trt]' or '[trt-rtx]'"
-        ) from error
+        raise VocabtrimError(f"the CUDA bindings are missing ({error}): pip install cuda-bindings") from error
 
 
 def check(result: tuple[Any, ...], asked: int = 0) -> Any:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+import runtime.loop
+import runtime.timing
 from engines.base import ContextFull, Engine, StepOutput
 from engines.bundle import Manifest
 from engines.vocab_map import VocabMap
@@ -112,3 +114,33 @@ def _make_target() -> Callable[..., FakeEngine]:
 @pytest.fixture(scope="session", name="make_drafter")
 def _make_drafter() -> Callable[..., FakeEngine]:
     return make_drafter
+
+
+class Clock:
+    """Time that only engines, and a microsecond for each look at it, make pass."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self):
+        self.seconds += 1e-6
+        return self.seconds
+
+    def engine(self, engine, milliseconds):
+        """`engine`, each feed of which takes `milliseconds(tokens)`."""
+        feed = engine.feed
+
+        def timed(token_ids, keep=1):
+            self.seconds += milliseconds(len(token_ids)) / 1e3
+            return feed(token_ids, keep)
+
+        engine.feed = timed
+        return engine
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    for module in (runtime.loop, runtime.timing):
+        monkeypatch.setattr(module, "perf_counter", clock)
+    return clock

@@ -106,7 +106,8 @@ def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", type=Path, required=True, metavar="DIR", help="the target's bundle")
-    parser.add_argument("--device", default="cpu", help="where the engines run: cpu, or cuda for TensorRT bundles")
+    parser.add_argument("--device", default="cpu", help="where the engines run: cpu or cuda")
+    parser.add_argument("--drafter-device", metavar="DEVICE", help="where the drafter runs (default: as the target)")
     parser.add_argument(
         "--draft-length",
         type=int,

@@ -1,91 +1,166 @@
-"""Measure what a drafter gains: all ways of decoding in one run, interleaved, warmed up, medians."""
+"""Measure what a drafter gains: all ways of decoding in one run, interleaved, warmed up, medians.
+
+Several drafters, draft lengths or contexts make a sweep of every combination; --plan says which is fastest here.
+"""
 
 import argparse
 import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vocabtrim_export.cli.arguments import add_engine_arguments, add_json_argument
-from vocabtrim_export.cli.console import print_table, progress_reporter
+from vocabtrim_export.cli.bench_options import (
+    PLAN_DRAFT_LENGTHS,
+    Bundles,
+    add_random_weight_arguments,
+    add_sweep_arguments,
+    check_options,
+)
+from vocabtrim_export.cli.console import progress_reporter
 
 if TYPE_CHECKING:
-    from runtime import BenchReport, ModeReport
+    from engines import Engine
+    from runtime import BenchReport, PlanReport, SweepReport, SweepSettings
+    from runtime.bench import Forced
+    from vocabtrim_export.calibration.corpus import Document
+    from vocabtrim_export.graph.files import Progress
+
+DEFAULT_PROMPTS = 8
+RANDOM_PROMPT_TOKENS = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
-    parser.add_argument("--drafter", type=Path, required=True, metavar="DIR", help="the trimmed drafter's bundle")
+    add_sweep_arguments(parser)
+    parser.add_argument(
+        "--drafter", type=Path, nargs="+", default=[], metavar="DIR", help="the trimmed drafter's bundle, or several"
+    )
     parser.add_argument(
         "--baseline-drafter", type=Path, metavar="DIR", help="a bundle of the same drafter with its full head"
     )
     parser.add_argument(
-        "--prompts", type=Path, nargs="+", required=True, metavar="PATH", help="files as --calibration takes them"
+        "--prompts", type=Path, nargs="+", default=[], metavar="PATH", help="files as --calibration takes them"
     )
-    parser.add_argument("--num-prompts", type=int, default=8, metavar="N", help="prompts to use, from the first on")
+    parser.add_argument(
+        "--num-prompts", type=int, metavar="N", help="prompts to use, from the first on (default: 8; 1 random one)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each prompt in each mode")
+    add_random_weight_arguments(parser)
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    from contextlib import ExitStack
+    from engines import load_engine
+    from runtime import SweepReport
+    from vocabtrim_export.cli.bench_tables import show
 
-    from engines import VocabtrimError, load_engine
-    from engines.tokenizer import Tokenizer
-    from runtime import SpeculativeDecoder, bench
-    from vocabtrim_export.calibration import read_corpus
-
-    if options.num_prompts < 1:
-        raise VocabtrimError(f"--num-prompts is {options.num_prompts}: give 1 or more")
-    documents = read_corpus(options.prompts).documents[: options.num_prompts]
-    paths = {"full_drafter": options.baseline_drafter, "trimmed_drafter": options.drafter}
-    with ExitStack() as stack:
-        target = stack.enter_context(load_engine(options.target, options.device))
+    check_options(options)
+    documents = [] if options.random_weights else _documents(options)
+    with ExitStack() as stack, progress_reporter() as progress:
+        bundles = _bundles(options, stack, progress)
+        target = stack.enter_context(load_engine(bundles.target, options.device))
+        device = getattr(options, "drafter_device", None) or options.device
         drafters = {
-            mode: stack.enter_context(load_engine(path, options.device, target)) for mode, path in paths.items() if path
+            name: stack.enter_context(load_engine(path, device, target)) for name, path in bundles.drafters.items()
         }
-        decoder = SpeculativeDecoder(target, tokenizer=Tokenizer.load(options.target))
-        messages = [[{"role": m.role, "content": m.content} for m in document.prompt] for document in documents]
-        prompts = [decoder.encode(chat or document.text) for chat, document in zip(messages, documents, strict=True)]
-        with progress_reporter() as progress:
-            report = bench(
-                target,
-                drafters,
-                prompts,
-                max_new_tokens=options.max_new_tokens,
-                draft_length=options.draft_length,
-                repeats=options.repeats,
-                progress=lambda done, total: progress("bench", done, total),
-            )
+        prompts = _encode(bundles.target, target, documents) if documents else _random_prompts(options, target)
+        report = _measure(options, target, drafters, prompts, lambda done, total: progress("bench", done, total))
+    if isinstance(report, SweepReport) and options.plot:
+        _plot(options.plot, report)
     if options.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
         show(report)
 
 
-def show(report: "BenchReport") -> None:
-    title = (
-        f"{report.prompts} prompts, {report.max_new_tokens} new tokens, γ = {report.draft_length}, greedy, "
-        f"medians of {report.repeats}; memory reads {report.bandwidth / 1e9:.1f} GB/s"
+def _is_single(options: argparse.Namespace) -> bool:
+    """Nothing is swept: what is compared is the trimmed drafter and, if one is given, the full one."""
+    lists = options.drafter, options.draft_length, options.context, options.k
+    return not options.plan and not options.plot and all(len(values) <= 1 for values in lists)
+
+
+def _bundles(options: argparse.Namespace, stack: ExitStack, progress: "Progress") -> Bundles:
+    if options.random_weights:
+        from vocabtrim_export.cli.bench_random import random_bundles
+
+        return random_bundles(options, stack, progress)
+    if _is_single(options):
+        paths = {"full_drafter": options.baseline_drafter, "trimmed_drafter": options.drafter[0]}
+        return Bundles(options.target, {mode: path for mode, path in paths.items() if path})
+    several = [*options.drafter, *([options.baseline_drafter] if options.baseline_drafter else [])]
+    return Bundles(options.target, {str(path): path for path in several})
+
+
+def _documents(options: argparse.Namespace) -> "Sequence[Document]":
+    from vocabtrim_export.calibration import read_corpus
+
+    return read_corpus(options.prompts).documents[: options.num_prompts or DEFAULT_PROMPTS]
+
+
+def _encode(path: Path, target: "Engine", documents: "Sequence[Document]") -> list[list[int]]:
+    from engines.tokenizer import Tokenizer
+    from runtime import SpeculativeDecoder
+
+    decoder = SpeculativeDecoder(target, tokenizer=Tokenizer.load(path))
+    messages = [[{"role": m.role, "content": m.content} for m in document.prompt] for document in documents]
+    return [decoder.encode(chat or document.text) for chat, document in zip(messages, documents, strict=True)]
+
+
+def _random_prompts(options: argparse.Namespace, target: "Engine") -> list[list[int]]:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    tokens = max(options.context, default=min(RANDOM_PROMPT_TOKENS, target.capacity // 2))
+    ids = rng.integers(target.manifest.vocab_size, size=(options.num_prompts or 1, tokens))
+    prompts: list[list[int]] = ids.tolist()
+    return prompts
+
+
+def _settings(options: argparse.Namespace, target: "Engine") -> "SweepSettings":
+    from runtime import SweepSettings
+
+    lengths = options.draft_length
+    if options.plan and not lengths:
+        lengths = tuple(length for length in PLAN_DRAFT_LENGTHS if length < target.max_keep)
+    forced: Forced = options.force_accepted
+    if options.random_weights and forced is None:
+        forced = "all"
+    return SweepSettings(tuple(lengths), tuple(options.context), options.max_new_tokens, options.repeats, forced)
+
+
+def _measure(
+    options: argparse.Namespace,
+    target: "Engine",
+    drafters: Mapping[str, "Engine"],
+    prompts: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None],
+) -> "BenchReport | PlanReport | SweepReport":
+    from runtime import bench, make_plan, sweep
+    from runtime.sweep import prompts_at
+
+    settings = _settings(options, target)
+    if options.plan:
+        return make_plan(target, drafters, prompts, settings, progress=progress)
+    if not _is_single(options):
+        return sweep(target, drafters, prompts, settings, progress=progress)
+    return bench(
+        target,
+        drafters,
+        prompts_at((target, *drafters.values()), prompts, settings),
+        max_new_tokens=settings.max_new_tokens,
+        draft_length=settings.draft_lengths[0] if settings.draft_lengths else None,
+        repeats=settings.repeats,
+        force_accepted=settings.force_accepted,
+        progress=progress,
     )
-    rows = {
-        "tokens/s": lambda m: f"{m.tokens_per_second:.1f}",
-        "speed-up, measured": lambda m: f"{m.speedup:.2f}×",
-        "speed-up, memory-bound (MBSU)": lambda m: f"{m.mbsu:.2f}×",
-        "block efficiency": lambda m: f"{m.block_efficiency:.2f}",
-        "accepted, by position": lambda m: " ".join(f"{share:.0%}" for share in m.acceptance) or "-",
-        "ms a draft step": lambda m: _number(m.draft_step_ms),
-        "ms a verification (target only: a step)": lambda m: _number(m.verify_ms),
-        "MB read a step": lambda m: f"{m.bytes_per_step / 1e6:.1f}",
-        "of the measured bandwidth": lambda m: "-" if m.bandwidth_fraction is None else f"{m.bandwidth_fraction:.0%}",
-        "coverage of held-out tokens": lambda m: "-" if m.coverage is None else f"{m.coverage:.2%}",
-        "time outside the engines": lambda m: f"{m.overhead:.2%}",
-        "prompts equal to target only": lambda m: f"{m.equal_prompts}/{report.prompts}",
-    }
-    modes: list[ModeReport] = list(report.modes.values())
-    columns = ["", *(name.replace("_", " ") for name in report.modes)]
-    print_table(title, columns, [[name, *map(value, modes)] for name, value in rows.items()])
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _plot(path: Path, report: "SweepReport") -> None:
+    from vocabtrim_export.cli.sweep_plot import svg
+
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(svg(report), "utf-8")  # written whole or not at all
+    aside.replace(path)

@@ -22,12 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from engines.errors import VocabtrimError
     from runtime import SamplingParams, SpeculativeDecoder
 
     sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.seed)
     prompt = sys.stdin.read() if options.prompt is None else options.prompt
+    if options.drafter_device and options.drafter is None:
+        raise VocabtrimError("--drafter-device is for a drafter: give --drafter as well")
     with SpeculativeDecoder.load(
-        options.target, options.drafter, device=options.device, draft_length=options.draft_length
+        options.target,
+        options.drafter,
+        device=options.device,
+        draft_length=options.draft_length,
+        drafter_device=options.drafter_device,
     ) as decoder:
         stream = decoder.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling, chat=not options.raw)
         if not options.json:

@@ -15,12 +15,14 @@ _END = (1 << 63) - 1
 def keep_last_positions(decoder: DecoderGraph) -> None:
     """Feed the head only the last `num_logits_to_keep: int64[1]` positions: a prefill needs one row of logits."""
     (head,) = decoder.composites("Head")
+    ids = next(value for value in decoder.graph.inputs if value.name == "input_ids")
     keep = decoder.input(KEEP_INPUT, ir.DataType.INT64, [1])
-    start = ir.node("Neg", [keep])
-    bounds = decoder.constant("slice_end", [_END]), decoder.constant("slice_axis", [1])
-    last = ir.node("Slice", [head.inputs[0], start.outputs[0], *bounds])
-    decoder.graph.insert_before(head, [start, last])
-    head.replace_input_with(0, last.outputs[0])
+    nodes = Nodes(decoder, head)
+    # Slice reads its bounds on the host. So does Shape write its result, which keeps this sum there: as Neg(keep) it
+    # would go to a GPU and be copied back, and a graph with such a copy cannot become a CUDA graph.
+    start = nodes("Sub", nodes("Shape", ids, start=1, end=2), keep)
+    last = nodes("Slice", head.inputs[0], start, nodes.ints(_END), nodes.ints(1))
+    head.replace_input_with(0, last)
 
 
 def select_positions(decoder: DecoderGraph) -> None:
@@ -53,7 +55,12 @@ def bake_token_ids(decoder: DecoderGraph, vocab_map: VocabMap | None) -> None:
     (logits,) = decoder.graph.outputs
     vocab = len(vocab_map) if vocab_map else int(logits.shape[-1])  # type: ignore[index, arg-type]
     logits.shape = ir.Shape([1, "keep", vocab])
-    top = ir.node("ArgMax", [logits], {"axis": -1, "keepdims": 0, "select_last_index": 0})
+    compared = logits
+    if decoder.dtype is torch.bfloat16:  # which ONNX Runtime's CUDA has no ArgMax for; a cast to float changes no order
+        cast = ir.node("Cast", [logits], {"to": ir.DataType.FLOAT})
+        decoder.graph.append(cast)
+        compared = cast.outputs[0]
+    top = ir.node("ArgMax", [compared], {"axis": -1, "keepdims": 0, "select_last_index": 0})
     decoder.graph.append(top)
     if vocab_map is not None:
         table = decoder.initializer("kept_token_ids", ir.Tensor(vocab_map.kept_token_ids, name="kept_token_ids"))

@@ -1,0 +1,171 @@
+"""Which drafter and which γ are fastest here, and whether any is: from measured steps to a decision. Pure functions."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Above these a reason is worth telling. They change no choice.
+_COMPUTE_BOUND = 0.5  # of a step: what each further verified token costs
+_SMALL_HEAD = 0.25  # of the bytes of a draft step
+_LOW_ACCEPTANCE = 0.5  # of the first drafted tokens
+_LOST_ACCEPTANCE = 0.05  # of the first drafted tokens, by a trim
+_DEAR_DRAFT = 0.5  # of a target step
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTimes:
+    """Medians in ms, of full rounds: the draft over γ, the verification of γ + 1 tokens, and all of the round."""
+
+    draft_length: int
+    draft_step_ms: float
+    verify_ms: float
+    round_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterTimes:
+    """One drafter as measured.
+
+    head_rows: K, or all rows where not `is_trimmed`. head_share: of the bytes that a draft step reads, the head's.
+    acceptance: by position, as `Stats` has it, at the largest γ. rounds: one entry for each γ.
+    """
+
+    name: str
+    head_rows: int
+    is_trimmed: bool
+    head_share: float
+    acceptance: tuple[float, ...]
+    rounds: tuple[RoundTimes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A drafter at one γ: what is to be expected of it. Without prefills. speedup: over the target alone."""
+
+    drafter: str
+    head_rows: int
+    is_trimmed: bool
+    draft_length: int
+    block_efficiency: float
+    tokens_per_second: float
+    speedup: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The decision.
+
+    candidates: every drafter at every γ, the fastest first. target_tokens_per_second: of the target alone.
+    trimming_gain: the best trimmed drafter's tokens/s over the best full one's; None where either is missing.
+    reasons: what holds the gain back, one sentence each; empty where nothing stands out.
+    """
+
+    candidates: tuple[Candidate, ...]
+    target_tokens_per_second: float
+    trimming_gain: float | None
+    reasons: tuple[str, ...]
+
+    @property
+    def best(self) -> Candidate:
+        return self.candidates[0]
+
+    @property
+    def speculation_pays(self) -> bool:
+        return self.best.speedup > 1
+
+    @property
+    def trimming_pays(self) -> bool | None:
+        """None where there is nothing to compare."""
+        return None if self.trimming_gain is None else self.trimming_gain > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for `json.dumps`."""
+        verdicts = {"speculation_pays": self.speculation_pays, "trimming_pays": self.trimming_pays}
+        return verdicts | {"best": asdict(self.best)} | asdict(self)
+
+
+def plan(target_step_ms: float, drafters: Sequence[DrafterTimes]) -> Plan:
+    """The fastest of `drafters` and γ by expected tokens a round over the round's measured time.
+
+    target_step_ms: a step of the target alone, all of its round. drafters: at least one, each with a round.
+    """
+    candidates = sorted(
+        (_candidate(target_step_ms, drafter, times) for drafter in drafters for times in drafter.rounds),
+        key=lambda c: (-c.tokens_per_second, c.draft_length, c.head_rows),
+    )
+    best = candidates[0]
+    gain = _trimming_gain(candidates)
+    chosen = next(drafter for drafter in drafters if drafter.name == best.drafter)
+    times = next(times for times in chosen.rounds if times.draft_length == best.draft_length)
+    reasons = [*_against_speculation(target_step_ms, chosen, times), *_against_trimming(drafters, gain)]
+    return Plan(tuple(candidates), 1e3 / target_step_ms, gain, tuple(reasons))
+
+
+def expected_block_efficiency(acceptance: Sequence[float], draft_length: int) -> float:
+    """τ at γ = `draft_length` from the acceptance by position of drafts at least as long.
+
+    A drafted token stays if all before it do, which a longer draft does not change: τ = 1 + Σ acceptance[i], i < γ.
+    """
+    return 1 + sum(acceptance[:draft_length])
+
+
+def _candidate(target_step_ms: float, drafter: DrafterTimes, times: RoundTimes) -> Candidate:
+    tau = expected_block_efficiency(drafter.acceptance, times.draft_length)
+    return Candidate(
+        drafter.name,
+        drafter.head_rows,
+        drafter.is_trimmed,
+        times.draft_length,
+        tau,
+        tokens_per_second=1e3 * tau / times.round_ms,
+        speedup=tau * target_step_ms / times.round_ms,
+    )
+
+
+def _trimming_gain(candidates: Sequence[Candidate]) -> float | None:
+    """candidates: the fastest first."""
+    trimmed = next((c for c in candidates if c.is_trimmed), None)
+    full = next((c for c in candidates if not c.is_trimmed), None)
+    return trimmed.tokens_per_second / full.tokens_per_second if trimmed and full else None
+
+
+def _against_speculation(target_step_ms: float, drafter: DrafterTimes, times: RoundTimes) -> list[str]:
+    """What holds back even the best candidate."""
+    reasons = []
+    width, cost = times.draft_length + 1, times.verify_ms / target_step_ms
+    if (cost - 1) / times.draft_length > _COMPUTE_BOUND:
+        reasons.append(
+            f"verifying {width} tokens costs {cost:.1f} steps of the target: it is bound by compute here, not by "
+            "memory; a target of a wider dtype, or another device, gains more"
+        )
+    if times.draft_step_ms / target_step_ms > _DEAR_DRAFT:
+        reasons.append(
+            f"a draft step takes {times.draft_step_ms / target_step_ms:.0%} of a step of the target: "
+            "quantise the drafter, or take a smaller one"
+        )
+    if drafter.acceptance and drafter.acceptance[0] < _LOW_ACCEPTANCE:
+        reasons.append(
+            f"only {drafter.acceptance[0]:.0%} of the first drafted tokens are accepted: "
+            "calibrate on prompts like these, keep more rows, or take another drafter"
+        )
+    return reasons
+
+
+def _against_trimming(drafters: Sequence[DrafterTimes], gain: float | None) -> list[str]:
+    """Why a trim gains little or loses; nothing where there is nothing to compare."""
+    full = [drafter for drafter in drafters if not drafter.is_trimmed]
+    trimmed = [drafter for drafter in drafters if drafter.is_trimmed]
+    reasons = []
+    if full and full[0].head_share < _SMALL_HEAD:
+        reasons.append(
+            f"the full head is {full[0].head_share:.0%} of what a draft step reads: a trim saves at most that share"
+        )
+    if gain is not None and gain <= 1:
+        closest = max(trimmed, key=lambda drafter: drafter.acceptance[:1])
+        lost = full[0].acceptance[0] - closest.acceptance[0] if full[0].acceptance and closest.acceptance else 0.0
+        if lost > _LOST_ACCEPTANCE:
+            reasons.append(
+                f"trimming to {closest.head_rows} rows loses {lost:.0%} of the first drafted tokens' acceptance: "
+                "calibrate on more tokens, on prompts like these, or keep more rows"
+            )
+    return reasons

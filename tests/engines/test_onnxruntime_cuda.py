@@ -1,0 +1,346 @@
+"""ONNX Runtime's CUDA without a GPU: the same buffers and bindings on the host, behind a stream that is simulated."""
+
+import ctypes
+import gc
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+import engines
+from engines import cuda_provider, load_engine, onnxruntime_cuda, read_bundle
+from engines.bundle import MODEL_NAME
+from engines.errors import VocabtrimError
+from engines.onnxruntime_cuda import DeviceStep, OnnxRuntimeCudaEngine, make_stream, run_options
+from engines.onnxruntime_engine import open_session
+from engines.trt import cuda
+from runtime import SamplingParams, SpeculativeDecoder
+from tests.integration import conftest as bundles
+from vocabtrim_export.cli import main
+from vocabtrim_export.trt.settings import TensorRTSettings
+
+random_model, count_file, export_pair = bundles.random_model, bundles.count_file, bundles.export_pair
+
+PROMPT = [5, 17, 200, 33]
+
+
+class HostStream:
+    """`engines.trt.cuda.Stream` where the device's memory is the host's. copies: bytes of each."""
+
+    address = 4711
+
+    def __init__(self):
+        self.copies, self.waits = [], 0
+
+    def copy(self, target, source, size):
+        ctypes.memmove(target, source, size)
+        self.copies.append(size)
+
+    def zero(self, memory):
+        ctypes.memset(memory.address, 0, memory.size)
+
+    def synchronize(self):
+        self.waits += 1
+
+
+@pytest.fixture(scope="module")
+def pair(random_model, export_pair):
+    return export_pair(random_model("llama"), quantize_drafter="int4")
+
+
+def device_engine(path, stream=None, shared=None):
+    bundle = read_bundle(path)
+    session = open_session(bundle.path / MODEL_NAME)
+    return OnnxRuntimeCudaEngine(bundle, session, stream or HostStream(), shared, device="cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------ computing
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt2"])
+def test_reserving_for_the_whole_capacity_changes_nothing(architecture, random_model, export_pair):
+    """A CUDA graph freezes total_sequence_length: with the capacity there, every step gives what it gives without."""
+    result = export_pair(random_model(architecture))
+    ids = np.random.default_rng(1).integers(2, 400, 120)
+    for path in (result.target, result.drafter):
+        with load_engine(path) as host, device_engine(path) as device:
+            for fed, keep in [(24, 24), (1, 1), (5, 5), (1, 1), (40, 3), (33, 1), (4, 4)]:
+                start = host.length
+                wanted, found = (engine.feed(ids[start : start + fed], keep=keep) for engine in (host, device))
+                assert device._total.tolist() == [device.capacity] != [host.length]
+                assert found.token_ids.tolist() == wanted.token_ids.tolist()
+                np.testing.assert_allclose(found.logits, wanted.logits, atol=2e-5 * wanted.logits.std())
+            for engine in (host, device):
+                engine.rewind(20)
+            wanted, found = (engine.feed(ids[60:65], keep=5).logits for engine in (host, device))
+            np.testing.assert_allclose(found, wanted, atol=2e-5 * wanted.std())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_speculation_on_device_buffers_gives_the_targets_own_output(shared, pair):
+    stream = HostStream()
+    with SpeculativeDecoder.load(pair.target) as alone:
+        target = device_engine(pair.target, stream)
+        drafter = device_engine(pair.drafter, stream, target if shared else None)
+        assert (drafter.cache is target.cache) == shared
+        with SpeculativeDecoder(target, drafter) as decoder:
+            for sampling in (SamplingParams(), SamplingParams(temperature=1.0, seed=2)):
+                result = decoder.generate(PROMPT, max_new_tokens=40, sampling=sampling)
+                assert len(result.token_ids) == 40
+                if sampling.is_greedy:
+                    assert result.token_ids == alone.generate(PROMPT, max_new_tokens=40).token_ids
+
+
+def test_only_token_ids_come_back_unless_logits_are_asked_for(pair):
+    stream = HostStream()
+    with device_engine(pair.target, stream) as engine:
+        engine.feed(PROMPT)
+        stream.copies.clear()
+        output = engine.feed([7, 8, 9], keep=2)
+        sent, received = stream.copies
+        assert sent < 1000
+        assert received == 8 * 2
+        waits = stream.waits
+        assert output.logits.shape == (2, 448)
+        assert stream.copies[2:] == [4 * 2 * 448]
+        assert stream.waits == waits + 1  # what is not waited for is not there yet
+
+
+def test_the_cache_starts_as_zeros(pair, monkeypatch):
+    allocate = OnnxRuntimeCudaEngine._allocate
+
+    def dirty(self, shape, element_type):
+        value = allocate(self, shape, element_type)
+        ctypes.memset(value.data_ptr(), 255, value.tensor_size_in_bytes())  # NaN
+        return value
+
+    monkeypatch.setattr(OnnxRuntimeCudaEngine, "_allocate", dirty)
+    with device_engine(pair.target) as engine:
+        assert all(not value.numpy().any() for value in engine._caches.values())
+
+
+def test_bfloat16_logits_reach_the_host_as_float32():
+    value = ort.OrtValue.ortvalue_from_shape_and_type((1, 1, 3), onnxruntime_cuda._element_type("tensor(bfloat16)"))
+    assert value.data_type() == "tensor(bfloat16)"
+    wanted = np.array([[1.0, -2.5, 0.15625]], np.float32)
+    bits = (wanted.view(np.uint32) >> 16).astype(np.uint16)
+    ctypes.memmove(value.data_ptr(), bits.ctypes.data, bits.nbytes)
+    rest = dict.fromkeys(name for name in DeviceStep.__dataclass_fields__ if name not in ("stream", "logits"))
+    step = DeviceStep(**rest | {"stream": HostStream(), "logits": value, "logits_dtype": np.dtype(np.uint16)})
+    np.testing.assert_array_equal(step.read_logits(), wanted)
+
+
+def test_every_kept_shape_has_its_own_cuda_graph_and_a_prefill_has_none():
+    kept = [run_options(length, keep) for length in range(1, 33) for keep in range(1, length + 1)]
+    ids = [int(options.get_run_config_entry("gpu_graph_id")) for options in kept]
+    assert len(set(ids)) == len(ids)
+    assert min(ids) > 0
+    for length in (33, 256):
+        assert run_options(length, 1).get_run_config_entry("gpu_graph_id") == "-1"
+
+
+# -------------------------------------------------------------------------------------------------- streams and devices
+
+
+def test_a_stream_goes_with_its_last_user(monkeypatch):
+    destroyed = []
+    monkeypatch.setattr(cuda, "Stream", HostStream)
+    monkeypatch.setattr(cuda, "runtime", lambda: SimpleNamespace(cudaStreamDestroy=destroyed.append))
+    first = make_stream()
+    second = first
+    del first
+    gc.collect()
+    assert not destroyed
+    del second
+    gc.collect()
+    assert destroyed == [HostStream.address]
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """`load_engine(…, "cuda")` on the host."""
+
+    class OnHost(OnnxRuntimeCudaEngine):
+        def _allocate(self, shape, element_type):
+            return ort.OrtValue.ortvalue_from_shape_and_type(shape, element_type, "cpu", 0)
+
+        def _bind(self, length, keep):
+            self.device = "cpu"
+            step = super()._bind(length, keep)
+            self.device = "cuda"
+            return step
+
+    monkeypatch.setattr(onnxruntime_cuda, "OnnxRuntimeCudaEngine", OnHost)
+    monkeypatch.setattr(onnxruntime_cuda, "require_provider", lambda: ())
+    monkeypatch.setattr(onnxruntime_cuda, "make_stream", HostStream)
+    monkeypatch.setattr(
+        onnxruntime_cuda, "open_cuda_session", lambda bundle, stream, missing: open_session(bundle.path / MODEL_NAME)
+    )
+
+
+def test_engines_on_cuda_share_a_stream_and_those_of_one_model_a_cache(
+    simulated, pair, random_model, export_pair, tmp_path
+):
+    other = export_pair(random_model("llama", seed=1)).drafter
+    with load_engine(pair.target, "cuda") as target:
+        for path, shares in [(pair.drafter, True), (other, False)]:
+            with load_engine(path, "cuda", share_cache_with=target) as drafter:
+                assert drafter.stream is target.stream
+                assert (drafter.cache is target.cache) == shares
+        with load_engine(pair.drafter, "cuda") as alone:
+            assert alone.stream is not target.stream
+
+
+@pytest.mark.parametrize(("device", "drafter_device"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", None)])
+def test_the_drafter_may_be_on_another_device(device, drafter_device, simulated, pair):
+    with (
+        SpeculativeDecoder.load(pair.target) as alone,
+        SpeculativeDecoder.load(pair.target, pair.drafter, device, drafter_device=drafter_device) as decoder,
+    ):
+        assert (decoder.target.device, decoder.drafter.device) == (device, drafter_device or device)
+        assert (decoder.drafter.cache is decoder.target.cache) == (drafter_device is None)
+        expected = alone.generate(PROMPT, max_new_tokens=40)
+        assert decoder.generate(PROMPT, max_new_tokens=40).token_ids == expected.token_ids
+
+
+def test_formats_mix(random_model, export_pair):
+    """The graphs of a TensorRT bundle and one for ONNX Runtime, both ways round."""
+    directory = random_model("llama")
+    plain = export_pair(directory)
+    standard = export_pair(
+        directory, dtype="fp32", trt=TensorRTSettings(flavor="none", draft_length=3, prefill_chunk=16)
+    )
+    with SpeculativeDecoder.load(plain.target) as alone:
+        expected = [alone.generate(prompt, max_new_tokens=60).token_ids for prompt in (PROMPT, range(40, 70))]
+    for target, drafter in [(standard.target, plain.drafter), (plain.target, standard.drafter)]:
+        with SpeculativeDecoder.load(target, drafter, drafter_device="cpu") as decoder:
+            found = [decoder.generate(prompt, max_new_tokens=60) for prompt in (PROMPT, range(40, 70))]
+        assert [result.token_ids for result in found] == expected
+        assert all(result.stats.accepted for result in found)
+
+
+def test_the_command_line_says_where_the_drafter_runs(monkeypatch, capsys):
+    asked = []
+
+    def load(*paths, **options):
+        asked.append(options)
+        raise VocabtrimError("enough")
+
+    monkeypatch.setattr(SpeculativeDecoder, "load", load)
+    generate = ["generate", "--target", "t", "--prompt", "Hi", "--drafter-device", "cpu", "--device", "cuda"]
+    assert main.main([*generate, "--drafter", "d"]) == 2
+    assert (asked[0]["device"], asked[0]["drafter_device"]) == ("cuda", "cpu")
+    assert main.main(generate) == 2
+    assert "--drafter-device is for a drafter: give --drafter as well" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.fixture
+def wheel(monkeypatch, tmp_path):
+    """wheel(providers, *files): an installed ONNX Runtime that lists these providers and has these libraries."""
+    (tmp_path / "capi").mkdir()
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
+
+    def make(providers, *files):
+        monkeypatch.setattr(ort, "__file__", str(tmp_path / "__init__.py"))
+        monkeypatch.setattr(ort, "get_available_providers", lambda: [*providers, "CPUExecutionProvider"])
+        for name in files:
+            (tmp_path / "capi" / name).write_bytes(b"")
+
+    return make
+
+
+CUDA_LIBRARY = "libonnxruntime_providers_cuda.so"
+
+
+def test_the_cpu_wheel_is_named(wheel, pair):
+    wheel([])
+    with pytest.raises(VocabtrimError) as caught:
+        load_engine(pair.target, "cuda")
+    message = str(caught.value)
+    assert "is the CPU wheel" in message
+    assert "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'vocabtrim-export[cuda]'" in message
+    assert "\n" not in message
+
+
+def test_a_gpu_wheel_that_does_not_load_says_why(wheel, pair):
+    """The empty file stands for one that needs a library which is not there: both are what the loader says."""
+    wheel([], CUDA_LIBRARY)
+    with pytest.raises(VocabtrimError, match=rf"does not load \(.*{CUDA_LIBRARY}: file too short\)"):
+        load_engine(pair.target, "cuda")
+
+
+def test_a_silent_fall_back_to_the_cpu_is_an_error(wheel, pair, monkeypatch):
+    wheel([cuda_provider.PROVIDER], CUDA_LIBRARY)
+    fallen_back = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", lambda *args, **options: fallen_back)
+    with pytest.raises(VocabtrimError, match=rf"does not load \(.*{CUDA_LIBRARY}: file too short\)"):
+        cuda_provider.open_cuda_session(read_bundle(pair.target), HostStream())
+
+
+def test_libraries_that_do_not_load_are_named(monkeypatch, wheel):
+    wheel([], CUDA_LIBRARY)
+    monkeypatch.setattr(cuda_provider.ctypes, "CDLL", lambda *names: None)
+
+    def preload():
+        print("Failed to load /nvidia/cublas/lib/libcublasLt.so.13: libcublasLt.so.13: cannot open shared object file")
+        print("Failed to load libcudart.so.13: libcudart.so.13: cannot open shared object file")
+        print("Failed to load libcublasLt.so.13: libcublasLt.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(ort, "preload_dlls", preload, raising=False)
+    with pytest.raises(VocabtrimError, match=r"\(missing: libcublasLt\.so\.13, libcudart\.so\.13\)"):
+        cuda_provider.require_provider()
+
+
+class Refuses:
+    """`InferenceSession` as it refuses CUDA graphs: a node has no CUDA kernel."""
+
+    def __init__(self, path, options, providers, enable_fallback):
+        self.options = providers[0][1]
+        if self.options["enable_cuda_graph"] == "1":
+            raise RuntimeError("This session cannot use the graph capture feature as requested by the user as ...")
+
+    def get_providers(self):
+        return [cuda_provider.PROVIDER]
+
+
+def test_a_model_that_cannot_be_one_graph_runs_without(monkeypatch, random_model, export_pair, pair):
+    half = export_pair(random_model("llama"), dtype="fp16").target
+    monkeypatch.setattr(ort, "InferenceSession", Refuses)
+    session = cuda_provider.open_cuda_session(read_bundle(half), HostStream())
+    assert session.options["enable_cuda_graph"] == "0"
+    assert session.options["user_compute_stream"] == "4711"
+    with pytest.raises(VocabtrimError, match=r"is an fp32 bundle.*export it with --dtype fp16 or bf16"):
+        cuda_provider.open_cuda_session(read_bundle(pair.target), HostStream())
+
+
+@pytest.mark.parametrize("where", ["session", "cache", "run"])
+def test_a_full_gpu_gives_the_sizes_and_what_to_lower(where, pair, monkeypatch):
+    def full(*args, **options):
+        raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory ; GPU=0 ; hostname=x")
+
+    expected = r"out of GPU memory with .*weights take \d+ MB and its KV cache of 128 tokens \d+ MB: .*--max-length"
+    if where == "session":
+        monkeypatch.setattr(ort, "InferenceSession", full)
+        with pytest.raises(VocabtrimError, match=expected):
+            cuda_provider.open_cuda_session(read_bundle(pair.target), HostStream())
+    elif where == "cache":
+        monkeypatch.setattr(OnnxRuntimeCudaEngine, "_allocate", full)
+        with pytest.raises(VocabtrimError, match=expected):
+            device_engine(pair.target)
+    else:
+        with device_engine(pair.target) as engine:
+            monkeypatch.setattr(DeviceStep, "run", full)
+            with pytest.raises(VocabtrimError, match=expected):
+                engine.feed(PROMPT)
+
+
+def test_other_failures_stay_what_they_are(pair):
+    with device_engine(pair.target) as engine:
+        with pytest.raises(ValueError, match="cannot keep 2 of 1"):
+            engine.feed([1], keep=2)
+        with pytest.raises(engines.ContextFull):
+            engine.feed(range(200))

@@ -1,0 +1,180 @@
+"""What only a GPU can prove of ONNX Runtime's CUDA: that it computes what the CPU does, as CUDA graphs too."""
+
+import numpy as np
+import pytest
+
+from engines import load_engine
+from engines.errors import VocabtrimError
+from engines.trt import cuda
+from runtime import SamplingParams, SpeculativeDecoder
+
+NEEDS = "needs an NVIDIA GPU and onnxruntime-gpu"
+# Head sizes and group that attention has kernels for; two layers, so that a cache can be mixed up.
+LLAMA = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+PROMPT = [5, 17, 200, 33, 91, 4, 250, 12, 77, 140, 3, 9]
+TIE = 0.05  # of the logits' standard deviation: what half precision may move them by
+# Tokens fed, positions kept: a prompt, single tokens, blocks, one longer than any that is kept bound; graphs are
+# captured when a shape first runs and replayed after that.
+STEPS = [(24, 1), (1, 1), (1, 1), (1, 1), (5, 5), (5, 5), (5, 5), (3, 3), (40, 4), (1, 1), (5, 5), (5, 5)]
+
+
+@pytest.fixture(scope="module")
+def onnxruntime_cuda():
+    """Skips where there is none."""
+    try:
+        cuda.current_device()
+        from engines.cuda_provider import require_provider
+
+        require_provider()
+    except (VocabtrimError, ImportError) as error:
+        pytest.skip(f"{NEEDS}: {error}")
+
+
+@pytest.fixture(scope="module")
+def directory(onnxruntime_cuda, random_model):
+    return random_model("llama", **LLAMA)
+
+
+@pytest.fixture(scope="module")
+def pair(directory, export_pair):
+    return export_pair(directory, dtype="fp16", quantize_drafter="int4")
+
+
+@pytest.fixture(scope="module")
+def exact(directory, export_pair):
+    """In fp32, to compare with on the CPU, which has no bf16."""
+    return export_pair(directory, dtype="fp32", quantize_drafter="int4")
+
+
+def assert_same_choices(engine, found, wanted, where):
+    """Two outputs over the same tokens: scores are near, and choices equal but for near-ties, which are printed."""
+    scores = wanted.logits
+    spread = scores.std()
+    np.testing.assert_allclose(found.logits, scores, atol=3 * TIE * spread, err_msg=where)
+    kept = np.arange(scores.shape[1]) if engine.vocab_map is None else engine.vocab_map.kept_token_ids
+    for row, (a, b) in enumerate(zip(wanted.token_ids, found.token_ids, strict=True)):
+        if a != b:
+            gap = float(scores[row, kept.searchsorted(a)] - scores[row, kept.searchsorted(b)])
+            print(f"near-tie {where}, row {row}: {b} for {a}, {gap:.4f} below it")
+            assert gap <= 2 * TIE * spread, f"{where}, row {row}: {b} for {a}"
+
+
+def assert_agrees(found_path, wanted_path):
+    ids = np.random.default_rng(0).integers(2, 400, 120)
+    with load_engine(wanted_path, "cpu") as reference, load_engine(found_path, "cuda") as engine:
+        for again in range(2):  # the second time every graph is replayed
+            for fed, keep in STEPS:
+                start = reference.length
+                wanted, found = (x.feed(ids[start : start + fed], keep=keep) for x in (reference, engine))
+                assert_same_choices(engine, found, wanted, f"run {again}, after {start + fed} tokens")
+            for each in (reference, engine):
+                each.rewind(20)
+            wanted, found = (each.feed(ids[60:65], keep=5) for each in (reference, engine))
+            assert_same_choices(engine, found, wanted, f"run {again}, after a rewind")
+            for each in (reference, engine):
+                each.rewind(0)
+
+
+@pytest.mark.parametrize("role", ["target", "drafter"])
+def test_fp16_and_int4_compute_what_the_cpu_does(role, pair):
+    assert_agrees(getattr(pair, role), getattr(pair, role))
+
+
+@pytest.mark.parametrize("role", ["target", "drafter"])
+def test_bf16_is_near_fp32(role, directory, export_pair, exact):
+    result = export_pair(directory, dtype="bf16", quantize_drafter="int4")
+    assert_agrees(getattr(result, role), getattr(exact, role))
+
+
+@pytest.mark.parametrize("role", ["target", "drafter"])
+def test_every_node_is_in_a_cuda_graph(role, pair):
+    with load_engine(getattr(pair, role), "cuda") as engine:
+        assert engine.cuda_graphs, "some node of the model has no CUDA kernel, or is fed from the host"
+
+
+def test_replays_read_their_inputs_anew_and_repeat_themselves(pair):
+    with load_engine(pair.target, "cuda") as engine:
+        outputs = []
+        for first in (7, 7, 7, 107):  # plain and captured, then replayed
+            engine.rewind(0)
+            output = engine.feed(np.arange(first, first + 5), keep=5)
+            outputs.append((output.token_ids.tolist(), output.logits.copy()))
+        for tokens, logits in outputs[1:3]:
+            assert tokens == outputs[0][0]
+            np.testing.assert_array_equal(logits, outputs[0][1])
+        assert not np.array_equal(outputs[3][1], outputs[0][1])
+
+
+def check_greedy(pair, decoder):
+    """`decoder` says what its target says alone, on the device that it is on, up to the first near-tie."""
+    found = decoder.generate(PROMPT, max_new_tokens=80).token_ids
+    decoder.target.rewind(0)
+    output, expected = decoder.target.feed(PROMPT), []
+    while True:
+        expected.append(int(output.token_ids[-1]))
+        if len(expected) == 80:
+            break
+        output = decoder.target.feed(expected[-1:])
+    differing = next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), None)
+    if differing is not None:  # from there on the two texts have nothing to do with each other
+        with load_engine(pair.target) as reference:
+            logits = reference.feed(PROMPT + expected[:differing]).logits[0]
+        gap = float(logits[expected[differing]] - logits[found[differing]])
+        print(f"near-tie after {differing} new tokens: {found[differing]}, {gap:.4f} below {expected[differing]}")
+        assert abs(gap) <= TIE * logits.std()
+
+
+def test_speculation_gives_the_targets_own_greedy_output(pair):
+    with SpeculativeDecoder.load(pair.target, pair.drafter, device="cuda") as decoder:
+        assert decoder.drafter.cache is decoder.target.cache
+        assert decoder.drafter.stream is decoder.target.stream
+        check_greedy(pair, decoder)
+
+
+def test_a_drafter_with_its_own_cache(pair):
+    target = load_engine(pair.target, "cuda")
+    with SpeculativeDecoder(target, load_engine(pair.drafter, "cuda")) as decoder:
+        check_greedy(pair, decoder)
+
+
+@pytest.mark.parametrize(("device", "drafter_device"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_the_drafter_on_another_device(device, drafter_device, pair):
+    with SpeculativeDecoder.load(pair.target, pair.drafter, device, drafter_device=drafter_device) as decoder:
+        check_greedy(pair, decoder)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_target_as_its_own_drafter_accepts_nearly_everything(shared, pair):
+    """Whatever positions or rollback lose shows here."""
+    target = load_engine(pair.target, "cuda")
+    drafter = load_engine(pair.target, "cuda", share_cache_with=target if shared else None)
+    with SpeculativeDecoder(target, drafter) as decoder:
+        for sampling in (SamplingParams(), SamplingParams(temperature=1.0, seed=1)):
+            stats = decoder.generate(PROMPT, max_new_tokens=80, sampling=sampling).stats
+            print(f"{stats.accepted} of {stats.drafted} drafted tokens accepted")
+            assert stats.accepted >= 0.9 * stats.drafted > 0  # but for near-ties between shapes
+
+
+def test_fp32_is_refused_or_runs(exact):
+    """Refused while ONNX Runtime has no fp32 attention on CUDA, with what to do; never slow in silence."""
+    refusal = ""
+    try:
+        with load_engine(exact.target, "cuda") as engine:
+            assert engine.cuda_graphs
+    except VocabtrimError as error:
+        refusal = str(error)
+    assert not refusal or "--dtype fp16 or bf16" in refusal
+
+
+def test_a_cache_larger_than_the_gpu_says_what_to_lower(onnxruntime_cuda, pair, monkeypatch):
+    from engines.onnxruntime_engine import OnnxRuntimeEngine
+
+    allocate = OnnxRuntimeEngine._allocate_caches
+
+    def huge(self):
+        self.capacity = 1 << 31
+        return allocate(self)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "_allocate_caches", huge)
+    with pytest.raises(VocabtrimError, match=r"out of GPU memory.*--max-length"):
+        load_engine(pair.target, "cuda")

@@ -1,0 +1,179 @@
+"""`vocabtrim bench` on tiny real bundles: what it prints, its JSON against the schema, and a user's mistakes."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import jsonschema
+import pytest
+
+from vocabtrim_export.cli.main import main
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "bench.schema.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pair(random_model, export_pair):
+    """The target's bundle, a trimmed drafter's, and its full one's."""
+    model = random_model("llama")
+    trimmed, full = export_pair(model), export_pair(model, k="100000")
+    return trimmed.target, trimmed.drafter, full.drafter
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text('{"prompt": "the quick brown fox"}\n{"prompt": "the lazy dog"}\n')
+    return path
+
+
+@pytest.fixture
+def bench(pair, prompts, capsys):
+    """bench(*options, drafters=1) → what it printed."""
+
+    def run(*options, drafters=1):
+        target, *rest = map(str, pair)
+        given = ["--target", target, "--drafter", *rest[:drafters], "--prompts", str(prompts)]
+        assert main(["bench", *given, "--max-new-tokens", "16", "--repeats", "1", *options]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def validated(text):
+    data = json.loads(text)
+    jsonschema.validate(data, SCHEMA, cls=jsonschema.Draft202012Validator)
+    return data
+
+
+def test_a_single_configuration(bench, pair):
+    data = validated(bench("--json", "--draft-length", "3", "--baseline-drafter", str(pair[2])))
+    assert list(data["modes"]) == ["target_only", "full_drafter", "trimmed_drafter"]
+    assert (data["kind"], data["draft_length"], data["lossless"]) == ("bench", 3, True)
+    text = bench()
+    assert "γ = 4, greedy" in text
+    assert "2/2" in text
+    assert "of the measured bandwidth" in text
+
+
+def test_forced_acceptance_says_so(bench):
+    text = bench("--force-accepted", "2", "--draft-length", "3")
+    assert "forced: 2 drafted tokens accepted a round" in text
+    assert "2/2" not in text
+    data = validated(bench("--force-accepted", "2", "--draft-length", "3", "--json"))
+    assert (data["lossless"], data["modes"]["trimmed_drafter"]["equal_prompts"]) == (None, None)
+    assert data["modes"]["trimmed_drafter"]["block_efficiency"] == 3
+
+
+def test_a_sweep_its_json_and_its_plot(bench, tmp_path):
+    plot = tmp_path / "sweep.svg"
+    options = ["--draft-length", "2,1", "--context", "8,40", "--plot", str(plot)]
+    data = validated(bench(*options, "--json", drafters=2))
+    assert (data["kind"], data["lossless"], len(data["rows"])) == ("sweep", True, 2 * (1 + 2 * 2))
+    assert {row["head_rows"] for row in data["rows"]} == {192, 448}
+    svg = ElementTree.parse(plot).getroot()
+    assert svg.tag.endswith("svg")
+    lines = svg.findall(".//{*}polyline")
+    assert len(lines) == 2 * 2  # a panel for each context, a line for each drafter
+    assert "prefers-color-scheme:dark" in plot.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.svg"]
+    text = bench(*options, drafters=2)
+    assert "all outputs equal target only's" in text
+    assert text.count("target only") == 3
+
+
+def test_a_plan(bench):
+    data = validated(bench("--plan", "--draft-length", "1,3", "--json", drafters=2))
+    assert len(data["plan"]["candidates"]) == 4
+    assert data["plan"]["trimming_pays"] in (True, False)
+    text = bench("--plan")
+    assert "speculation" in text
+    assert "--draft-length" in text
+
+
+def test_random_weights(capsys, tmp_path):
+    options = ["--random-weights", "tiny", "--quantize-drafter", "int4", "--max-new-tokens", "24", "--repeats", "1"]
+    options += ["--bundles", str(tmp_path), "--max-length", "64"]
+    assert main(["bench", *options, "--k", "128,full", "--draft-length", "1,3", "--context", "32", "--json"]) == 0
+    data = validated(capsys.readouterr().out)
+    assert [(row["drafter"], row["head_rows"], row["report"]["block_efficiency"]) for row in data["rows"]] == [
+        ("target_only", 512, 1),
+        ("128 rows", 128, pytest.approx(23 / 12)),
+        ("128 rows", 128, pytest.approx(23 / 6)),
+        ("full", 512, pytest.approx(23 / 12)),
+        ("full", 512, pytest.approx(23 / 6)),
+    ]
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert len({path.parent for path in made}) == 3
+    assert main(["bench", *options, "--k", "128", "--force-accepted", "0", "--json"]) == 0
+    data = validated(capsys.readouterr().out)
+    assert (data["kind"], data["force_accepted"]) == ("bench", 0)
+    assert {path: path.stat().st_mtime_ns for path in made} == made  # used, not made again
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--context", "120"], "a context of 120 tokens and 16 new ones do not fit in the 128 that the bundles hold"),
+        (["--force-accepted", "5"], "5 tokens cannot be accepted of the 4 that a round drafts"),
+        (["--draft-length", "1,4", "--force-accepted", "2"], "2 tokens cannot be accepted of the 1 that"),
+        (["--force-accepted", "x"], "argument --force-accepted: 'x': give a number from 0 up, or all"),
+        (["--draft-length", "1,x"], "argument --draft-length: '1,x': give numbers from 1 up, separated by commas"),
+        (["--context", "0"], "argument --context: '0': give numbers from 1 up"),
+        (["--k", "128"], "--k is for --random-weights"),
+        (["--quantize-drafter", "int4"], "--quantize-drafter is for --random-weights"),
+        (["--num-prompts", "0"], "--num-prompts is 0: give 1 or more"),
+        (["--plan", "--force-accepted", "1"], "--plan takes one --context at most"),
+        (["--random-weights", "tiny"], "--random-weights makes its own bundles"),
+        (["--plot", "/nowhere/a.svg"], "--plot /nowhere/a.svg: there is no directory /nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(pair, prompts, capsys, options, message):
+    given = ["bench", "--target", str(pair[0]), "--drafter", str(pair[1]), "--prompts", str(prompts)]
+    assert code([*given, "--max-new-tokens", "16", *options]) == 2
+    check_error(capsys, message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--target is missing: give the bundles and prompts, or --random-weights NAME"),
+        (["--random-weights", "tiny", "--k", "1024"], "--k 1024 is more than the 512 rows that tiny has"),
+        (["--random-weights", "tiny", "--k", "few"], "argument --k: 'few': give numbers of rows or full"),
+        (["--random-weights", "tiny", "--plan"], "random weights have no acceptance to plan with"),
+        (["--random-weights", "tiny", "--max-length", "9999"], "--max-length 9999 is not in the 1 to 1024 tokens"),
+        (["--random-weights", "huge"], "argument --random-weights: invalid choice"),
+    ],
+)
+def test_a_mistake_with_random_weights_is_one_line(capsys, options, message):
+    assert code(["bench", *options]) == 2
+    check_error(capsys, message)
+
+
+@pytest.mark.parametrize("what", ["memory", "disk space"])
+def test_random_weights_that_do_not_fit_are_refused(capsys, monkeypatch, tmp_path, what):
+    from vocabtrim_export import random_weights
+
+    room = {"memory": 1 << 50, "disk space": 1 << 50} | {what: 1 << 30}
+    monkeypatch.setattr(random_weights, "available_memory", lambda: room["memory"])
+    monkeypatch.setattr(random_weights.shutil, "disk_usage", lambda path: SimpleNamespace(free=room["disk space"]))
+    assert code(["bench", "--random-weights", "llama-3.1-8b", "--bundles", str(tmp_path)]) == 2
+    check_error(capsys, f"llama-3.1-8b needs 64.2 GB of {what} for 2 bundles and there are 1.1: use --dtype fp16")
+    assert not list(tmp_path.iterdir())
+
+
+def code(arguments):
+    try:
+        return main(arguments)
+    except SystemExit as exit:
+        return exit.code
+
+
+def check_error(capsys, *messages):
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    for message in messages:
+        assert message in lines[0]
+    assert "Traceback" not in error

@@ -1,0 +1,129 @@
+"""The options of `vocabtrim bench` that sweep and plan, and what they may be combined with."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines.errors import VocabtrimError
+
+if TYPE_CHECKING:
+    from runtime.bench import Forced
+
+PLAN_DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8)
+RANDOM_SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "tiny")
+_RANDOM_OPTIONS = ("k", "dtype", "quantize", "quantize_drafter", "max_length", "bundles")
+
+
+@dataclass(frozen=True, slots=True)
+class Bundles:
+    """What a bench runs. drafters: by the names that reports give them."""
+
+    target: Path
+    drafters: Mapping[str, Path]
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Positive numbers, as in "1,2,4"."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers from 1 up, separated by commas, such as 1,2,4")
+    return tuple(sorted(set(values)))
+
+
+def forced(text: str) -> "Forced":
+    """A number from 0 up, or "all"."""
+    if text == "all":
+        return "all"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number from 0 up, or all")
+    return int(text)
+
+
+def head_rows(text: str) -> tuple[int | None, ...]:
+    """Numbers of rows, None for "full", as in "8192,full"."""
+    parts = text.split(",")
+    if not all(part == "full" or (part.isdecimal() and int(part) > 0) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers of rows or full, such as 8192,32768,full")
+    return tuple(dict.fromkeys(None if part == "full" else int(part) for part in parts))
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """Some of them replace those of `add_engine_arguments`, as a bench takes lists, and makes its own targets."""
+    group = parser.add_argument_group("what is measured", conflict_handler="resolve")
+    group.add_argument("--target", type=Path, metavar="DIR", help="the target's bundle")
+    group.add_argument(
+        "--draft-length",
+        type=numbers,
+        default=[],
+        metavar="N[,N…]",
+        help="tokens drafted per round (γ; default: 4, or fewer where the target verifies no more; with --plan "
+        f"{','.join(map(str, PLAN_DRAFT_LENGTHS))})",
+    )
+    group.add_argument(
+        "--context",
+        type=numbers,
+        default=[],
+        metavar="N[,N…]",
+        help="cut or repeat the prompts to N tokens, for step times there",
+    )
+    group.add_argument(
+        "--force-accepted",
+        type=forced,
+        metavar="N",
+        help="accept N of each draft (or all), whatever the target says: latency apart from the drafter's quality; "
+        "the output means nothing",
+    )
+    group.add_argument(
+        "--plan", action="store_true", help="say which drafter and draft length are fastest here, and why not faster"
+    )
+    group.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the sweep")
+
+
+def add_random_weight_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with --random-weights")
+    group.add_argument(
+        "--random-weights",
+        choices=RANDOM_SHAPES,
+        metavar="NAME",
+        help="measure bundles of random weights in the shape of a model, made here, instead of --target and "
+        f"--drafter, on prompts of random tokens: {', '.join(RANDOM_SHAPES)}. --force-accepted is all without one",
+    )
+    group.add_argument("--k", type=head_rows, default=[], metavar="K[,K…]", help="rows of the drafters' heads, or full")
+    group.add_argument("--dtype", choices=["fp32", "fp16"], help="of weights and KV cache (default: fp32)")
+    quantizations = ["none", "int8", "int4"]
+    group.add_argument("--quantize", choices=quantizations, help="weight-only, all bundles (default: none)")
+    group.add_argument("--quantize-drafter", choices=quantizations, help="the same, for the drafters alone")
+    group.add_argument("--max-length", type=int, metavar="N", help="tokens the KV caches hold (default: 1024)")
+    group.add_argument("--bundles", type=Path, metavar="DIR", help="keep the bundles there for later runs")
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise `VocabtrimError` for what does not go together."""
+    for name in ("max_new_tokens", "repeats"):
+        _at_least_one(name, getattr(options, name))
+    if options.num_prompts is not None:
+        _at_least_one("num_prompts", options.num_prompts)
+    if options.plot and not options.plot.absolute().parent.is_dir():
+        raise VocabtrimError(f"--plot {options.plot}: there is no directory {options.plot.absolute().parent}")
+    if options.random_weights:
+        if options.target or options.drafter or options.baseline_drafter or options.prompts:
+            raise VocabtrimError("--random-weights makes its own bundles and prompts: leave out those given")
+        if options.plan:
+            raise VocabtrimError("random weights have no acceptance to plan with: give --plan real bundles")
+        return
+    if given := [name for name in _RANDOM_OPTIONS if getattr(options, name)]:
+        raise VocabtrimError(f"--{given[0].replace('_', '-')} is for --random-weights: bundles have theirs already")
+    if missing := [name for name in ("target", "drafter", "prompts") if not getattr(options, name)]:
+        raise VocabtrimError(f"--{missing[0]} is missing: give the bundles and prompts, or --random-weights NAME")
+    if options.plan and (options.plot or options.force_accepted is not None or len(options.context) > 1):
+        raise VocabtrimError("--plan takes one --context at most, and neither --plot nor --force-accepted")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise VocabtrimError(f"--{name.replace('_', '-')} is {value}: give 1 or more")

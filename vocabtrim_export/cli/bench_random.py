@@ -1,0 +1,29 @@
+"""What `vocabtrim bench --random-weights` runs."""
+
+import argparse
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vocabtrim_export.cli.bench_options import Bundles
+
+if TYPE_CHECKING:
+    from vocabtrim_export.graph.files import Progress
+
+
+def random_bundles(options: argparse.Namespace, stack: ExitStack, progress: "Progress") -> Bundles:
+    """Make them in --bundles, or in a directory that `stack` removes."""
+    from vocabtrim_export.random_weights import RandomSettings, random_bundles
+
+    settings = RandomSettings(
+        options.random_weights,
+        tuple(options.k) or (None,),
+        options.dtype or "fp32",
+        options.quantize or "none",
+        options.quantize_drafter,
+        options.max_length or 1024,
+    )
+    directory = options.bundles or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vocabtrim-")))
+    made = random_bundles(settings, directory, progress)
+    return Bundles(made.target, made.drafters)

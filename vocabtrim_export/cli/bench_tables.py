@@ -1,0 +1,127 @@
+"""What `vocabtrim bench` measured, as tables for people."""
+
+from typing import TYPE_CHECKING
+
+from vocabtrim_export.cli.console import print_table
+
+if TYPE_CHECKING:
+    from runtime import BenchReport, ModeReport, Percentiles, PlanReport, SweepReport, SweepRow
+
+
+def show(report: "BenchReport | PlanReport | SweepReport") -> None:
+    from runtime import BenchReport, PlanReport
+
+    if isinstance(report, BenchReport):
+        show_bench(report)
+    elif isinstance(report, PlanReport):
+        show_plan(report)
+    else:
+        show_sweep(report)
+
+
+def show_bench(report: "BenchReport") -> None:
+    title = (
+        f"{report.prompts} prompts, {report.max_new_tokens} new tokens, γ = {report.draft_length}, "
+        f"{_judged(report.force_accepted)}, medians of {report.repeats}; "
+        f"memory reads {report.bandwidth / 1e9:.1f} GB/s"
+    )
+    forced = report.force_accepted is not None
+    rows = {
+        "tokens/s": lambda m: f"{m.tokens_per_second:.1f}",
+        "speed-up, measured": lambda m: f"{m.speedup:.2f}×",
+        "speed-up, without prefills": lambda m: f"{m.decode_speedup:.2f}×",
+        "speed-up, by measured latency": lambda m: _number(m.latency_speedup, "×"),
+        "speed-up, memory-bound (MBSU)": lambda m: f"{m.mbsu:.2f}×",
+        "block efficiency": lambda m: f"{m.block_efficiency:.2f}",
+        "accepted, by position": lambda m: " ".join(f"{share:.0%}" for share in m.acceptance) or "-",
+        "ms a draft step": lambda m: _number(m.draft_step_ms),
+        "ms a verification (target only: a step)": lambda m: _number(m.verify_ms),
+        "ms a round, p50/p90/p99": lambda m: _percentiles(m.round_percentiles_ms),
+        "MB read a step": lambda m: f"{m.bytes_per_step / 1e6:.1f}",
+        "of the measured bandwidth": lambda m: _share(m.bandwidth_fraction),
+        "coverage of held-out tokens": lambda m: "-" if m.coverage is None else f"{m.coverage:.2%}",
+        "time outside the engines": lambda m: f"{m.overhead:.2%}",
+        "prompts equal to target only": lambda m: "forced" if forced else f"{m.equal_prompts}/{report.prompts}",
+    }
+    modes: list[ModeReport] = list(report.modes.values())
+    columns = ["", *(name.replace("_", " ") for name in report.modes)]
+    print_table(title, columns, [[name, *map(value, modes)] for name, value in rows.items()])
+
+
+def show_sweep(report: "SweepReport") -> None:
+    settings = report.settings
+    title = (
+        f"{report.prompts} prompts, {settings.max_new_tokens} new tokens, {_judged(settings.force_accepted)}, "
+        f"medians of {settings.repeats}; memory reads {report.bandwidth / 1e9:.1f} GB/s; speed-ups without prefills; "
+        "ms as p50/p90/p99"
+    )
+    columns = ["drafter", "rows", "γ", "context", "tokens/s", "speed-up", "by latency", "MBSU", "τ"]
+    columns += ["ms a draft step", "ms a verification", "ms a round", "MB a step", "bandwidth"]
+    print_table(title, columns, [_sweep_row(row) for row in report.rows])
+    if report.lossless is not None:
+        print("all outputs equal target only's" if report.lossless else "not all outputs equal target only's: --json")
+
+
+def show_plan(report: "PlanReport") -> None:
+    plan = report.plan
+    columns = ["drafter", "rows", "γ", "τ", "tokens/s", "speed-up"]
+    rows = [
+        [
+            c.drafter,
+            str(c.head_rows),
+            str(c.draft_length),
+            f"{c.block_efficiency:.2f}",
+            f"{c.tokens_per_second:.1f}",
+            f"{c.speedup:.2f}×",
+        ]
+        for c in plan.candidates
+    ]
+    title = f"expected, without prefills; the target alone: {plan.target_tokens_per_second:.1f} tokens/s"
+    print_table(title, columns, rows)
+    best = plan.best
+    verdict = "speculation pays here" if plan.speculation_pays else "speculation does not pay here"
+    print(
+        f"{verdict}: at best {best.speedup:.2f}×, {best.drafter} ({best.head_rows} rows) "
+        f"with --draft-length {best.draft_length}"
+    )
+    if plan.trimming_gain is not None:
+        verdict = "trimming pays here" if plan.trimming_pays else "trimming does not pay here"
+        print(f"{verdict}: the best trimmed drafter has {plan.trimming_gain:.2f}× the speed of the full one")
+    for reason in plan.reasons:
+        print(f"why not more: {reason}")
+
+
+def _sweep_row(row: "SweepRow") -> list[str]:
+    report = row.report
+    return [
+        row.drafter.replace("_", " ") if not row.draft_length else row.drafter,
+        str(row.head_rows),
+        str(row.draft_length) if row.draft_length else "-",
+        "-" if row.context is None else str(row.context),
+        f"{report.decode_tokens_per_second:.1f}",
+        f"{report.decode_speedup:.2f}×",
+        _number(report.latency_speedup, "×"),
+        f"{report.mbsu:.2f}×",
+        f"{report.block_efficiency:.2f}",
+        _percentiles(report.draft_step_percentiles_ms),
+        _percentiles(report.verify_percentiles_ms),
+        _percentiles(report.round_percentiles_ms),
+        f"{report.bytes_per_step / 1e6:.1f}",
+        _share(report.bandwidth_fraction),
+    ]
+
+
+def _judged(force_accepted: int | str | None) -> str:
+    return "greedy" if force_accepted is None else f"forced: {force_accepted} drafted tokens accepted a round"
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.2f}{unit}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _percentiles(value: "Percentiles | None") -> str:
+    return "-" if value is None else "/".join(f"{ms:.3g}" for ms in (value.p50, value.p90, value.p99))
