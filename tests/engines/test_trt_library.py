@@ -240,9 +240,9 @@ def test_without_a_gpu_every_way_in_says_so(call):
         call()
 
 
-def test_missing_cuda_bindings_name_the_extra(monkeypatch):
+def test_missing_cuda_bindings_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(VocabtrimError, match=r"CUDA bindings are missing .* pip install 'vocabtrim-export\[trt\]'"):
+    with pytest.raises(VocabtrimError, match=r"CUDA bindings are missing .* pip install cuda-bindings"):
         cuda.current_device()
     assert not cuda.has_device()
 
