@@ -10,14 +10,13 @@ from typing import Any, Self, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import MAX_KEEP, Engine
+from engines.base import Engine
 from engines.errors import VocabtrimError
 from engines.tokenizer import TOKENIZER_NAME, Tokenizer
 from runtime.loop import GREEDY, FinishReason, Round, decode_rounds
+from runtime.pair import check_pair, resolve_draft_length
 from runtime.sampling import SamplingParams
 from runtime.stats import Stats, summarize
-
-DEFAULT_DRAFT_LENGTH = 4
 
 # Text, the messages of a conversation (`{"role": …, "content": …}`), or token ids.
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | NDArray[np.int64]
@@ -220,33 +219,3 @@ class SpeculativeDecoder:
             yield entry
             if self._running is not running and entry.finish_reason is None:
                 raise VocabtrimError("another generation of this decoder has ended this stream")
-
-
-def resolve_draft_length(target: Engine, drafter: Engine | None, draft_length: int | None) -> int:
-    """γ, by default DEFAULT_DRAFT_LENGTH or what `target` can verify. Raises `VocabtrimError` for more than that."""
-    most = (target.max_keep if drafter else MAX_KEEP) - 1
-    if not most:
-        raise VocabtrimError("the target's engine verifies no drafts: export it with a --draft-length of 1 or more")
-    if draft_length is None:
-        return min(DEFAULT_DRAFT_LENGTH, most)
-    if not 1 <= draft_length <= most:
-        longer = "" if most == MAX_KEEP - 1 else f", or export the target with --draft-length {draft_length}"
-        raise VocabtrimError(f"draft_length is {draft_length}: give a number from 1 to {most}{longer}")
-    return draft_length
-
-
-def check_pair(target: Engine, drafter: Engine | None) -> None:
-    """Raise `VocabtrimError` unless `drafter` can draft for `target`. A target's bundle may draft, as an oracle."""
-    manifest = target.manifest
-    if manifest.role != "target" or target.vocab_map is not None:
-        raise VocabtrimError("the target's bundle holds a drafter: give the bundle of the whole model")
-    if drafter is None:
-        return
-    if drafter is target:
-        raise VocabtrimError("target and drafter are one engine: load the bundle twice, each needs its own cache")
-    if drafter.manifest.tokenizer != manifest.tokenizer:
-        raise VocabtrimError("the drafter was made for another tokenizer than the target's: export it for this target")
-    if drafter.vocab_map and drafter.vocab_map.kept_token_ids[-1] >= manifest.vocab_size:
-        raise VocabtrimError(
-            f"the drafter keeps token ids beyond the target's vocabulary of {manifest.vocab_size}: export it again"
-        )
