@@ -1,13 +1,10 @@
 """Every architecture, exported and run for real, against PyTorch's logits: prefill, decode, a block after a past."""
 
-import numpy as np
 import pytest
 import torch
 import transformers
 
-from engines import load_engine
-
-from .conftest import ARCHITECTURES
+from .conftest import ARCHITECTURES, check_logits
 
 STEPS = [(24, 24), (1, 1), (5, 5), (1, 1), (17, 3)]  # tokens fed, positions kept
 
@@ -20,21 +17,8 @@ def test_exported_graph_computes_what_pytorch_does(architecture, random_model, e
     ids = torch.randint(0, 400, (1, 48), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = model(ids).logits[0].numpy()
-    spread = wanted.std()
     for path in (result.target, result.drafter):
-        with load_engine(path) as engine:
-            columns = slice(None) if engine.vocab_map is None else engine.vocab_map.kept_token_ids
-            at = 0
-            for fed, keep in STEPS:
-                output = engine.feed(ids[0, at : at + fed].numpy(), keep=keep)
-                at += fed
-                rows = wanted[at - keep : at, columns]
-                np.testing.assert_allclose(output.logits, rows, atol=2e-4 * spread, rtol=1e-4)
-                best = rows.argmax(-1)
-                assert output.token_ids.tolist() == (best if engine.vocab_map is None else columns[best]).tolist()
-            engine.rewind(24)  # forgetting moves no data and loses none
-            output = engine.feed(ids[0, 24:30].numpy(), keep=6)
-            np.testing.assert_allclose(output.logits, wanted[24:30, columns], atol=2e-4 * spread, rtol=1e-4)
+        check_logits(path, ids[0].numpy(), wanted, STEPS)
 
 
 def test_fast_paths_are_taken(random_model, export_pair):

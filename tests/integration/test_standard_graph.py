@@ -11,7 +11,7 @@ from engines import VocabtrimError, load_engine
 from runtime import SamplingParams, SpeculativeDecoder
 from vocabtrim_export.trt.settings import TensorRTSettings
 
-from .conftest import ARCHITECTURES
+from .conftest import ARCHITECTURES, check_logits
 
 GRAPHS = TensorRTSettings(flavor="none", draft_length=3, prefill_chunk=16, spans=(40,), unroll=True)
 STEPS = [(24, 24), (1, 1), (5, 5), (1, 1), (17, 3), (20, 1), (4, 4)]  # tokens fed, positions kept
@@ -25,21 +25,8 @@ def test_standard_graph_computes_what_pytorch_does(architecture, random_model, e
     ids = torch.randint(0, 400, (1, 72), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = model(ids).logits[0].numpy()
-    spread = wanted.std()
     for path in (result.target, result.drafter):
-        with load_engine(path) as engine:
-            columns = slice(None) if engine.vocab_map is None else engine.vocab_map.kept_token_ids
-            at = 0
-            for fed, keep in STEPS:
-                output = engine.feed(ids[0, at : at + fed].numpy(), keep=keep)
-                at += fed
-                rows = wanted[at - keep : at, columns]
-                np.testing.assert_allclose(output.logits, rows, atol=2e-4 * spread, rtol=1e-4)
-                best = rows.argmax(-1)
-                assert output.token_ids.tolist() == (best if engine.vocab_map is None else columns[best]).tolist()
-            engine.rewind(24)
-            output = engine.feed(ids[0, 24:30].numpy(), keep=6)
-            np.testing.assert_allclose(output.logits, wanted[24:30, columns], atol=2e-4 * spread, rtol=1e-4)
+        check_logits(path, ids[0].numpy(), wanted, STEPS)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
