@@ -99,7 +99,8 @@ def export(
 def _check_format(settings: ExportSettings) -> None:
     """Refuse before the long work what the format cannot hold."""
     if settings.trt is not None:
-        check_buildable(settings.trt, settings.weights_dtype)
+        drafters = settings.quantize_drafter or settings.quantize
+        check_buildable(settings.trt, {settings.weights_dtype, settings.quantize, drafters})
     elif "fp8" in (settings.quantize, settings.quantize_drafter):
         raise VocabtrimError("ONNX Runtime has no fp8 products on the CPU: use int8 or int4, or --format trt")
 

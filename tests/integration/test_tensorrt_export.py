@@ -135,6 +135,8 @@ MISTAKES = {
     "an unknown GPU": (["--compute-capability", "6.1"], r"does not build for compute capability 6\.1.*8\.6"),
     "Hopper": (["--compute-capability", "9.0"], "Hopper needs --trt-flavor tensorrt"),
     "fp32": (["--dtype", "fp32"], "give --dtype fp16 or bf16"),
+    "fp8 on older GPUs": (["--quantize", "fp8"], r"fp8 needs .* 8\.9 or newer, which 8\.0, 8\.6 is not: give"),
+    "int4 on Turing": (["--quantize-drafter", "int4", "--compute-capability", "7.5"], "int4 needs .* 8.0 or newer"),
     "a span that is none": (["--span", "128"], "--span is 128: give lengths below --max-length"),
     "no draft to unroll": (["--draft-length", "0", "--unroll-draft"], "--unroll-draft needs a --draft-length"),
     "a long draft": (["--draft-length", "65"], "--draft-length is 65: give 0 to 64"),

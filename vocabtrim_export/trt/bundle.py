@@ -1,7 +1,7 @@
 """The TensorRT part of a bundle: its graphs, the plans that are built from them, and what the builder said."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,20 +17,29 @@ from vocabtrim_export.trt.build import BuildOptions, build_plan, target_capabili
 from vocabtrim_export.trt.network import DRAFT_NETWORK_NAME, NETWORK_NAME
 from vocabtrim_export.trt.settings import TensorRTSettings, dimensions, profiles
 
+# of GPUs that have these types; TensorRT says so itself, but only when it builds
+_SINCE = {"bf16": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
 _LOG = logging.getLogger("vocabtrim_export.trt")
 
 
-def check_buildable(settings: TensorRTSettings, dtype: str) -> None:
+def check_buildable(settings: TensorRTSettings, dtypes: Collection[str]) -> None:
     """Raise `VocabtrimError` for what would fail only after the long work: a library that is not there, a GPU that it
-    does not build for, a dtype that it cannot run."""
+    does not build for, a type that it cannot run. dtypes: of the weights, and what they are quantised to."""
     settings.check()
     if settings.flavor == "none":
         return
-    if dtype == "fp32":
+    if "fp32" in dtypes:
         raise VocabtrimError(
             "TensorRT has no fused attention in fp32: give --dtype fp16 or bf16 (--trt-flavor none writes the graph)"
         )
-    target_capabilities(load_library(settings.flavor), _options(settings))
+    capabilities = target_capabilities(load_library(settings.flavor), _options(settings))
+    for dtype in sorted(set(dtypes) & set(_SINCE)):
+        least = _SINCE[dtype]
+        if older := [name for name in capabilities if tuple(map(int, name.split("."))) < least]:
+            raise VocabtrimError(
+                f"{dtype} needs GPUs of compute capability {least[0]}.{least[1]} or newer, which {', '.join(older)} is "
+                "not: give --compute-capability, or another type"
+            )
 
 
 def write_tensorrt(
