@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from engines.bundle import Manifest
 from engines.vocab_map import VocabMap
 
 MAX_KEEP = 256
+
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +36,30 @@ class StepOutput:
         return self.read_logits()
 
 
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """A draft and the target's verdict on it, made by both engines in one go of their device.
+
+    drafted: int64[γ]. verified: as the target's `feed` gives it for the last token before the draft and all of the
+    draft, keep = γ + 1. draft_seconds, verify_seconds: by the device's clock.
+    """
+
+    drafted: NDArray[np.int64]
+    verified: StepOutput
+    draft_seconds: float
+    verify_seconds: float
+
+
 class Engine(ABC):
     """A decoder and its KV cache of `capacity` tokens, of which the first `length` are filled.
 
     cache: identifies the memory of the KV cache. Engines of one model may share it (see `load_engine`); then what one
     of them fed, the others can `adopt`.
+    device: where it runs, "cpu" or "cuda".
     max_keep: positions that one run can predict after. unrolled: tokens that `draft` gives (γ), 0 if it gives none.
     """
+
+    device: Device = "cpu"
 
     def __init__(self, manifest: Manifest, vocab_map: VocabMap | None) -> None:
         self.manifest = manifest
@@ -66,6 +85,24 @@ class Engine(ABC):
         that does this for so many tokens or the cache has no room.
         """
         return None
+
+    def speculate(
+        self,
+        drafter: "Engine",  # noqa: ARG002
+        token_ids: Sequence[int] | NDArray[np.int64],  # noqa: ARG002
+        draft_length: int,  # noqa: ARG002
+    ) -> Speculation | None:
+        """As the target: have `drafter` draft greedily, and verify the draft, without the host in between.
+
+        token_ids: what `drafter` has not been fed; the last of them is the one that the target has not been fed either.
+        The target then holds all of the draft, and the drafter all but its last token. None, and nothing done, where
+        the two cannot do this together.
+        """
+        return None
+
+    def environment(self) -> dict[str, str]:
+        """What it runs on, for a report: the library that computes and its version, and the GPU if there is one."""
+        return {}
 
     def rewind(self, length: int) -> None:
         """Forget everything after the first `length` tokens. Moves no data."""

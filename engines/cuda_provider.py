@@ -8,10 +8,10 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from engines import cuda
 from engines.bundle import MODEL_NAME, WEIGHTS_NAME, Bundle
 from engines.errors import VocabtrimError
 from engines.onnxruntime_engine import reason, session_options
-from engines.trt import cuda
 
 PROVIDER = "CUDAExecutionProvider"
 _OUT_OF_MEMORY = re.compile(r"out of memory|OUT_OF_MEMORY|Failed to allocate memory|bad allocation|ALLOC_FAILED")

@@ -1,7 +1,7 @@
 """`OnnxRuntimeCudaEngine`: a bundle on ONNX Runtime's CUDA, on one stream, with only token ids crossing to the host."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,58 +9,47 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import MAX_KEEP, Engine, StepOutput
+from engines import cuda
+from engines.base import Device, Engine, Speculation, StepOutput
 from engines.bundle import Bundle
 from engines.cuda_provider import PROVIDER, explain_out_of_memory, open_cuda_session, require_provider
-from engines.onnxruntime_engine import (
-    CACHED_LENGTHS,
-    Device,
-    OnnxRuntimeEngine,
-    Step,
-    numpy_dtype,
-)
-from engines.trt import cuda
-from engines.trt.bound import to_float32
+from engines.onnxruntime_cuda_round import CudaRound
+from engines.onnxruntime_cuda_run import CudaRun, Place, element_type, run_options
+from engines.onnxruntime_engine import OnnxRuntimeEngine, Step, numpy_dtype
+from engines.replay import Replayed
 
-_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such dtype
 _ALIGNED = cuda.ALIGNMENT // 8  # int64 values from one input of a step to the next
+# The first run loads kernels and fills the arena; by the second it has planned its memory and allocated that.
+_WARM_UP = 2
+_UNREAD = 2  # tokens that a drafter is behind by at most, once it has read the prompt
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStep(Step):
     """A step whose arrays are copied to the device and back; of the outputs only `token_ids` is.
 
-    inputs: input_ids, position_ids and seqlens_k in one block, so that one copy moves them.
-    upload, download: target, source and bytes of the copies before and after the session runs.
+    work: the copy of the inputs, the run and the copy of the tokens.
     """
 
     stream: cuda.Stream
-    options: ort.RunOptions
-    inputs: ort.OrtValue
-    upload: tuple[int, int, int]
-    download: tuple[int, int, int]
-    logits: ort.OrtValue
-    logits_dtype: np.dtype[np.generic]
+    cuda_run: CudaRun
+    work: Replayed
 
     def run(self, end: int) -> None:  # noqa: ARG002
         # `end` is of no use: a CUDA graph would freeze it, see `OnnxRuntimeCudaEngine`
-        self.stream.copy(*self.upload)
-        self.session.run_with_iobinding(self.binding, self.options)
-        self.stream.copy(*self.download)
+        self.work.run()
         self.stream.synchronize()
 
     def read_logits(self) -> NDArray[np.float32]:
-        stored = np.empty(self.logits.shape()[1:], self.logits_dtype)
-        self.stream.copy(stored.ctypes.data, self.logits.data_ptr(), stored.nbytes)
-        self.stream.synchronize()
-        return to_float32(stored)
+        return self.cuda_run.read_logits()
 
 
 class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     """Runs on CUDA: cache, inputs and outputs live on the device, at addresses that never change.
 
-    A CUDA graph is captured for every shape whose binding is kept. It freezes `total_sequence_length`, which kernels
-    read on the host: it is always the capacity. They take the true length from seqlens_k, on the device.
+    Every shape whose binding is kept becomes a CUDA graph, and so does a whole round of two engines. It freezes
+    `total_sequence_length`, which kernels read on the host: it is always the capacity. They take the true length from
+    seqlens_k, on the device.
     stream: of `session`. Engines that feed each other may share one; `shared` must be on it.
     device: "cpu" only to test all this without a GPU.
     """
@@ -74,6 +63,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         device: Device = "cuda",
     ) -> None:
         self.device, self.stream, self._bundle = device, stream, bundle
+        self._rounds: dict[tuple[Engine, int, int], CudaRound] = {}
         try:
             super().__init__(bundle, session, shared)
         except Exception as error:
@@ -85,10 +75,16 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             self.close()  # a session must not outlive its stream
 
     @property
-    def cuda_graphs(self) -> bool:
-        """Whether steps run as CUDA graphs; not where a node of the model has no CUDA kernel."""
+    def is_capturable(self) -> bool:
+        """Whether steps can be CUDA graphs; not where a node of the model has no CUDA kernel."""
         options: dict[str, str] = self._session.get_provider_options().get(PROVIDER, {})
         return options.get("enable_cuda_graph") == "1"
+
+    @property
+    def cuda_graphs(self) -> int:
+        """Kept steps, and rounds that this engine drafts in, that run as a CUDA graph."""
+        steps = [step.work for step in self._steps.values() if isinstance(step, DeviceStep)]
+        return sum(work.has_graph for work in steps) + sum(each.has_graph for each in self._rounds.values())
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         try:
@@ -97,47 +93,106 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             explain_out_of_memory(error, self._bundle)
             raise
 
-    def _bind(self, length: int, keep: int) -> Step:
+    def speculate(
+        self, drafter: Engine, token_ids: Sequence[int] | NDArray[np.int64], draft_length: int
+    ) -> Speculation | None:
+        if not isinstance(drafter, OnnxRuntimeCudaEngine) or drafter.stream is not self.stream:
+            return None
+        # A token that the target lacks must not reach its embedding.
+        if drafter.manifest.vocab_size > self.manifest.vocab_size:
+            return None
+        unread, end = len(token_ids), drafter.length + len(token_ids) + draft_length - 1
+        if unread > _UNREAD or self.length + draft_length >= self.capacity or end > drafter.capacity:
+            return None
+        key = self, unread, draft_length
+        try:
+            if key not in drafter._rounds:
+                drafter._rounds[key] = CudaRound(self, drafter, unread, draft_length)
+            made = drafter._rounds[key].run(token_ids, self.length)
+        except Exception as error:
+            explain_out_of_memory(error, self._bundle)
+            raise
+        self.length += draft_length + 1
+        drafter.length = end
+        return made
+
+    def environment(self) -> dict[str, str]:
+        return super().environment() | cuda.environment()
+
+    def close(self) -> None:
+        for each in self._rounds.values():
+            each.close()
+        self._rounds.clear()
+        for step in self._steps.values():
+            if isinstance(step, DeviceStep):
+                step.work.close()
+        super().close()
+
+    def allocate(self, shape: tuple[int, ...], element: Any) -> ort.OrtValue:
+        """Memory of the device with anything in it. element: a NumPy dtype, or a number of ONNX's."""
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, element, self.device, 0)
+
+    def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
+        """A run of the session that reads `places`, by the input's name, and writes `token_ids`, int64[1, keep]."""
+        keep = token_ids.shape[-1]
         binding = self._bind_common(keep)
-        section = -(-length // _ALIGNED) * _ALIGNED
-        host = np.zeros(2 * section + 1, np.int64)
-        inputs = self._allocate((len(host),), np.int64)
-        places = {
-            "input_ids": (np.int64, (1, length), 0),
-            "position_ids": (np.int64, (1, length), section),
-            "seqlens_k": (np.int32, (1,), 2 * section),
-        }
         for name in self._token_inputs:
-            dtype, shape, start = places[name]
-            binding.bind_input(name, self.device, 0, dtype, shape, inputs.data_ptr() + 8 * start)
-        token_ids, tokens = np.zeros((1, keep), np.int64), self._allocate((1, keep), np.int64)
-        logits = self._allocate((1, keep, self._head_rows), _element_type(self._logits_type))
-        binding.bind_ortvalue_output("token_ids", tokens)
+            dtype, shape, address = places[name]
+            binding.bind_input(name, self.device, 0, dtype, shape, address)
+        logits = self.allocate((1, keep, self._head_rows), element_type(self._logits_type))
+        binding.bind_output("token_ids", self.device, 0, *token_ids)
         binding.bind_ortvalue_output("logits", logits)
+        return CudaRun(self._session, binding, run_options(), self.stream, logits, self._logits_type)
+
+    def replayed(self, enqueue: Callable[[], None], others: Sequence["OnnxRuntimeCudaEngine"] = ()) -> Replayed:
+        """`enqueue` as a CUDA graph, where the models of this engine and of `others` can be one."""
+
+        def whole() -> bool:
+            enqueue()
+            return True
+
+        is_capturable = all(engine.is_capturable for engine in (self, *others))
+        return Replayed(self.stream, whole, lambda: is_capturable, _WARM_UP)
+
+    def _bind(self, length: int, keep: int) -> Step:
+        # input_ids | position_ids | seqlens_k | token_ids, each aligned, on the host as on the device
+        section = -(-length // _ALIGNED) * _ALIGNED
+        seqlens, tokens = 2 * section, 2 * section + _ALIGNED
+        host, memory = self.stream.pinned(tokens + keep), self.allocate((tokens + keep,), np.int64)
+
+        def place(dtype: type[np.generic], shape: tuple[int, ...], start: int) -> Place:
+            return Place(dtype, shape, memory.data_ptr() + 8 * start)
+
+        places = {
+            "input_ids": place(np.int64, (1, length), 0),
+            "position_ids": place(np.int64, (1, length), section),
+            "seqlens_k": place(np.int32, (1,), seqlens),
+        }
+        run = self.bind_run(places, place(np.int64, (1, keep), tokens))
+
+        def enqueue() -> None:
+            there, here = memory.data_ptr(), host.ctypes.data
+            self.stream.copy(there, here, 8 * (seqlens + 1))
+            run.enqueue()
+            self.stream.copy(here + 8 * tokens, there + 8 * tokens, 8 * keep)
+
         return DeviceStep(
             self._session,
-            binding,
+            run.binding,
             host[None, :length],
             host[None, section : section + length],
-            host[2 * section :].view(np.int32)[:1],
-            token_ids,
+            host[seqlens:].view(np.int32)[:1],
+            host[None, tokens:],
             self.stream,
-            run_options(length, keep),
-            inputs,
-            (inputs.data_ptr(), host.ctypes.data, host.nbytes),
-            (token_ids.ctypes.data, tokens.data_ptr(), token_ids.nbytes),
-            logits,
-            numpy_dtype(self._logits_type),
+            run,
+            self.replayed(enqueue),
         )
 
     def _allocate_cache(self, shape: tuple[int, ...], onnx_type: str) -> ort.OrtValue:
-        value = self._allocate(shape, _element_type(onnx_type))
+        value = self.allocate(shape, element_type(onnx_type))
         size = int(np.prod(shape)) * numpy_dtype(onnx_type).itemsize
         self.stream.zero(cuda.DeviceMemory(value.data_ptr(), size))
         return value
-
-    def _allocate(self, shape: tuple[int, ...], element_type: Any) -> ort.OrtValue:
-        return ort.OrtValue.ortvalue_from_shape_and_type(shape, element_type, self.device, 0)
 
 
 def load_cuda_engine(bundle: Bundle, neighbour: Engine | None, share_cache: bool) -> OnnxRuntimeCudaEngine:
@@ -158,16 +213,3 @@ def make_stream() -> cuda.Stream:
     # Not at exit: sessions that nobody closed are still there then.
     weakref.finalize(stream, cuda.runtime().cudaStreamDestroy, stream.address).atexit = False
     return stream
-
-
-def run_options(length: int, keep: int) -> ort.RunOptions:
-    """Of a step: the CUDA graph of its shape, -1 for none, as for bindings that are not kept. The step waits itself."""
-    graph = length * (MAX_KEEP + 1) + keep if length <= CACHED_LENGTHS else -1
-    options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", str(graph))
-    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    return options
-
-
-def _element_type(onnx_type: str) -> Any:
-    return _BFLOAT16 if onnx_type == "tensor(bfloat16)" else numpy_dtype(onnx_type)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -15,8 +15,6 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from engines.base import MAX_KEEP, ContextFull, Engine, StepOutput
 from engines.bundle import Bundle
 from engines.errors import VocabtrimError
-
-Device = Literal["cpu", "cuda"]
 
 CHUNK = MAX_KEEP
 CACHED_LENGTHS = 32  # step lengths (drafts, catch-ups, verifications) whose bindings are kept
@@ -67,10 +65,7 @@ class OnnxRuntimeEngine(Engine):
 
     session: on the bundle's model. shared: an engine whose buffers to use instead of own ones; the two caches must be
     of one form and on one device.
-    device: where the buffers are.
     """
-
-    device: Device = "cpu"
 
     def __init__(
         self, bundle: Bundle, session: ort.InferenceSession, shared: "OnnxRuntimeEngine | None" = None
@@ -102,6 +97,9 @@ class OnnxRuntimeEngine(Engine):
             self._run(ids[:cut], 1)
             ids = ids[cut:]
         return self._run(ids, keep)
+
+    def environment(self) -> dict[str, str]:
+        return {"onnxruntime": ort.__version__}
 
     def close(self) -> None:
         self._steps.clear()

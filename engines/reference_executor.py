@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import StepOutput
+from engines.base import Device, StepOutput
 from engines.bundle import DRAFT_MODEL_NAME, MODEL_NAME, Bundle, Profile
 from engines.onnxruntime_engine import numpy_dtype, open_session, share
 from engines.static import SLOTS_INPUT
@@ -18,6 +18,8 @@ class ReferenceExecutor:
     Raises `VocabtrimError` where ONNX Runtime has no CPU kernel for a graph (bf16).
     """
 
+    device: Device = "cpu"
+
     def __init__(self, bundle: Bundle) -> None:
         plans = bundle.manifest.tensorrt
         assert plans is not None
@@ -28,6 +30,9 @@ class ReferenceExecutor:
             if value.name.startswith("past_key_values."):
                 self._caches[value.name] = share(np.zeros(value.shape, numpy_dtype(value.type)))
         self._has_spans = len(plans.spans) > 1
+
+    def environment(self) -> dict[str, str]:
+        return {"onnxruntime": ort.__version__}
 
     def step(
         self,

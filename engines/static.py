@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import MAX_KEEP, ContextFull, Engine, StepOutput
+from engines.base import MAX_KEEP, ContextFull, Device, Engine, StepOutput
 from engines.bundle import Bundle, Profile, TensorRT
 
 SLOTS_INPUT = "attended_slots"  # of a graph with several spans: int64[span], the numbers from 0 on
@@ -14,7 +14,11 @@ DRAFT_TOKENS = 2  # a drafter lacks at most two tokens after a round: the last i
 
 
 class Executor(Protocol):
-    """Runs the fixed shapes of one bundle over a KV cache that it owns."""
+    """Runs the fixed shapes of one bundle over a KV cache that it owns. device, environment: as an `Engine`'s."""
+
+    device: Device
+
+    def environment(self) -> dict[str, str]: ...
 
     def step(
         self,
@@ -80,6 +84,7 @@ class StaticEngine(Engine):
         assert bundle.manifest.tensorrt is not None
         self._plans: TensorRT = bundle.manifest.tensorrt
         self._executor = executor
+        self.device = executor.device
         self.max_keep = max(profile.keep for profile in self._plans.profiles)
         self.unrolled = self._plans.draft_length
         self._padding = min(profile.tokens for profile in self._plans.profiles) - 1
@@ -138,6 +143,9 @@ class StaticEngine(Engine):
         self._tokens[begin + DRAFT_TOKENS : end] = drafted[:-1]
         self.length = end
         return drafted
+
+    def environment(self) -> dict[str, str]:
+        return self._executor.environment()
 
     def close(self) -> None:
         self._executor.close()

@@ -1,10 +1,13 @@
 """How fast this machine reads memory: the limit that decoding runs into."""
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import numpy as np
 
+from engines import cuda
+from engines.base import Device, Engine
 from runtime.environment import usable_cores
 
 BUFFER_BYTES = 1 << 29  # beyond the last-level cache of large servers
@@ -27,3 +30,11 @@ def read_bandwidth(threads: int | None = None, buffer_bytes: int = BUFFER_BYTES,
             list(pool.map(np.max, chunks))
             best = max(best, sum(chunk.nbytes for chunk in chunks) / (perf_counter() - start))
     return best
+
+
+def bandwidths(engines: Iterable[Engine], given: float | None = None) -> dict[Device, float]:
+    """Bytes/s by the device that `engines` are on: of main memory, or of the GPU's. given: instead of measuring."""
+    devices = {engine.device for engine in engines}
+    return {
+        device: given or (cuda.copy_bandwidth() if device == "cuda" else read_bandwidth()) for device in sorted(devices)
+    }

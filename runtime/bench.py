@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from engines.base import Engine
 from engines.errors import VocabtrimError
-from runtime.bandwidth import read_bandwidth
+from runtime.bandwidth import bandwidths
 from runtime.decoder import SpeculativeDecoder
 from runtime.environment import environment
 from runtime.report import BenchReport, mode_report
@@ -35,7 +35,7 @@ def bench(
     drafters: by the name of their mode, "full_drafter" and "trimmed_drafter" say. prompts: token ids.
     draft_length: see `SpeculativeDecoder`. force_accepted: drafted tokens that each round accepts, see
     `decode_rounds`, "all" for γ; nothing is then said of equal outputs.
-    bandwidth: bytes/s that the engines' memory delivers; None measures this machine's main memory (about 1 s).
+    bandwidth: bytes/s that the engines' memory delivers; None measures it, main memory's in about 1 s.
     progress: called with the generations done and their number, the warm-up not counted.
     Raises `VocabtrimError` for input that cannot run.
     """
@@ -48,7 +48,7 @@ def bench(
         length = SpeculativeDecoder(target, drafter, draft_length=draft_length).draft_length
     forced = resolve_forced(force_accepted, length)
     ways = {mode: Way(drafter, length, token_ids, max_new_tokens, forced) for mode, drafter in modes.items()}
-    speed = bandwidth or read_bandwidth()
+    speeds = bandwidths((target, *drafters.values()), bandwidth)
     runs = measure(target, ways, repeats, progress)
     reports = {
         mode: mode_report(
@@ -57,18 +57,20 @@ def bench(
             target.manifest,
             drafter.manifest if drafter else None,
             length,
-            speed,
+            speeds[(drafter or target).device],
             forced=forced is not None,
         )
         for mode, drafter in modes.items()
     }
-    return BenchReport(reports, len(prompts), max_new_tokens, length, repeats, forced, speed, measured_on(target))
+    return BenchReport(
+        reports, len(prompts), max_new_tokens, length, repeats, forced, speeds[target.device], measured_on(target)
+    )
 
 
 def measured_on(target: Engine) -> dict[str, Any]:
-    """What a report says of the machine, and of the tools that made the target's bundle."""
+    """What a report says of the machine, of what runs the target and of the tools that made its bundle."""
     made_by = {"source": target.manifest.source, "tool_versions": dict(target.manifest.tool_versions)}
-    return environment() | made_by
+    return environment() | target.environment() | made_by
 
 
 def resolve_forced(force_accepted: Forced, draft_length: int) -> int | None:

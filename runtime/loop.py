@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
-from engines.base import Engine
+from engines.base import Engine, StepOutput
 from runtime.profiling import DRAFTER, NO_PROFILER, TARGET, Profiler
 from runtime.rules import Forced, Greedy, Rule, Sampled
 from runtime.sampling import SamplingParams
@@ -70,6 +70,17 @@ def decode_rounds(
         yield entry
 
 
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """The tokens of a draft that can be used, and what the target makes of the last token and at least them."""
+
+    draft: list[int]
+    verified: StepOutput
+    prefill_seconds: float
+    draft_seconds: float
+    verify_seconds: float
+
+
 class _Loop:
     """The state between rounds. `sequence` is the prompt and what was generated.
 
@@ -125,15 +136,8 @@ class _Loop:
 
     def round(self) -> Round:
         start = perf_counter()
-        draft: list[int] = []
-        prefill_seconds = 0.0
-        if self.drafter:
-            with self.profiler.span("draft", DRAFTER, length=len(self.sequence)):
-                draft, prefill_seconds = self.draft(self.drafter)
-        drafted = perf_counter()
-        with self.profiler.span("verify", TARGET, tokens=len(draft) + 1):
-            output = self.target.feed([self.sequence[-1], *draft], keep=len(draft) + 1)
-        verified = perf_counter()
+        move = self.move()
+        draft, output = move.draft, move.verified
         with self.profiler.span("accept", drafted=len(draft)):
             accepted = self.rule.accept(draft, output)
         tokens = draft[: accepted.count]
@@ -144,27 +148,51 @@ class _Loop:
             self.target.rewind(len(self.sequence) - 1)
             if self.drafter:
                 self.drafter.rewind(min(self.drafter.length, len(self.sequence) - 1))
-        draft_seconds = drafted - start - prefill_seconds
         return Round(
             tuple(tokens),
             False,
             len(draft),
             accepted.count,
-            prefill_seconds,
-            draft_seconds,
-            verified - drafted,
+            move.prefill_seconds,
+            move.draft_seconds,
+            move.verify_seconds,
             perf_counter() - start,
             self.finish_reason,
         )
 
-    def draft(self, drafter: Engine) -> tuple[list[int], float]:
+    def move(self) -> _Move:
+        """Draft and verify: in one go of the device where the engines can, else one after the other."""
+        room = self.room(self.drafter) if self.drafter else 0
+        if self.drafter and room > 0:
+            if self.one_cache:
+                self.drafter.adopt(self.target.length)
+            if made := self.speculate(self.drafter, room):
+                return made
+        start = perf_counter()
+        draft: list[int] = []
+        prefill_seconds = 0.0
+        if self.drafter and room > 0:
+            with self.profiler.span("draft", DRAFTER, length=len(self.sequence)):
+                draft, prefill_seconds = self.draft(self.drafter, room)
+        drafted = perf_counter()
+        with self.profiler.span("verify", TARGET, tokens=len(draft) + 1):
+            output = self.target.feed([self.sequence[-1], *draft], keep=len(draft) + 1)
+        return _Move(draft, output, prefill_seconds, drafted - start - prefill_seconds, perf_counter() - drafted)
+
+    def speculate(self, drafter: Engine, room: int) -> _Move | None:
+        """One call for both engines. Not for a drafter's first tokens, which are a prompt."""
+        if not self.greedy or drafter.length == 0:
+            return None
+        with self.profiler.span("speculate", TARGET, length=len(self.sequence)):
+            made = self.target.speculate(drafter, self.unread(drafter), room)
+        if made is None:
+            return None
+        draft = self.usable(made.drafted.tolist())
+        return _Move(draft, made.verified, 0.0, made.draft_seconds, made.verify_seconds)
+
+    def draft(self, drafter: Engine, room: int) -> tuple[list[int], float]:
         """The drafted tokens, and the seconds that the drafter's prefill took if this was its first draft."""
         draft: list[int] = []
-        room = self.room(drafter)
-        if room < 1:
-            return draft, 0.0
-        if self.one_cache:
-            drafter.adopt(self.target.length)
         start, is_first, unread = perf_counter(), drafter.length == 0, self.unread(drafter)
         at_once = self.greedy and not is_first and drafter.unrolled == room
         if at_once and (drafted := drafter.draft(unread)) is not None:

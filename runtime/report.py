@@ -27,7 +27,7 @@ class ModeReport:
     draft_step_percentiles_ms, verify_percentiles_ms, round_percentiles_ms: of these, and of whole rounds with a full
     draft (in target-only decoding of one step).
     bytes_per_step: what one draft step reads, weights and KV cache at the mean context; the target's in target-only.
-    bandwidth_fraction: bytes_per_step over that step's time over the machine's measured bandwidth.
+    bandwidth_fraction: bytes_per_step over that step's time over the measured bandwidth of its engine's memory.
     mbsu: τ/(c·γ + 1), c the drafter's bytes_per_step over the target's. coverage: from the drafter's manifest.
     latency_speedup: what the measured steps predict for decode_speedup, see `stats.latency_speedup`.
     predicted_tokens_per_second: what they and overhead_ms predict for decode_tokens_per_second.
@@ -63,8 +63,8 @@ class ModeReport:
 class BenchReport:
     """`modes` by name, "target_only" first. force_accepted: None where the target judged the drafts.
 
-    bandwidth: bytes/s that the machine's memory was measured to deliver.
-    environment: processor, cores, versions, and those of the tools that made the target's bundle.
+    bandwidth: bytes/s that the memory of the target was measured to deliver.
+    environment: processor, cores, GPU if there is one, versions, and those of the tools that made the target's bundle.
     """
 
     modes: Mapping[str, ModeReport]

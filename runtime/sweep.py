@@ -7,7 +7,7 @@ from typing import Any
 
 from engines.base import Engine
 from engines.errors import VocabtrimError
-from runtime.bandwidth import read_bandwidth
+from runtime.bandwidth import bandwidths
 from runtime.bench import TARGET_ONLY, Forced, measured_on, resolve_forced
 from runtime.decoder import SpeculativeDecoder
 from runtime.report import ModeReport, mode_report
@@ -46,7 +46,7 @@ class SweepRow:
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
-    """bandwidth: bytes/s of the engines' memory. environment: as in `BenchReport`."""
+    """bandwidth: bytes/s of the target's memory. environment: as in `BenchReport`."""
 
     rows: tuple[SweepRow, ...]
     prompts: int
@@ -109,17 +109,18 @@ def sweep(
         for name, length, context in keys
     }
     runs = measure(target, ways, settings.repeats, progress)
-    speed = bandwidth or read_bandwidth()
+    speeds = bandwidths((target, *drafters.values()), bandwidth)
 
     def row(name: str, length: int, context: int | None) -> SweepRow:
         drafter = drafters[name].manifest if name in drafters else None
+        speed = speeds[drafters.get(name, target).device]
         own, alone = runs[_label(name, length, context)], runs[_label(TARGET_ONLY, 0, context)]
         report = mode_report(own, alone, target.manifest, drafter, length, speed, forced=forced)
         return SweepRow(name, (drafter or target.manifest).head_rows, length, context, report)
 
     rows = tuple(row(*key) for key in keys)
     used = replace(settings, draft_lengths=lengths)
-    return SweepReport(rows, len(prompts), used, speed, measured_on(target))
+    return SweepReport(rows, len(prompts), used, speeds[target.device], measured_on(target))
 
 
 def check_settings(

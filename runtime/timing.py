@@ -8,16 +8,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine, StepOutput
+from engines.base import Engine, Speculation, StepOutput
 from runtime.loop import Round, decode_rounds
 
 _WARM_UP_TOKENS = 16
+_WARM_UP_ROUNDS = 6  # by the fifth of a shape, an engine may have made a CUDA graph of it
 
 
 class Feed(NamedTuple):
-    """One call of `Engine.feed` or `Engine.draft`: tokens fed, positions predicted after, seconds.
+    """One call of an `Engine`: tokens fed, positions predicted after, seconds.
 
-    A draft of γ tokens counts as the γ steps of one token that it stands for.
+    What drafts γ tokens at once counts as the γ steps of one token that it stands for.
     """
 
     tokens: int
@@ -70,7 +71,7 @@ class TimedEngine(Engine):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine.manifest, engine.vocab_map)
         self.capacity, self.length = engine.capacity, engine.length
-        self.cache = engine.cache
+        self.cache, self.device = engine.cache, engine.device
         self.max_keep, self.unrolled = engine.max_keep, engine.unrolled
         self.engine = engine
         self.feeds: list[Feed] = []
@@ -90,6 +91,18 @@ class TimedEngine(Engine):
             self.feeds += [Feed(1, 1, (perf_counter() - start) / steps)] * steps
             self.length = self.engine.length
         return drafted
+
+    def speculate(
+        self, drafter: Engine, token_ids: Sequence[int] | NDArray[np.int64], draft_length: int
+    ) -> Speculation | None:
+        if not isinstance(drafter, TimedEngine):
+            return None
+        made = self.engine.speculate(drafter.engine, token_ids, draft_length)
+        if made is not None:
+            self.feeds.append(Feed(draft_length + 1, draft_length + 1, made.verify_seconds))
+            drafter.feeds += [Feed(1, 1, made.draft_seconds / draft_length)] * draft_length
+            self.length, drafter.length = self.engine.length, drafter.engine.length
+        return made
 
     def rewind(self, length: int) -> None:
         self.engine.rewind(length)
@@ -137,8 +150,8 @@ def measure(
     The ways take turns on each prompt and in who begins: a machine that slows down in between slows all of them.
     progress: called with the generations done and their number, the warm-up not counted.
     """
-    for way in ways.values():  # a few tokens more than one round gives
-        tokens = max(_WARM_UP_TOKENS, 2 * way.draft_length + 2)
+    for way in ways.values():
+        tokens = max(_WARM_UP_TOKENS, _WARM_UP_ROUNDS * (way.draft_length + 1))
         _run(target, replace(way, max_new_tokens=min(way.max_new_tokens, tokens)), 0)
     prompts = len(next(iter(ways.values())).prompts)
     runs: dict[str, list[list[Run]]] = {name: [[] for _ in range(prompts)] for name in ways}

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from vocabtrim_export.export import ExportResult, ExportSettings, export
     from vocabtrim_export.select import Selection, select_vocab
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "ExportResult": "vocabtrim_export.export",
     "ExportSettings": "vocabtrim_export.export",

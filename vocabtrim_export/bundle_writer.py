@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engines.bundle import MANIFEST_NAME, VOCAB_MAP_NAME, Manifest, Role, file_digest
 from engines.vocab_map import VocabMap
+from vocabtrim_export import __version__
 from vocabtrim_export.graph.files import Progress, save_graph
 from vocabtrim_export.graph.lower import Weights, lower
 from vocabtrim_export.graph.lowered import Lowered
@@ -22,7 +23,7 @@ from vocabtrim_export.trt.polygraphy import write_loader
 from vocabtrim_export.trt.settings import TensorRTSettings
 
 _PROMPT = "The drafter proposes a few tokens; the target reads all of them at once and keeps those it agrees with."
-_TOOLS = ("vocabtrim-export", "torch", "transformers", "onnx", "onnxscript")
+_TOOLS = ("torch", "transformers", "onnx", "onnxscript")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def _manifest(plan: BundlePlan, lowered: Lowered) -> Manifest:
         inputs=tuple(str(value.name) for value in graph.inputs),
         outputs=tuple(str(value.name) for value in graph.outputs),
         files={},
-        tool_versions={tool: version(tool) for tool in _TOOLS},
+        tool_versions={"vocabtrim-export": __version__} | {tool: version(tool) for tool in _TOOLS},
         vocab_map=plan.vocab_map.digest if plan.vocab_map else None,
         coverage=plan.coverage,
         calibration=plan.calibration,

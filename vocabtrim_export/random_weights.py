@@ -96,9 +96,13 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class RandomSettings:
-    """drafter_rows: rows of each drafter's head, None for all. quantize_drafter: None does as `quantize` says."""
+    """drafter_rows: rows of each drafter's head, None for all. drafter_shape: None makes them of the target's model.
+
+    quantize_drafter: None does as `quantize` says.
+    """
 
     shape: str
+    drafter_shape: str | None = None
     drafter_rows: tuple[int | None, ...] = (None,)
     dtype: str = "fp32"
     quantize: Quantization = "none"
@@ -125,38 +129,46 @@ def random_source(shape: Shape) -> Source:
 def random_bundles(settings: RandomSettings, directory: Path, progress: Progress) -> RandomBundles:
     """Write a target and its drafters into `directory`; what an earlier call with these settings wrote is used.
 
-    Target and drafters are of one model, so that a drafter shares the target's KV cache where both have one dtype.
-    Raises `VocabtrimError` where a head has fewer rows than asked for, or disk or memory cannot hold the bundles.
+    Drafters of the target's model share its KV cache where both have one dtype.
+    Raises `VocabtrimError` where a head has fewer rows than asked for, the vocabularies differ, or disk or memory
+    cannot hold the bundles.
     """
-    shape = SHAPES[settings.shape]
+    shape, drafter_shape = SHAPES[settings.shape], SHAPES[settings.drafter_shape or settings.shape]
+    if drafter_shape.vocab_size != shape.vocab_size:
+        raise VocabtrimError(f"{drafter_shape.name} cannot draft for {shape.name}: their vocabularies differ")
     for rows in settings.drafter_rows:
         if rows is not None and rows > shape.vocab_size:
             raise VocabtrimError(f"--k {rows} is more than the {shape.vocab_size} rows that {shape.name} has")
-    source = random_source(shape)
-    context_length(source, settings.max_length)
-    plans = _plans(source, settings)
-    places = {name: directory / f"{shape.name}-{settings.dtype}-{settings.max_length}-{name}" for name in plans}
-    missing = [name for name in plans if not (places[name] / MANIFEST_NAME).is_file()]
+    sources = {each.name: random_source(each) for each in (shape, drafter_shape)}
+    for source in sources.values():
+        context_length(source, settings.max_length)
+    plans = _plans(sources[shape.name], sources[drafter_shape.name], settings)
+    missing = [name for name in plans if not (directory / name / MANIFEST_NAME).is_file()]
     _check_room(shape, directory, list(plans.values()), [plans[name] for name in missing])
-    if missing:
-        progress("trace", 0, 1)
-        traced: Traced = trace(source.model, DTYPES[settings.dtype], settings.max_length)
-        progress("trace", 1, 1)
-    for name in missing:
-        with replacing([places[name]]) as (fresh,):
-            write_bundle(fresh, traced, plans[name], progress)
-    target, *drafters = plans
+    for source in sources.values():
+        names = [name for name in missing if plans[name].source is source]
+        if names:
+            progress("trace", 0, 1)
+            traced: Traced = trace(source.model, DTYPES[settings.dtype], settings.max_length)
+            progress("trace", 1, 1)
+        for name in names:
+            with replacing([directory / name]) as (fresh,):
+                write_bundle(fresh, traced, plans[name], progress)
+    target, *drafters = (directory / name for name in plans)
     labels = ["full" if rows is None else f"{rows} rows" for rows in settings.drafter_rows]
-    return RandomBundles(places[target], dict(zip(labels, (places[name] for name in drafters), strict=True)))
+    return RandomBundles(target, dict(zip(labels, drafters, strict=True)))
 
 
-def _plans(source: Source, settings: RandomSettings) -> dict[str, BundlePlan]:
-    """By the name of the bundle, the target's first."""
+def _plans(target: Source, drafter: Source, settings: RandomSettings) -> dict[str, BundlePlan]:
+    """By the name of the bundle's directory, the target's first."""
 
     def entry(role: Role, quantization: Quantization, rows: int | None) -> tuple[str, BundlePlan]:
-        name = f"{role}-{quantization}" + ("" if role == "target" else f"-{rows or 'full'}")
+        source = target if role == "target" else drafter
+        shape = source.name.rpartition(" ")[2]
+        name = f"{shape}-{settings.dtype}-{settings.max_length}-{role}-{quantization}"
         kept = None if rows is None else VocabMap.from_ids(range(rows), source.vocab_size)
-        return name, BundlePlan(role, source, settings.dtype, quantization, settings.max_length, kept)
+        plan = BundlePlan(role, source, settings.dtype, quantization, settings.max_length, kept)
+        return name if role == "target" else f"{name}-{rows or 'full'}", plan
 
     quantization = settings.quantize_drafter or settings.quantize
     drafters = [entry("drafter", quantization, rows) for rows in settings.drafter_rows]

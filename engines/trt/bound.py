@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from engines import cuda
 from engines.errors import VocabtrimError
-from engines.trt import cuda
+from engines.numbers import to_float32
+from engines.replay import Replayed
 from engines.trt.library import Library, Log, create_context
 from engines.trt.plan import stored_dtype, tensor_names
 
@@ -74,9 +76,8 @@ class BoundProfile:
     def __init__(self, shared: Shared, engine: Any, index: int, cache: KVCache) -> None:
         self.inputs: dict[str, NDArray[np.int64]] = {}
         self._shared, self._engine = shared, engine
-        self._graph: Any | None = None
-        self._runs = 0
         self._context = self._make_context(index)
+        self._work = Replayed(shared.stream, self._enqueue, self._is_capturable)
         with ExitStack() as owned:
             self._buffers = self._bind(owned, cache)
             # After the profile and the shapes, for which it is.
@@ -86,20 +87,15 @@ class BoundProfile:
     @property
     def has_graph(self) -> bool:
         """Whether `run` launches a CUDA graph."""
-        return self._graph is not None
+        return self._work.has_graph
 
     def run(self) -> NDArray[np.int64]:
         """Compute with what `inputs` hold and wait for it. Returns token_ids, flat: int64[n]."""
         stream, log = self._shared.stream, self._shared.log
-        if self._runs == 1 and self._is_capturable():
-            self._graph = stream.capture(self._enqueue)
-            log.clear()  # of what a vain attempt said
-        if self._graph is not None:
-            stream.launch(self._graph)
-        elif not self._enqueue():
+        log.clear()  # of what a vain attempt at a graph said
+        if not self._work.run():
             raise RuntimeError(f"{self._shared.library.name} failed to run a plan: {log.reason()}")
         stream.synchronize()
-        self._runs += 1
         tokens = self._buffers.tokens_host
         return tokens.view(0, tokens.size // 8).copy()
 
@@ -115,9 +111,8 @@ class BoundProfile:
 
     def close(self) -> None:
         """Release the graph, the context and the buffers, once."""
-        if self._graph is not None:
-            self._shared.stream.discard(self._graph)
-        self._graph = self._context = self._engine = None
+        self._work.close()
+        self._context = self._engine = None
         self.inputs.clear()
         self._owned.close()
 
@@ -187,13 +182,6 @@ class BoundProfile:
         done = bool(self._context.execute_async_v3(stream.address))
         stream.copy(buffers.tokens_host.address, buffers.tokens_device.address, buffers.tokens_host.size)
         return done
-
-
-def to_float32(stored: NDArray[Any]) -> NDArray[np.float32]:
-    """Logits as float32, from float16, float32, or the bits of bfloat16 as uint16."""
-    if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32, copy=False)
 
 
 def _own(owned: ExitStack, memory: Memory) -> Memory:

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import StepOutput
+from engines import cuda
+from engines.base import Device, StepOutput
 from engines.bundle import DRAFT_MODEL_NAME, DRAFT_PLAN_NAME, MODEL_NAME, PLAN_NAME, Bundle, Profile, TensorRT
 from engines.errors import VocabtrimError
 from engines.static import SLOTS_INPUT, Executor
-from engines.trt import cuda
 from engines.trt.bound import BoundProfile, KVCache, Shared
 from engines.trt.library import Library, Log, load_library, make_log
 from engines.trt.plan import check_plans, open_engine
@@ -26,6 +26,8 @@ class TensorRTExecutor(Executor):
     write: gets every line that the library logs.
     Raises `VocabtrimError` if the library, its version or the GPU is not what the plans were built for.
     """
+
+    device: Device = "cuda"
 
     def __init__(self, bundle: Bundle, write: Callable[[str], None] | None = None) -> None:
         plans = bundle.manifest.tensorrt
@@ -53,6 +55,9 @@ class TensorRTExecutor(Executor):
     def cuda_graphs(self) -> int:
         """Profiles that run as a CUDA graph."""
         return sum(bound.has_graph for bound in self._bound.values())
+
+    def environment(self) -> dict[str, str]:
+        return {self._shared.library.name: self._shared.library.version} | cuda.environment()
 
     def step(
         self,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from engines import cuda
 from engines.errors import VocabtrimError
-from engines.trt import cuda
 
 Flavor = Literal["tensorrt", "rtx"]
 NAMES: dict[str, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}

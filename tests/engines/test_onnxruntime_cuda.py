@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,13 +10,16 @@ import onnxruntime as ort
 import pytest
 
 import engines
-from engines import cuda_provider, load_engine, onnxruntime_cuda, read_bundle
+from engines import cuda, cuda_provider, load_engine, onnxruntime_cuda, read_bundle
+from engines.base import Engine
 from engines.bundle import MODEL_NAME
 from engines.errors import VocabtrimError
-from engines.onnxruntime_cuda import DeviceStep, OnnxRuntimeCudaEngine, make_stream, run_options
+from engines.onnxruntime_cuda import DeviceStep, OnnxRuntimeCudaEngine, make_stream
+from engines.onnxruntime_cuda_run import CudaRun, element_type
 from engines.onnxruntime_engine import open_session
-from engines.trt import cuda
+from engines.replay import Replayed
 from runtime import SamplingParams, SpeculativeDecoder
+from runtime.loop import decode_rounds
 from tests.integration import conftest as bundles
 from vocabtrim_export.cli import main
 from vocabtrim_export.trt.settings import TensorRTSettings
@@ -26,7 +30,7 @@ PROMPT = [5, 17, 200, 33]
 
 
 class HostStream:
-    """`engines.trt.cuda.Stream` where the device's memory is the host's. copies: bytes of each."""
+    """`engines.cuda.Stream` where the device's memory is the host's. copies: bytes of each."""
 
     address = 4711
 
@@ -42,6 +46,21 @@ class HostStream:
 
     def synchronize(self):
         self.waits += 1
+
+    def pinned(self, count):
+        return np.zeros(count, np.int64)
+
+    def event(self):
+        return [0.0]
+
+    def record(self, event):
+        event[0] = time.perf_counter()
+
+    def seconds_between(self, first, second):
+        return second[0] - first[0]
+
+    def discard_event(self, event):
+        event.clear()
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +118,7 @@ def test_only_token_ids_come_back_unless_logits_are_asked_for(pair):
         stream.copies.clear()
         output = engine.feed([7, 8, 9], keep=2)
         sent, received = stream.copies
-        assert sent < 1000
+        assert sent < 1500
         assert received == 8 * 2
         waits = stream.waits
         assert output.logits.shape == (2, 448)
@@ -108,36 +127,74 @@ def test_only_token_ids_come_back_unless_logits_are_asked_for(pair):
 
 
 def test_the_cache_starts_as_zeros(pair, monkeypatch):
-    allocate = OnnxRuntimeCudaEngine._allocate
+    allocate = OnnxRuntimeCudaEngine.allocate
 
     def dirty(self, shape, element_type):
         value = allocate(self, shape, element_type)
         ctypes.memset(value.data_ptr(), 255, value.tensor_size_in_bytes())  # NaN
         return value
 
-    monkeypatch.setattr(OnnxRuntimeCudaEngine, "_allocate", dirty)
+    monkeypatch.setattr(OnnxRuntimeCudaEngine, "allocate", dirty)
     with device_engine(pair.target) as engine:
         assert all(not value.numpy().any() for value in engine._caches.values())
 
 
 def test_bfloat16_logits_reach_the_host_as_float32():
-    value = ort.OrtValue.ortvalue_from_shape_and_type((1, 1, 3), onnxruntime_cuda._element_type("tensor(bfloat16)"))
+    value = ort.OrtValue.ortvalue_from_shape_and_type((1, 1, 3), element_type("tensor(bfloat16)"))
     assert value.data_type() == "tensor(bfloat16)"
     wanted = np.array([[1.0, -2.5, 0.15625]], np.float32)
     bits = (wanted.view(np.uint32) >> 16).astype(np.uint16)
     ctypes.memmove(value.data_ptr(), bits.ctypes.data, bits.nbytes)
-    rest = dict.fromkeys(name for name in DeviceStep.__dataclass_fields__ if name not in ("stream", "logits"))
-    step = DeviceStep(**rest | {"stream": HostStream(), "logits": value, "logits_dtype": np.dtype(np.uint16)})
-    np.testing.assert_array_equal(step.read_logits(), wanted)
+    run = CudaRun(None, None, None, HostStream(), value, "tensor(bfloat16)")
+    np.testing.assert_array_equal(run.read_logits(), wanted)
 
 
-def test_every_kept_shape_has_its_own_cuda_graph_and_a_prefill_has_none():
-    kept = [run_options(length, keep) for length in range(1, 33) for keep in range(1, length + 1)]
-    ids = [int(options.get_run_config_entry("gpu_graph_id")) for options in kept]
-    assert len(set(ids)) == len(ids)
-    assert min(ids) > 0
-    for length in (33, 256):
-        assert run_options(length, 1).get_run_config_entry("gpu_graph_id") == "-1"
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("draft_length", [1, 2, 4, 7])
+def test_a_round_on_the_device_is_the_stepwise_one(shared, draft_length, pair, monkeypatch):
+    """Tokens, and all that statistics say, from one wait a round; with a drafter that agrees seldom and one always."""
+    stream = HostStream()
+    with device_engine(pair.target, stream) as target:
+        for path in (pair.drafter, pair.target):
+            with device_engine(path, stream, target if shared else None) as drafter:
+                results = []
+                for stepwise in (False, True):
+                    if stepwise:
+                        monkeypatch.setattr(OnnxRuntimeCudaEngine, "speculate", Engine.speculate)
+                    stream.waits, prompt = 0, [*PROMPT, 8]
+                    rounds = list(decode_rounds(target, drafter, prompt, max_new_tokens=60, draft_length=draft_length))
+                    results.append([(entry.tokens, entry.drafted, entry.accepted) for entry in rounds])
+                    if not stepwise:
+                        first = 0 if shared else draft_length  # the drafter reads the prompt step by step
+                        assert stream.waits == len(rounds) + first
+                monkeypatch.undo()
+                assert results[0] == results[1]
+
+
+def test_work_is_captured_once_libraries_have_loaded():
+    queued = []
+
+    class Capturing(HostStream):
+        def capture(self, enqueue):
+            queued.append("captured")
+            return "graph" if enqueue() else None
+
+        def launch(self, graph):
+            queued.append(graph)
+
+        def discard(self, graph):
+            queued.append("discarded")
+
+    work = Replayed(Capturing(), lambda: queued.append("plain") or True, lambda: True, warm_up=2)
+    assert all(work.run() for _ in range(4))
+    assert queued == ["plain", "plain", "captured", "plain", "graph", "graph"]
+    assert work.has_graph
+    work.close()
+    work.close()
+    assert queued[6:] == ["discarded"]
+    never = Replayed(Capturing(), lambda: True, lambda: False)
+    assert all(never.run() for _ in range(4))
+    assert not never.has_graph
 
 
 # -------------------------------------------------------------------------------------------------- streams and devices
@@ -162,14 +219,14 @@ def simulated(monkeypatch):
     """`load_engine(…, "cuda")` on the host."""
 
     class OnHost(OnnxRuntimeCudaEngine):
-        def _allocate(self, shape, element_type):
-            return ort.OrtValue.ortvalue_from_shape_and_type(shape, element_type, "cpu", 0)
+        def allocate(self, shape, element):
+            return ort.OrtValue.ortvalue_from_shape_and_type(shape, element, "cpu", 0)
 
-        def _bind(self, length, keep):
+        def bind_run(self, places, token_ids):
             self.device = "cpu"
-            step = super()._bind(length, keep)
+            run = super().bind_run(places, token_ids)
             self.device = "cuda"
-            return step
+            return run
 
     monkeypatch.setattr(onnxruntime_cuda, "OnnxRuntimeCudaEngine", OnHost)
     monkeypatch.setattr(onnxruntime_cuda, "require_provider", lambda: ())
@@ -328,7 +385,7 @@ def test_a_full_gpu_gives_the_sizes_and_what_to_lower(where, pair, monkeypatch):
         with pytest.raises(VocabtrimError, match=expected):
             cuda_provider.open_cuda_session(read_bundle(pair.target), HostStream())
     elif where == "cache":
-        monkeypatch.setattr(OnnxRuntimeCudaEngine, "_allocate", full)
+        monkeypatch.setattr(OnnxRuntimeCudaEngine, "allocate", full)
         with pytest.raises(VocabtrimError, match=expected):
             device_engine(pair.target)
     else:

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from engines import cuda
 from engines.base import StepOutput
 from engines.bundle import Bundle, Profile, TensorRT
 from engines.errors import VocabtrimError
-from engines.trt import cuda, executor
+from engines.trt import executor
 from engines.trt.bound import to_float32
 from engines.trt.library import Library, check_versions, create_context, create_network, load_library, make_log
 from engines.trt.plan import check_plans, open_engine

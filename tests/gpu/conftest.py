@@ -2,8 +2,8 @@
 
 import pytest
 
+from engines import cuda
 from engines.errors import VocabtrimError
-from engines.trt import cuda
 from engines.trt.library import load_library
 from tests.integration.conftest import count_file, export_pair, random_model
 from vocabtrim_export.trt.settings import TensorRTSettings

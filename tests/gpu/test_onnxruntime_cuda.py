@@ -1,18 +1,26 @@
 """What only a GPU can prove of ONNX Runtime's CUDA: that it computes what the CPU does, as CUDA graphs too."""
 
 import numpy as np
+import onnx
 import pytest
 
-from engines import load_engine
+from engines import cuda, load_engine, read_bundle
+from engines.base import Engine
+from engines.cuda_provider import open_cuda_session, require_provider
 from engines.errors import VocabtrimError
-from engines.trt import cuda
+from engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
+from engines.onnxruntime_engine import OnnxRuntimeEngine, open_session
 from runtime import SamplingParams, SpeculativeDecoder
+from runtime.loop import decode_rounds
 
 NEEDS = "needs an NVIDIA GPU and onnxruntime-gpu"
 # Head sizes and group that attention has kernels for; two layers, so that a cache can be mixed up.
 LLAMA = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 PROMPT = [5, 17, 200, 33, 91, 4, 250, 12, 77, 140, 3, 9]
-TIE = 0.05  # of the logits' standard deviation: what half precision may move them by
+# Small weights, so that rounding does not grow from layer to layer: PyTorch's own half precision moves this model's
+# logits by up to 0.007 (fp16) and 0.05 (bf16) of their standard deviation, those of LLAMA by 0.1 and 0.6.
+CALM = LLAMA | {"initializer_range": 0.06}
+TIE = {"fp16": 0.02, "bf16": 0.15}
 # Tokens fed, positions kept: a prompt, single tokens, blocks, one longer than any that is kept bound; graphs are
 # captured when a shape first runs and replayed after that.
 STEPS = [(24, 1), (1, 1), (1, 1), (1, 1), (5, 5), (5, 5), (5, 5), (3, 3), (40, 4), (1, 1), (5, 5), (5, 5)]
@@ -23,10 +31,8 @@ def onnxruntime_cuda():
     """Skips where there is none."""
     try:
         cuda.current_device()
-        from engines.cuda_provider import require_provider
-
         require_provider()
-    except (VocabtrimError, ImportError) as error:
+    except VocabtrimError as error:
         pytest.skip(f"{NEEDS}: {error}")
 
 
@@ -42,54 +48,93 @@ def pair(directory, export_pair):
 
 @pytest.fixture(scope="module")
 def exact(directory, export_pair):
-    """In fp32, to compare with on the CPU, which has no bf16."""
     return export_pair(directory, dtype="fp32", quantize_drafter="int4")
 
 
-def assert_same_choices(engine, found, wanted, where):
+def assert_same_choices(engine, found, wanted, where, tie):
     """Two outputs over the same tokens: scores are near, and choices equal but for near-ties, which are printed."""
     scores = wanted.logits
     spread = scores.std()
-    np.testing.assert_allclose(found.logits, scores, atol=3 * TIE * spread, err_msg=where)
+    np.testing.assert_allclose(found.logits, scores, atol=tie * spread, err_msg=where)
     kept = np.arange(scores.shape[1]) if engine.vocab_map is None else engine.vocab_map.kept_token_ids
     for row, (a, b) in enumerate(zip(wanted.token_ids, found.token_ids, strict=True)):
         if a != b:
             gap = float(scores[row, kept.searchsorted(a)] - scores[row, kept.searchsorted(b)])
             print(f"near-tie {where}, row {row}: {b} for {a}, {gap:.4f} below it")
-            assert gap <= 2 * TIE * spread, f"{where}, row {row}: {b} for {a}"
+            assert gap <= 2 * tie * spread, f"{where}, row {row}: {b} for {a}"
 
 
-def assert_agrees(found_path, wanted_path):
+def exact_engine(path):
+    """The bundle's own weights, as they were rounded and quantised, in float32 arithmetic on the CPU."""
+    bundle = read_bundle(path)
+    model = onnx.load(path / "model.onnx")
+    halves = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+    graph = model.graph
+    constants = [a.t for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR]
+    for tensor in [*graph.initializer, *constants]:
+        if tensor.data_type in halves:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for value in [*graph.input, *graph.output]:
+        if value.type.tensor_type.elem_type in halves:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    del graph.value_info[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":  # else the CPU rounds what it multiplies int4 weights with to int8
+                attribute.i = 0
+            elif attribute.name == "to" and attribute.i in halves:
+                attribute.i = onnx.TensorProto.FLOAT
+    exact = path / "exact.onnx"
+    onnx.save(model, exact)
+    return OnnxRuntimeEngine(bundle, open_session(exact))
+
+
+@pytest.mark.parametrize("role", ["target", "drafter"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_steps_compute_what_float32_does(role, dtype, onnxruntime_cuda, random_model, export_pair):
+    path = getattr(export_pair(random_model("llama", **CALM), dtype=dtype, quantize_drafter="int4"), role)
     ids = np.random.default_rng(0).integers(2, 400, 120)
-    with load_engine(wanted_path, "cpu") as reference, load_engine(found_path, "cuda") as engine:
-        for again in range(2):  # the second time every graph is replayed
+    with exact_engine(path) as reference, load_engine(path, "cuda") as engine:
+        for again in range(3):  # launched, captured, replayed
             for fed, keep in STEPS:
                 start = reference.length
                 wanted, found = (x.feed(ids[start : start + fed], keep=keep) for x in (reference, engine))
-                assert_same_choices(engine, found, wanted, f"run {again}, after {start + fed} tokens")
+                assert_same_choices(engine, found, wanted, f"run {again}, after {start + fed} tokens", TIE[dtype])
             for each in (reference, engine):
                 each.rewind(20)
             wanted, found = (each.feed(ids[60:65], keep=5) for each in (reference, engine))
-            assert_same_choices(engine, found, wanted, f"run {again}, after a rewind")
+            assert_same_choices(engine, found, wanted, f"run {again}, after a rewind", TIE[dtype])
             for each in (reference, engine):
                 each.rewind(0)
+        assert engine.is_capturable, "some node of the model has no CUDA kernel, or is fed from the host"
+        assert engine.cuda_graphs == len({step for step in STEPS if step[0] <= 32}), "a step is no CUDA graph"
 
 
-@pytest.mark.parametrize("role", ["target", "drafter"])
-def test_fp16_and_int4_compute_what_the_cpu_does(role, pair):
-    assert_agrees(getattr(pair, role), getattr(pair, role))
-
-
-@pytest.mark.parametrize("role", ["target", "drafter"])
-def test_bf16_is_near_fp32(role, directory, export_pair, exact):
-    result = export_pair(directory, dtype="bf16", quantize_drafter="int4")
-    assert_agrees(getattr(result, role), getattr(exact, role))
-
-
-@pytest.mark.parametrize("role", ["target", "drafter"])
-def test_every_node_is_in_a_cuda_graph(role, pair):
-    with load_engine(getattr(pair, role), "cuda") as engine:
-        assert engine.cuda_graphs, "some node of the model has no CUDA kernel, or is fed from the host"
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("draft_length", [1, 4])
+def test_a_round_in_one_graph_is_the_stepwise_one(shared, draft_length, pair, monkeypatch):
+    with load_engine(pair.target, "cuda") as target:
+        for path in (pair.drafter, pair.target):
+            drafter = load_engine(path, "cuda", share_cache_with=target if shared else None)
+            if not shared:
+                drafter.close()
+                session = open_cuda_session(read_bundle(path), target.stream)
+                drafter = OnnxRuntimeCudaEngine(read_bundle(path), session, target.stream)
+            with drafter:
+                made = []
+                for stepwise in (False, True):
+                    if stepwise:
+                        monkeypatch.setattr(OnnxRuntimeCudaEngine, "speculate", Engine.speculate)
+                    rounds = list(decode_rounds(target, drafter, PROMPT, max_new_tokens=80, draft_length=draft_length))
+                    made.append([(entry.tokens, entry.drafted, entry.accepted) for entry in rounds])
+                    if not stepwise:
+                        graphs = [each.has_graph for each in drafter._rounds.values()]
+                        assert any(graphs), "no round became a CUDA graph"
+                        rounds = [entry for entry in rounds if entry.drafted == draft_length][-5:]
+                        print([f"{1e6 * (r.seconds - r.draft_seconds - r.verify_seconds):.0f} µs" for r in rounds])
+                monkeypatch.undo()
+                assert made[0] == made[1]
 
 
 def test_replays_read_their_inputs_anew_and_repeat_themselves(pair):
@@ -121,7 +166,7 @@ def check_greedy(pair, decoder):
             logits = reference.feed(PROMPT + expected[:differing]).logits[0]
         gap = float(logits[expected[differing]] - logits[found[differing]])
         print(f"near-tie after {differing} new tokens: {found[differing]}, {gap:.4f} below {expected[differing]}")
-        assert abs(gap) <= TIE * logits.std()
+        assert abs(gap) <= 0.05 * logits.std()
 
 
 def test_speculation_gives_the_targets_own_greedy_output(pair):
@@ -160,15 +205,13 @@ def test_fp32_is_refused_or_runs(exact):
     refusal = ""
     try:
         with load_engine(exact.target, "cuda") as engine:
-            assert engine.cuda_graphs
+            assert engine.is_capturable
     except VocabtrimError as error:
         refusal = str(error)
     assert not refusal or "--dtype fp16 or bf16" in refusal
 
 
 def test_a_cache_larger_than_the_gpu_says_what_to_lower(onnxruntime_cuda, pair, monkeypatch):
-    from engines.onnxruntime_engine import OnnxRuntimeEngine
-
     allocate = OnnxRuntimeEngine._allocate_caches
 
     def huge(self):

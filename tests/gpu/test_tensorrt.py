@@ -5,9 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from engines import load_engine, read_bundle
+from engines import cuda, load_engine, read_bundle
 from engines.bundle import Bundle
-from engines.trt import cuda
 from engines.trt.executor import TensorRTExecutor
 from runtime import SpeculativeDecoder
 

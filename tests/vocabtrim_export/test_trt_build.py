@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from engines import cuda
 from engines.errors import VocabtrimError
-from engines.trt import cuda
 from engines.trt.library import Library, load_library
 from vocabtrim_export.trt import build as build_module
 from vocabtrim_export.trt.build import BuildOptions, build_plan, member_name, target_capabilities

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 PLAN_DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8)
 RANDOM_SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "tiny")
-_RANDOM_OPTIONS = ("k", "dtype", "quantize", "quantize_drafter", "max_length", "bundles")
+_RANDOM_OPTIONS = ("random_drafter", "k", "dtype", "quantize", "quantize_drafter", "max_length", "bundles")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +93,11 @@ def add_random_weight_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure bundles of random weights in the shape of a model, made here, instead of --target and "
         f"--drafter, on prompts of random tokens: {', '.join(RANDOM_SHAPES)}. --force-accepted is all without one",
     )
+    group.add_argument(
+        "--random-drafter", choices=RANDOM_SHAPES, metavar="NAME", help="the drafters' shape, if not the target's"
+    )
     group.add_argument("--k", type=head_rows, default=[], metavar="K[,K…]", help="rows of the drafters' heads, or full")
-    group.add_argument("--dtype", choices=["fp32", "fp16"], help="of weights and KV cache (default: fp32)")
+    group.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="of weights and KV cache (default: fp32)")
     quantizations = ["none", "int8", "int4"]
     group.add_argument("--quantize", choices=quantizations, help="weight-only, all bundles (default: none)")
     group.add_argument("--quantize-drafter", choices=quantizations, help="the same, for the drafters alone")
@@ -113,6 +116,8 @@ def check_options(options: argparse.Namespace) -> None:
     if options.random_weights:
         if options.target or options.drafter or options.baseline_drafter or options.prompts:
             raise VocabtrimError("--random-weights makes its own bundles and prompts: leave out those given")
+        if options.dtype == "bf16" and options.device == "cpu":
+            raise VocabtrimError("ONNX Runtime has no bf16 on the CPU: use --dtype fp32, or --device cuda")
         if options.plan:
             raise VocabtrimError("random weights have no acceptance to plan with: give --plan real bundles")
         return

@@ -18,6 +18,7 @@ def random_bundles(options: argparse.Namespace, stack: ExitStack, progress: "Pro
 
     settings = RandomSettings(
         options.random_weights,
+        options.random_drafter,
         tuple(options.k) or (None,),
         options.dtype or "fp32",
         options.quantize or "none",

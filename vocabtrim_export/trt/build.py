@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from engines import cuda
 from engines.errors import VocabtrimError
-from engines.trt import cuda
 from engines.trt.library import NAMES, Library
 from vocabtrim_export.trt.messages import raise_ended
 from vocabtrim_export.trt.network import Network

@@ -2,7 +2,9 @@
 
 import ctypes
 import importlib
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +73,18 @@ def current_device() -> Device:
     return Device(properties.name.split(b"\0")[0].decode(), f"{properties.major}.{properties.minor}")
 
 
+def environment() -> dict[str, str]:
+    """What a report says of the GPU that calls of this thread go to."""
+    device = current_device()
+    versions = {"cuda_driver": runtime().cudaDriverGetVersion(), "cuda_runtime": runtime().cudaRuntimeGetVersion()}
+    named = {name: check(version) for name, version in versions.items()}
+    return {
+        "gpu": device.name,
+        "compute_capability": device.compute_capability,
+        **{name: f"{version // 1000}.{version % 1000 // 10}" for name, version in named.items()},
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
     """Memory of the GPU, its owner's to free once; `allocate_device` makes it."""
@@ -120,11 +134,21 @@ class Stream:
         cuda = runtime()
         self._handle = check(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
         self.address = int(self._handle)
+        self._is_capturing = False
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Queue a copy between any two of host and device memory."""
         cuda = runtime()
         check(cuda.cudaMemcpyAsync(target, source, size, cuda.cudaMemcpyKind.cudaMemcpyDefault, self._handle))
+
+    def pinned(self, count: int) -> NDArray[np.int64]:
+        """int64[count], zeros, in page-locked memory that is freed with the last view of it."""
+        memory = allocate_pinned(8 * count)
+        array = memory.view(0, count)
+        # Not at exit: the driver may be gone by then, and its memory with it.
+        weakref.finalize(array, memory.free).atexit = False
+        array[:] = 0
+        return array
 
     def zero(self, memory: DeviceMemory) -> None:
         """Queue filling all of `memory` with zeros."""
@@ -133,6 +157,24 @@ class Stream:
     def synchronize(self) -> None:
         """Wait until everything queued is done. Raises RuntimeError for what failed since the last time."""
         check(runtime().cudaStreamSynchronize(self._handle))
+
+    def event(self) -> Any:
+        """A point in time for `record`, the caller's to hand to `discard_event` once."""
+        return check(runtime().cudaEventCreate())
+
+    def record(self, event: Any) -> None:
+        """Queue noting the time at which the work before it is done. As part of a graph, at every launch of it."""
+        cuda = runtime()
+        flags = cuda.cudaEventRecordExternal if self._is_capturing else cuda.cudaEventRecordDefault
+        check(cuda.cudaEventRecordWithFlags(event, self._handle, flags))
+
+    def seconds_between(self, first: Any, second: Any) -> float:
+        """By the GPU's clock. Both events must have happened: `synchronize` first."""
+        return float(check(runtime().cudaEventElapsedTime(first, second))) / 1e3
+
+    def discard_event(self, event: Any) -> None:
+        """Free an event."""
+        runtime().cudaEventDestroy(event)
 
     def capture(self, enqueue: Callable[[], bool]) -> Any | None:
         """What `enqueue` queues, as a graph for `launch`; nothing runs yet.
@@ -143,10 +185,12 @@ class Stream:
         # Thread-local: another thread's engine may allocate meanwhile.
         mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         check(cuda.cudaStreamBeginCapture(self._handle, mode))
+        self._is_capturing = True
         try:
             complete = enqueue()
-        except RuntimeError:
+        except Exception:  # the libraries that queue have exceptions of their own
             complete = False
+        self._is_capturing = False
         error, graph = cuda.cudaStreamEndCapture(self._handle)
         if error.value or not complete:
             cuda.cudaGetLastError()  # else the next call that asks for the last error takes it for its own
@@ -169,3 +213,28 @@ class Stream:
     def destroy(self) -> None:
         """Release the stream, once."""
         runtime().cudaStreamDestroy(self._handle)
+
+
+def copy_bandwidth(buffer_bytes: int = 1 << 29, repeats: int = 20) -> float:
+    """Bytes a second that the GPU reads and writes while it copies its own memory, by its own clock.
+
+    Reading alone is about as fast: an H100 that copied at 2,990 GB/s summed up a tensor at 3,090.
+    """
+    with ExitStack() as owned:
+        stream = Stream()
+        owned.callback(stream.destroy)
+        memory = [allocate_device(buffer_bytes) for _ in range(2)]
+        for each in memory:
+            owned.callback(each.free)
+        events = [stream.event() for _ in range(2)]
+        for event in events:
+            owned.callback(stream.discard_event, event)
+        best = 0.0
+        for _ in range(4):  # the first of them warms up
+            stream.record(events[0])
+            for _ in range(repeats):
+                stream.copy(memory[0].address, memory[1].address, buffer_bytes)
+            stream.record(events[1])
+            stream.synchronize()
+            best = max(best, 2 * buffer_bytes * repeats / stream.seconds_between(*events))
+        return best
