@@ -25,7 +25,8 @@ class ModeReport:
     draft_step_ms: median of the drafter's steps of one token. verify_ms: median of the target's calls on a full
     draft, γ + 1 tokens; of its one-token steps in target-only decoding. None where no such call was made.
     draft_step_percentiles_ms, verify_percentiles_ms, round_percentiles_ms: of these, and of whole rounds with a full
-    draft (in target-only decoding of one step).
+    draft (in target-only decoding of one step). host_percentiles_ms: of what such rounds take beside drafting and
+    verifying; where a GPU times these itself, all that it waits for the host.
     bytes_per_step: what one draft step reads, weights and KV cache at the mean context; the target's in target-only.
     bandwidth_fraction: bytes_per_step over that step's time over the measured bandwidth of its engine's memory.
     mbsu: τ/(c·γ + 1), c the drafter's bytes_per_step over the target's. coverage: from the drafter's manifest.
@@ -47,6 +48,7 @@ class ModeReport:
     draft_step_percentiles_ms: Percentiles | None
     verify_percentiles_ms: Percentiles | None
     round_percentiles_ms: Percentiles | None
+    host_percentiles_ms: Percentiles | None
     bytes_per_step: float
     bandwidth_fraction: float | None
     mbsu: float
@@ -141,6 +143,7 @@ def _times(runs: Sequence[Run], target_step: Percentiles | None, tau: float, len
         "draft_step_percentiles_ms": draft,
         "verify_percentiles_ms": verify,
         "round_percentiles_ms": round_percentiles(runs, length),
+        "host_percentiles_ms": host_percentiles(runs, length),
         "latency_speedup": speedup,
         "predicted_tokens_per_second": rate,
         "overhead": outside / seconds,
@@ -184,6 +187,12 @@ def call_percentiles(runs: Sequence[Run], engine: Literal["target", "drafter"], 
 def round_percentiles(runs: Sequence[Run], length: int) -> Percentiles | None:
     """ms of rounds with a full draft. The one in which a drafter reads the prompt is left out."""
     return Percentiles.of(entry.seconds * 1e3 for entry in _full_rounds(runs, length))
+
+
+def host_percentiles(runs: Sequence[Run], length: int) -> Percentiles | None:
+    """ms of these rounds outside drafting and verifying."""
+    rounds = _full_rounds(runs, length)
+    return Percentiles.of(1e3 * (entry.seconds - entry.draft_seconds - entry.verify_seconds) for entry in rounds)
 
 
 def draft_percentiles(runs: Sequence[Run], length: int) -> Percentiles | None:

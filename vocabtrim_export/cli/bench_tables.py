@@ -37,6 +37,7 @@ def show_bench(report: "BenchReport") -> None:
         "ms a draft step": lambda m: _number(m.draft_step_ms),
         "ms a verification (target only: a step)": lambda m: _number(m.verify_ms),
         "ms a round, p50/p90/p99": lambda m: _percentiles(m.round_percentiles_ms),
+        "  of it outside the engines": lambda m: _percentiles(m.host_percentiles_ms),
         "MB read a step": lambda m: f"{m.bytes_per_step / 1e6:.1f}",
         "of the measured bandwidth": lambda m: _share(m.bandwidth_fraction),
         "coverage of held-out tokens": lambda m: "-" if m.coverage is None else f"{m.coverage:.2%}",
