@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "eagle3"
 sys.path.insert(0, str(EXAMPLE))  # its modules import one another as scripts do
@@ -244,41 +245,35 @@ def test_generate_train_resume_evaluate(directory, target, tmp_path, tokenizer):
         load_head(output, target)
 
 
-def test_a_run_that_was_cut_goes_on_bit_for_bit(directory, target, tmp_path):
-    """20 steps equal 12 and then 8 more: weights, moments and the order of the data are all restored."""
+def test_a_run_that_was_cut_goes_on_bit_for_bit(directory, target, tmp_path, monkeypatch):
+    """20 steps equal 12, an interrupt, and 8 more: weights, moments and the order of the data are all restored."""
     chance = torch.Generator().manual_seed(5)
-    made = [
-        sampling.Sequence(torch.randint(5, 400, (30,), generator=chance, dtype=torch.int32), 9, 0) for _ in range(40)
-    ]
-    heads = []
-    for name, stops in (("once", [20]), ("twice", [12, 20])):
+    ids = torch.randint(5, 400, (40, 30), generator=chance, dtype=torch.int32)
+    for name, runs in (("once", [20]), ("twice", [12, 8])):
         work, output = tmp_path / name, tmp_path / f"{name}_head"
         work.mkdir()
-        generate.save(made, target.digest, work / "shard_0000.safetensors")
-        options = train.parse(["--target", str(directory), "--work", str(work), "--output", str(output)])
-        options.batch_tokens, options.minutes, options.draft_steps, options.warmup = 200, 1e9, 2, 1
-        options.steps = 10**9  # a schedule that these steps do not touch
-        corpus = train.Corpus(train.read_shards(work, target.digest))
-        for stop in stops:
-            torch.manual_seed(0)
-            head = head_from_target(target)
-            optimizer = torch.optim.AdamW(head.parameters(), 1e-3)
-            state = work / train.STATE
-            progress = train.restore(head, optimizer, state) if state.exists() else train.Progress()
-            output.mkdir(exist_ok=True)
-            batches = corpus.batches(options.batch_tokens, 0)
-            for step in range(stop):
-                ids, mask = next(batches)
-                if step >= progress.step:
-                    train.train_step(head, target, optimizer, ids, mask, target.unembedding, 2)
-            progress.step = stop
-            train.checkpoint(head, target, optimizer, progress, options)
-        heads.append(head)
-        loaded = load_head(output, target)
-        for name_, weights in loaded.state_dict().items():
-            assert torch.equal(weights, head.state_dict()[name_].bfloat16().float())
-    for one, other in zip(heads[0].parameters(), heads[1].parameters(), strict=True):
-        assert torch.equal(one, other)
+        generate.save([sampling.Sequence(row, 9, 0) for row in ids], target.digest, work / "shard_0000.safetensors")
+        options = ["--target", str(directory), "--work", str(work), "--output", str(output), "--minutes", "1e9"]
+        options += ["--batch-tokens", "200", "--draft-steps", "2", "--steps", "1000000", "--save-minutes", "0"]
+        for steps in runs:
+            with monkeypatch.context() as patched:
+                real, left = train.train_step, iter(range(steps))
+
+                def step(*arguments, real=real, left=left):
+                    if next(left, None) is None:
+                        raise KeyboardInterrupt
+                    return real(*arguments)
+
+                patched.setattr(train, "train_step", step)
+                with pytest.raises(KeyboardInterrupt):
+                    train.main(options)
+    once, twice = (load_file(tmp_path / name / train.STATE) for name in ("once", "twice"))
+    assert {name.split(".")[0] for name in once} == {"head", "step", "exp_avg", "exp_avg_sq"}
+    for name, tensor in once.items():
+        assert torch.equal(tensor, twice[name]), name
+
+    for name, weights in load_head(tmp_path / "once_head", target).state_dict().items():
+        assert torch.equal(weights, once[f"head.{name}"].bfloat16().float())
     with safe_open(tmp_path / "once_head" / "model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         assert {file.get_slice(name).get_dtype() for name in shapes} == {"BF16"}
