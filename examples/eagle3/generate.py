@@ -117,7 +117,7 @@ def select(made: list[Sequence], messages: int, tokenizer: PreTrainedTokenizerBa
     special = set(tokenizer.all_special_ids)
     written = [one for one in made if one.row < messages]
     bodies = [one.tokens[len(before) : one.answer - len(after)].tolist() for one in written]
-    again = chat(tokenizer, tokenizer.batch_decode(bodies))
+    again = chat(tokenizer, [tokenizer.decode(body, clean_up_tokenization_spaces=False) for body in bodies])
     kept = [one for one in made if one.row >= messages]
     for one, body, ids in zip(written, bodies, again, strict=True):
         key = one.tokens[: one.answer].numpy().tobytes()

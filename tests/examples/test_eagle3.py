@@ -200,6 +200,7 @@ def test_generate_train_resume_evaluate(directory, target, tmp_path, tokenizer):
     assert len(shards) >= 2
     sequences = shards[0].tokens.split(shards[0].lengths.tolist())
     masks = shards[0].mask.bool().split(shards[0].lengths.tolist())
+    assert generate.select([], 5, tokenizer, set()) == []  # a batch that the deadline cut before any answer
     before, after = generate.encode(tokenizer, list(generate.opening(tokenizer)))
     for tokens, mask in zip(sequences, masks, strict=True):
         start = int(mask.int().argmax())
