@@ -7,6 +7,7 @@ import tokenizers
 from engines.errors import VocabtrimError
 from engines.tokenizer import Tokenizer
 from runtime import SamplingParams, SpeculativeDecoder
+from runtime.stop_strings import StopStrings
 
 
 @pytest.fixture
@@ -68,6 +69,11 @@ def test_a_stop_string_ends_the_text_wherever_a_block_ends(make_target, letters,
         assert result.stats.tokens == completed
         cut_blocks += (completed - 1) % (draft_length + 1) != 0
     assert cut_blocks > 10
+
+
+def test_of_two_stop_strings_in_one_piece_the_one_that_begins_first_counts():
+    assert StopStrings(["b", "ab"]).push("xab", is_last=False) == ("x", True)
+    assert StopStrings(["ab", "b"]).push("xab", is_last=False) == ("x", True)
 
 
 def test_text_that_only_begins_like_a_stop_string_is_given_out(make_target, letters):

@@ -39,9 +39,22 @@ def test_a_right_loop_is_equal(decoder):
     assert [prompt.tokens for prompt in report.prompts] == [30, 30]
     written = json.loads(json.dumps(report.to_dict()))
     assert written["passed"] is True
-    assert written["prompts"][0]["differences"] == []
+    assert (written["prompts"][0]["differences"], written["prompts"][0]["deviation"]) == ([], None)
     with pytest.raises(VocabtrimError, match="at least one prompt"):
         verify(decoder, [])
+
+
+def test_the_distance_of_a_references_logits_is_stated_in_roundings(decoder):
+    """One logit of each row off by 2⁻²⁰ of the row's largest: 8 epsilons of float32."""
+
+    def predict(prompt, tokens):
+        rows = forced_logits(decoder.target, prompt, tokens)
+        rows[:, 2] += 2**-20 * np.abs(rows).max(axis=1)
+        return rows
+
+    report = verify(decoder, PROMPTS, max_new_tokens=9, predict=predict, reference="another")
+    assert [prompt.deviation for prompt in report.prompts] == [pytest.approx(8, abs=1)] * 2
+    assert report.reference == "another"
 
 
 def one_more(draft, verified):

@@ -148,7 +148,8 @@ def _data(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "Sp
 def _show(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "SpeculativeDecoder") -> None:
     print(f"greedy, γ = {greedy.draft_length}, against {greedy.reference}")
     for index, prompt in enumerate(greedy.prompts):
-        print(f"  prompt {index}: {prompt.verdict}, {prompt.tokens} tokens")
+        deviation = "" if prompt.deviation is None else f", logits within {prompt.deviation:.0f} roundings"
+        print(f"  prompt {index}: {prompt.verdict}, {prompt.tokens} tokens{deviation}")
         if prompt.ending:
             print(f"    {prompt.ending}")
         for each in prompt.differences:
