@@ -6,7 +6,8 @@ the part of the token that came out: under p it is uniform, whatever p is, and i
 1952). Points of all positions, prompts and seeds fall into BINS equal bins and are tested at once.
 
 The tokens are cut in by q/p, those that the drafter lacks first and those that it overrates last: a rule that favours
-what the drafter proposes, or what it cannot propose, moves points to one side.
+what the drafter proposes, or what it cannot propose, moves points to one side. A second test cuts them in by descending
+p: it sees a rule that is too sharp or too flat.
 """
 
 import math
@@ -40,7 +41,9 @@ _FREEDOM = BINS - 1
 
 @dataclass(frozen=True, slots=True)
 class SettingReport:
-    """One way of sampling. draws: tokens tested. statistic, p_value: of the chi-square test.
+    """One way of sampling. draws: tokens tested. statistics: chi-square, of the order by q/p and of that by p.
+
+    p_value: of the larger one, times two for the choice.
 
     missed_mass: the probability that the target gives to tokens which the drafter cannot propose, on average.
     impossible: tokens that came out although the target gives them probability zero, rounding at the edge of top-k
@@ -51,7 +54,7 @@ class SettingReport:
     top_k: int
     top_p: float
     draws: int
-    statistic: float
+    statistics: tuple[float, float]
     p_value: float
     missed_mass: float
     impossible: int
@@ -67,7 +70,7 @@ class SettingReport:
 
         A total variation of d makes a noncentrality of 4·d² a draw at least, whatever its shape.
         """
-        return math.sqrt(chi_square.noncentrality_for(POWER, self.limit, _FREEDOM) / (4 * self.draws))
+        return math.sqrt(chi_square.noncentrality_for(POWER, self.limit / 2, _FREEDOM) / (4 * self.draws))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"passed": self.passed, "detectable": self.detectable}
@@ -75,7 +78,7 @@ class SettingReport:
 
 @dataclass(frozen=True, slots=True)
 class SamplingReport:
-    """All settings. Bonferroni: each is tested at ALPHA over their number."""
+    """All settings. Bonferroni: each is tested at ALPHA over their number. draft_length: the longest γ."""
 
     settings: tuple[SettingReport, ...]
     draft_length: int
@@ -91,9 +94,9 @@ class SamplingReport:
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """One token. at: where in [0, 1] it fell. missed: the target's mass on what the drafter lacks."""
+    """One token. at: where in [0, 1] it fell in either order. missed: the target's mass on what the drafter lacks."""
 
-    at: float
+    at: tuple[float, float]
     missed: float
     impossible: bool
 
@@ -108,6 +111,8 @@ def verify_sampling(
 ) -> SamplingReport:
     """Sample with target and drafter until `draws` tokens are tested, for each of `settings`.
 
+    Drafts are of 1 to the decoder's γ tokens in turn: long ones are seldom accepted whole, and what follows a whole one
+    would hardly be tested.
     prompts: token ids, taken in turn. The seed of a setting is its first generation's; the next ones count on from it.
     progress: called with the tokens tested and their number. Raises `VocabtrimError` for input that cannot run.
     """
@@ -133,7 +138,7 @@ def point_of(token: int, p: NDArray[np.float32], q: NDArray[np.float32], uniform
 
     p, q: float32[n] over token ids, the law that the token should have, and the drafter's. uniform: where in its part.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratio = np.where(p > 0, q / p, np.inf)
     same = ratio == ratio[token]
     before = (ratio < ratio[token]) | (same & (p > p[token]))
@@ -157,14 +162,18 @@ def _points(
     for run in range(20 + 4 * draws // _NEW_TOKENS):
         prompt = prompts[run % len(prompts)]
         drawn = replace(params, seed=first + run)
-        tokens = decoder.generate(prompt, max_new_tokens=_NEW_TOKENS, sampling=drawn).token_ids
+        length = 1 + run % decoder.draft_length
+        drafting = SpeculativeDecoder(decoder.target, drafter, draft_length=length)
+        tokens = drafting.generate(prompt, max_new_tokens=_NEW_TOKENS, sampling=drawn).token_ids
         rows = forced_logits(decoder.target, prompt, tokens)
         theirs = forced_logits(drafter, prompt, tokens)
         for token, row, their_row in zip(tokens[1:], rows[1:], theirs[1:], strict=True):
             p = distribution(row[None], params)[0]
             q = _over_all(drafter, distribution(their_row[None], params)[0], len(p))
             impossible = bool(p[token] == 0 and distribution(row[None], _wider(params))[0][token] == 0)
-            yield _Point(point_of(token, p, q, rng.random()), float(p[~_kept(drafter, len(p))].sum()), impossible)
+            uniform = rng.random()
+            at = point_of(token, p, q, uniform), point_of(token, p, np.ones_like(p), uniform)
+            yield _Point(at, float(p[~_kept(drafter, len(p))].sum()), impossible)
     raise VocabtrimError("these prompts end after few tokens: give others, or fewer --draws")
 
 
@@ -189,14 +198,14 @@ def _wider(params: SamplingParams) -> SamplingParams:
 
 
 def _report(params: SamplingParams, points: Sequence[_Point], limit: float) -> SettingReport:
-    statistic = statistic_of([point.at for point in points])
+    first, second = (statistic_of([point.at[order] for point in points]) for order in (0, 1))
     return SettingReport(
         params.temperature,
         params.top_k,
         params.top_p,
         len(points),
-        statistic,
-        chi_square.survival(statistic, _FREEDOM),
+        (first, second),
+        min(1.0, 2 * chi_square.survival(max(first, second), _FREEDOM)),
         float(np.mean([point.missed for point in points])),
         sum(point.impossible for point in points),
         limit,

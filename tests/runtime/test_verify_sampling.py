@@ -118,6 +118,17 @@ def test_a_wrong_rule_fails(decoder, monkeypatch, wrong):
     assert not verify_sampling(decoder, [[5, 6], [7]], SETTINGS[:1], draws=600).passed
 
 
+def greedy_after_whole_drafts(draft, q, p, vocab_map, rng):
+    right = accept_sampled(draft, q, p, vocab_map, rng)
+    return right if right.count < len(draft) else Accepted(right.count, int(p(right.count).argmax()))
+
+
+def test_what_follows_a_whole_draft_is_tested(make_target, make_drafter, monkeypatch):
+    decoder = SpeculativeDecoder(make_target(), make_drafter(noise=0.3), draft_length=8)
+    monkeypatch.setattr(runtime.rules, "accept_sampled", greedy_after_whole_drafts)
+    assert not verify_sampling(decoder, [[5, 6], [7]], SETTINGS[:1], draws=600).passed
+
+
 def target_itself(p, q, vocab_map):
     return p
 
