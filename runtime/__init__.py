@@ -11,19 +11,25 @@ from runtime.report import BenchReport, ModeReport
 from runtime.sampling import SamplingParams, distribution
 from runtime.stats import Percentiles, Stats, latency_speedup, mbsu, summarize
 from runtime.sweep import SweepReport, SweepRow, SweepSettings, sweep
+from runtime.verify import Difference, PromptReport, VerifyReport, verify
+from runtime.verify_sampling import SamplingReport, SettingReport, verify_sampling
 
 __all__ = [
     "TARGET_ONLY",
     "Accepted",
     "BenchReport",
     "Candidate",
+    "Difference",
     "Generation",
     "ModeReport",
     "Percentiles",
     "Plan",
     "PlanReport",
+    "PromptReport",
     "Round",
     "SamplingParams",
+    "SamplingReport",
+    "SettingReport",
     "SpeculativeDecoder",
     "Stats",
     "Stream",
@@ -31,6 +37,7 @@ __all__ = [
     "SweepRow",
     "SweepSettings",
     "Token",
+    "VerifyReport",
     "accept_forced",
     "accept_greedy",
     "accept_sampled",
@@ -44,4 +51,6 @@ __all__ = [
     "read_bandwidth",
     "summarize",
     "sweep",
+    "verify",
+    "verify_sampling",
 ]

@@ -1,12 +1,14 @@
 """Which drafted tokens stay: the rules that make drafting lossless. Pure functions of numbers."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.vocab_map import VocabMap
+from engines.errors import VocabtrimError
+from engines.vocab_map import NOT_KEPT, VocabMap
 from runtime.sampling import sample
 
 
@@ -53,11 +55,19 @@ def accept_sampled(
         `row` itself with no `vocab_map`. All other tokens have probability zero.
     p: p(i), float32[n], is the target's distribution after i drafted tokens; ids from n on have probability zero.
         A function, as computing it costs most of all here, and no row after the first rejection is needed.
+    Raises `VocabtrimError` for a token that q[i] cannot have given, and where the outcome would hang on a number that
+    is no probability: NaN, infinite, or nothing left to sample from.
     """
     for i, token in enumerate(draft):
         p_i = p(i)
-        p_token = p_i[token] if token < len(p_i) else 0.0
-        q_token = q[i][token if vocab_map is None else vocab_map.inverse[token]]
+        p_token = float(p_i[token]) if token < len(p_i) else 0.0
+        row = token if vocab_map is None else int(vocab_map.inverse[token])
+        q_token = float(q[i][row]) if row != NOT_KEPT else 0.0
+        if not (0 < q_token < math.inf and 0 <= p_token < math.inf):  # NaN compares false
+            raise VocabtrimError(
+                f"token {token} was drafted with probability {q_token} and has {p_token} in the target: "
+                "the first must be a positive number, the second none below zero"
+            )
         # q <= p: always accept. q > p: accept with probability p / q.
         if rng.random() * q_token >= p_token:
             return Accepted(i, sample(residual(p_i, q[i], vocab_map), rng))

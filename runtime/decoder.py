@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, cast
@@ -17,6 +17,7 @@ from runtime.loop import GREEDY, FinishReason, Round, decode_rounds
 from runtime.pair import check_pair, resolve_draft_length
 from runtime.sampling import SamplingParams
 from runtime.stats import Stats, summarize
+from runtime.stop_strings import StopStrings
 
 # Text, the messages of a conversation (`{"role": …, "content": …}`), or token ids.
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | NDArray[np.int64]
@@ -24,7 +25,10 @@ Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | NDArray[
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token and the text that it completes: "" for a special one or within an unfinished character."""
+    """One generated token and the text that it completes.
+
+    "" for a special one, within an unfinished character, and while a stop string may have begun.
+    """
 
     id: int
     text: str
@@ -34,8 +38,9 @@ class Token:
 class Generation:
     """What was generated, the prompt not included.
 
-    text: without special tokens; "" where the decoder has no tokenizer. token_ids: with the EOS, if there is one.
-    finish_reason: "stop" at an EOS, "length" at `max_new_tokens` or at the end of the context.
+    text: without special tokens, and without the stop string; "" where the decoder has no tokenizer.
+    token_ids: with the EOS, or up to the token that completes a stop string, if there is one.
+    finish_reason: "stop" at an EOS or a stop string, "length" at `max_new_tokens` or at the end of the context.
     """
 
     text: str
@@ -54,9 +59,11 @@ class Stream(Iterator[Token]):
     A decoder has one KV cache per engine, so that its next `generate` or `stream` ends this one.
     """
 
-    def __init__(self, rounds: Iterator[Round], tokenizer: Tokenizer | None) -> None:
+    def __init__(self, rounds: Iterator[Round], tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
         self._past: list[Round] = []
-        self._text = tokenizer.stream() if tokenizer else None
+        self._decoded = tokenizer.stream() if tokenizer else None
+        self._stop = StopStrings(stop)
+        self._text = ""  # given out so far
         self._tokens = self._run(rounds)
 
     def __next__(self) -> Token:
@@ -75,16 +82,28 @@ class Stream(Iterator[Token]):
         if last is None or last.finish_reason is None:
             raise VocabtrimError("this generation broke off with an error: start another")
         token_ids = tuple(token for entry in self._past for token in entry.tokens)
-        return Generation(self._text.text if self._text else "", token_ids, last.finish_reason, self.stats)
+        return Generation(self._text, token_ids, last.finish_reason, self.stats)
 
     def _run(self, rounds: Iterator[Round]) -> Iterator[Token]:
         for entry in rounds:
             self._past.append(entry)
-            for left, token_id in zip(range(len(entry.tokens) - 1, -1, -1), entry.tokens, strict=True):
-                piece = self._text.push(token_id) if self._text else ""
-                if self._text and entry.finish_reason and not left:
-                    piece += self._text.finish()
+            for count, token_id in enumerate(entry.tokens, 1):
+                is_last = entry.finish_reason is not None and count == len(entry.tokens)
+                piece, stopped = self._stop.push(self._decode(token_id, is_last), is_last)
+                self._text += piece
+                if stopped:  # what the round gave beyond it never was
+                    kept = entry.tokens[:count]
+                    accepted = min(entry.accepted, count)
+                    self._past[-1] = replace(entry, tokens=kept, accepted=accepted, finish_reason="stop")
                 yield Token(token_id, piece)
+                if stopped:
+                    return
+
+    def _decode(self, token_id: int, is_last: bool) -> str:
+        if self._decoded is None:
+            return ""
+        piece = self._decoded.push(token_id)
+        return piece + self._decoded.finish() if is_last else piece
 
 
 class SpeculativeDecoder:
@@ -140,23 +159,37 @@ class SpeculativeDecoder:
         return decoder
 
     def generate(
-        self, prompt: Prompt, *, max_new_tokens: int = 256, sampling: SamplingParams = GREEDY, chat: bool = True
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        sampling: SamplingParams = GREEDY,
+        chat: bool = True,
+        stop: Sequence[str] = (),
     ) -> Generation:
-        """Generate to an EOS, to `max_new_tokens` or to the end of the context.
+        """Generate to an EOS, to a string of `stop`, to `max_new_tokens` or to the end of the context.
 
         prompt: a text becomes a user's message to the chat template if the tokenizer has one and `chat` is true, and
         is taken as it is otherwise; messages always go through the template; token ids are fed as they are.
         Raises `VocabtrimError` for a prompt that is empty or leaves no room in the context, and for
-        `max_new_tokens` below 1.
+        `max_new_tokens` below 1, and for stop strings that are empty or without a tokenizer.
         """
-        return self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat).finish()
+        return self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, stop=stop).finish()
 
     def stream(
-        self, prompt: Prompt, *, max_new_tokens: int = 256, sampling: SamplingParams = GREEDY, chat: bool = True
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        sampling: SamplingParams = GREEDY,
+        chat: bool = True,
+        stop: Sequence[str] = (),
     ) -> Stream:
         """As `generate`, token by token: iterate over it, then ask it for `stats` or `finish()`."""
         if max_new_tokens < 1:
             raise VocabtrimError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
+        if stop:
+            self._require_tokenizer()
         token_ids = self.encode(prompt, chat=chat)
         rounds = decode_rounds(
             self.target,
@@ -166,7 +199,7 @@ class SpeculativeDecoder:
             draft_length=self.draft_length,
             sampling=sampling,
         )
-        return Stream(self._exclusive(rounds), self.tokenizer)
+        return Stream(self._exclusive(rounds), self.tokenizer, stop)
 
     def encode(self, prompt: Prompt, *, chat: bool = True) -> list[int]:
         """The token ids that `generate` feeds for `prompt`, checked to fit. Raises `VocabtrimError`."""
@@ -209,7 +242,9 @@ class SpeculativeDecoder:
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise VocabtrimError("the target's bundle has no tokenizer: give the prompt as token ids")
+            raise VocabtrimError(
+                "the target's bundle has no tokenizer: give the prompt as token ids, without stop strings"
+            )
         return self.tokenizer
 
     def _exclusive(self, rounds: Iterator[Round]) -> Iterator[Round]:

@@ -61,10 +61,14 @@ def distribution(logits: NDArray[np.float32], params: SamplingParams) -> NDArray
 def sample(weights: NDArray[np.float32], rng: np.random.Generator) -> int:
     """An index drawn in proportion to `weights`, float32[n]: not negative, not all zero. One uniform number is used.
 
+    Raises `VocabtrimError` where they are all zero, or one is NaN or infinite.
     Sums blocks first and accumulates inside one only: a running sum over 262k entries takes ten times as long.
     """
     sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64).cumsum()
-    point = rng.random() * float(sums[-1])  # below sums[-1], as random() is below 1
+    whole = float(sums[-1])  # NaN or infinite if any weight is
+    if not 0 < whole < math.inf:
+        raise VocabtrimError(f"cannot sample: the weights add up to {whole}, where a finite positive number is needed")
+    point = rng.random() * whole  # below the whole, as random() is below 1
     block = int(sums.searchsorted(point, "right"))
     inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
     rest = point - float(sums[block - 1]) if block else point

@@ -1,4 +1,5 @@
 import json
+from itertools import product
 
 import pytest
 import tokenizers
@@ -6,6 +7,7 @@ import tokenizers
 from engines.errors import VocabtrimError
 from engines.tokenizer import Tokenizer
 from runtime import SamplingParams, SpeculativeDecoder
+from runtime.stop_strings import StopStrings
 
 
 @pytest.fixture
@@ -35,6 +37,56 @@ def test_streamed_texts_join_to_the_final_text(make_target, make_drafter, tokeni
     assert stream.stats.tokens == len(tokens)
     assert decoder.target.closed
     assert decoder.drafter.closed
+
+
+@pytest.fixture
+def letters():
+    """Tokens of one to three letters, of five kinds only: strings repeat, and lie across tokens."""
+    parts = ["a", "</s>", *("".join(part) for size in (1, 2, 3) for part in product("abcde", repeat=size))]
+    vocabulary = {part: i for i, part in enumerate(dict.fromkeys(parts)) if i < 48}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend, {}, None)
+
+
+@pytest.mark.parametrize("draft_length", [1, 3, 6])
+def test_a_stop_string_ends_the_text_wherever_a_block_ends(make_target, letters, draft_length):
+    """Every string of the text in turn, with a drafter that is always right: all but the first token come in blocks."""
+    whole = SpeculativeDecoder(make_target(), tokenizer=letters).generate([0], max_new_tokens=24)
+    ids, text = whole.token_ids, whole.text
+    decoder = SpeculativeDecoder(make_target(), make_target(), letters, draft_length)
+    strings = {text[at : at + length] for at in range(len(text)) for length in (1, 2, 5)}
+    assert len(strings) > 40
+    cut_blocks = 0
+    for string in sorted(strings):
+        stream = decoder.stream([0], max_new_tokens=24, stop=["never", string])
+        streamed = "".join(token.text for token in stream)
+        result = stream.finish()
+        completed = next(count for count in range(25) if string in letters.decode(ids[:count]))
+        assert streamed == result.text == text[: text.index(string)]
+        assert (result.finish_reason, result.token_ids) == ("stop", ids[:completed])
+        assert result.stats.tokens == completed
+        cut_blocks += (completed - 1) % (draft_length + 1) != 0
+    assert cut_blocks > 10
+
+
+def test_of_two_stop_strings_in_one_piece_the_one_that_begins_first_counts():
+    assert StopStrings(["b", "ab"]).push("xab", is_last=False) == ("x", True)
+    assert StopStrings(["ab", "b"]).push("xab", is_last=False) == ("x", True)
+
+
+def test_text_that_only_begins_like_a_stop_string_is_given_out(make_target, letters):
+    decoder = SpeculativeDecoder(make_target(), make_target(), letters)
+    whole = decoder.generate([0], max_new_tokens=24)
+    for at in range(len(whole.text)):  # the last ones are still held back when generation ends
+        stream = decoder.stream([0], max_new_tokens=24, stop=[whole.text[at:] + "!"])
+        assert "".join(token.text for token in stream) == stream.finish().text == whole.text
+        assert stream.finish().finish_reason == "length"
+    with pytest.raises(VocabtrimError, match="a stop string is empty"):
+        decoder.stream([0], stop=["a", ""])
+    with pytest.raises(VocabtrimError, match="no tokenizer"):
+        SpeculativeDecoder(make_target()).stream([0], stop=["a"])
 
 
 def test_a_prompt_is_text_a_chat_or_ids(make_target, tokenizer):

@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="what to answer (default: read standard input)")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to generate at most")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest that hold this mass")
@@ -36,7 +39,13 @@ def run(options: argparse.Namespace) -> None:
         draft_length=options.draft_length,
         drafter_device=options.drafter_device,
     ) as decoder:
-        stream = decoder.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling, chat=not options.raw)
+        stream = decoder.stream(
+            prompt,
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+            chat=not options.raw,
+            stop=options.stop,
+        )
         if not options.json:
             for token in stream:
                 print(token.text, end="", flush=True)

@@ -17,6 +17,7 @@ COMMANDS = {
     "calibrate": "count the tokens that a model uses, for any K",
     "generate": "generate text with a target and a drafter",
     "inspect": "show what a bundle holds: sizes, inputs and outputs, profiles, layers",
+    "verify": "check that a drafter leaves the target's output as it is, greedy and sampled",
     "bench": "measure what a drafter gains, against decoding with the target alone",
 }
 
@@ -40,7 +41,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`vocabtrim COMMAND …`. Returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """`vocabtrim COMMAND …`. Returns the exit code.
+
+    0; 1 where `verify` found a difference; 2 for a user's mistake; 130 after Ctrl-C.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = Parser(prog="vocabtrim", description="Trim a drafter's LM head, export it, run it losslessly, measure it.")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
@@ -64,7 +68,7 @@ def run_command(command: str, arguments: Sequence[str], prog: str) -> int:
     options = parser.parse_args(arguments)
     _quiet_libraries()
     try:
-        module.run(options)
+        return module.run(options) or 0
     except VocabtrimError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -78,7 +82,6 @@ def run_command(command: str, arguments: Sequence[str], prog: str) -> int:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return _fail(f"no permission to write {error.filename or 'the output'}: choose another --output")
         raise
-    return 0
 
 
 def _fail(message: str) -> int:

@@ -1,0 +1,172 @@
+"""Check that speculation leaves the target's output as it is.
+
+Each greedy token is compared with what a reference predicts after the same tokens; with --sampling the law of sampled
+tokens is tested, too. Exit code 1 for a difference that rounding does not explain.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.cli.arguments import add_engine_arguments, add_json_argument
+from vocabtrim_export.cli.console import progress_reporter
+
+if TYPE_CHECKING:
+    from runtime import SamplingParams, SamplingReport, SpeculativeDecoder, VerifyReport
+
+PROMPTS = (
+    "Write a haiku about memory bandwidth.",
+    "What is 17 times 23? Explain each step.",
+    "Write a Python function that reverses the words of a sentence.",
+    "Name three rivers in Europe and say where they end.",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_engine_arguments(parser)
+    parser.add_argument("--drafter", type=Path, required=True, metavar="DIR", help="the drafter's bundle")
+    parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="the model that judges, in transformers and float32: a hub id, a local directory or a .gguf file "
+        "(default: the target's own engine)",
+    )
+    parser.add_argument(
+        "--prompts", type=Path, nargs="+", default=[], metavar="PATH", help="files as --calibration takes them"
+    )
+    parser.add_argument("--num-prompts", type=int, default=8, metavar="N", help="prompts to use, from the first on")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--sampling", action="store_true", help="test the law of sampled tokens as well")
+    group.add_argument("--temperature", type=float, help="of one test instead of those of several settings")
+    group.add_argument("--top-k", type=int, help="of that test")
+    group.add_argument("--top-p", type=float, help="of that test")
+    group.add_argument("--draws", type=int, default=2000, metavar="N", help="tokens to test in each setting")
+    group.add_argument("--seed", type=int, default=0, help="of the first generation")
+    add_json_argument(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """0, or 1 for a real difference."""
+    from runtime import SpeculativeDecoder, verify_sampling
+
+    settings = _settings(options)
+    for name in ("num_prompts", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            raise VocabtrimError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give 1 or more")
+    with (
+        SpeculativeDecoder.load(
+            options.target,
+            options.drafter,
+            device=options.device,
+            draft_length=options.draft_length,
+            drafter_device=options.drafter_device,
+        ) as decoder,
+        progress_reporter() as progress,
+    ):
+        prompts = _prompts(options, decoder)
+        greedy = _verify(options, decoder, prompts, progress)
+        sampled = None
+        if settings:
+            sampled = verify_sampling(
+                decoder, prompts, settings, draws=options.draws, progress=lambda *done: progress("sampling", *done)
+            )
+    passed = greedy.passed and (sampled is None or sampled.passed)
+    if options.json:
+        print(json.dumps(_data(greedy, sampled, decoder) | {"passed": passed}, indent=2, ensure_ascii=False))
+    else:
+        _show(greedy, sampled, decoder)
+        print("lossless" if passed else "NOT LOSSLESS")
+    return 0 if passed else 1
+
+
+def _settings(options: argparse.Namespace) -> "Sequence[SamplingParams]":
+    """What to test the law at; nothing without --sampling."""
+    from dataclasses import replace
+
+    from runtime.sampling import SamplingParams
+    from runtime.verify_sampling import SETTINGS
+
+    given = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+    own = {name: value for name, value in given.items() if value is not None}
+    if own and not options.sampling:
+        raise VocabtrimError(
+            f"--{next(iter(own)).replace('_', '-')} is for a test of sampling: give --sampling as well"
+        )
+    if not options.sampling:
+        return ()
+    if own:
+        return (SamplingParams(**{"temperature": 1.0, "seed": options.seed} | own),)
+    return [replace(params, seed=options.seed) for params in SETTINGS]
+
+
+def _prompts(options: argparse.Namespace, decoder: "SpeculativeDecoder") -> list[list[int]]:
+    if not options.prompts:
+        return [decoder.encode(prompt) for prompt in PROMPTS[: options.num_prompts]]
+    from vocabtrim_export.calibration import read_corpus
+
+    documents = read_corpus(options.prompts).documents[: options.num_prompts]
+    return [decoder.encode([asdict(m) for m in document.prompt] or document.text) for document in documents]
+
+
+def _verify(
+    options: argparse.Namespace,
+    decoder: "SpeculativeDecoder",
+    prompts: Sequence[Sequence[int]],
+    progress: Callable[[str, int, int], None],
+) -> "VerifyReport":
+    from runtime import verify
+
+    judge: dict[str, Any] = {}
+    if options.reference:
+        from vocabtrim_export.reference import transformers_reference
+
+        predict = transformers_reference(options.reference, decoder.target.manifest)
+        judge = {"predict": predict, "reference": f"{options.reference} in transformers, float32"}
+    return verify(
+        decoder,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        progress=lambda *done: progress("verify", *done),
+        **judge,
+    )
+
+
+def _data(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "SpeculativeDecoder") -> dict[str, Any]:
+    """Both reports, the tokens that differ with their texts."""
+    judged = greedy.to_dict()
+    for prompt in judged["prompts"]:
+        for each in prompt["differences"]:
+            each |= {f"{name}_text": _text(decoder, each[name]) for name in ("found", "expected")}
+    return {"greedy": judged, "sampling": sampled.to_dict() if sampled else None}
+
+
+def _show(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "SpeculativeDecoder") -> None:
+    print(f"greedy, γ = {greedy.draft_length}, against {greedy.reference}")
+    for index, prompt in enumerate(greedy.prompts):
+        deviation = "" if prompt.deviation is None else f", logits within {prompt.deviation:.0f} roundings"
+        print(f"  prompt {index}: {prompt.verdict}, {prompt.tokens} tokens{deviation}")
+        if prompt.ending:
+            print(f"    {prompt.ending}")
+        for each in prompt.differences:
+            texts = [f"{token} {_text(decoder, token)!r}" for token in (each.found, each.expected)]
+            print(
+                f"    {each.verdict} at token {each.position}: {texts[0]} instead of {texts[1]}, "
+                f"gap {each.gap:.3g}, rounding explains {each.tolerance:.3g}"
+            )
+    for setting in sampled.settings if sampled else ():
+        print(
+            f"sampled, temperature {setting.temperature:g}, top-k {setting.top_k}, top-p {setting.top_p:g}: "
+            f"{'follows the target' if setting.passed else 'DIFFERS'}, p-value {setting.p_value:.2g} "
+            f"(fails below {setting.limit:.2g}), {setting.impossible} impossible tokens\n"
+            f"  {setting.draws} draws find a total variation of {setting.detectable:.3f} with a probability of 99%; "
+            f"the drafter lacks {setting.missed_mass:.1%} of the target's mass"
+        )
+
+
+def _text(decoder: "SpeculativeDecoder", token: int) -> str:
+    return decoder.tokenizer.backend.decode([token], skip_special_tokens=False) if decoder.tokenizer else ""
