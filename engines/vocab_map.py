@@ -14,6 +14,7 @@ from safetensors.numpy import save
 from engines.errors import VocabtrimError
 
 NOT_KEPT = -1
+MAX_VOCAB = 1 << 31  # token ids are 32-bit everywhere; nothing is allocated for more
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,8 @@ class VocabMap:
         if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
             raise VocabtrimError("a VocabMap needs a non-empty list of integer token ids")
         ids = ids.astype(np.int64)  # a copy: nobody else can change it
+        if not 0 < self.full_vocab <= MAX_VOCAB:
+            raise VocabtrimError(f"a vocabulary of {str(self.full_vocab)[:40]} tokens cannot be")
         if ids[0] < 0 or ids[-1] >= self.full_vocab:
             raise VocabtrimError(f"a VocabMap of a {self.full_vocab}-token vocabulary names ids outside it")
         if np.any(np.diff(ids) <= 0):

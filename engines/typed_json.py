@@ -1,0 +1,81 @@
+"""JSON that may come from anyone, made into the dataclass it claims to be, or refused by the field that is wrong."""
+
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from engines.errors import VocabtrimError
+
+MOST = (1 << 62) - 1  # of any number that we count or measure in: sums of two fit into int64
+MAX_BYTES = 1 << 24
+
+
+def parse(text: str, where: str) -> Any:
+    """JSON → plain data. Raises `VocabtrimError` with `where` for what is none, or nested too deeply to read."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise VocabtrimError(f"{where} is not valid JSON ({_brief(error)})") from error
+
+
+def read(path: Path) -> Any:
+    """The JSON of a small UTF-8 file (16 MiB at most). Raises `VocabtrimError` naming it."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise VocabtrimError(f"{path} is larger than {MAX_BYTES >> 20} MiB, which no such file is")
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VocabtrimError(f"cannot read {path} ({_brief(error)})") from error
+    return parse(text, str(path))
+
+
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """`value`, plain JSON data, as a `kind`. Numbers are never negative in our files, and fit into int64.
+
+    kind: str, bool, int, float, None, Any, a Literal, a union, `tuple[T, ...]`, `Mapping[str, T]`, or a dataclass of
+    such fields. Raises `VocabtrimError` naming the field below `where` that is something else.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+        return decode(kind, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is Mapping and isinstance(value, dict):
+        return {name: decode(arguments[1], item, f"{where}.{name[:80]}") for name, item in value.items()}
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _dataclass(kind, value, where)
+    if _is_scalar(kind, value):
+        return value
+    raise VocabtrimError(f"{where} is {_brief(json.dumps(value))}, which cannot be")
+
+
+def _dataclass(kind: Any, value: dict[str, Any], where: str) -> Any:
+    names = {field.name for field in fields(kind)}
+    if unknown := sorted(name[:80] for name in set(value) ^ names):
+        raise VocabtrimError(f"{where} has missing or unknown fields: {', '.join(unknown[:8])}")
+    hints = get_type_hints(kind)
+    return kind(**{name: decode(hints[name], item, f"{where}: {name}") for name, item in value.items()})
+
+
+def _is_scalar(kind: Any, value: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if kind is int:
+        return type(value) is int and 0 <= value <= MOST
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value) and value >= 0
+    return kind in (str, bool) and type(value) is kind
+
+
+def _brief(what: object) -> str:
+    text = " ".join(str(what).split())
+    return text if len(text) <= 100 else f"{text[:100]}…"
