@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import VocabtrimError
+from engines.typed_json import brief
 
 PREFIX = "vocabtrim."
 HEAD_TENSORS = f"{PREFIX}head_tensors"
@@ -54,7 +55,7 @@ class GraphFile:
         try:
             model = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf's and onnx's exceptions have no common base
-            raise VocabtrimError(f"{path} is not an ONNX graph ({' '.join(str(error).split())[:200]})") from error
+            raise VocabtrimError(f"{path} is not an ONNX graph ({brief(error)})") from error
         if model.training_info:
             raise VocabtrimError(f"{path} holds training graphs, which no bundle does: export the bundle again")
         for tensor in _all_tensors(model):
@@ -113,7 +114,7 @@ def _stored(tensor: Any, path: Path) -> StoredTensor:
         return StoredTensor(tensor.data_type, shape, None, 0, len(tensor.raw_data), tensor.raw_data)
     entries = {entry.key: entry.value for entry in tensor.external_data}
     name, where = entries.get("location", ""), f"{path}: the data of the tensor {tensor.name[:80]}"
-    if not is_plain_name(name):
+    if not isinstance(name, str) or not is_plain_name(name):  # bytes: no UTF-8
         raise VocabtrimError(f"{where} lies at {name[:200]!r}, which is not inside the bundle")
     file = path.parent / name
     try:

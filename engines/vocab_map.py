@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from engines.errors import VocabtrimError
+from engines.typed_json import brief
 
 NOT_KEPT = -1
-MAX_VOCAB = 1 << 31  # token ids are 32-bit everywhere; nothing is allocated for more
+MAX_VOCAB = 1 << 24  # far beyond any tokenizer; nothing is allocated for more
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,5 +82,5 @@ class VocabMap:
             with safe_open(path, framework="numpy") as file:
                 ids, full_vocab = file.get_tensor("kept_token_ids"), int(file.metadata()["full_vocab"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise VocabtrimError(f"{path} is not a VocabMap file ({error})") from error
+            raise VocabtrimError(f"{path} is not a VocabMap file ({brief(error)})") from error
         return cls(ids, full_vocab)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from engines.errors import VocabtrimError
-from engines.typed_json import decode, parse
+from engines.typed_json import brief, decode, parse
 from vocabtrim_export.output import write_whole
 
 FORMAT = "vocabtrim-token-counts-2"
@@ -150,7 +150,7 @@ class TokenCounts:
                     raise VocabtrimError(f"{path} holds no token counts of this version: calibrate again")
                 arrays = file.get_tensor("counts"), file.get_tensor("held_out")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise VocabtrimError(f"{path} is not a file of token counts ({error}): calibrate again") from error
+            raise VocabtrimError(f"{path} is not a file of token counts ({brief(error)}): calibrate again") from error
         if FORMAT not in metadata:
             said = {"tokenizer_digest": metadata.get("tokenizer_digest"), "sha256": ""}
             said["runs"] = parse(metadata.get("runs", ""), str(path))
