@@ -55,12 +55,12 @@ def commit(directory: Path, aside: Path, names: Sequence[str]) -> None:
     """
     (aside / "old").mkdir()
     _sync_tree(aside)
-    _write_mark(directory, aside, names)
     try:
+        _write_mark(directory, aside, names)
         _forward(directory, aside, names)
     except BaseException:
         _back(directory, aside, names)
-        (directory / MARK_NAME).unlink()
+        (directory / MARK_NAME).unlink(missing_ok=True)
         raise
     (directory / MARK_NAME).unlink()
     _sync(directory)

@@ -38,7 +38,7 @@ class VocabMap:
             raise VocabtrimError(f"a vocabulary of {str(self.full_vocab)[:40]} tokens cannot be")
         if ids[0] < 0 or ids[-1] >= self.full_vocab:
             raise VocabtrimError(f"a VocabMap of a {self.full_vocab}-token vocabulary names ids outside it")
-        if np.any(np.diff(ids) <= 0):
+        if np.any(ids[1:] <= ids[:-1]):  # not their difference, which may overflow
             raise VocabtrimError("the token ids of a VocabMap must be sorted and unique")
         ids.setflags(write=False)
         object.__setattr__(self, "kept_token_ids", ids)
