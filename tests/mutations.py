@@ -202,14 +202,6 @@ MUTATIONS = (
         f"{TRUST} -k second_export",
     ),
     Mutation(
-        "A full disk is one line, whatever writes",
-        "errors of the tokenizer's library are passed on",
-        "vocabtrim_export/bundle_writer.py",
-        'found = re.search(r"os error (\\d+)", str(error))',
-        "found = None",
-        f"{TRUST} -k in_earnest",
-    ),
-    Mutation(
         "Nothing is unpickled: a pickle checkpoint is refused with the way to convert it",
         "pickles are not refused",
         "vocabtrim_export/weight_files.py",
