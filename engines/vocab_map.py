@@ -12,8 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from engines.errors import VocabtrimError
+from engines.typed_json import brief
 
 NOT_KEPT = -1
+MAX_VOCAB = 1 << 24  # far beyond any tokenizer; nothing is allocated for more
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +34,11 @@ class VocabMap:
         if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
             raise VocabtrimError("a VocabMap needs a non-empty list of integer token ids")
         ids = ids.astype(np.int64)  # a copy: nobody else can change it
+        if not 0 < self.full_vocab <= MAX_VOCAB:
+            raise VocabtrimError(f"a vocabulary of {str(self.full_vocab)[:40]} tokens cannot be")
         if ids[0] < 0 or ids[-1] >= self.full_vocab:
             raise VocabtrimError(f"a VocabMap of a {self.full_vocab}-token vocabulary names ids outside it")
-        if np.any(np.diff(ids) <= 0):
+        if np.any(ids[1:] <= ids[:-1]):  # not their difference, which may overflow
             raise VocabtrimError("the token ids of a VocabMap must be sorted and unique")
         ids.setflags(write=False)
         object.__setattr__(self, "kept_token_ids", ids)
@@ -78,5 +82,5 @@ class VocabMap:
             with safe_open(path, framework="numpy") as file:
                 ids, full_vocab = file.get_tensor("kept_token_ids"), int(file.metadata()["full_vocab"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise VocabtrimError(f"{path} is not a VocabMap file ({error})") from error
+            raise VocabtrimError(f"{path} is not a VocabMap file ({brief(error)})") from error
         return cls(ids, full_vocab)

@@ -1,6 +1,7 @@
 """One bundle written: graph and weights, tokenizer, VocabMap, and the manifest that vouches for them."""
 
-import os
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -9,10 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from engines.bundle import MANIFEST_NAME, VOCAB_MAP_NAME, Manifest, Role, file_digest
+from engines.bundle import MANIFEST_NAME, MODEL_NAME, VOCAB_MAP_NAME, FileDigest, Manifest, Role, file_digest
+from engines.checks import graph_metadata
+from engines.graph_file import HEAD_TENSORS, GraphFile
 from engines.vocab_map import VocabMap
 from vocabtrim_export import __version__
-from vocabtrim_export.graph.files import Progress, save_graph
+from vocabtrim_export.graph.files import Progress, save_graph, stamp_graph
 from vocabtrim_export.graph.lower import Weights, lower
 from vocabtrim_export.graph.lowered import Lowered
 from vocabtrim_export.graph.quantize import Quantization
@@ -57,20 +60,30 @@ def write_bundle(directory: Path, traced: Traced, plan: BundlePlan, progress: Pr
         lowered, tensorrt = write_tensorrt(
             directory, traced, weights, plan.role, plan.context_length, plan.trt, progress
         )
-    plan.source.tokenizer.save_pretrained(directory)
+    _save_tokenizer(plan.source, directory)
     if plan.vocab_map is not None:
         (directory / VOCAB_MAP_NAME).write_bytes(plan.vocab_map.to_bytes())
-    manifest = replace(_manifest(plan, lowered), tensorrt=tensorrt)
+    graph = GraphFile.read(directory / MODEL_NAME)
+    names = list(lowered.head_tensors)
+    manifest = replace(_manifest(plan, lowered), head=graph.digest(names), tensorrt=tensorrt)
+    for path in directory.glob("*.onnx"):
+        stamp_graph(path, graph_metadata(manifest) | {HEAD_TENSORS: json.dumps(names)})
     if tensorrt is not None:
         write_loader(directory, manifest, plan.source.tokenizer.encode(_PROMPT))
-    names = sorted(path.name for path in directory.iterdir())
-    digests = {name: file_digest(directory / name) for name in names}
-    manifest = replace(manifest, files=digests)
+    files = {path.name: FileDigest(path.stat().st_size, file_digest(path)) for path in sorted(directory.iterdir())}
+    manifest = replace(manifest, files=files)
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
-    for path in directory.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
     return manifest
+
+
+def _save_tokenizer(source: Source, directory: Path) -> None:
+    try:
+        source.tokenizer.save_pretrained(directory)
+    except Exception as error:  # bare in the library, whatever the system said
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), str(error), str(directory)) from error
 
 
 def _manifest(plan: BundlePlan, lowered: Lowered) -> Manifest:
@@ -83,6 +96,7 @@ def _manifest(plan: BundlePlan, lowered: Lowered) -> Manifest:
         vocab_size=source.vocab_size,
         head_rows=len(plan.vocab_map) if plan.vocab_map else source.vocab_size,
         tokenizer=source.tokenizer_digest,
+        head="",
         eos_token_ids=source.eos_token_ids,
         dtype=plan.dtype,
         quantization=plan.quantization,

@@ -13,6 +13,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.calibration import Corpus, TokenCounts, builtin_corpus, calibrate, read_corpus
 from vocabtrim_export.calibration import Source as CalibrationSource
 from vocabtrim_export.models import Source, calibration_model, load_source
+from vocabtrim_export.output import alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +101,13 @@ def calibrate_models(
     given = read_calibration(settings.calibration)
     if given.corpus is None:
         counts = reduce(add, given.counts)
-        counts.save(output)
+        with alone(output):
+            counts.save(output)
         return counts
     role: Role = "target" if target and settings.calibration_source != "drafter" else "drafter"
     spec = target if role == "target" else drafter
     if spec is None:
         raise VocabtrimError("--calibration-source drafter needs a --drafter to generate with")
-    return count_tokens({role: load_source(spec, torch.float32)}, given, settings, output, progress)
+    source = load_source(spec, torch.float32)
+    with alone(output):
+        return count_tokens({role: source}, given, settings, output, progress)

@@ -16,7 +16,7 @@ from vocabtrim_export.graph.quantize import Quantization
 from vocabtrim_export.lowering.trace import Traced, trace
 from vocabtrim_export.models import DTYPES, Source, calibration_model, load_source
 from vocabtrim_export.moments import input_moments
-from vocabtrim_export.output import COUNTS_NAME, check_output, replacing
+from vocabtrim_export.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.select import Selection, check_k, select_vocab, structural_token_ids
 from vocabtrim_export.trt.bundle import check_buildable
 from vocabtrim_export.trt.settings import TensorRTSettings
@@ -81,17 +81,19 @@ def export(
     sources = _load(drafter, target, settings.weights_dtype, progress)
     for source in sources.values():
         context_length(source, settings.max_length)  # refuses before the long work
-    counts = count_tokens(
-        sources,
-        given,
-        settings.calibration,
-        output / COUNTS_NAME,
-        lambda done, total: progress("calibrate", done, total),
-    )
-    selection = _select(counts, sources, settings.k)
-    with replacing([output / role for role in roles]) as directories:
-        places = dict(zip(roles, directories, strict=True))
-        manifests = _write_bundles(places, sources, selection, counts, settings, progress)
+    with reserved(output):
+        check_output(output, list(roles), settings.force)  # again: a killed run's bundles may be whole by now
+        counts = count_tokens(
+            sources,
+            given,
+            settings.calibration,
+            output / COUNTS_NAME,
+            lambda done, total: progress("calibrate", done, total),
+        )
+        selection = _select(counts, sources, settings.k)
+        with placing([output / role for role in roles]) as directories:
+            places = dict(zip(roles, directories, strict=True))
+            manifests = _write_bundles(places, sources, selection, counts, settings, progress)
     where = output / "target" if target else None
     return ExportResult(output / "drafter", where, manifests["drafter"], manifests.get("target"), selection)
 

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from engines.bundle import file_digest
 from engines.errors import VocabtrimError
 from engines.tokenizer import tokenizer_digest
+from vocabtrim_export.weight_files import PICKLES, count_weights, pickled
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_MOST_RATIO = 16  # a checkpoint may pack several weights in a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,11 @@ def load_source(spec: str, dtype: torch.dtype) -> Source:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     files, where, options = _locate(spec)
+    weights = sum(count_weights(file) for file in files)
+    options["trust_remote_code"] = False  # never a question on the terminal, never a model's own code
     try:
+        if files and "gguf_file" not in options:
+            _check_size(spec, where, options, weights)
         tokenizer: Any = AutoTokenizer.from_pretrained(where, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -102,6 +107,8 @@ def _locate(spec: str) -> tuple[list[Path], str, dict[str, Any]]:
     """The weight files of a local MODEL (none for a hub id), and how transformers is to open it."""
     path = Path(spec).expanduser()
     if path.is_file():
+        if path.suffix in PICKLES:
+            raise pickled(path)
         if path.suffix != ".gguf":
             raise VocabtrimError(f"{spec} is a file but no .gguf: give the directory that holds config.json")
         return [path], str(path.parent), {"gguf_file": path.name}
@@ -121,15 +128,24 @@ def _locate_directory(path: Path) -> tuple[list[Path], str, dict[str, Any]]:
         return ggufs, str(path), {"gguf_file": ggufs[0].name}
     if ggufs:
         raise VocabtrimError(f"{path} holds {len(ggufs)} .gguf files: name one of them")
-    if any(next(path.glob(pattern), None) for pattern in _PICKLES):
-        raise VocabtrimError(
-            f"{path} holds a pickle checkpoint, which can run code when opened: load and save_pretrained it "
-            "in a sandbox, which writes .safetensors, or take a release that has them"
-        )
+    for pickle in sorted(file for file in path.iterdir() if file.suffix in PICKLES):
+        raise pickled(pickle)
     if any(path.glob("*.onnx")):
         raise VocabtrimError(f"{path} holds an ONNX model, which cannot be trimmed yet: give the original weights")
     missing = ".safetensors weights" if (path / "config.json").is_file() else "config.json"
     raise VocabtrimError(f"{path} is not a model directory: it has no {missing}")
+
+
+def _check_size(spec: str, where: str, options: Mapping[str, Any], weights: int) -> None:
+    """Refuse a config.json that asks for far more weights than there are, before they are allocated."""
+    config = AutoConfig.from_pretrained(where, **options)
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(config)
+    wanted = sum(parameter.numel() for parameter in skeleton.parameters())
+    if wanted > _MOST_RATIO * weights:
+        raise VocabtrimError(
+            f"the weights of {spec} do not fit its config.json: it asks for {wanted}, there are {weights}"
+        )
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

@@ -25,6 +25,7 @@ def make_manifest(**changes: object) -> Manifest:
         vocab_size=rows,
         head_rows=rows,
         tokenizer="the tokenizer",
+        head="head",
         eos_token_ids=(EOS,),
         dtype="fp32",
         quantization="none",

@@ -116,3 +116,11 @@ def test_a_missing_path_and_an_empty_directory_are_named(tmp_path):
         read_corpus([tmp_path / "nowhere"])
     with pytest.raises(VocabtrimError, match="no calibration files in the directory"):
         read_corpus([tmp_path])
+
+
+def test_a_line_of_absurd_length_is_refused_by_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr("vocabtrim_export.calibration.corpus.MAX_LINE", 1000)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"text": "short"}\n{"text": "' + "x" * 1000 + '"}\n')
+    with pytest.raises(VocabtrimError, match="line 2 is longer than"):
+        read_corpus([path])

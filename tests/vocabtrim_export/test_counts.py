@@ -159,3 +159,21 @@ def test_settings_that_cannot_work_are_refused(model, tokenizer):
         arguments = {"model": model, "corpus": corpus(2), "source": "target", "max_tokens": 5, **settings}
         with pytest.raises(VocabtrimError, match=message):
             calibrate(tokenizer=tokenizer, **arguments)
+
+
+def test_counts_that_were_changed_are_refused(tmp_path):
+    path = tmp_path / "counts.safetensors"
+    counts(1, 2).save(path)
+    data = bytearray(path.read_bytes())
+    data[-8] ^= 1  # the lowest byte of the last number
+    path.write_bytes(data)
+    with pytest.raises(VocabtrimError, match="does not match its own digest"):
+        TokenCounts.load(path)
+
+
+def test_counts_of_the_first_format_are_still_read(tmp_path):
+    from safetensors.numpy import save_file
+
+    metadata = {"format": "vocabtrim-token-counts-1", "tokenizer_digest": "tokenizer-digest", "runs": "[]"}
+    save_file({"counts": np.array([1, 2]), "held_out": np.array([0, 1])}, tmp_path / "old", metadata)
+    assert TokenCounts.load(tmp_path / "old").total == 4

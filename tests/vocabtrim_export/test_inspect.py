@@ -7,15 +7,17 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
-from engines.bundle import MANIFEST_NAME, VOCAB_MAP_NAME, Manifest, Profile, TensorRT, file_digest
+from engines.bundle import MANIFEST_NAME, VOCAB_MAP_NAME, FileDigest, Manifest, Profile, TensorRT, file_digest
 from engines.errors import VocabtrimError
 from engines.vocab_map import VocabMap
 from vocabtrim_export.cli import inspect_command
+from vocabtrim_export.graph.files import stamp_graph
 from vocabtrim_export.trt.network import DRAFT_NETWORK_NAME, NETWORK_NAME, Kernel, Layer, Network, NetworkTensor
 
 MAP = VocabMap(np.arange(0, 192, 2), 448)
+HEAD = "969a9fcd7ca5bb306a63a3cf39248d54576c82884e20e616f8ce6a89b82dc80f"  # of the table, which stands for a head here
 PLANS = TensorRT(
     flavor="rtx",
     version="1.7.1",
@@ -36,8 +38,17 @@ def write_graph(path):
         inputs.append(value(past, TensorProto.FLOAT16, cache))
         outputs.append(value(present, TensorProto.FLOAT16, cache))
         nodes.append(helper.make_node("Identity", [past], [present], name=f"keep_{past}"))
-    graph = helper.make_graph(nodes, "step", inputs, outputs)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    table = numpy_helper.from_array(MAP.kept_token_ids, "kept_token_ids")
+    graph = helper.make_graph(nodes, "step", inputs, outputs, [table])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    digests = {
+        "vocab_map": MAP.digest,
+        "tokenizer": "cd" * 32,
+        "model": "ab" * 32,
+        "head_tensors": '["kept_token_ids"]',
+    }
+    onnx.save(model, path)
+    stamp_graph(path, {f"vocabtrim.{name}": value for name, value in (digests | {"head": HEAD}).items()})
 
 
 SIDES = ("past_key_values", "present")
@@ -68,6 +79,7 @@ def write_bundle(directory, tensorrt=None):
         vocab_size=448,
         head_rows=96,
         tokenizer="cd" * 32,
+        head=HEAD,
         eos_token_ids=(2,),
         dtype="fp16",
         quantization="int4",
@@ -80,7 +92,7 @@ def write_bundle(directory, tensorrt=None):
         kv_bytes_per_token=256,
         inputs=("input_ids",),
         outputs=("token_ids",),
-        files={path.name: file_digest(path) for path in directory.iterdir()},
+        files={path.name: FileDigest(path.stat().st_size, file_digest(path)) for path in directory.iterdir()},
         tool_versions={},
         vocab_map=MAP.digest,
         coverage=0.875,
@@ -170,7 +182,7 @@ def test_layers_of_an_onnx_bundle_are_its_nodes(inspect, onnx_bundle):
 def test_json_has_it_all(inspect, trt_bundle):
     found = json.loads(inspect(trt_bundle, "--json"))
     assert found["format"] == "trt"
-    assert Manifest.from_json(json.dumps(found["manifest"]), "").tensorrt == PLANS
+    assert found["manifest"]["tensorrt"]["version"] == PLANS.version
     assert found["file_bytes"]["draft.engine"] == 7000
     assert found["networks"][NETWORK_NAME] == {"layers": {"CONSTANT": 1, "GATHER": 1}, "kernels": {"kgen": 1}}
     assert [value["name"] for value in found["graphs"]["model.onnx"]["inputs"]][:2] == [
@@ -200,6 +212,28 @@ def test_plans_without_weights_and_graphs_without_plans(inspect, tmp_path):
 
 def test_damaged_bundle_is_refused(inspect, tmp_path):
     bundle = write_bundle(tmp_path / "drafter", PLANS)
-    (bundle / "model.engine").write_bytes(bytes(5001))
+    (bundle / "model.engine").write_bytes(b"x" + bytes(4999))
     with pytest.raises(VocabtrimError, match=r"model\.engine does not match its digest"):
         inspect(bundle)
+
+
+def test_check_says_all_of_it(inspect, onnx_bundle, tmp_path):
+    found = rows(inspect("--check", onnx_bundle))
+    assert ["head rows", "ok"] in found
+    assert {row[1] for row in found[1:]} == {"ok"}
+    bundle = write_bundle(tmp_path / "drafter")
+    (bundle / "model.onnx").write_bytes(b"x")
+    with pytest.raises(VocabtrimError, match=r"4 of 8 checks failed, first: .*model\.onnx is cut short"):
+        inspect("--check", bundle)
+
+
+def test_checks_for_machines(inspect, tmp_path, capsys):
+    bundle = write_bundle(tmp_path / "drafter")
+    (bundle / "vocab_map.safetensors").unlink()
+    with pytest.raises(VocabtrimError):
+        inspect("--check", "--json", bundle)
+    found = json.loads(capsys.readouterr().out)
+    assert not found["ok"]
+    wrong = {check["name"]: check["wrong"] for check in found["checks"]}
+    assert "lacks vocab_map.safetensors" in wrong["vocab_map.safetensors"]
+    assert wrong["manifest"] is wrong["head rows"] is None

@@ -41,6 +41,7 @@ def manifest(**changes):
         "outputs": ("token_ids",),
         "files": {},
         "tool_versions": {},
+        "head": "head",
         "tensorrt": TensorRT("none", "", (), profiles, 4, False),
     }
     return Manifest(**(fields | changes))

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 from engines.errors import VocabtrimError
@@ -11,6 +12,8 @@ from engines.errors import VocabtrimError
 # A long text becomes several documents of this many characters: each is a prompt of its own, and a part of them can
 # be held out even where the corpus is a single file.
 MIN_PIECE, MAX_PIECE = 1000, 2000
+# A line of JSONL, and a file that is read as a whole, in bytes: what is longer was not written as one.
+MAX_LINE, MAX_FILE = 64 << 20, 4 << 30
 RECORD_FIELDS = ("messages", "conversations", "turns", "prompt", "text")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "developer": "system"}
 
@@ -114,28 +117,49 @@ def _files(path: Path) -> list[Path]:
 
 def _read_file(path: Path) -> list[Document]:
     try:
-        text = path.read_text("utf-8-sig")  # the BOM of Windows' editors is no text
-    except UnicodeDecodeError as error:
-        raise VocabtrimError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or leave it out") from error
+        if path.suffix == ".jsonl":
+            records = list(_json_lines(path))
+        else:
+            text = _read_text(path)
+            records = list(_json_list(path, text)) if path.suffix == ".json" else []
     except OSError as error:
         raise VocabtrimError(f"cannot read {path}: {error.strerror}") from error
+    where = str(path)
     if path.suffix not in (".json", ".jsonl"):
-        documents, where = [Document(piece) for piece in split_text(text)], str(path)
+        documents = [Document(piece) for piece in split_text(text)]
     else:
-        records = list(_json_lines(path, text) if path.suffix == ".jsonl" else _json_list(path, text))
-        documents = [document for where, record in records for document in _parse_record(record, where)]
-        where = records[0][0] if records else str(path)
+        documents = [document for place, record in records for document in _parse_record(record, place)]
+        where = records[0][0] if records else where
     if not documents:
         raise VocabtrimError(f"{where}: no usable text for calibration: the file is empty, or its records are")
     return documents
 
 
-def _json_lines(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    # Not `splitlines`: JSON strings may hold U+2028, which ends a line there but not in JSONL.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > MAX_FILE:
+        raise VocabtrimError(f"{path} is larger than {MAX_FILE >> 20} MiB: split it, or write it as .jsonl")
+    try:
+        return path.read_text("utf-8-sig")  # the BOM of Windows' editors is no text
+    except UnicodeDecodeError as error:
+        raise VocabtrimError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or leave it out") from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    # Lines end at "\n" alone: JSON strings may hold U+2028, which ends a line elsewhere.
+    with path.open("rb") as file:
+        for number in count(1):
+            line = file.readline(MAX_LINE + 1)
+            if not line:
+                return
             where = f"{path}, line {number}"
-            yield where, _parse_json(line, where)
+            if len(line) > MAX_LINE:
+                raise VocabtrimError(f"{where} is longer than {MAX_LINE >> 20} MiB: split or remove it")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise VocabtrimError(f"{where} is not UTF-8 text (byte {error.start}): convert it") from error
+            if text.strip():
+                yield where, _parse_json(text, where)
 
 
 def _json_list(path: Path, text: str) -> Iterator[tuple[str, object]]:

@@ -1,9 +1,7 @@
 """`TokenCounts`: how often each token was seen, and where that was found out."""
 
-import contextlib
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from engines.errors import VocabtrimError
+from engines.typed_json import brief, decode, parse
+from vocabtrim_export.output import write_whole
 
-FORMAT = "vocabtrim-token-counts-1"
+FORMAT = "vocabtrim-token-counts-2"
+FIRST_FORMAT = "vocabtrim-token-counts-1"  # without a digest of its own
+_MOST = 1 << 48  # of one token: sums stay far from overflow
 HELD_OUT_EVERY = 8
 
 
@@ -60,7 +62,7 @@ class TokenCounts:
     def __post_init__(self) -> None:
         for name in ("counts", "held_out"):
             array = np.array(getattr(self, name))  # a copy: nobody else can change it
-            if array.ndim != 1 or array.dtype != np.int64 or array.size == 0 or array.min() < 0:
+            if array.ndim != 1 or array.dtype != np.int64 or array.size == 0 or array.min() < 0 or array.max() > _MOST:
                 raise VocabtrimError(f"`{name}` of TokenCounts must be non-negative int64[full_vocab]")
             array.setflags(write=False)
             object.__setattr__(self, name, array)
@@ -130,26 +132,48 @@ class TokenCounts:
         return TokenCounts(counts, held_out, self.tokenizer_digest, self.runs)
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file. It appears whole or not at all: what was at `path` stays until the last moment."""
-        metadata = {
-            "format": FORMAT,
-            "tokenizer_digest": self.tokenizer_digest,
-            "runs": json.dumps([asdict(run) for run in self.runs]),
-        }
-        _replace_file(Path(path), save({"counts": self.counts, "held_out": self.held_out}, metadata))
+        """Write a safetensors file, equal for equal counts. It appears whole or not at all.
+
+        Raises `VocabtrimError` where it cannot be written.
+        """
+        said = {"tokenizer_digest": self.tokenizer_digest, "runs": [asdict(run) for run in self.runs]}
+        text = json.dumps(said | {"sha256": self._sha256()}, sort_keys=True)  # safetensors writes keys in any order
+        write_whole(Path(path), save({"counts": self.counts, "held_out": self.held_out}, {FORMAT: text}))
 
     @classmethod
     def load(cls, path: Path) -> "TokenCounts":
-        """Read what `save` wrote. Raises `VocabtrimError` where `path` is something else."""
+        """Read what `save` wrote. Raises `VocabtrimError` where `path` is something else, or was changed since."""
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
+                if FORMAT not in metadata and metadata.get("format") != FIRST_FORMAT:
                     raise VocabtrimError(f"{path} holds no token counts of this version: calibrate again")
-                runs = tuple(CalibrationRun(**run) for run in json.loads(metadata["runs"]))
-                return cls(file.get_tensor("counts"), file.get_tensor("held_out"), metadata["tokenizer_digest"], runs)
+                arrays = file.get_tensor("counts"), file.get_tensor("held_out")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise VocabtrimError(f"{path} is not a file of token counts ({error}): calibrate again") from error
+            raise VocabtrimError(f"{path} is not a file of token counts ({brief(error)}): calibrate again") from error
+        if FORMAT not in metadata:
+            said = {"tokenizer_digest": metadata.get("tokenizer_digest"), "sha256": ""}
+            said["runs"] = parse(metadata.get("runs", ""), str(path))
+        else:
+            said = parse(metadata[FORMAT], str(path))
+        provenance: _Provenance = decode(_Provenance, said, str(path))
+        counts = cls(*arrays, provenance.tokenizer_digest, provenance.runs)
+        if FORMAT in metadata and provenance.sha256 != counts._sha256():
+            raise VocabtrimError(f"{path} does not match its own digest, it was changed: calibrate again")
+        return counts
+
+    def _sha256(self) -> str:
+        runs = json.dumps([asdict(run) for run in self.runs], sort_keys=True)
+        return hashlib.sha256(f"{self.digest}{runs}".encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Provenance:
+    """What a file of token counts says beside its arrays."""
+
+    tokenizer_digest: str
+    runs: tuple[CalibrationRun, ...]
+    sha256: str
 
 
 def is_held_out(document: int, documents: int) -> bool:
@@ -159,18 +183,3 @@ def is_held_out(document: int, documents: int) -> bool:
     """
     every = min(HELD_OUT_EVERY, documents)
     return every > 1 and document % every == every - 1
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")  # in the same directory: a rename must not cross a disk
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        raise VocabtrimError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()

@@ -23,12 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", action="store_true", help="list every layer of the parsed network, or every node of an ONNX graph"
     )
+    parser.add_argument(
+        "--check", action="store_true", help="check everything that can be wrong with it, and say it; exit code 2 if so"
+    )
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     from engines.bundle import read_bundle
 
+    if options.check:
+        run_checks(options.bundle, options.json)
+        return
     bundle = read_bundle(options.bundle)
     graphs, networks = read_graphs(bundle), read_networks(bundle)
     layers = list_layers(bundle, networks) if options.layers else {}
@@ -36,6 +42,24 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(summary(bundle, graphs, networks, layers), indent=2))
     else:
         _print(bundle, graphs, networks, layers)
+
+
+def run_checks(path: Path, as_json: bool) -> None:
+    """Print every check of a bundle. Raises `VocabtrimError` if one failed."""
+    from rich.markup import escape
+
+    from engines.bundle import check_bundle
+    from engines.errors import VocabtrimError
+
+    checks = check_bundle(path)
+    failed = [check for check in checks if check.wrong is not None]
+    if as_json:
+        print(json.dumps({"bundle": str(path), "ok": not failed, "checks": [asdict(c) for c in checks]}, indent=2))
+    else:
+        rows = [[escape(check.name), escape(check.wrong or "ok")] for check in checks]
+        print_table(escape(str(path)), ["check", "result"], rows)
+    if failed:
+        raise VocabtrimError(f"{len(failed)} of {len(checks)} checks failed, first: {failed[0].wrong}")
 
 
 def read_graphs(bundle: "Bundle") -> dict[str, Graph]:

@@ -1,8 +1,9 @@
 """Graphs as files: weights beside the graph, and shared by the graphs of one bundle."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from engines.bundle import MODEL_NAME, WEIGHTS_NAME
@@ -27,3 +28,12 @@ def save_sharing_weights(model: ir.Model, directory: Path, name: str) -> None:
         if value.name is not None and value.name in written:
             value.const_value = written[value.name].const_value
     ir.save(model, directory / name)
+
+
+def stamp_graph(path: Path, metadata: Mapping[str, str]) -> None:
+    """Give a written graph this metadata, in place of any that it has; its bytes depend on its content alone."""
+    model = onnx.load(path, load_external_data=False)
+    del model.metadata_props[:]
+    for key in sorted(metadata):
+        model.metadata_props.add(key=key, value=metadata[key])
+    path.write_bytes(model.SerializeToString(deterministic=True))

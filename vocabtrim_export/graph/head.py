@@ -66,5 +66,4 @@ def bake_token_ids(decoder: DecoderGraph, vocab_map: VocabMap | None) -> None:
         table = decoder.initializer("kept_token_ids", ir.Tensor(vocab_map.kept_token_ids, name="kept_token_ids"))
         top = ir.node("Gather", [table, top.outputs[0]])
         decoder.graph.append(top)
-        decoder.model.metadata_props["vocabtrim.vocab_map"] = vocab_map.digest
     decoder.output(top.outputs[0], "token_ids", ir.DataType.INT64, [1, "keep"])

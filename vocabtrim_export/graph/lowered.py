@@ -13,7 +13,10 @@ _TABLES = {"Gather": (0,), "GroupQueryAttention": (7, 8), "RotaryEmbedding": (1,
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """A finished model, and the bytes of weights that one decode step reads: in all, and of the head alone."""
+    """A finished model, and the bytes of weights that one decode step reads: in all, and of the head alone.
+
+    head_tensors: the initializers that the head reads.
+    """
 
     model: ir.Model
     weight_bytes_per_step: int
@@ -22,6 +25,7 @@ class Lowered:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    head_tensors: tuple[str, ...]
 
     @classmethod
     def of(cls, decoder: DecoderGraph, head_weights: list[str]) -> "Lowered":
@@ -36,6 +40,7 @@ class Lowered:
             num_layers=len(caches) // 2,
             num_kv_heads=heads,
             head_dim=head_dim,
+            head_tensors=tuple(head_weights),
         )
 
 

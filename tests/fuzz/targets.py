@@ -1,0 +1,74 @@
+"""What reads files that anyone may have written, each as a function of such a file. Success or `VocabtrimError`."""
+
+import json
+from pathlib import Path
+
+from engines.graph_file import GraphFile
+from engines.manifest import FORMAT_VERSION, Manifest, _digest
+from engines.vocab_map import VocabMap
+from vocabtrim_export.calibration import TokenCounts, read_corpus
+from vocabtrim_export.weight_files import count_weights
+
+
+def manifest(path: Path) -> None:
+    text = path.read_bytes().decode("utf-8", "replace")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        data = None
+    if isinstance(data, dict):  # as somebody would who knows how the digest is made
+        data.pop("digest", None)
+        data["format_version"] = FORMAT_VERSION
+        text = json.dumps(data | {"digest": _digest(data)})
+    Manifest.from_json(text, "vocabtrim.json").to_json()
+
+
+def vocab_map(path: Path) -> None:
+    found = VocabMap.load(path)
+    assert len(found.inverse) == found.full_vocab
+    assert len(found.digest) == 64
+
+
+def token_counts(path: Path) -> None:
+    found = TokenCounts.load(path)
+    assert found.total >= 0
+    json.dumps(found.describe())
+    found.resized(found.full_vocab + 64)
+
+
+def graph(path: Path) -> None:
+    found = GraphFile.read(path)
+    found.table()
+    found.digest(found.head_tensors())
+
+
+def gguf(path: Path) -> None:
+    assert count_weights(path) >= 0
+
+
+def safetensors(path: Path) -> None:
+    assert count_weights(path) >= 0
+
+
+def jsonl(path: Path) -> None:
+    read_corpus([path])
+
+
+def records(path: Path) -> None:
+    read_corpus([path])
+
+
+# name → (function, the file's name)
+TARGETS = {
+    "manifest": (manifest, "vocabtrim.json"),
+    "vocab_map": (vocab_map, "vocab_map.safetensors"),
+    "token_counts": (token_counts, "token_counts.safetensors"),
+    "graph": (graph, "model.onnx"),
+    "gguf": (gguf, "model.gguf"),
+    "safetensors": (safetensors, "model.safetensors"),
+    "jsonl": (jsonl, "prompts.jsonl"),
+    "records": (records, "prompts.json"),
+}
+JSON = {"manifest", "records"}
+JSON_LINES = {"jsonl"}
+JSON_HEADER = {"vocab_map", "token_counts", "safetensors"}

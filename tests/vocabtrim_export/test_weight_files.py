@@ -1,0 +1,78 @@
+"""Models that are not what they say: refused by their headers, before anything is allocated or run."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save
+
+from engines.errors import VocabtrimError
+from vocabtrim_export import models
+from vocabtrim_export.weight_files import count_weights
+
+GGUF = b"GGUF" + struct.pack("<IQQ", 3, 1, 0)
+TENSOR = struct.pack("<Q", 1) + b"t" + struct.pack("<IQ", 1, 8) + struct.pack("<IQ", 0, 0)
+
+
+def gguf(tmp_path, data):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    return path
+
+
+def test_headers_that_hold_are_counted(tmp_path):
+    assert count_weights(gguf(tmp_path, (GGUF + TENSOR).ljust(64, b"\0") + bytes(32))) == 8
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save({"a": np.zeros((2, 3)), "b": np.zeros(5)}))
+    assert count_weights(path) == 11
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"GGML" + GGUF[4:], "does not begin with GGUF"),
+        (b"GGUF" + struct.pack("<IQQ", 9, 0, 0), "version 9"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "claims 1152921504606846976 tensors"),
+        (GGUF + struct.pack("<Q", 1 << 60) + b"t", "a name of 1152921504606846976 bytes"),
+        (GGUF + TENSOR[:13] + struct.pack("<Q", 1 << 60) + TENSOR[21:], "end beyond the file"),
+        (GGUF + TENSOR[:-12] + struct.pack("<IQ", 999, 0), "unknown type 999"),
+        (GGUF, "ends in the middle"),
+    ],
+)
+def test_a_gguf_that_claims_what_cannot_be(tmp_path, data, message):
+    with pytest.raises(VocabtrimError, match=message):
+        count_weights(gguf(tmp_path, data))
+
+
+def test_a_safetensors_file_cut_short(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save({"a": np.zeros(8)})[:-1])
+    with pytest.raises(VocabtrimError, match="its header says"):
+        count_weights(path)
+
+
+def test_a_config_that_asks_for_more_than_there_is(model, tokenizer, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 1_000_000}))
+    loader = models.AutoModelForCausalLM
+    monkeypatch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("it was allocated"))
+    with pytest.raises(VocabtrimError, match="do not fit its config"):
+        models.load_source(str(tmp_path), torch.float32)
+
+
+def test_a_models_own_code_does_not_run(tmp_path, monkeypatch):
+    """Nor is anybody asked on the terminal whether it may."""
+    mark = tmp_path / "it-ran"
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(f"open({str(mark)!r}, 'w').close()")
+    (tmp_path / "model.safetensors").write_bytes(save({"a": np.zeros(8)}))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    with pytest.raises(VocabtrimError):
+        models.load_source(str(tmp_path), torch.float32)
+    assert not mark.exists()
