@@ -131,7 +131,9 @@ def _locate_directory(path: Path) -> tuple[list[Path], str, dict[str, Any]]:
     for pickle in sorted(file for file in path.iterdir() if file.suffix in PICKLES):
         raise pickled(pickle)
     if any(path.glob("*.onnx")):
-        raise VocabtrimError(f"{path} holds an ONNX model, which cannot be trimmed yet: give the original weights")
+        raise VocabtrimError(
+            f"{path} holds an ONNX model: as a --drafter it can be trimmed, here the original weights are needed"
+        )
     missing = ".safetensors weights" if (path / "config.json").is_file() else "config.json"
     raise VocabtrimError(f"{path} is not a model directory: it has no {missing}")
 
