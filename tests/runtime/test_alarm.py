@@ -29,7 +29,7 @@ def collapsing(make_target, make_drafter):
     return SpeculativeDecoder(make_target(context=512), drafter)
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.5, seed=1)])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.2, seed=1)])
 def test_a_drafter_of_another_model_is_said_once(make_target, make_drafter, warnings, sampling):
     decoder = collapsing(make_target, make_drafter)
     before = decoder.generate([3], max_new_tokens=WINDOW // 2, sampling=sampling)
@@ -55,7 +55,7 @@ def test_a_bench_reports_it(make_target, make_drafter):
 def test_a_normal_pair_is_never_accused(make_target, make_drafter, warnings):
     """Half of the vocabulary, and noise as large as half of the logits: a first token is accepted in a third."""
     decoder = SpeculativeDecoder(make_target(context=512), make_drafter(range(0, 48, 2), noise=1.0, context=512))
-    for seed in range(6):
+    for seed in range(3):
         result = decoder.generate([3, seed], max_new_tokens=500, sampling=SamplingParams(1.0, seed=seed))
     assert 0.2 < result.stats.acceptance[0] < 0.6
     assert (result.stats.collapse, warnings()) == (None, [])
