@@ -11,6 +11,7 @@ import pytest
 
 from engines import VocabtrimError, load_engine
 from runtime import SamplingParams, SpeculativeDecoder
+from vocabtrim_export.trt.settings import TensorRTSettings
 
 ROOT = Path(__file__).parents[2]
 JOBS = [
@@ -74,8 +75,10 @@ def test_a_drafter_with_a_cache_of_its_own_keeps_one_in_a_fork(pair):
         assert decode(fork, JOBS) == decode(decoder, JOBS)
 
 
-def test_an_engine_that_cannot_fork_says_so(make_static_target):
-    with load_engine(make_static_target) as engine, pytest.raises(VocabtrimError, match="load the bundle once more"):
+def test_an_engine_that_cannot_fork_says_so(random_model, export_pair):
+    graphs = TensorRTSettings(flavor="none", draft_length=3, prefill_chunk=16)
+    path = export_pair(random_model("llama"), trt=graphs, dtype="fp32").target
+    with load_engine(path) as engine, pytest.raises(VocabtrimError, match="load the bundle once more"):
         SpeculativeDecoder(engine).fork()
 
 
