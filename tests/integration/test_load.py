@@ -22,7 +22,7 @@ JOBS = [
 
 @pytest.fixture(scope="module")
 def pair(random_model, export_pair):
-    return export_pair(random_model("llama"))
+    return export_pair(random_model("llama"), max_length=256)
 
 
 @pytest.fixture
