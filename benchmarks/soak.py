@@ -17,10 +17,9 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -32,7 +31,7 @@ from runtime.environment import environment
 
 SLICES, REPEATS = 20, 24
 MOST_NEW = 96
-MOST_GROWTH_MB = 8.0
+MOST_GROWTH_MB, MOST_GROWTH = 8.0, 0.01  # the larger one; of what is resident after a quarter
 MOST_NEW_OBJECTS = 100  # a generation leaves far more if it leaves its rounds
 SAMPLINGS = (0.0, 1.0), (0.7, 0.9), (1.0, 1.0)  # temperature, top_p
 
@@ -72,9 +71,11 @@ def longest(target: Engine) -> int:
 
 
 def warm_up(decoder: SpeculativeDecoder) -> None:
-    """Prompts of all lengths that engines keep bindings for, and of the longest there will be."""
-    for length in (*range(1, CACHED_LENGTHS + 1), longest(decoder.target)):
-        decoder.generate([*range(length)], max_new_tokens=4)
+    """Prompts of all lengths that engines keep bindings for, and longer ones, greedily and sampled."""
+    most = longest(decoder.target)
+    for length in (*range(1, min(CACHED_LENGTHS, most) + 1), *range(CACHED_LENGTHS, most, 16), most):
+        sampling = SamplingParams(float(length % 2), seed=0)
+        decoder.generate([*range(length)], max_new_tokens=4, sampling=sampling)
 
 
 def run(decoder: SpeculativeDecoder, job: Job, most: int | None = None) -> tuple[tuple[int, ...], str | None]:
@@ -124,48 +125,47 @@ def soak(first: SpeculativeDecoder, texts: list[list[int]], tokens: int, decoder
     random = Random(0)
     repeats = [fresh(first, make_job(random, first.target, texts)) for _ in range(REPEATS)]
     forks = [first, *(first.fork() for _ in range(decoders - 1))]
-    for fork in forks:
-        warm_up(fork)
-    memory["several_decoders"] = resident_mb()
     found, randoms = [Found() for _ in forks], [Random(i) for i in range(1, decoders + 1)]
     resident, objects, began = [], [], time.perf_counter()
-    with ThreadPoolExecutor(decoders) as pool:
-        for until in islice(steps(tokens / decoders), SLICES):
+    with ExitStack() as stack:
+        # A thread for each decoder: libc gives threads memory of their own, which must be warm too.
+        threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in forks]
+        for warm in [thread.submit(warm_up, fork) for thread, fork in zip(threads, forks, strict=True)]:
+            warm.result()
+        memory["several_decoders"] = resident_mb()
+        for number in range(1, SLICES + 1):
+            until = round(tokens / decoders * number / SLICES)
             done = [
-                pool.submit(work, fork, own, texts, repeats, until, each)
-                for fork, own, each in zip(forks, randoms, found, strict=True)
+                thread.submit(work, fork, own, texts, repeats, until, each)
+                for thread, fork, own, each in zip(threads, forks, randoms, found, strict=True)
             ]
             for each in done:
                 each.result()
             gc.collect()
             resident.append(resident_mb())
             objects.append(len(gc.get_objects()))
-            print(
-                f"{sum(each.tokens for each in found)} tokens, {resident[-1]:.1f} MB, {objects[-1]} objects", flush=True
-            )
-    sums = {
-        name: sum(getattr(each, name) for each in found)
-        for name in asdict(Found())
-        if name not in ("collapse", "differing")
-    }
+            so_far = sum(each.tokens for each in found)
+            print(f"{so_far} tokens, {resident[-1]:.1f} MB, {objects[-1]} objects", flush=True)
+    seconds = time.perf_counter() - began
+    return summary(found, resident, objects) | {"decoders": decoders, "seconds": seconds, "memory_mb": memory}
+
+
+def summary(found: list[Found], resident: list[float], objects: list[int]) -> dict[str, object]:
+    counts = ("tokens", "generations", "cancelled", "repeats_compared", "tokens_compared")
     quarter = SLICES // 4
-    result = sums | {
-        "differing": [line for each in found for line in each.differing],
-        "collapse": next((each.collapse for each in found if each.collapse), None),
-        "decoders": decoders,
-        "seconds": time.perf_counter() - began,
-        "memory_mb": memory,
+    growth, new_objects = resident[-1] - resident[quarter], objects[-1] - objects[quarter]
+    differing = [line for each in found for line in each.differing]
+    collapse = next((each.collapse for each in found if each.collapse), None)
+    calm = growth <= max(MOST_GROWTH_MB, MOST_GROWTH * resident[quarter]) and new_objects <= MOST_NEW_OBJECTS
+    return {name: sum(getattr(each, name) for each in found) for name in counts} | {
+        "differing": differing,
+        "collapse": collapse,
         "resident_mb": resident,
-        "growth_mb": resident[-1] - resident[quarter],
+        "growth_mb": growth,
         "objects": objects,
-        "new_objects": objects[-1] - objects[quarter],
+        "new_objects": new_objects,
+        "passed": calm and not differing and collapse is None,
     }
-    calm = result["growth_mb"] <= MOST_GROWTH_MB and result["new_objects"] <= MOST_NEW_OBJECTS
-    return result | {"passed": calm and not result["differing"] and result["collapse"] is None}
-
-
-def steps(tokens: float) -> Iterator[int]:
-    return (round(tokens * number / SLICES) for number in range(1, SLICES + 1))
 
 
 def open_pair(options: argparse.Namespace, stack: ExitStack) -> SpeculativeDecoder:
@@ -198,9 +198,8 @@ def main() -> int:
     options = parser.parse_args()
     with ExitStack() as stack:
         decoder = open_pair(options, stack)
-        source = decoder.target.manifest.source
         result = soak(decoder, read_texts(options.prompts, decoder), options.tokens, options.decoders)
-    result |= {"source": source, "environment": environment()}
+    result |= {"environment": environment()}
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     print(json.dumps({name: value for name, value in result.items() if not isinstance(value, list | dict)}))

@@ -38,7 +38,8 @@ def run(mutation: Mutation) -> str:
             return f"{NOT_NOTICED}: {mutation.file} has the text to replace {text.count(mutation.old)} times"
         file.write_text(text.replace(mutation.old, mutation.new), "utf-8")
         path, _, expression = mutation.tests.partition(" -k ")
-        command = [sys.executable, "-m", "pytest", "--tb=no", "-p", "no:cacheprovider", path]
+        command = [sys.executable, "-m", "pytest", "--tb=no", "-p", "no:cacheprovider"]
+        command += ["--hypothesis-profile", "unshrunk", path]
         command += ["-k", expression] if expression else []
         environment = {**os.environ, "PYTHONPATH": str(tree)}
         try:

@@ -133,7 +133,7 @@ DECODING = (
     ),
     Mutation(
         "Greedy output is the target's own",
-        "every draft is accepted",
+        "every greedy draft is accepted",
         ACCEPT,
         "next((i for i, token in enumerate(draft) if token != chosen[i]), len(draft))",
         "len(draft)",

@@ -27,14 +27,6 @@ LOAD = (
         f"{LOAD_TESTS} -k caches",
     ),
     Mutation(
-        "Decoders over one pair of loaded weights do not meet",
-        "closing one decoder closes its forks",
-        "engines/onnxruntime_engine.py",
-        "self._caches: dict[str, ort.OrtValue] = dict(shared._caches) if shared else",
-        "self._caches: dict[str, ort.OrtValue] = shared._caches if shared else",
-        f"{LOAD_TESTS} -k caches",
-    ),
-    Mutation(
         "Weights are in memory once",
         "a fork loads them again",
         "engines/onnxruntime_engine.py",
@@ -110,8 +102,9 @@ LOAD = (
         "Collapsed acceptance is said, once",
         "it forgets with each generation",
         "runtime/decoder.py",
-        "        running = self._running = object()\n",
-        "        running = self._running = object()\n        self._alarm = AcceptanceAlarm(self.drafter.manifest if self.drafter else None)\n",
+        "            if collapse := self._alarm.observe(entry):\n",
+        "            if entry.is_prefill:\n                self._alarm = AcceptanceAlarm(self.target.manifest)\n"
+        "            if collapse := self._alarm.observe(entry):\n",
         ALARM_TESTS,
     ),
     Mutation(
