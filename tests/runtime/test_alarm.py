@@ -62,7 +62,7 @@ def test_a_normal_pair_is_never_accused(make_target, make_drafter, warnings):
 
 
 @pytest.mark.parametrize("coverage", [None, 0.95, 0.7, 0.3])
-def test_windows_are_accused_as_seldom_as_stated_and_found_as_often(make_drafter, coverage):
+def test_windows_are_accused_as_seldom_as_stated_and_found_as_often(coverage):
     """Exactly, by the binomial law of drafts that begin right with the least sound chance, coverage / 4."""
     limit = sum(is_collapse(count, coverage) for count in range(WINDOW + 1))  # fewer accepted are a collapse
     assert not any(is_collapse(count, coverage) for count in range(limit, WINDOW + 1))
