@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Manifest
+from engines.errors import VocabtrimError
 from engines.vocab_map import VocabMap
 
 MAX_KEEP = 256
@@ -99,6 +100,13 @@ class Engine(ABC):
         the two cannot do this together.
         """
         return None
+
+    def fork(self, share_cache_with: "Engine | None" = None) -> "Engine":  # noqa: ARG002
+        """Another engine, with an empty KV cache, over the same loaded weights; it may run in another thread.
+
+        share_cache_with: see `load_engine`. Raises `VocabtrimError` where weights serve one cache only.
+        """
+        raise VocabtrimError("only ONNX Runtime on the CPU can fork an engine: load the bundle once more instead")
 
     def environment(self) -> dict[str, str]:
         """What it runs on, for a report: the library that computes and its version, and the GPU if there is one."""

@@ -71,7 +71,7 @@ class OnnxRuntimeEngine(Engine):
         self, bundle: Bundle, session: ort.InferenceSession, shared: "OnnxRuntimeEngine | None" = None
     ) -> None:
         super().__init__(bundle.manifest, bundle.vocab_map)
-        self._session = session
+        self._source, self._session = bundle, session
         self._caches: dict[str, ort.OrtValue] = dict(shared._caches) if shared else self._allocate_caches()
         self.cache = shared.cache if shared else self.cache
         self._seqlens = np.zeros(1, np.int32)
@@ -97,6 +97,13 @@ class OnnxRuntimeEngine(Engine):
             self._run(ids[:cut], 1)
             ids = ids[cut:]
         return self._run(ids, keep)
+
+    def fork(self, share_cache_with: Engine | None = None) -> Engine:
+        """A session runs for several threads at once; bindings, and what is bound, are each engine's own."""
+        if self.device != "cpu":
+            return super().fork(share_cache_with)
+        shared = share_cache_with if isinstance(share_cache_with, OnnxRuntimeEngine) else None
+        return OnnxRuntimeEngine(self._source, self._session, shared)
 
     def environment(self) -> dict[str, str]:
         return {"onnxruntime": ort.__version__}

@@ -76,8 +76,11 @@ class Tokenizer:
         return tokenizer_digest(self.backend)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of plain text, with the special tokens that the tokenizer puts around it (BOS, for many)."""
-        return self.backend.encode(text).ids
+        """The ids of plain text, with the special tokens that the tokenizer puts around it (BOS, for many).
+
+        Raises `VocabtrimError` for text that the tokenizer has no tokens for.
+        """
+        return self._ids(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The ids of a conversation up to where the assistant's answer begins.
@@ -92,11 +95,17 @@ class Tokenizer:
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise VocabtrimError(f"the chat template refused the messages: {' '.join(str(error).split())}") from error
-        return self.backend.encode(text, add_special_tokens=False).ids  # the template wrote them
+        return self._ids(text, add_special_tokens=False)  # the template wrote them
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode(token_ids, skip_special_tokens=True)
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # bare in the library: half a character, or a word where there is no unknown token
+            raise VocabtrimError(f"the tokenizer cannot encode this text: {error}") from error
 
     def stream(self) -> "TextStream":
         """A decoder that takes one token at a time."""

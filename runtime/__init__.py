@@ -1,15 +1,17 @@
 """The lossless draft/verify loop over two engines, and its measurement."""
 
 from runtime.accept import Accepted, accept_forced, accept_greedy, accept_sampled
+from runtime.alarm import Collapse
 from runtime.bandwidth import read_bandwidth
 from runtime.bench import TARGET_ONLY, bench
-from runtime.decoder import Generation, SpeculativeDecoder, Stream, Token
+from runtime.decoder import SpeculativeDecoder
 from runtime.loop import Round, decode_rounds
 from runtime.planner import Candidate, Plan, plan
 from runtime.planning import PlanReport, make_plan
 from runtime.report import BenchReport, ModeReport
 from runtime.sampling import SamplingParams, distribution
 from runtime.stats import Percentiles, Stats, latency_speedup, mbsu, summarize
+from runtime.stream import Generation, Stream, Token
 from runtime.sweep import SweepReport, SweepRow, SweepSettings, sweep
 from runtime.verify import Difference, PromptReport, VerifyReport, verify
 from runtime.verify_sampling import SamplingReport, SettingReport, verify_sampling
@@ -19,6 +21,7 @@ __all__ = [
     "Accepted",
     "BenchReport",
     "Candidate",
+    "Collapse",
     "Difference",
     "Generation",
     "ModeReport",

@@ -1,8 +1,8 @@
 """`SpeculativeDecoder`: prompts in, text out, with two engines and what was gained."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, cast
@@ -13,103 +13,21 @@ from numpy.typing import NDArray
 from engines.base import Engine
 from engines.errors import VocabtrimError
 from engines.tokenizer import TOKENIZER_NAME, Tokenizer
-from runtime.loop import GREEDY, FinishReason, Round, decode_rounds
+from runtime.alarm import AcceptanceAlarm
+from runtime.loop import GREEDY, Round, decode_rounds
 from runtime.pair import check_pair, resolve_draft_length
 from runtime.sampling import SamplingParams
-from runtime.stats import Stats, summarize
-from runtime.stop_strings import StopStrings
+from runtime.stream import Generation, Stream
 
 # Text, the messages of a conversation (`{"role": …, "content": …}`), or token ids.
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token and the text that it completes.
-
-    "" for a special one, within an unfinished character, and while a stop string may have begun.
-    """
-
-    id: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What was generated, the prompt not included.
-
-    text: without special tokens, and without the stop string; "" where the decoder has no tokenizer.
-    token_ids: with the EOS, or up to the token that completes a stop string, if there is one.
-    finish_reason: "stop" at an EOS or a stop string, "length" at `max_new_tokens` or at the end of the context.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    stats: Stats
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for `json.dumps`."""
-        return asdict(self) | {"stats": self.stats.to_dict()}
-
-
-class Stream(Iterator[Token]):
-    """The tokens of one generation as they come. Their texts, joined, are the text of `finish()`.
-
-    A decoder has one KV cache per engine, so that its next `generate` or `stream` ends this one.
-    """
-
-    def __init__(self, rounds: Iterator[Round], tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
-        self._past: list[Round] = []
-        self._decoded = tokenizer.stream() if tokenizer else None
-        self._stop = StopStrings(stop)
-        self._text = ""  # given out so far
-        self._tokens = self._run(rounds)
-
-    def __next__(self) -> Token:
-        return next(self._tokens)
-
-    @property
-    def stats(self) -> Stats:
-        """Of the rounds so far."""
-        return summarize(self._past)
-
-    def finish(self) -> Generation:
-        """Generate what is left, and return all of it."""
-        for _ in self:
-            pass
-        last = self._past[-1] if self._past else None
-        if last is None or last.finish_reason is None:
-            raise VocabtrimError("this generation broke off with an error: start another")
-        token_ids = tuple(token for entry in self._past for token in entry.tokens)
-        return Generation(self._text, token_ids, last.finish_reason, self.stats)
-
-    def _run(self, rounds: Iterator[Round]) -> Iterator[Token]:
-        for entry in rounds:
-            self._past.append(entry)
-            for count, token_id in enumerate(entry.tokens, 1):
-                is_last = entry.finish_reason is not None and count == len(entry.tokens)
-                piece, stopped = self._stop.push(self._decode(token_id, is_last), is_last)
-                self._text += piece
-                if stopped:  # what the round gave beyond it never was
-                    kept = entry.tokens[:count]
-                    accepted = min(entry.accepted, count)
-                    self._past[-1] = replace(entry, tokens=kept, accepted=accepted, finish_reason="stop")
-                yield Token(token_id, piece)
-                if stopped:
-                    return
-
-    def _decode(self, token_id: int, is_last: bool) -> str:
-        if self._decoded is None:
-            return ""
-        piece = self._decoded.push(token_id)
-        return piece + self._decoded.finish() if is_last else piece
-
-
 class SpeculativeDecoder:
     """A target and, if there is one, a drafter. What comes out is the target's own, only sooner.
 
-    Owns its engines: `close`, or leaving its `with` block, closes them. Not for several threads at once.
+    Owns its engines: `close`, or leaving its `with` block, closes them. For one thread: each gets its own by `fork`.
+    Where acceptance collapses, a warning is logged once, and `Stats.collapse` says so from then on.
     """
 
     def __init__(
@@ -130,6 +48,7 @@ class SpeculativeDecoder:
         self.tokenizer = tokenizer
         self.draft_length = resolve_draft_length(target, drafter, draft_length)
         self._running: object = None  # identifies the generation that the engines' caches hold
+        self._alarm = AcceptanceAlarm(drafter.manifest if drafter else None)
 
     @classmethod
     def load(
@@ -158,6 +77,16 @@ class SpeculativeDecoder:
             opened.pop_all()
         return decoder
 
+    def fork(self) -> Self:
+        """Another decoder over the same loaded weights, with KV caches of its own: one for each thread.
+
+        Either may be closed first. Raises `VocabtrimError` where the engines cannot: ONNX Runtime's on the CPU can.
+        """
+        target, drafter = self.target.fork(), None
+        if self.drafter:
+            drafter = self.drafter.fork(target if self.drafter.cache is self.target.cache else None)
+        return type(self)(target, drafter, self.tokenizer, self.draft_length)
+
     def generate(
         self,
         prompt: Prompt,
@@ -185,7 +114,7 @@ class SpeculativeDecoder:
         chat: bool = True,
         stop: Sequence[str] = (),
     ) -> Stream:
-        """As `generate`, token by token: iterate over it, then ask it for `stats` or `finish()`."""
+        """As `generate`, token by token: iterate over it, then ask it for `stats` or `finish()`, or let go of it."""
         if max_new_tokens < 1:
             raise VocabtrimError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
         if stop:
@@ -199,7 +128,7 @@ class SpeculativeDecoder:
             draft_length=self.draft_length,
             sampling=sampling,
         )
-        return Stream(self._exclusive(rounds), self.tokenizer, stop)
+        return Stream(self._exclusive(rounds), self.tokenizer, stop, lambda: self._alarm.collapse)
 
     def encode(self, prompt: Prompt, *, chat: bool = True) -> list[int]:
         """The token ids that `generate` feeds for `prompt`, checked to fit. Raises `VocabtrimError`."""
@@ -251,6 +180,8 @@ class SpeculativeDecoder:
         """Refuse to go on once another generation has overwritten the caches."""
         running = self._running = object()
         for entry in rounds:
+            if collapse := self._alarm.observe(entry):
+                logging.getLogger("runtime").warning("%s", collapse)
             yield entry
             if self._running is not running and entry.finish_reason is None:
                 raise VocabtrimError("another generation of this decoder has ended this stream")

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any, Literal
 
 from engines.bundle import Manifest
+from runtime.alarm import Collapse, find_collapse
 from runtime.loop import Round
 from runtime.stats import Percentiles, latency_speedup, mbsu, round_tokens_per_second, summarize
 from runtime.timing import Run
@@ -36,6 +37,7 @@ class ModeReport:
     overhead: the share of the time spent outside the engines. overhead_ms: that time a round.
     equal_prompts: prompts whose tokens were those of target-only decoding in every repeat; None where acceptance was
     forced. differing_prompts: the indices of the others.
+    collapse: of the drafter's acceptance, if there was one and acceptance was not forced.
     """
 
     tokens_per_second: float
@@ -60,6 +62,7 @@ class ModeReport:
     overhead_ms: float
     equal_prompts: int | None
     differing_prompts: tuple[int, ...]
+    collapse: Collapse | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,7 @@ def mode_report(
         coverage=drafter.coverage if drafter else None,
         equal_prompts=None if forced else len(runs) - len(differing),
         differing_prompts=differing,
+        collapse=find_collapse((e for run in flat for e in run.rounds), drafter) if drafter and not forced else None,
     )
 
 

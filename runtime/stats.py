@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.alarm import Collapse
 from runtime.loop import Round
 
 
@@ -18,7 +19,7 @@ class Stats:
     drafted, accepted: drafted tokens that the target verified, and those that stayed.
     acceptance: entry i is the share of the rounds with more than i drafted tokens in which more than i were accepted.
     seconds: in all, the time between rounds (a caller's own) not counted. other_seconds: neither prefill nor drafting
-    nor the target's verifying.
+    nor the target's verifying. collapse: that the decoder has ever had, in this generation or an earlier one.
     """
 
     tokens: int
@@ -31,6 +32,7 @@ class Stats:
     prefill_seconds: float
     draft_seconds: float
     verify_seconds: float
+    collapse: Collapse | None = None
 
     @property
     def other_seconds(self) -> float:
@@ -67,8 +69,8 @@ class Percentiles:
         return cls(*np.percentile(given, (50, 90, 99)).tolist()) if given else None
 
 
-def summarize(rounds: Iterable[Round]) -> Stats:
-    """Add up the rounds of one generation, or of several."""
+def summarize(rounds: Iterable[Round], collapse: Collapse | None = None) -> Stats:
+    """Add up the rounds of one generation, or of several. collapse: see `Stats`."""
     every = list(rounds)
     later = [entry for entry in every if not entry.is_prefill]
     return Stats(
@@ -82,6 +84,7 @@ def summarize(rounds: Iterable[Round]) -> Stats:
         prefill_seconds=sum(entry.prefill_seconds for entry in every),
         draft_seconds=sum(entry.draft_seconds for entry in every),
         verify_seconds=sum(entry.verify_seconds for entry in every),
+        collapse=collapse,
     )
 
 

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from engines.base import Engine
 from engines.bundle import Manifest
 from engines.errors import VocabtrimError
-from runtime.decoder import Generation, SpeculativeDecoder
+from runtime.decoder import SpeculativeDecoder
 from runtime.forced import Predict, forced_logits, stepped_logits
+from runtime.stream import Generation
 
 EPSILON = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}  # from 1 to the next number
 # Between two float32 runtimes a logit of SmolLM2, 30 layers, was off by 30 epsilons of the row's largest at most, the

@@ -1,6 +1,10 @@
 """A tiny language model and its tokenizer, made anew: two layers of Llama, a BPE of a few hundred tokens."""
 
 import pytest
+from hypothesis import Phase, settings
+
+# For `tests/mutations`: that a test fails is enough, its smallest example may take minutes to find.
+settings.register_profile("unshrunk", phases=(Phase.explicit, Phase.generate))
 
 TEMPLATE = (
     "{% for message in messages %}"

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from engines.bundle import MANIFEST_NAME, Role
+from engines.bundle import Role, read_bundle
 from engines.errors import VocabtrimError
 from engines.vocab_map import VocabMap
 from vocabtrim_export.bundle_writer import BundlePlan, write_bundle
@@ -143,7 +143,7 @@ def random_bundles(settings: RandomSettings, directory: Path, progress: Progress
     for source in sources.values():
         context_length(source, settings.max_length)
     plans = _plans(sources[shape.name], sources[drafter_shape.name], settings)
-    missing = [name for name in plans if not (directory / name / MANIFEST_NAME).is_file()]
+    missing = [name for name in plans if not _is_whole(directory / name)]
     _check_room(shape, directory, list(plans.values()), [plans[name] for name in missing])
     for source in sources.values():
         names = [name for name in missing if plans[name].source is source]
@@ -173,6 +173,15 @@ def _plans(target: Source, drafter: Source, settings: RandomSettings) -> dict[st
     quantization = settings.quantize_drafter or settings.quantize
     drafters = [entry("drafter", quantization, rows) for rows in settings.drafter_rows]
     return dict([entry("target", settings.quantize, None), *drafters])
+
+
+def _is_whole(bundle: Path) -> bool:
+    """Whether it is there, undamaged and of this version's format."""
+    try:
+        read_bundle(bundle)
+    except VocabtrimError:
+        return False
+    return True
 
 
 def _model(shape: Shape) -> PreTrainedModel:

@@ -125,9 +125,19 @@ def test_files_that_are_missing_or_malformed_are_named(bundle):
     (bundle / "tokenizer_config.json").write_text("{")
     with pytest.raises(VocabtrimError, match=r"tokenizer_config\.json is not JSON"):
         Tokenizer.load(bundle)
-    (bundle / "tokenizer.json").write_text("{}")
-    with pytest.raises(VocabtrimError, match=r"tokenizer\.json is not a tokenizer"):
-        Tokenizer.load(bundle)
+    for text in ("{}", "[" * 200, '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'):
+        (bundle / "tokenizer.json").write_text(text)
+        with pytest.raises(VocabtrimError, match=r"tokenizer\.json is not a tokenizer"):
+            Tokenizer.load(bundle)
     (bundle / "tokenizer.json").unlink()
     with pytest.raises(VocabtrimError, match=r"has no tokenizer\.json"):
         Tokenizer.load(bundle)
+
+
+def test_text_that_the_library_cannot_encode_is_one_line():
+    no_unknown = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="?"))
+    tokenizer = Tokenizer(no_unknown, {}, "{{ messages[0].content }}")
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_chat([{"content": text}])):
+        assert encode("a") == [0]
+        with pytest.raises(VocabtrimError, match="cannot encode this text"):
+            encode("b")

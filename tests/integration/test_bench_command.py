@@ -120,6 +120,12 @@ def test_random_weights(capsys, tmp_path):
     assert (data["kind"], data["force_accepted"]) == ("bench", 0)
     assert {path: path.stat().st_mtime_ns for path in made} == made  # used, not made again
 
+    manifest = next(path for path in made if "target" in str(path) and path.name == "vocabtrim.json")
+    manifest.write_text('{"format_version": 2}')  # as an earlier version left it
+    assert main(["bench", *options, "--k", "128", "--force-accepted", "0", "--json"]) == 0
+    again = {path for path in made if path.stat().st_mtime_ns != made[path]}
+    assert again == {path for path in made if path.parent == manifest.parent}
+
 
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -47,6 +47,9 @@ def show_bench(report: "BenchReport") -> None:
     modes: list[ModeReport] = list(report.modes.values())
     columns = ["", *(name.replace("_", " ") for name in report.modes)]
     print_table(title, columns, [[name, *map(value, modes)] for name, value in rows.items()])
+    for name, mode in report.modes.items():
+        if mode.collapse:
+            print(f"warning, {name.replace('_', ' ')}: {mode.collapse}")
 
 
 def show_sweep(report: "SweepReport") -> None:
@@ -59,6 +62,9 @@ def show_sweep(report: "SweepReport") -> None:
     columns = ["drafter", "rows", "γ", "context", "tokens/s", "speed-up", "by latency", "MBSU", "τ"]
     columns += ["ms a draft step", "ms a verification", "ms a round", "MB a step", "bandwidth"]
     print_table(title, columns, [_sweep_row(row) for row in report.rows])
+    for row in report.rows:
+        if row.report.collapse:
+            print(f"warning, {row.drafter.replace('_', ' ')} with γ = {row.draft_length}: {row.report.collapse}")
     if report.lossless is not None:
         print("all outputs equal target only's" if report.lossless else "not all outputs equal target only's: --json")
 

@@ -57,6 +57,6 @@ def run(options: argparse.Namespace) -> None:
         stats = result.stats
         print(
             f"[{len(result.token_ids)} tokens, {result.finish_reason}; {stats.tokens_per_second:.1f} tokens/s, "
-            f"block efficiency {stats.block_efficiency:.2f}]",
+            f"block efficiency {stats.block_efficiency:.2f}{', acceptance collapsed' if stats.collapse else ''}]",
             file=sys.stderr,
         )

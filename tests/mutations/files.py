@@ -1,37 +1,6 @@
-"""`make mutations`: break the code on purpose, one promise at a time, and see that a test notices.
+"""Promises about files: bundles, counts, and what others wrote."""
 
-Each mutation is a row of data: the promise, the file, the text that is replaced (found exactly once), what replaces it,
-and the tests that must then fail. They run in a copy of the tree. The table of what failed is `docs/trust.md`, below
-its mark; `python -m tests.mutations NAME…` runs some and writes nothing.
-"""
-
-import os
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-
-ROOT = Path(__file__).parents[1]
-TABLE = ROOT / "docs" / "trust.md"
-MARK = "<!-- written by `make mutations` -->\n"
-_LEFT_OUT = (".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "demo", "shared")
-
-
-@dataclass(frozen=True, slots=True)
-class Mutation:
-    """promise: what the project says. name: the mutation in words. tests: pytest arguments that must fail with it."""
-
-    promise: str
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: str
-
+from tests.mutations.mutation import Mutation
 
 BUNDLE, TRUST, FAULTS = (
     "tests/engines/test_bundle.py",
@@ -40,7 +9,7 @@ BUNDLE, TRUST, FAULTS = (
 )
 CHECKS, COMMIT, COUNTS = "engines/checks.py", "engines/commit.py", "vocabtrim_export/calibration/counts.py"
 
-MUTATIONS = (
+FILES = (
     Mutation(
         "A changed byte of any file is refused at load, by name",
         "digests of files are not compared",
@@ -149,8 +118,8 @@ MUTATIONS = (
         "The same inputs give the same bytes",
         "the manifest says when it was written",
         "vocabtrim_export/bundle_writer.py",
-        "tool_versions={tool: version(tool) for tool in _TOOLS}",
-        'tool_versions={tool: version(tool) for tool in _TOOLS} | {"at": str(__import__("time").time_ns())}',
+        "for tool in _TOOLS},",
+        'for tool in _TOOLS} | {"at": str(__import__("time").time_ns())},',
         f"{TRUST} -k same_bytes",
     ),
     Mutation(
@@ -250,46 +219,3 @@ MUTATIONS = (
         "tests/fuzz",
     ),
 )
-
-
-def run(mutation: Mutation) -> list[str]:
-    """The tests that fail with it. Raises where its text is not found, or nothing fails."""
-    with tempfile.TemporaryDirectory() as name:
-        tree = Path(name) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*_LEFT_OUT))
-        file = tree / mutation.file
-        text = file.read_text("utf-8")
-        if text.count(mutation.old) != 1:
-            raise SystemExit(f"{mutation.name}: {mutation.file} has its text {text.count(mutation.old)} times")
-        file.write_text(text.replace(mutation.old, mutation.new), "utf-8")
-        command = [sys.executable, "-m", "pytest", "--tb=no", "-p", "no:cacheprovider", *_split(mutation.tests)]
-        environment = {**os.environ, "PYTHONPATH": str(tree)}
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-    failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    if not failed:
-        raise SystemExit(f"{mutation.name}: nothing failed\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return failed
-
-
-def _split(tests: str) -> list[str]:
-    path, _, expression = tests.partition(" -k ")
-    return [path, "-k", expression] if expression else [path]
-
-
-def main() -> None:
-    wanted = set(sys.argv[1:])
-    chosen = [mutation for mutation in MUTATIONS if not wanted or mutation.name in wanted]
-    rows = []
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for mutation, failed in zip(chosen, pool.map(run, chosen), strict=True):
-            shown = f"`{failed[0]}`" + (f" and {len(failed) - 1} more" if len(failed) > 1 else "")
-            print(f"{mutation.name}: {shown}", flush=True)
-            rows.append(f"| {mutation.promise} | {mutation.name} | {shown} |")
-    if not wanted:
-        before = TABLE.read_text("utf-8").partition(MARK)[0]
-        header = "| promise | what was broken | what noticed |\n| --- | --- | --- |\n"
-        TABLE.write_text(before + MARK + header + "\n".join(rows) + "\n", "utf-8")
-
-
-if __name__ == "__main__":
-    main()

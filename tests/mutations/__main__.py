@@ -1,0 +1,78 @@
+"""`make mutations`: break the code on purpose, one promise at a time, and see that a test notices.
+
+Each mutation is a row of data: the promise, the file, the text that is replaced (found exactly once), what replaces it,
+and the tests that must then fail. They run in a copy of the tree. The table of what failed is `docs/trust.md`, below
+its mark; `python -m tests.mutations NAME…` runs some and writes nothing. Exits with 1 if nothing noticed one of them.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.mutations.decoding import DECODING
+from tests.mutations.files import FILES
+from tests.mutations.load import LOAD
+from tests.mutations.mutation import Mutation
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "docs" / "trust.md"
+MARK = "<!-- written by `make mutations` -->\n"
+NOT_NOTICED = "NOT NOTICED"
+_LEFT_OUT = (".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "demo", "shared")
+_MOST_SECONDS = 900  # a hang is a failure too, but none that names a test
+
+
+def run(mutation: Mutation) -> str:
+    """What failed with it, or why nothing did."""
+    with tempfile.TemporaryDirectory() as name:
+        tree = Path(name) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+        file = tree / mutation.file
+        text = file.read_text("utf-8")
+        if text.count(mutation.old) != 1:
+            return f"{NOT_NOTICED}: {mutation.file} has the text to replace {text.count(mutation.old)} times"
+        file.write_text(text.replace(mutation.old, mutation.new), "utf-8")
+        path, _, expression = mutation.tests.partition(" -k ")
+        command = [sys.executable, "-m", "pytest", "--tb=no", "-p", "no:cacheprovider"]
+        command += ["--hypothesis-profile", "unshrunk", path]
+        command += ["-k", expression] if expression else []
+        environment = {**os.environ, "PYTHONPATH": str(tree)}
+        try:
+            done = subprocess.run(
+                command, cwd=tree, env=environment, capture_output=True, text=True, timeout=_MOST_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return f"{NOT_NOTICED}: the tests did not end in {_MOST_SECONDS} s"
+    failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if not failed:
+        return f"{NOT_NOTICED}: {' '.join(done.stdout.split())[-80:]}"
+    return f"`{failed[0]}`" + (f" and {len(failed) - 1} more" if len(failed) > 1 else "")
+
+
+def main() -> int:
+    wanted = set(sys.argv[1:])
+    chosen = [each for each in (*FILES, *DECODING, *LOAD) if not wanted or each.name in wanted]
+    if unknown := wanted - {each.name for each in chosen}:
+        print(f"no such mutation: {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    rows, missed = [], 0
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for mutation, noticed in zip(chosen, pool.map(run, chosen), strict=True):
+            print(f"{mutation.name}: {noticed}", flush=True)
+            missed += noticed.startswith(NOT_NOTICED)
+            rows.append(f"| {mutation.promise} | {mutation.name} | {noticed} |\n")
+    print(f"{len(rows)} mutations, {missed} not noticed")
+    if not wanted:
+        before = TABLE.read_text("utf-8").partition(MARK)[0]
+        header = "| promise | what was broken | what noticed |\n| --- | --- | --- |\n"
+        TABLE.write_text(before + MARK + header + "".join(rows), "utf-8")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
