@@ -8,7 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vocabtrim_export.cli.arguments import add_calibration_arguments, add_json_argument, add_tensorrt_arguments
+from vocabtrim_export.cli.arguments import (
+    add_calibration_arguments,
+    add_format_argument,
+    add_json_argument,
+    add_tensorrt_arguments,
+)
 from vocabtrim_export.cli.console import progress_reporter
 
 if TYPE_CHECKING:
@@ -27,13 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows the drafter's head keeps (rounded up to a multiple of 64), or coverage:0.95: as few as keep that "
         "share of held-out tokens",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets DIR/drafter and DIR/target")
     parser.add_argument(
-        "--format",
-        choices=["onnx", "trt"],
-        default="onnx",
-        help="onnx: for ONNX Runtime; trt: TensorRT engines as well",
+        "--output", type=Path, required=True, metavar="DIR", help="gets DIR/drafter, DIR/target and DIR/FORMAT"
     )
+    add_format_argument(parser)
     parser.add_argument(
         "--dtype", choices=["fp32", "fp16", "bf16"], help="of weights and KV cache (default: fp32, fp16 for trt)"
     )
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from vocabtrim_export.cli.arguments import calibration_settings, tensorrt_settings
+    from vocabtrim_export.cli.arguments import calibration_settings, other_formats, tensorrt_settings
     from vocabtrim_export.export import ExportSettings, export
 
     settings = ExportSettings(
@@ -60,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
         quantize=options.quantize,
         quantize_drafter=options.quantize_drafter,
         max_length=options.max_length,
+        formats=other_formats(options),
         calibration=calibration_settings(options),
         force=options.force,
     )
