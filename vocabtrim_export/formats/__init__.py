@@ -5,7 +5,6 @@ This module stays light: the command line reads its names to answer `--help`.
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Format:
     """Where a format is written, and what must be there. needs_target: both models. needs_graph: the graphs of
-    `--format onnx`. package: what it imports beyond this project's own dependencies."""
+    `--format onnx`."""
 
     module: str
     needs_target: bool = False
     needs_graph: bool = False
-    package: str | None = None
 
 
 FORMATS: Mapping[str, Format] = {
     "genai": Format("genai", needs_target=True, needs_graph=True),
     "hf": Format("hf"),
-    "openvino": Format("openvino", needs_graph=True, package="openvino"),
     "sglang-token-map": Format("sglang"),
     "triton": Format("triton", needs_graph=True),
 }
@@ -52,8 +49,6 @@ def check_formats(names: Sequence[str], has_target: bool, is_tensorrt: bool) -> 
             raise VocabtrimError(f"--format {name} holds drafter and target: give --target as well")
         if needs.needs_graph and is_tensorrt:
             raise VocabtrimError(f"--format {name} is made of the graphs of --format onnx: export it without trt")
-        if needs.package and importlib.util.find_spec(needs.package) is None:
-            raise VocabtrimError(f"--format {name} needs a package that is not installed: pip install {needs.package}")
 
 
 def write_formats(
