@@ -55,13 +55,15 @@ class ExportSettings:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """The bundles that were written (no target where none was asked for), and the selection behind them."""
+    """The bundles that were written (no target where none was asked for), the selection behind them, and the directories
+    of the other formats."""
 
     drafter: Path
     target: Path | None
     drafter_manifest: Manifest
     target_manifest: Manifest | None
     selection: Selection
+    formats: tuple[Path, ...] = ()
 
 
 def export(
@@ -104,7 +106,8 @@ def export(
             others = dict(zip(settings.formats, directories[len(roles) :], strict=True))
             write_formats(others, Exported(places, manifests, sources, vocab_map), progress)
     where = output / "target" if target else None
-    return ExportResult(output / "drafter", where, manifests["drafter"], manifests.get("target"), selection)
+    written = tuple(output / name for name in settings.formats)
+    return ExportResult(output / "drafter", where, manifests["drafter"], manifests.get("target"), selection, written)
 
 
 def _check_format(settings: ExportSettings, has_target: bool) -> None:

@@ -99,6 +99,7 @@ def summary(result: "ExportResult") -> dict[str, object]:
     return {
         "drafter": str(result.drafter),
         "target": str(result.target) if result.target else None,
+        "formats": {path.name: str(path) for path in result.formats},
         "k": len(selection.vocab_map),
         "full_vocab": selection.vocab_map.full_vocab,
         "coverage": selection.coverage,
@@ -121,6 +122,7 @@ def text(result: "ExportResult") -> str:
         f"drafter  {result.drafter}: {drafter.weight_bytes_per_step / 1e6:.1f} MB a step, "
         f"head {drafter.head_bytes / 1e6:.1f} MB",
     ]
+    lines += [f"{path.name:8} {path}" for path in result.formats]
     if result.target and target:
         lines.append(f"target   {result.target}: {target.weight_bytes_per_step / 1e6:.1f} MB a step")
         device = "--device cuda " if target.tensorrt and target.tensorrt.flavor != "none" else ""
