@@ -55,8 +55,8 @@ class ExportSettings:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """The bundles that were written (no target where none was asked for), the selection behind them, and the directories
-    of the other formats."""
+    """The bundles that were written (no target where none was asked for), the selection behind them, and the other
+    formats' directories."""
 
     drafter: Path
     target: Path | None

@@ -49,6 +49,21 @@ def test_hf_is_the_model_with_fewer_logits_and_drafts_for_it(
         assert torch.equal(model.generate(ids, assistant_model=drafter, **options), plain)
 
 
+def test_the_graph_for_genai_has_a_full_row_for_every_token_and_no_logit_for_what_was_cut(pair):
+    _, result = pair
+    with load_engine(result.drafter) as engine:
+        wanted = engine.feed(PROMPT, keep=len(PROMPT)).logits
+    session = _session(result.drafter.parent / "genai" / "drafter" / "model.onnx")
+    empty = np.zeros((1, 2, len(PROMPT), 16), np.float32)
+    feed = {value.name: empty for value in session.get_inputs() if value.name.startswith("past_key_values.")}
+    feed |= {"input_ids": np.array([PROMPT]), "attention_mask": np.ones((1, len(PROMPT)), np.int64)}
+    full = session.run(["logits"], feed)[0][0]
+    kept = result.selection.vocab_map.kept_token_ids
+    assert full.shape == (len(PROMPT), 448)
+    np.testing.assert_allclose(full[:, kept], wanted, rtol=1e-5, atol=1e-5)
+    assert np.isneginf(np.delete(full, kept, axis=1)).all()
+
+
 def test_genai_drafts_with_it_and_writes_what_we_write(pair):
     genai = pytest.importorskip("onnxruntime_genai")
     _, result = pair
@@ -91,10 +106,7 @@ def test_triton_keeps_the_cache_and_forgets_by_a_length(pair):
     _, result = pair
     repository = result.drafter.parent / "triton"
     config = _triton_config(repository / "drafter" / "config.pbtxt")
-    options = onnxruntime.SessionOptions()
-    options.use_per_session_threads = False  # the engines have set up one pool for all
-    path = repository / "drafter" / "1" / config.default_model_filename
-    session = onnxruntime.InferenceSession(path, options)
+    session = _session(repository / "drafter" / "1" / config.default_model_filename)
     state = {x.input_name: np.zeros(list(x.initial_state[0].dims), np.float32) for x in config.sequence_batching.state}
     after = {x.output_name: x.input_name for x in config.sequence_batching.state}
     assert {x.name for x in config.input} | set(state) == {x.name for x in session.get_inputs()}
@@ -152,6 +164,12 @@ def test_formats_that_cannot_be_are_refused_in_one_line(arguments, message, pair
     assert (code, error.count("\n")) == (2, 0)
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def _session(path):
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = False  # the engines have set up one pool for all
+    return onnxruntime.InferenceSession(path, options)
 
 
 def _triton_config(path):
