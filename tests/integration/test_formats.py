@@ -65,8 +65,19 @@ def test_the_graph_for_genai_has_a_full_row_for_every_token_and_no_logit_for_wha
 
 
 def test_genai_drafts_with_it_and_writes_what_we_write(pair):
+    check_genai(pair[1])
+
+
+@pytest.mark.parametrize(("k", "dtype"), [("448", "fp32"), ("192", "fp16")])
+def test_genai_takes_a_drafter_of_fewer_tokens_than_the_target(k, dtype, random_model, export_pair):
+    """Where nothing is trimmed (448 of 448) too: its head is narrower than the target's 512."""
+    drafter, target = random_model("llama"), random_model("llama", vocab_size=512)
+    check_genai(export_pair(drafter, target, k=k, dtype=dtype, formats=("genai",)), accepted=0)
+
+
+def check_genai(result, accepted=1):
+    """GenAI's greedy text is ours, with at least so many drafted tokens in it."""
     genai = pytest.importorskip("onnxruntime_genai")
-    _, result = pair
     model = genai.Model(str(result.drafter.parent / "genai"))
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(max_length=len(PROMPT) + 24)
@@ -80,7 +91,8 @@ def test_genai_drafts_with_it_and_writes_what_we_write(pair):
     assert theirs.tolist() == list(ours)[: len(theirs)]
     stats = generator.get_speculative_stats()
     assert len(theirs) > 4
-    assert stats["draft_tokens_accepted"] > 0
+    assert stats["draft_tokens_proposed"] > 0
+    assert stats["draft_tokens_accepted"] >= accepted
 
 
 def test_genai_refuses_narrow_logits(pair):
@@ -90,7 +102,7 @@ def test_genai_refuses_narrow_logits(pair):
     place = result.drafter.parent / "genai" / "drafter"
     for file in place.iterdir():
         file.unlink()
-    write_masked(result.drafter, place, 192)
+    write_masked(result.drafter, place, 448, 192)
     with pytest.raises(RuntimeError, match="must share the same vocabulary"):
         genai.Model(str(place.parent))
 

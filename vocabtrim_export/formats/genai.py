@@ -30,7 +30,8 @@ def write(exported: Exported, directory: Path) -> None:
         raise VocabtrimError("--format genai runs on the CPU, which has no bf16 products: give --dtype fp32 or fp16")
     for role in ("target", "drafter"):
         (directory / role).mkdir()
-        write_masked(exported.bundles[role], directory / role, target.vocab_size)
+        vocab = exported.manifests[role].vocab_size
+        write_masked(exported.bundles[role], directory / role, vocab, target.vocab_size)
     copy_tokenizer(exported, "target", directory)
     (directory / CONFIG_NAME).write_text(json.dumps(_config(exported), indent=2) + "\n", "utf-8")
 

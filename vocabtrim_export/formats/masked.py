@@ -16,12 +16,13 @@ _TABLE = "kept_token_ids"
 _OWN_INPUTS = ("seqlens_k", "total_sequence_length", "num_logits_to_keep")
 
 
-def write_masked(bundle: Path, directory: Path, width: int) -> None:
+def write_masked(bundle: Path, directory: Path, vocab: int, width: int) -> None:
     """Write the graph of `bundle`, changed, and its weights, shared with it, into the empty `directory`.
 
     Inputs input_ids: int64[1, S], attention_mask: int64[1, past + S], past_key_values.N.key|value as before, and
     position_ids where the model reads them. Outputs logits: [1, S, width], −inf for every token that a trimmed head
-    has no row for, and present.N.key|value. `width` is at least the vocabulary of the bundle.
+    has no row for, and present.N.key|value. vocab: tokens of the bundle's model. Where `width`, the target's, is more,
+    an id that only the target has is read as the last one here, for the embedding has no row for it.
     """
     model = onnx.load(bundle / MODEL_NAME, load_external_data=False)
     graph = model.graph
@@ -32,7 +33,8 @@ def write_masked(bundle: Path, directory: Path, width: int) -> None:
     logits = next(value for value in graph.output if value.name == "logits")
     rows = logits.type.tensor_type.shape.dim[2].dim_value
     tail = [] if rows == width else _widen(graph, rows, width, logits.type.tensor_type.elem_type)
-    nodes = [*_lengths(graph), *graph.node, *tail]
+    front = _known_ids(graph, vocab) if vocab < width else []
+    nodes = [*_lengths(graph), *front, *graph.node, *tail]
     del graph.node[:]
     graph.node.extend(_used(nodes, [value.name for value in graph.output]))
     logits.CopyFrom(helper.make_tensor_value_info("logits", logits.type.tensor_type.elem_type, [1, "length", width]))
@@ -53,6 +55,14 @@ def _lengths(graph: GraphProto) -> list[NodeProto]:
         _node("Cast", ["mask.length"], "total_sequence_length", to=TensorProto.INT32),
         _node("Shape", ["input_ids"], "num_logits_to_keep", start=1, end=2),
     ]
+
+
+def _known_ids(graph: GraphProto, vocab: int) -> list[NodeProto]:
+    """No id of `vocab` or more: a target may have rows that pad its head, or tokens that are not in the drafter."""
+    for node in graph.node:
+        node.input[:] = ["ids.known" if name == "input_ids" else name for name in node.input]
+    _constant(graph, "ids.last", np.array(vocab - 1, np.int64))
+    return [_node("Min", ["input_ids", "ids.last"], "ids.known")]
 
 
 def _widen(graph: GraphProto, rows: int, width: int, dtype: int) -> list[NodeProto]:
