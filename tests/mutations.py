@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "trust.md"
 MARK = "<!-- written by `make mutations` -->\n"
-_LEFT_OUT = (".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "demo", "shared")
+_LEFT_OUT = (".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "demo", "interop", "shared")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ BUNDLE, TRUST, FAULTS = (
     "tests/integration/test_trust.py",
     "tests/integration/test_faults.py",
 )
+FORMATS = "tests/integration/test_formats.py"
 CHECKS, COMMIT, COUNTS = "engines/checks.py", "engines/commit.py", "vocabtrim_export/calibration/counts.py"
 
 MUTATIONS = (
@@ -248,6 +249,38 @@ MUTATIONS = (
         'return isinstance(value, str) and not any("\\ud800" <= letter <= "\\udfff" for letter in value)',
         "return isinstance(value, str)",
         "tests/fuzz",
+    ),
+    Mutation(
+        "`--format`: a full row for GenAI holds no logit of a token that was cut",
+        "zeros instead of minus infinity",
+        "vocabtrim_export/formats/masked.py",
+        "[-np.inf])",
+        "[0.0])",
+        f"{FORMATS} -k full_row",
+    ),
+    Mutation(
+        "`--format hf` puts each logit at its token",
+        "rows in the wrong order",
+        "vocabtrim_export/formats/hf.py",
+        "index_copy_(-1, self.kept_token_ids, kept)",
+        "index_copy_(-1, self.kept_token_ids.flip(0), kept)",
+        f"{FORMATS} -k hf_is",
+    ),
+    Mutation(
+        "A format that cannot be written changes nothing",
+        "bundles take their places before the formats are written",
+        "vocabtrim_export/export.py",
+        "            write_formats(others, Exported(places, manifests, sources, vocab_map), progress)\n",
+        "        write_formats(others, Exported(places, manifests, sources, vocab_map), progress)\n",
+        f"{FORMATS} -k fails_changes",
+    ),
+    Mutation(
+        "`d2t` of an EAGLE-3 checkpoint holds offsets",
+        "absolute ids",
+        "vocabtrim_export/formats/eagle3.py",
+        " - torch.arange(len(kept))",
+        "",
+        "tests/vocabtrim_export/test_eagle3_format.py",
     ),
 )
 
