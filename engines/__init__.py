@@ -21,7 +21,9 @@ __all__ = [
 ]
 
 
-def load_engine(path: str | Path, device: str = "cpu", share_cache_with: Engine | None = None) -> Engine:
+def load_engine(
+    path: str | Path, device: str = "cpu", share_cache_with: Engine | None = None, profile: Path | None = None
+) -> Engine:
     """Check the bundle at `path` and load it on `device`, with an empty KV cache of its context length.
 
     device: "cpu" runs any bundle on ONNX Runtime, one of `--format trt` to check it; "cuda" runs TensorRT plans where
@@ -29,6 +31,7 @@ def load_engine(path: str | Path, device: str = "cpu", share_cache_with: Engine 
     share_cache_with: an engine whose KV cache to use where both run on one device, were made from the same weights and
     their caches are of one form; else it keeps its own. A model that drafts for itself then reads the target's keys
     and values. On ONNX Runtime's CUDA, engines so named share a stream in any case.
+    profile: a file for what each operator took, written when the engine is closed; ONNX Runtime on the CPU only.
     Raises `VocabtrimError` if the bundle is damaged, the device unknown or its runtime not installed.
     """
     if device not in ("cpu", "cuda"):
@@ -36,16 +39,18 @@ def load_engine(path: str | Path, device: str = "cpu", share_cache_with: Engine 
     bundle = read_bundle(path)
     if bundle.manifest.dtype == "bf16" and device == "cpu":
         raise VocabtrimError(f"{path} is a bf16 bundle, which ONNX Runtime cannot run on the CPU: export it as fp32")
+    if profile and (device != "cpu" or bundle.manifest.tensorrt is not None):
+        raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
     if device == "cuda" and bundle.manifest.tensorrt is not None:
         return _load_tensorrt(bundle)
     try:
-        return _load_onnxruntime(bundle, device, share_cache_with)
+        return _load_onnxruntime(bundle, device, share_cache_with, profile)
     except ImportError as error:
         extra = "cpu" if device == "cpu" else "cuda"
         raise VocabtrimError(f"ONNX Runtime is missing ({error}): pip install 'vocabtrim-export[{extra}]'") from error
 
 
-def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None) -> Engine:
+def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None, profile: Path | None) -> Engine:
     from engines.onnxruntime_engine import OnnxRuntimeEngine, open_session
 
     if bundle.manifest.tensorrt is not None:
@@ -59,6 +64,10 @@ def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None) -> 
         from engines.onnxruntime_cuda import load_cuda_engine
 
         return load_cuda_engine(bundle, neighbour, share_cache=shared is not None)
+    if profile:
+        from engines.onnxruntime_profile import ProfiledEngine
+
+        return ProfiledEngine(bundle, profile, shared)
     return OnnxRuntimeEngine(bundle, open_session(bundle.path / MODEL_NAME), shared)
 
 

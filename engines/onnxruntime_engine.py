@@ -178,19 +178,22 @@ def numpy_dtype(onnx_type: str) -> np.dtype[np.generic]:
     return np.dtype(dtypes[name[1] if name else onnx_type])
 
 
-def session_options() -> ort.SessionOptions:
-    """Of every session: in the thread pool that all share, and quiet."""
+def session_options(profile_prefix: Path | None = None) -> ort.SessionOptions:
+    """Of every session: in the thread pool that all share, and quiet. profile_prefix: of the profile's file, if any."""
     _share_thread_pool()
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
+    if profile_prefix:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
     return options
 
 
-def open_session(path: Path) -> ort.InferenceSession:
+def open_session(path: Path, profile_prefix: Path | None = None) -> ort.InferenceSession:
     """A session on the CPU. Raises `VocabtrimError`."""
     try:
-        return ort.InferenceSession(path, session_options(), providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(path, session_options(profile_prefix), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise VocabtrimError(f"ONNX Runtime cannot open {path} on the CPU: {reason(error)}") from error
 

@@ -1,7 +1,8 @@
 """Where a round's time goes: NVTX ranges for Nsight Systems, a Chrome trace for Perfetto, or nothing at all.
 
 `with profiler.span("draft", track=DRAFTER, tokens=4): …`. A span's name is its phase, one of `PHASES` or "round"; its
-payload is numbers that are known when it begins. "catch_up" is the drafter's reading of what it has not seen yet.
+payload is numbers that are known when it begins. "catch_up" is the drafter's reading of what it has not seen yet,
+"speculate" drafting and verifying in one go of a GPU.
 """
 
 import importlib
@@ -20,7 +21,7 @@ import numpy as np
 from engines.errors import VocabtrimError
 
 DOMAIN = "vocabtrim"
-PHASES = ("prefill", "draft", "catch_up", "verify", "accept", "rewind")
+PHASES = ("prefill", "draft", "catch_up", "verify", "speculate", "accept", "rewind")
 LOOP, TARGET, DRAFTER = "loop", "target", "drafter"  # the tracks, in the order that a trace shows them
 
 

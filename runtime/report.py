@@ -22,8 +22,9 @@ class ModeReport:
     block_efficiency, acceptance: see `Stats`.
     decode_tokens_per_second, decode_speedup: the same without the prefills, theirs being the time that speculation
     does not touch.
-    draft_step_ms: median of the drafter's steps of one token. verify_ms: median of the target's calls on a full
-    draft, γ + 1 tokens; of its one-token steps in target-only decoding. None where no such call was made.
+    draft_step_ms: median of the drafter's steps of one token (where it made none, of its drafts, by token).
+    verify_ms: median of the target's calls on a full draft, γ + 1 tokens; of its one-token steps in target-only
+    decoding. None where no such call was made.
     draft_step_percentiles_ms, verify_percentiles_ms, round_percentiles_ms: of these, and of whole rounds with a full
     draft (in target-only decoding of one step). host_percentiles_ms: of what such rounds take beside drafting and
     verifying; where a GPU times these itself, all that it waits for the host.
@@ -130,6 +131,8 @@ def mode_report(
 def _times(runs: Sequence[Run], target_step: Percentiles | None, tau: float, length: int) -> dict[str, Any]:
     """The fields of `ModeReport` that follow from the times of calls and rounds. length: γ, 0 for the target alone."""
     draft, verify = call_percentiles(runs, "drafter", 1), call_percentiles(runs, "target", length + 1)
+    if length and draft is None:  # γ = 1, and a drafter that was always two tokens behind
+        draft = draft_percentiles(runs, length)
     seconds, outside = sum(run.seconds for run in runs), sum(run.seconds - run.engine_seconds for run in runs)
     overhead_ms = 1e3 * outside / sum(len(run.rounds) for run in runs)
     draft_ms, verify_ms = draft.p50 if draft else None, verify.p50 if verify else None

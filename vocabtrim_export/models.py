@@ -10,12 +10,20 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from engines.bundle import file_digest
 from engines.errors import VocabtrimError
 from engines.tokenizer import tokenizer_digest
+from vocabtrim_export.quantized_weights import dense_weights, is_readable
 from vocabtrim_export.weight_files import PICKLES, count_weights, pickled
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -63,9 +71,7 @@ def load_source(spec: str, dtype: torch.dtype) -> Source:
         if files and "gguf_file" not in options:
             _check_size(spec, where, options, weights)
         tokenizer: Any = AutoTokenizer.from_pretrained(where, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+        loaded: Any = _load(where, files, dtype, options)
     except VocabtrimError:
         raise
     except Exception as error:  # transformers and huggingface_hub raise many kinds
@@ -76,6 +82,23 @@ def load_source(spec: str, dtype: torch.dtype) -> Source:
     if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
         raise VocabtrimError(f"the weights of {spec} do not fit its config.json: no usable {missing[0]} among them")
     return Source(spec, model.eval(), tokenizer, _digest(spec, files, model))
+
+
+def _load(where: str, files: list[Path], dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
+    """(model, what was missing), of a quantised checkpoint by its dense weights."""
+    how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    config: Any = None if "gguf_file" in options else AutoConfig.from_pretrained(where, **options)
+    quantization = getattr(config, "quantization_config", None)
+    if not files or not isinstance(quantization, dict) or not is_readable(quantization):
+        return AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **how, **options)
+    del config.quantization_config
+    with torch.device("meta"):
+        kind: Any = type(AutoModelForCausalLM.from_config(config))
+    weights = dense_weights(files, quantization, dtype)
+    model, loading = kind.from_pretrained(None, config=config, state_dict=weights, **how)
+    if (Path(where) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(where)
+    return model, loading
 
 
 @contextmanager
@@ -131,7 +154,9 @@ def _locate_directory(path: Path) -> tuple[list[Path], str, dict[str, Any]]:
     for pickle in sorted(file for file in path.iterdir() if file.suffix in PICKLES):
         raise pickled(pickle)
     if any(path.glob("*.onnx")):
-        raise VocabtrimError(f"{path} holds an ONNX model, which cannot be trimmed yet: give the original weights")
+        raise VocabtrimError(
+            f"{path} holds an ONNX model: as a --drafter it can be trimmed, here the original weights are needed"
+        )
     missing = ".safetensors weights" if (path / "config.json").is_file() else "config.json"
     raise VocabtrimError(f"{path} is not a model directory: it has no {missing}")
 
@@ -152,7 +177,10 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     """A GGUF's weights are dequantised as they load; the model must not call itself quantised any more."""
     if hasattr(model.config, "quantization_config"):
         if getattr(model.config.quantization_config, "quant_method", "gguf") != "gguf":
-            raise VocabtrimError("this checkpoint is quantised: give its unquantised weights or a .gguf file")
+            raise VocabtrimError(
+                "this checkpoint is quantised in a way that is not read (GPTQ, AWQ and compressed-tensors are): give "
+                "its unquantised weights or a .gguf file"
+            )
         del model.config.quantization_config
 
 

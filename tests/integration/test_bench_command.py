@@ -57,6 +57,15 @@ def test_a_single_configuration(bench, pair):
     assert "of the measured bandwidth" in text
 
 
+def test_a_profile_holds_rounds_and_the_operators_of_both_engines(bench, tmp_path):
+    bench("--profile", str(tmp_path / "traces"), "--json")
+    read = {path.name: json.loads(path.read_text()) for path in (tmp_path / "traces").iterdir()}
+    assert set(read) == {"rounds.json", "target.json", "drafter.json"}
+    assert {"draft", "verify"} <= {event["name"] for event in read["rounds.json"]["traceEvents"]}
+    for name in ("target.json", "drafter.json"):
+        assert any("MatMul" in event["args"].get("op_name", "") for event in read[name] if event.get("args"))
+
+
 def test_forced_acceptance_says_so(bench):
     text = bench("--force-accepted", "2", "--draft-length", "3")
     assert "forced: 2 drafted tokens accepted a round" in text
@@ -126,6 +135,9 @@ def test_random_weights(capsys, tmp_path):
         (["--num-prompts", "0"], "--num-prompts is 0: give 1 or more"),
         (["--plan", "--force-accepted", "1"], "--plan takes one --context at most"),
         (["--random-weights", "tiny"], "--random-weights makes its own bundles"),
+        (["--profile", "/nowhere/traces"], "--profile /nowhere/traces: there is no directory /nowhere"),
+        (["--profile", __file__], "that is a file, give a directory"),
+        (["--profile", "traces", "--drafter-device", "cuda"], "--profile is for the CPU"),
         (["--plot", "/nowhere/a.svg"], "--plot /nowhere/a.svg: there is no directory /nowhere"),
     ],
 )
@@ -140,6 +152,8 @@ def test_a_mistake_is_one_line(pair, prompts, capsys, options, message):
     [
         ([], "--target is missing: give the bundles and prompts, or --random-weights NAME"),
         (["--random-weights", "tiny", "--k", "1024"], "--k 1024 is more than the 512 rows that tiny has"),
+        (["--random-weights", "tiny", "--random-drafter", "llama-3.2-1b"], "llama-3.2-1b cannot draft for tiny"),
+        (["--random-weights", "tiny", "--dtype", "bf16"], "ONNX Runtime has no bf16 on the CPU"),
         (["--random-weights", "tiny", "--k", "few"], "argument --k: 'few': give numbers of rows or full"),
         (["--random-weights", "tiny", "--plan"], "random weights have no acceptance to plan with"),
         (["--random-weights", "tiny", "--max-length", "9999"], "--max-length 9999 is not in the 1 to 1024 tokens"),

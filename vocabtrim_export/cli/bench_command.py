@@ -68,6 +68,8 @@ def run(options: argparse.Namespace) -> None:
         }
         prompts = _encode(bundles.target, target, documents) if documents else _random_prompts(options, target)
         report = _measure(options, target, drafters, prompts, lambda done, total: progress("bench", done, total))
+        if options.profile:
+            _profile(options, bundles, target, drafters, prompts[0])
     if isinstance(report, SweepReport) and options.plot:
         _plot(options.plot, report)
     if options.json:
@@ -156,6 +158,22 @@ def _measure(
         force_accepted=settings.force_accepted,
         progress=progress,
     )
+
+
+def _profile(
+    options: argparse.Namespace,
+    bundles: Bundles,
+    target: "Engine",
+    drafters: Mapping[str, "Engine"],
+    prompt: Sequence[int],
+) -> None:
+    from runtime.pair import resolve_draft_length
+    from vocabtrim_export.cli.bench_profile import write_profile
+
+    drafter = [None, *drafters.values()][-1]
+    length = resolve_draft_length(target, drafter, max(options.draft_length, default=None))
+    options.profile.mkdir(exist_ok=True)
+    write_profile(bundles, prompt, length, options.max_new_tokens, options.profile)
 
 
 def _plot(path: Path, report: "SweepReport") -> None:

@@ -81,6 +81,12 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--plan", action="store_true", help="say which drafter and draft length are fastest here, and why not faster"
     )
+    group.add_argument(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="write there what rounds and operators take in one more generation: traces for ui.perfetto.dev (CPU)",
+    )
     group.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the sweep")
 
 
@@ -113,6 +119,8 @@ def check_options(options: argparse.Namespace) -> None:
         _at_least_one("num_prompts", options.num_prompts)
     if options.plot and not options.plot.absolute().parent.is_dir():
         raise VocabtrimError(f"--plot {options.plot}: there is no directory {options.plot.absolute().parent}")
+    if options.profile:
+        _check_profile(options)
     if options.random_weights:
         if options.target or options.drafter or options.baseline_drafter or options.prompts:
             raise VocabtrimError("--random-weights makes its own bundles and prompts: leave out those given")
@@ -127,6 +135,15 @@ def check_options(options: argparse.Namespace) -> None:
         raise VocabtrimError(f"--{missing[0]} is missing: give the bundles and prompts, or --random-weights NAME")
     if options.plan and (options.plot or options.force_accepted is not None or len(options.context) > 1):
         raise VocabtrimError("--plan takes one --context at most, and neither --plot nor --force-accepted")
+
+
+def _check_profile(options: argparse.Namespace) -> None:
+    if options.device != "cpu" or options.drafter_device not in (None, "cpu"):
+        raise VocabtrimError("--profile is for the CPU; for a GPU, docs/profiling.md has the nsys lines")
+    if options.profile.exists() and not options.profile.is_dir():
+        raise VocabtrimError(f"--profile {options.profile}: that is a file, give a directory")
+    if not options.profile.absolute().parent.is_dir():
+        raise VocabtrimError(f"--profile {options.profile}: there is no directory {options.profile.absolute().parent}")
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -18,8 +18,9 @@ from vocabtrim_export.cli.console import progress_reporter
 
 if TYPE_CHECKING:
     from vocabtrim_export.export import ExportResult
+    from vocabtrim_export.select import Selection
 
-_MODEL = "a hub id, a local model directory, or a .gguf file"
+_MODEL = "a hub id, a local model directory, a .gguf file, or a directory with an ONNX decoder"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from vocabtrim_export.cli.arguments import calibration_settings, other_formats, tensorrt_settings
+    from vocabtrim_export.cli.onnx_trim import run_onnx
     from vocabtrim_export.export import ExportSettings, export
+    from vocabtrim_export.onnx_input.trim import holds_onnx
 
+    if holds_onnx(options.drafter):
+        run_onnx(options)
+        return
     settings = ExportSettings(
         k=options.k,
         trt=tensorrt_settings(options),
@@ -71,14 +77,14 @@ def run(options: argparse.Namespace) -> None:
         logging.getLogger("vocabtrim_export.trt").setLevel(logging.DEBUG)
     with progress_reporter({"calibrate": "tokens"}) as progress:
         result = export(options.drafter, options.target, options.output, settings, progress)
-    for note in notes(result, builtin=not options.calibration):
+    for note in notes(result.selection, builtin=not options.calibration):
         print(f"note: {note}", file=sys.stderr)
     print(json.dumps(summary(result), indent=2) if options.json else text(result))
 
 
-def notes(result: "ExportResult", builtin: bool) -> list[str]:
+def notes(selection: "Selection", builtin: bool) -> list[str]:
     """What the user should know about this selection."""
-    selection, found = result.selection, []
+    found = []
     if builtin:
         found.append("no --calibration given: counted on Python's own documentation, which is like no user's prompts")
     if selection.is_noop:
@@ -113,12 +119,18 @@ def summary(result: "ExportResult") -> dict[str, object]:
     }
 
 
+def kept(selection: "Selection") -> str:
+    coverage = "" if selection.coverage is None else f", {selection.coverage:.2%} of held-out tokens"
+    return (
+        f"kept {len(selection.vocab_map)} of {selection.vocab_map.full_vocab} tokens{coverage} "
+        f"({selection.counted} counted, {selection.always_kept} always kept, {selection.filler} filler)"
+    )
+
+
 def text(result: "ExportResult") -> str:
     selection, drafter, target = result.selection, result.drafter_manifest, result.target_manifest
-    coverage = "" if selection.coverage is None else f", {selection.coverage:.2%} of held-out tokens"
     lines = [
-        f"kept {len(selection.vocab_map)} of {selection.vocab_map.full_vocab} tokens{coverage} "
-        f"({selection.counted} counted, {selection.always_kept} always kept, {selection.filler} filler)",
+        kept(selection),
         f"drafter  {result.drafter}: {drafter.weight_bytes_per_step / 1e6:.1f} MB a step, "
         f"head {drafter.head_bytes / 1e6:.1f} MB",
     ]

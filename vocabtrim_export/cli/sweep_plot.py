@@ -33,15 +33,16 @@ def svg(report: "SweepReport") -> str:
         f'<rect class="paper" width="{width}" height="{height}"/>'
     ]
     for index, context in enumerate(contexts):
-        rows = [row for row in drafted if row.context == context]
+        panel = [row for row in drafted if row.context == context]
         title = "prompts as they are" if context is None else f"{context} tokens of context"
         parts.append(f'<g transform="translate({index * _WIDTH} 0)">{_axes(title, lengths, top)}')
-        parts += [_line([row for row in rows if row.drafter == name], i, lengths, top) for i, name in enumerate(names)]
+        parts += [_line([row for row in panel if row.drafter == name], i, lengths, top) for i, name in enumerate(names)]
         parts.append("</g>")
     rows_of = {row.drafter: row.head_rows for row in drafted}
     for i, name in enumerate(names):
         y = _HEIGHT + _LEGEND * (i + 0.5)
-        label = escape(f"{name}, {rows_of[name]} rows")
+        rows = f"{rows_of[name]} rows"
+        label = escape(name if rows in name else f"{name}, {rows}")
         parts.append(f'{_mark(_LEFT + 6, y, i)}<text class="ink" x="{_LEFT + 18}" y="{y + 4}">{label}</text>')
     return "".join([*parts, "</svg>\n"])
 

@@ -1,0 +1,131 @@
+"""Quantised checkpoints are read as the weights that they stand for."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engines.errors import VocabtrimError
+from tests.integration.conftest import random_model
+from vocabtrim_export.models import load_source
+
+__all__ = ["random_model"]
+
+GROUP = 16
+COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
+
+
+def packed(values, axis, order=range(8)):
+    """int [a, b] of 4 bits each → int32, eight along `axis` in one, `order[i]`th in the nibble i."""
+    if axis == 0:
+        return packed(values.T, 1, order).T.contiguous()
+    rows = [
+        [sum(int(row[start + place]) << (4 * i) for i, place in enumerate(order)) for start in range(0, len(row), 8)]
+        for row in values.tolist()
+    ]
+    return torch.tensor(rows, dtype=torch.int64).to(torch.int32)  # wraps round
+
+
+def quantised(weight):
+    """q, zeros: int [out, in], [out, groups]; scales: float16 [out, groups]; and what they stand for."""
+    generator = torch.Generator().manual_seed(weight.numel())
+    out, size = weight.shape
+    q = torch.randint(0, 16, (out, size), generator=generator)
+    zeros = torch.randint(1, 16, (out, size // GROUP), generator=generator)
+    scales = (torch.rand(out, size // GROUP, generator=generator) / 64 + 0.01).half()
+    spread = [x.repeat_interleave(GROUP, 1) for x in (zeros, scales)]
+    return q, zeros, scales, (q - spread[0]) * spread[1].float()
+
+
+def gptq(weight):
+    q, zeros, scales, dense = quantised(weight)
+    shuffled = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(1))  # as by activation order
+    groups = torch.arange(weight.shape[1]) // GROUP
+    parts = {"qweight": packed(q[:, shuffled].T, 0), "qzeros": packed((zeros - 1).T, 1), "scales": scales.T}
+    return parts | {"g_idx": groups[shuffled].int()}, dense[:, shuffled]
+
+
+def awq(weight):
+    q, zeros, scales, dense = quantised(weight)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    return {"qweight": packed(q.T, 1, order), "qzeros": packed(zeros.T, 1, order), "scales": scales.T}, dense
+
+
+def compressed(weight):
+    q, zeros, scales, dense = quantised(weight)
+    parts = {"weight_packed": packed(q, 1), "weight_scale": scales, "weight_zero_point": packed(zeros, 0)}
+    return parts | {"weight_shape": torch.tensor(weight.shape)}, dense
+
+
+def compressed_int8(weight):
+    generator = torch.Generator().manual_seed(weight.numel())
+    q = torch.randint(-128, 128, weight.shape, generator=generator).to(torch.int8)
+    scales = torch.rand(len(q), 1, generator=generator) / 64 + 0.01
+    return {"weight": q, "weight_scale": scales}, q.float() * scales
+
+
+FORMS = {
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}),
+    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}),
+    "compressed-tensors": (compressed, COMPRESSED),
+    "compressed-tensors, int8": (compressed_int8, COMPRESSED),
+}
+
+
+@pytest.fixture
+def checkpoint(random_model, tmp_path):
+    """checkpoint(form) → a directory whose layers are quantised so, and the weights that it stands for."""
+
+    def make(form, **changes):
+        quantise, config = FORMS[form]
+        source, place = random_model("qwen2"), tmp_path / "quantised"
+        shutil.copytree(source, place)
+        stored, dense = {}, load_file(source / "model.safetensors")
+        for name, tensor in dense.items():
+            if tensor.ndim == 2 and ".layers." in name:
+                parts, dense[name] = quantise(tensor)
+                stored |= {name.removesuffix("weight") + key: part.contiguous() for key, part in parts.items()}
+            else:
+                stored[name] = tensor
+        save_file(stored, place / "model.safetensors", {"format": "pt"})
+        described = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps(described | {"quantization_config": config | changes}))
+        return place, dense
+
+    return make
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_quantised_checkpoint_is_the_weights_it_stands_for(form, checkpoint):
+    place, dense = checkpoint(form)
+    (place / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    source = load_source(str(place), torch.float32)
+    assert source.eos_token_ids == (1, 7)
+    found = source.model.state_dict()
+    assert dense.keys() == found.keys()
+    for name, wanted in dense.items():
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "message"),
+    [
+        ("gptq", {"bits": 3}, "weights of 3 bits are not read"),
+        ("awq", {"version": "gemv"}, "only the 4-bit GEMM layout is read"),
+        ("compressed-tensors", {"config_groups": {}}, r"weights of \[\] bits are not read"),
+    ],
+)
+def test_forms_that_are_not_read_are_refused(form, changes, message, checkpoint):
+    with pytest.raises(VocabtrimError, match=message):
+        load_source(str(checkpoint(form, **changes)[0]), torch.float32)
+
+
+def test_parts_that_do_not_fit_are_named(checkpoint):
+    place, _ = checkpoint("awq")
+    stored = load_file(place / "model.safetensors")
+    del stored["model.layers.1.mlp.up_proj.qzeros"]
+    save_file(stored, place / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VocabtrimError, match=r"model\.layers\.1\.mlp\.up_proj are not understood: 'qzeros'"):
+        load_source(str(place), torch.float32)

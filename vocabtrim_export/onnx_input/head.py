@@ -1,0 +1,105 @@
+"""Find the LM head of a decoder that someone else exported."""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from engines.errors import VocabtrimError
+
+# What may stand between the head's product and the logits; all of it works column by column.
+ELEMENTWISE = frozenset({"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh"})
+PRODUCTS = frozenset({"Gemm", "MatMul", "MatMulInteger", "MatMulNBits"})
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxHead:
+    """logits: the graph's output, [batch, sequence, vocab]. product: the node that makes its columns, vocab of them."""
+
+    logits: ir.Value
+    product: ir.Node
+    vocab: int
+
+
+def find_head(model: ir.Model) -> OnnxHead:
+    """The head of a decoder. Raises `VocabtrimError` with what was looked for and what was found instead."""
+    logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
+    if logits is None:
+        names = ", ".join(str(value.name) for value in model.graph.outputs[:4])
+        raise VocabtrimError(f"no LM head: looked for an output named logits, found {names}")
+    product = _product(logits)
+    vocab = _columns(product)
+    stated = logits.shape[-1] if logits.shape is not None and len(logits.shape) else None
+    if isinstance(stated, int) and stated != vocab:
+        raise VocabtrimError(f"no LM head: the last product before logits has {vocab} columns, logits have {stated}")
+    return OnnxHead(logits, product, vocab)
+
+
+def _product(logits: ir.Value) -> ir.Node:
+    """Back from the logits, through what works column by column, to the one product of a constant."""
+    found: list[ir.Node] = []
+    met: list[str] = []
+    pending, seen = [logits], set[ir.Node]()
+    while pending:
+        node = pending.pop().producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.op_type in PRODUCTS:
+            found.append(node)
+        elif node.op_type in ELEMENTWISE:
+            pending += [value for value in node.inputs if value is not None]
+        else:
+            met.append(node.op_type)
+    if len(found) != 1:
+        what = ", ".join(sorted({node.op_type for node in found} or set(met))) or "an input of the graph"
+        raise VocabtrimError(
+            f"no LM head: looked for one {', '.join(sorted(PRODUCTS))} before logits, found {len(found)} ({what})"
+        )
+    return found[0]
+
+
+def _columns(product: ir.Node) -> int:
+    """Columns of what a product gives."""
+    if product.op_type == "MatMulNBits":
+        return int(product.attributes["N"].as_int())
+    size = _size(product.inputs[1], matrix_axis(product))
+    if size is None:
+        raise VocabtrimError(f"no LM head: the {product.op_type} before logits multiplies with no constant matrix")
+    return size
+
+
+def matrix_axis(product: ir.Node) -> int:
+    """The axis of its second input, a matrix, that becomes the product's columns."""
+    return 0 if product.op_type == "Gemm" and _int(product, "transB") else 1
+
+
+def _size(value: ir.Value | None, axis: int) -> int | None:
+    """Of an axis of a matrix that is constant, or a constant unpacked; None for any other."""
+    if value is None:
+        return None
+    stored, node = constant(value), value.producer()
+    if stored is not None:
+        return int(stored.shape[axis]) if len(stored.shape) == 2 else None  # type: ignore[arg-type]
+    if node is not None and node.op_type == "Transpose":
+        return _size(node.inputs[0], transposed(node, axis))
+    if node is not None and node.op_type in ("Cast", "DequantizeLinear", "Identity"):
+        return _size(node.inputs[0], axis)
+    return None
+
+
+def transposed(node: ir.Node, axis: int) -> int:
+    """The axis of a Transpose's input that becomes `axis` of its output, of a matrix."""
+    order = node.attributes["perm"].as_ints() if "perm" in node.attributes else (1, 0)
+    return int(order[axis])
+
+
+def constant(value: ir.Value) -> ir.TensorProtocol | None:
+    """What an initializer or a Constant node holds."""
+    node = value.producer()
+    if node is None:
+        return value.const_value
+    return node.attributes["value"].as_tensor() if node.op_type == "Constant" and "value" in node.attributes else None
+
+
+def _int(node: ir.Node, name: str) -> int:
+    return int(node.attributes[name].as_int()) if name in node.attributes else 0

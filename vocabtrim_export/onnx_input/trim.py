@@ -1,0 +1,160 @@
+"""A drafter that is an ONNX model in, the same with a trimmed head out."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from engines.bundle import MODEL_NAME, VOCAB_MAP_NAME, file_digest
+from engines.errors import VocabtrimError
+from engines.graph_file import GraphFile
+from engines.tokenizer import tokenizer_digest
+from vocabtrim_export.calibration import TokenCounts, calibrate
+from vocabtrim_export.counting import CalibrationInput, CalibrationSettings, read_calibration
+from vocabtrim_export.graph.files import Progress, save_graph
+from vocabtrim_export.onnx_input.cut import cut_head
+from vocabtrim_export.onnx_input.head import find_head
+from vocabtrim_export.output import COUNTS_NAME, check_output, placing, reserved
+from vocabtrim_export.select import Selection, check_k, select_vocab, structural_token_ids
+
+_COPIED = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("config.json", "generation_config.json"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxTrim:
+    """What was written. product: the operator that was cut. head_bytes: of its constants, before and after."""
+
+    drafter: Path
+    product: str
+    head_bytes: tuple[int, int]
+    selection: Selection
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxSource:
+    """A directory with a decoder in ONNX and its tokenizer."""
+
+    graph: Path
+    tokenizer: PreTrainedTokenizerFast
+    generation_config: GenerationConfig
+
+
+def holds_onnx(spec: str) -> bool:
+    """Whether MODEL is a local directory with an ONNX model and no weights to trim instead."""
+    path = Path(spec).expanduser()
+    return path.is_dir() and any(path.glob("*.onnx")) and not any(path.glob("*.safetensors"))
+
+
+def trim_onnx(
+    drafter: str,
+    output: Path,
+    k: str,
+    calibration: CalibrationSettings,
+    force: bool = False,
+    progress: Progress = lambda _task, _done, _total: None,
+) -> OnnxTrim:
+    """Cut the head of the ONNX model in the directory `drafter` and write it, with its VocabMap, to `output/drafter`.
+
+    Its inputs and outputs stay what they are; logits have K columns, and token_ids: int64[batch, sequence] is added,
+    the likeliest tokens as ids of the full vocabulary. Counts are given, or the text is counted: nothing is generated.
+    Raises `VocabtrimError`.
+    """
+    check_output(output, ["drafter"], force)
+    check_k(k)
+    given = read_calibration(calibration.calibration)
+    source = _open(Path(drafter).expanduser())
+    model = ir.load(source.graph)
+    head = find_head(model)
+    highest = max(source.tokenizer.get_vocab().values())
+    if highest >= head.vocab:
+        raise VocabtrimError(f"the tokenizer of {drafter} has ids up to {highest}, its head {head.vocab} columns")
+    with reserved(output):
+        counts = _count(source, given, calibration, output / COUNTS_NAME, progress)
+        always = structural_token_ids(source.tokenizer, source.generation_config, source.tokenizer.chat_template)
+        selection = select_vocab(counts.resized(head.vocab), k, always_keep=always)
+        before = _bytes(head.product)
+        cut_head(model, head, selection.vocab_map)
+        after = _bytes(head.product)
+        RemoveUnusedNodesPass()(model)
+        with placing([output / "drafter"]) as (fresh,):
+            save_graph(model, fresh, "write drafter", progress)
+            (fresh / VOCAB_MAP_NAME).write_bytes(selection.vocab_map.to_bytes())
+            for name in _COPIED:
+                if (source.graph.parent / name).is_file():
+                    shutil.copyfile(source.graph.parent / name, fresh / name)
+    return OnnxTrim(output / "drafter", head.product.op_type, (before, after), selection)
+
+
+def _open(directory: Path) -> OnnxSource:
+    graphs = sorted(directory.glob("*.onnx"))
+    graph = directory / MODEL_NAME if directory / MODEL_NAME in graphs else graphs[0]
+    if len(graphs) > 1 and graph.name != MODEL_NAME:
+        names = ", ".join(path.name for path in graphs)
+        raise VocabtrimError(f"{directory} holds several ONNX models ({names}): leave the decoder alone in a directory")
+    GraphFile.read(graph)  # refuses what points outside the directory, before anything of it is opened
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds
+        raise VocabtrimError(f"{directory} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise VocabtrimError(f"{directory} has no tokenizer.json: a fast tokenizer is needed")
+    return OnnxSource(graph, tokenizer, _generation_config(directory))
+
+
+def _generation_config(directory: Path) -> GenerationConfig:
+    """For the tokens that end a text: transformers' file, or ONNX Runtime GenAI's."""
+    if (directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(directory)
+    path = directory / "genai_config.json"
+    ends = json.loads(path.read_text("utf-8")).get("model", {}).get("eos_token_id") if path.is_file() else None
+    return GenerationConfig(eos_token_id=ends)
+
+
+def _count(
+    source: OnnxSource, given: CalibrationInput, settings: CalibrationSettings, checkpoint: Path, progress: Progress
+) -> TokenCounts:
+    if given.corpus is None:
+        counts = reduce(add, given.counts)
+        if counts.tokenizer_digest != tokenizer_digest(source.tokenizer.backend_tokenizer):
+            raise VocabtrimError("the token counts were made with another tokenizer than the model's: calibrate again")
+        return counts
+    if settings.calibration_source not in (None, "text"):
+        raise VocabtrimError(
+            f"--calibration-source {settings.calibration_source}: an ONNX model is not run to calibrate; "
+            "give the counts of vocabtrim calibrate, or count the text itself"
+        )
+    return calibrate(
+        None,
+        tokenizer=source.tokenizer,
+        corpus=given.corpus,
+        source="text",
+        max_tokens=settings.calibration_tokens,
+        seed=settings.seed,
+        temperature=settings.temperature,
+        checkpoint=checkpoint,
+        progress=lambda done, total: progress("calibrate", done, total),
+        model_digest=file_digest(source.graph),
+    )
+
+
+def _bytes(product: ir.Node) -> int:
+    """Of the constants that a product reads, through what unpacks them."""
+    values, total = [value for value in product.inputs[1:] if value is not None], 0
+    while values:
+        value = values.pop()
+        producer = value.producer()
+        if producer is not None:
+            values += [each for each in producer.inputs if each is not None]
+        elif value.const_value is not None:
+            total += value.const_value.nbytes
+    return total

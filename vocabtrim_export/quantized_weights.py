@@ -1,0 +1,133 @@
+"""Checkpoints of weight-only quantised models as dense weights: what they stand for, to the last bit of their scales.
+
+Three forms are read from safetensors: GPTQ, AWQ (its GEMM layout) and compressed-tensors. Every row of a matrix is then
+what the quantised model multiplies with, and can be cut from it exactly.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from engines.errors import VocabtrimError
+
+Parts: TypeAlias = Mapping[str, Tensor]  # of one matrix, by the last part of their names
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the columns that the nibbles of a number hold, from the lowest on
+
+
+def is_readable(quantization: Mapping[str, Any]) -> bool:
+    """Whether this reads a checkpoint with such a `quantization_config`."""
+    return quantization.get("quant_method") in _READERS
+
+
+def dense_weights(files: list[Path], quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by name, those that are quantised as `weight`: [out, in] in `dtype`.
+
+    quantization: of its config.json. Raises `VocabtrimError` for a form that is not read.
+    """
+    read = _READERS[str(quantization["quant_method"])]
+    dense: dict[str, Tensor] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (no dictionary)
+                module, _, part = name.rpartition(".")
+                modules.setdefault(module, {})[part] = opened.get_tensor(name)
+    for module, parts in modules.items():
+        quantised = bool(_QUANTISED & parts.keys())
+        if quantised:
+            try:
+                weight = read(parts, quantization)
+            except (KeyError, RuntimeError, IndexError) as error:
+                raise VocabtrimError(f"the quantised weights of {module} are not understood: {error}") from error
+            dense[f"{module}.weight"] = weight.to(dtype)
+        rest = parts.keys() - (_PARTS if quantised else frozenset())
+        dense |= {f"{module}.{part}": parts[part] for part in rest}
+    return dense
+
+
+def unpack(packed: Tensor, bits: int, axis: int) -> Tensor:
+    """int32 → int32 with 32 / bits numbers for each along `axis`, from the lowest bits on."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    parts = (packed.unsqueeze(axis + 1) >> shifts.view(-1, *[1] * (packed.ndim - axis - 1))) & ((1 << bits) - 1)
+    return parts.flatten(axis, axis + 1)
+
+
+def _gptq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
+    """qweight: [in / n, out], zero points and scales for each group of inputs; the zero points are stored less one."""
+    bits = _bits(quantization.get("bits"))
+    values, scales = unpack(parts["qweight"], bits, 0), parts["scales"].float()
+    zeros = unpack(parts["qzeros"], bits, 1)[:, : scales.shape[1]]
+    if quantization.get("checkpoint_format", "gptq") == "gptq":
+        zeros = (zeros + 1) & ((1 << bits) - 1)
+    groups = parts["g_idx"].long() if "g_idx" in parts else _groups(len(values), len(scales))
+    weight: Tensor = ((values - zeros[groups]).float() * scales[groups]).T
+    return weight.contiguous()
+
+
+def _awq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
+    """qweight: [in, out / 8], its columns shuffled within each 8."""
+    if quantization.get("bits", quantization.get("w_bit")) != 4 or quantization.get("version", "gemm") != "gemm":
+        raise VocabtrimError("of AWQ checkpoints only the 4-bit GEMM layout is read: give the unquantised weights")
+    place = torch.tensor(_AWQ_ORDER).argsort()
+    scales = parts["scales"].float()
+    values, zeros = (
+        unpack(parts[name], 4, 1).unflatten(1, (-1, 8))[..., place].flatten(1) for name in ("qweight", "qzeros")
+    )
+    groups = _groups(len(values), len(scales))
+    weight: Tensor = ((values - zeros[groups]).float() * scales[groups]).T
+    return weight.contiguous()
+
+
+def _compressed(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
+    """weight_packed: [out, in / n], unsigned, or weight: int8 or float8 [out, in]; scales: [out, groups]."""
+    scales = parts["weight_scale"].float()
+    if "weight_packed" in parts:
+        bits = _bits(_weight_bits(quantization))
+        offset, columns = 1 << (bits - 1), int(parts["weight_shape"][1])
+        values = (unpack(parts["weight_packed"], bits, 1)[:, :columns] - offset).float()
+        zeros = parts.get("weight_zero_point")
+        if zeros is not None and zeros.dtype == torch.int32:
+            zeros = unpack(zeros, bits, 0)[: len(values)] - offset
+    else:
+        values, zeros = parts["weight"].float(), parts.get("weight_zero_point")
+    if scales.ndim < 2:
+        scales = scales.reshape(-1, 1)
+    groups = _groups(values.shape[1], scales.shape[1])
+    if "weight_g_idx" in parts and int(parts["weight_g_idx"].min()) >= 0:
+        groups = parts["weight_g_idx"].long()
+    shift = 0.0 if zeros is None else zeros.float().reshape(len(zeros), -1).expand_as(scales)[:, groups]
+    weight: Tensor = (values - shift) * scales[:, groups]
+    return weight
+
+
+_READERS: dict[str, Callable[[Parts, Mapping[str, Any]], Tensor]] = {
+    "awq": _awq,
+    "compressed-tensors": _compressed,
+    "gptq": _gptq,
+}
+_QUANTISED = frozenset({"qweight", "weight_packed", "weight_scale"})
+_PARTS = frozenset(
+    {"qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed", "weight_shape", "weight_scale"}
+    | {"weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point"}
+)
+
+
+def _bits(bits: Any) -> int:
+    if bits not in (4, 8):
+        raise VocabtrimError(f"weights of {bits} bits are not read, only those of 4 and 8: give the unquantised ones")
+    return int(bits)
+
+
+def _weight_bits(quantization: Mapping[str, Any]) -> Any:
+    """Of compressed-tensors' one group of layers."""
+    found = {group["weights"]["num_bits"] for group in quantization.get("config_groups", {}).values()}
+    return found.pop() if len(found) == 1 else sorted(found)
+
+
+def _groups(columns: int, count: int) -> Tensor:
+    """int64[columns]: the group of each input, `count` groups of one size."""
+    return torch.arange(columns) // -(-columns // count)
