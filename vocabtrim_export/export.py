@@ -11,6 +11,8 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.bundle_writer import BundlePlan, write_bundle
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.counting import CalibrationSettings, count_tokens, read_calibration
+from vocabtrim_export.formats import check_formats, write_formats
+from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.graph.files import Progress
 from vocabtrim_export.graph.quantize import Quantization
 from vocabtrim_export.lowering.trace import Traced, trace
@@ -33,6 +35,7 @@ class ExportSettings:
     dtype: "fp32", "fp16" or "bf16", of both bundles; None: fp16 for TensorRT, fp32 for ONNX Runtime.
     quantize_drafter: None does as `quantize` says.
     max_length: tokens that the KV caches hold; None: what the models were made for, at most 4,096.
+    formats: of `vocabtrim_export.formats`, written beside the bundles.
     """
 
     k: str
@@ -41,6 +44,7 @@ class ExportSettings:
     quantize: Quantization = "none"
     quantize_drafter: Quantization | None = None
     max_length: int | None = None
+    formats: tuple[str, ...] = ()
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     force: bool = False
 
@@ -51,13 +55,15 @@ class ExportSettings:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """The bundles that were written (no target where none was asked for), and the selection behind them."""
+    """The bundles that were written (no target where none was asked for), the selection behind them, and the other
+    formats' directories."""
 
     drafter: Path
     target: Path | None
     drafter_manifest: Manifest
     target_manifest: Manifest | None
     selection: Selection
+    formats: tuple[Path, ...] = ()
 
 
 def export(
@@ -67,22 +73,24 @@ def export(
     settings: ExportSettings,
     progress: Progress = lambda _task, _done, _total: None,
 ) -> ExportResult:
-    """Calibrate, trim and export MODELs into `output/drafter` and, with a target, `output/target`.
+    """Calibrate, trim and export MODELs into `output/drafter` and, with a target, `output/target`; each of
+    `settings.formats` into `output/FORMAT`.
 
     The token counts stay in `output/token_counts.safetensors`: an interrupted calibration goes on from there, and
     given as the calibration of another export they serve another K. progress: called with (task, done, total).
     Raises `VocabtrimError` for everything that the user can mend; `output` is then as it was, but for the counts.
     """
     roles: list[Role] = ["drafter", "target"] if target else ["drafter"]
-    check_output(output, list(roles), settings.force)
+    names = [*roles, *settings.formats]
+    check_output(output, names, settings.force)
     check_k(settings.k)
-    _check_format(settings)
+    _check_format(settings, target is not None)
     given = read_calibration(settings.calibration.calibration)
     sources = _load(drafter, target, settings.weights_dtype, progress)
     for source in sources.values():
         context_length(source, settings.max_length)  # refuses before the long work
     with reserved(output):
-        check_output(output, list(roles), settings.force)  # again: a killed run's bundles may be whole by now
+        check_output(output, names, settings.force)  # again: a killed run's bundles may be whole by now
         counts = count_tokens(
             sources,
             given,
@@ -91,15 +99,20 @@ def export(
             lambda done, total: progress("calibrate", done, total),
         )
         selection = _select(counts, sources, settings.k)
-        with placing([output / role for role in roles]) as directories:
-            places = dict(zip(roles, directories, strict=True))
+        with placing([output / name for name in names]) as directories:
+            places = dict(zip(roles, directories, strict=False))
             manifests = _write_bundles(places, sources, selection, counts, settings, progress)
+            vocab_map = None if selection.is_noop else selection.vocab_map
+            others = dict(zip(settings.formats, directories[len(roles) :], strict=True))
+            write_formats(others, Exported(places, manifests, sources, vocab_map), progress)
     where = output / "target" if target else None
-    return ExportResult(output / "drafter", where, manifests["drafter"], manifests.get("target"), selection)
+    written = tuple(output / name for name in settings.formats)
+    return ExportResult(output / "drafter", where, manifests["drafter"], manifests.get("target"), selection, written)
 
 
-def _check_format(settings: ExportSettings) -> None:
-    """Refuse before the long work what the format cannot hold."""
+def _check_format(settings: ExportSettings, has_target: bool) -> None:
+    """Refuse before the long work what a format cannot hold."""
+    check_formats(settings.formats, has_target, settings.trt is not None)
     if settings.trt is not None:
         drafters = settings.quantize_drafter or settings.quantize
         check_buildable(settings.trt, {settings.weights_dtype, settings.quantize, drafters})

@@ -13,6 +13,8 @@ from engines.commit import ASIDE, LOCK_NAME, commit, finish, try_lock
 from engines.errors import VocabtrimError
 
 COUNTS_NAME = "token_counts.safetensors"
+FORMAT_MARK = "vocabtrim_format.json"
+_OURS = (MANIFEST_NAME, FORMAT_MARK)
 
 
 def check_output(output: Path, names: list[str], force: bool) -> None:
@@ -27,7 +29,8 @@ def check_output(output: Path, names: list[str], force: bool) -> None:
         raise VocabtrimError(f"{output} is not empty: choose another --output, or --force to replace its bundles")
     for name in names:
         place = output / name
-        if place.exists() and not (place / MANIFEST_NAME).is_file() and (not place.is_dir() or any(place.iterdir())):
+        is_ours = any((place / mark).is_file() for mark in _OURS)
+        if place.exists() and not is_ours and (not place.is_dir() or any(place.iterdir())):
             raise VocabtrimError(f"{place} is not a bundle, so it is not replaced: move it away first")
 
 

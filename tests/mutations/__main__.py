@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.mutations.decoding import DECODING
 from tests.mutations.files import FILES
+from tests.mutations.formats import FORMATS
 from tests.mutations.load import LOAD
 from tests.mutations.mutation import Mutation
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "trust.md"
 MARK = "<!-- written by `make mutations` -->\n"
 NOT_NOTICED = "NOT NOTICED"
-_LEFT_OUT = (".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "demo", "shared")
+_LEFT_OUT = (".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "demo", "interop", "shared")
 _MOST_SECONDS = 900  # a hang is a failure too, but none that names a test
 
 
@@ -56,7 +57,7 @@ def run(mutation: Mutation) -> str:
 
 def main() -> int:
     wanted = set(sys.argv[1:])
-    chosen = [each for each in (*FILES, *DECODING, *LOAD) if not wanted or each.name in wanted]
+    chosen = [each for each in (*FILES, *DECODING, *LOAD, *FORMATS) if not wanted or each.name in wanted]
     if unknown := wanted - {each.name for each in chosen}:
         print(f"no such mutation: {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2

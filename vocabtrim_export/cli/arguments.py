@@ -45,6 +45,25 @@ def calibration_settings(options: argparse.Namespace) -> "CalibrationSettings":
     )
 
 
+def add_format_argument(parser: argparse.ArgumentParser) -> None:
+    from vocabtrim_export.formats import FORMATS
+
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        choices=["onnx", "trt", *FORMATS, "eagle3"],
+        default=["onnx"],
+        metavar="FORMAT",
+        help="onnx (the default): bundles for ONNX Runtime; trt: bundles with TensorRT engines; beside them, each in "
+        f"DIR/FORMAT: {', '.join(FORMATS)} (docs/formats.md)",
+    )
+
+
+def other_formats(options: argparse.Namespace) -> tuple[str, ...]:
+    """What `--format` names beyond the bundles, each once."""
+    return tuple(name for name in dict.fromkeys(options.format) if name not in ("onnx", "trt"))
+
+
 def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --format trt")
     group.add_argument(
@@ -85,7 +104,11 @@ def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
 
 def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":
     """What `add_tensorrt_arguments` parsed; None for another format."""
-    if options.format != "trt":
+    if {"onnx", "trt"} <= set(options.format):
+        raise VocabtrimError(
+            "--format onnx and --format trt make the same bundles: give one here, the other its own --output"
+        )
+    if "trt" not in options.format:
         for name in ("compute_capability", "unroll_draft", "span", "strip_weights", "timing_cache"):
             if getattr(options, name):
                 raise VocabtrimError(f"--{name.replace('_', '-')} is for TensorRT: give --format trt as well")

@@ -8,7 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vocabtrim_export.cli.arguments import add_calibration_arguments, add_json_argument, add_tensorrt_arguments
+from vocabtrim_export.cli.arguments import (
+    add_calibration_arguments,
+    add_format_argument,
+    add_json_argument,
+    add_tensorrt_arguments,
+)
 from vocabtrim_export.cli.console import progress_reporter
 
 if TYPE_CHECKING:
@@ -28,13 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows the drafter's head keeps (rounded up to a multiple of 64), or coverage:0.95: as few as keep that "
         "share of held-out tokens",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets DIR/drafter and DIR/target")
     parser.add_argument(
-        "--format",
-        choices=["onnx", "trt"],
-        default="onnx",
-        help="onnx: for ONNX Runtime; trt: TensorRT engines as well",
+        "--output", type=Path, required=True, metavar="DIR", help="gets DIR/drafter, DIR/target and DIR/FORMAT"
     )
+    add_format_argument(parser)
     parser.add_argument(
         "--dtype", choices=["fp32", "fp16", "bf16"], help="of weights and KV cache (default: fp32, fp16 for trt)"
     )
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from vocabtrim_export.cli.arguments import calibration_settings, tensorrt_settings
+    from vocabtrim_export.cli.arguments import calibration_settings, other_formats, tensorrt_settings
     from vocabtrim_export.cli.onnx_trim import run_onnx
     from vocabtrim_export.export import ExportSettings, export
     from vocabtrim_export.onnx_input.trim import holds_onnx
@@ -66,6 +68,7 @@ def run(options: argparse.Namespace) -> None:
         quantize=options.quantize,
         quantize_drafter=options.quantize_drafter,
         max_length=options.max_length,
+        formats=other_formats(options),
         calibration=calibration_settings(options),
         force=options.force,
     )
@@ -102,6 +105,7 @@ def summary(result: "ExportResult") -> dict[str, object]:
     return {
         "drafter": str(result.drafter),
         "target": str(result.target) if result.target else None,
+        "formats": {path.name: str(path) for path in result.formats},
         "k": len(selection.vocab_map),
         "full_vocab": selection.vocab_map.full_vocab,
         "coverage": selection.coverage,
@@ -130,6 +134,7 @@ def text(result: "ExportResult") -> str:
         f"drafter  {result.drafter}: {drafter.weight_bytes_per_step / 1e6:.1f} MB a step, "
         f"head {drafter.head_bytes / 1e6:.1f} MB",
     ]
+    lines += [f"{path.name:8} {path}" for path in result.formats]
     if result.target and target:
         lines.append(f"target   {result.target}: {target.weight_bytes_per_step / 1e6:.1f} MB a step")
         device = "--device cuda " if target.tensorrt and target.tensorrt.flavor != "none" else ""

@@ -17,7 +17,7 @@ def run_onnx(options: argparse.Namespace) -> None:
     from vocabtrim_export.onnx_input.trim import trim_onnx
 
     given = [name for name in _NOT_FOR_ONNX if getattr(options, name)]
-    given += ["format"] if options.format != "onnx" else []
+    given += ["format"] if options.format != ["onnx"] else []
     given += ["quantize"] if options.quantize != "none" else []
     if given:
         raise VocabtrimError(

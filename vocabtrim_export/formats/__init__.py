@@ -1,0 +1,68 @@
+"""Ways out: what an export writes beside its bundles, in the forms of programs that read no bundle.
+
+A format is a module here with `write(exported, directory)`, which fills an empty directory, and a line in `FORMATS`.
+This module stays light: the command line reads its names to answer `--help`.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines.errors import VocabtrimError
+
+if TYPE_CHECKING:
+    from vocabtrim_export.formats.exported import Exported
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """Where a format is written, and what must be there. needs_target: both models. needs_graph: the graphs of
+    `--format onnx`."""
+
+    module: str
+    needs_target: bool = False
+    needs_graph: bool = False
+
+
+FORMATS: Mapping[str, Format] = {
+    "genai": Format("genai", needs_target=True, needs_graph=True),
+    "hf": Format("hf"),
+    "sglang-token-map": Format("sglang"),
+    "triton": Format("triton", needs_graph=True),
+}
+
+
+def check_formats(names: Sequence[str], has_target: bool, is_tensorrt: bool) -> None:
+    """Raise `VocabtrimError` for what cannot be written, before the long work."""
+    for name in names:
+        if name == "eagle3":
+            raise VocabtrimError(
+                "--format eagle3 is the form of EAGLE-3 heads, and a language model is none: take hf, or see "
+                "docs/formats.md for a head's directory"
+            )
+        if name not in FORMATS:
+            raise VocabtrimError(f"--format {name} is unknown: choose from onnx, trt, {', '.join(FORMATS)}")
+        needs = FORMATS[name]
+        if needs.needs_target and not has_target:
+            raise VocabtrimError(f"--format {name} holds drafter and target: give --target as well")
+        if needs.needs_graph and is_tensorrt:
+            raise VocabtrimError(f"--format {name} is made of the graphs of --format onnx: export it without trt")
+
+
+def write_formats(
+    directories: Mapping[str, Path], exported: "Exported", progress: Callable[[str, int, int], None]
+) -> None:
+    """Fill the empty `directories`, by the formats' names. progress: called with (task, done, total).
+
+    Raises `VocabtrimError` for what a format cannot hold.
+    """
+    from vocabtrim_export.formats.exported import write_mark
+
+    for name, directory in directories.items():
+        module = importlib.import_module(f"{__name__}.{FORMATS[name].module}")
+        progress(f"write {name}", 0, 1)
+        module.write(exported, directory)
+        write_mark(exported, directory, name)
+        progress(f"write {name}", 1, 1)

@@ -1,0 +1,128 @@
+"""An EAGLE-3 head with fewer rows: its checkpoint in, a checkpoint out that the same runtimes load.
+
+`d2t` holds offsets: row i of the head is token i + d2t[i] of the target. `t2d` marks the tokens that have a row.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engines.errors import VocabtrimError
+from engines.typed_json import read
+from engines.vocab_map import VocabMap
+from vocabtrim_export.formats.eagle3_layout import check_layout
+from vocabtrim_export.output import replacing
+
+_HEAD, _D2T, _T2D = "lm_head.weight", "d2t", "t2d"
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3Head:
+    """A checkpoint as it was read: its configuration and its tensors by name."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the target."""
+        return int(self.config["vocab_size"])
+
+
+def read_head(path: Path) -> Eagle3Head:
+    """Read a directory with config.json and .safetensors. Raises `VocabtrimError` for what is no EAGLE-3 head."""
+    files = sorted(path.glob("*.safetensors"))
+    if not (path / "config.json").is_file() or not files:
+        raise VocabtrimError(f"{path} is no EAGLE-3 head: it needs config.json and .safetensors weights")
+    config = read(path / "config.json")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                tensors |= {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise VocabtrimError(f"cannot read {file}: {error}; fetch it again") from error
+    if not isinstance(config, dict) or type(config.get("vocab_size")) is not int or "fc.weight" not in tensors:
+        raise VocabtrimError(f"{path} is no EAGLE-3 head: it has no fc.weight, or its config.json no vocab_size")
+    return Eagle3Head(path, config, tensors)
+
+
+def write_eagle3(head: Path, vocab_map: VocabMap, directory: Path, target_head: Tensor | None = None) -> VocabMap:
+    """Write the EAGLE-3 checkpoint `head` with only the head rows of `vocab_map` to `directory`, whole or not at all.
+
+    Where the head has a `d2t` already, what is kept is what both keep. target_head: [vocab, hidden], the target's LM
+    head, for a checkpoint without `lm_head.weight`, whose head is the target's. Returns the map that was written.
+    Raises `VocabtrimError` for a map of another vocabulary, a `d2t` that cannot be, and a layout that the runtimes
+    would not load.
+    """
+    source = read_head(head)
+    if vocab_map.full_vocab != source.vocab_size:
+        raise VocabtrimError(
+            f"the map is of a {vocab_map.full_vocab}-token vocabulary, the target of {head} has {source.vocab_size}"
+        )
+    rows = _rows(source, target_head)
+    token_ids = row_token_ids(source, len(rows))
+    kept, order = _common(token_ids, vocab_map, head)
+    tensors = {name: tensor.contiguous() for name, tensor in source.tensors.items()}
+    tensors[_HEAD] = rows[order].contiguous()
+    tensors[_D2T] = torch.from_numpy(kept.kept_token_ids.copy()) - torch.arange(len(kept))
+    tensors[_T2D] = torch.from_numpy(kept.inverse >= 0)
+    config = dict(source.config) | {"draft_vocab_size": len(kept), "tie_word_embeddings": False}
+    check_layout(config, tensors, str(head))
+    with replacing([directory]) as (fresh,):
+        save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
+        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    return kept
+
+
+def row_token_ids(head: Eagle3Head, rows: int) -> Tensor:
+    """int64[rows]: the token of each row of the head; rows may be in any order, offsets negative.
+
+    Raises `VocabtrimError` for a `d2t` of another length, with repetitions or ids outside the vocabulary, and for a
+    narrow head without one: to take its rows for the first tokens would propose nonsense.
+    """
+    if _D2T not in head.tensors:
+        if rows != head.vocab_size:
+            raise VocabtrimError(f"{head.path} has {rows} of {head.vocab_size} head rows but no d2t that says which")
+        return torch.arange(rows)
+    offsets = head.tensors[_D2T].long()
+    if offsets.shape != (rows,):
+        raise VocabtrimError(f"{head.path} has {rows} head rows and a d2t of shape {list(offsets.shape)}")
+    token_ids = torch.arange(rows) + offsets
+    if rows and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < head.vocab_size:
+        raise VocabtrimError(f"the d2t of {head.path} names tokens outside the {head.vocab_size} of its target")
+    if len(token_ids.unique()) != rows:
+        raise VocabtrimError(f"the d2t of {head.path} gives two rows to one token")
+    return token_ids
+
+
+def _rows(head: Eagle3Head, target_head: Tensor | None) -> Tensor:
+    """The head's own rows, or the target's where it has none."""
+    if _HEAD in head.tensors:
+        return head.tensors[_HEAD]
+    if target_head is None:
+        raise VocabtrimError(f"{head.path} has no lm_head.weight: its head is the target's, so give the target too")
+    width = head.tensors["fc.weight"].shape[0]
+    if target_head.shape != (head.vocab_size, width):
+        raise VocabtrimError(
+            f"{head.path} needs a target's head of {head.vocab_size} × {width}, not {list(target_head.shape)}"
+        )
+    return target_head.detach().to(head.tensors["fc.weight"].dtype)
+
+
+def _common(token_ids: Tensor, vocab_map: VocabMap, head: Path) -> tuple[VocabMap, Tensor]:
+    """The tokens that both keep, ascending, and the rows of the old head that they had."""
+    wanted = torch.from_numpy(vocab_map.inverse.copy())[token_ids] >= 0
+    rows = torch.nonzero(wanted).flatten()
+    if not len(rows):
+        raise VocabtrimError(f"{head} has a row for none of the map's tokens")
+    order = rows[token_ids[rows].argsort()]
+    return VocabMap(token_ids[order].numpy(), vocab_map.full_vocab), order

@@ -1,0 +1,56 @@
+"""What an export has in hand when the formats beside its bundles are written."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.manifest import MANIFEST_NAME, MODEL_NAME, VOCAB_MAP_NAME, WEIGHTS_NAME, Manifest, Role
+from engines.vocab_map import VocabMap
+from vocabtrim_export import __version__
+from vocabtrim_export.models import Source
+from vocabtrim_export.output import FORMAT_MARK
+
+_NOT_TOKENIZER = {MANIFEST_NAME, MODEL_NAME, WEIGHTS_NAME, VOCAB_MAP_NAME}
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """The bundles that were just written, by role, and the models behind them. vocab_map: None for a full head."""
+
+    bundles: Mapping[Role, Path]
+    manifests: Mapping[Role, Manifest]
+    sources: Mapping[Role, Source]
+    vocab_map: VocabMap | None
+
+
+def write_mark(exported: Exported, directory: Path, name: str) -> None:
+    """Say in a file which format this is and which map it holds; a directory with it may be replaced by an export."""
+    manifest = exported.manifests["drafter"]
+    mark = {
+        "format": name,
+        "head_rows": manifest.head_rows,
+        "vocab_size": manifest.vocab_size,
+        "vocab_map": manifest.vocab_map,
+        "tokenizer": manifest.tokenizer,
+        "source": manifest.source,
+        "source_digest": manifest.source_digest,
+        "tool_versions": {"vocabtrim-export": __version__},
+    }
+    (directory / FORMAT_MARK).write_text(json.dumps(mark, indent=2) + "\n", "utf-8")
+
+
+def share(source: Path, place: Path) -> None:
+    """The file `source` at `place` too: a hard link, which takes no space, or a copy where there are none."""
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copyfile(source, place)
+
+
+def copy_tokenizer(exported: Exported, role: Role, directory: Path) -> None:
+    """The tokenizer's files of a bundle, whatever they are called."""
+    for name in sorted(set(exported.manifests[role].files) - _NOT_TOKENIZER):
+        shutil.copyfile(exported.bundles[role] / name, directory / name)

@@ -1,0 +1,109 @@
+"""A bundle's graph for runtimes that feed `attention_mask` and want a full row of logits for every token."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+
+from engines.manifest import MODEL_NAME, WEIGHTS_NAME
+from vocabtrim_export.formats.exported import share
+
+_TABLE = "kept_token_ids"
+_OWN_INPUTS = ("seqlens_k", "total_sequence_length", "num_logits_to_keep")
+
+
+def write_masked(bundle: Path, directory: Path, vocab: int, width: int) -> None:
+    """Write the graph of `bundle`, changed, and its weights, shared with it, into the empty `directory`.
+
+    Inputs input_ids: int64[1, S], attention_mask: int64[1, past + S], past_key_values.N.key|value as before, and
+    position_ids where the model reads them. Outputs logits: [1, S, width], −inf for every token that a trimmed head
+    has no row for, and present.N.key|value. vocab: tokens of the bundle's model. Where `width`, the target's, is more,
+    an id that only the target has is read as the last one here, for the embedding has no row for it.
+    """
+    model = onnx.load(bundle / MODEL_NAME, load_external_data=False)
+    graph = model.graph
+    _remove(graph.input, _OWN_INPUTS)
+    _remove(graph.output, ("token_ids",))
+    mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, [1, "total_length"])
+    graph.input.insert(1, mask)
+    logits = next(value for value in graph.output if value.name == "logits")
+    rows = logits.type.tensor_type.shape.dim[2].dim_value
+    tail = [] if rows == width else _widen(graph, rows, width, logits.type.tensor_type.elem_type)
+    front = _known_ids(graph, vocab) if vocab < width else []
+    nodes = [*_lengths(graph), *front, *graph.node, *tail]
+    del graph.node[:]
+    graph.node.extend(_used(nodes, [value.name for value in graph.output]))
+    logits.CopyFrom(helper.make_tensor_value_info("logits", logits.type.tensor_type.elem_type, [1, "length", width]))
+    used = {name for node in graph.node for name in node.input}
+    _remove(graph.initializer, [tensor.name for tensor in graph.initializer if tensor.name not in used])
+    onnx.save(model, directory / MODEL_NAME)
+    share(bundle / WEIGHTS_NAME, directory / WEIGHTS_NAME)
+
+
+def _lengths(graph: GraphProto) -> list[NodeProto]:
+    """The lengths that attention reads, from the mask; and all positions of the input for the head."""
+    _constant(graph, "mask.axis", np.array([1], np.int64))
+    return [
+        _node("ReduceSum", ["attention_mask", "mask.axis"], "mask.sum", keepdims=0),
+        _node("Sub", ["mask.sum", "mask.axis"], "mask.last"),
+        _node("Cast", ["mask.last"], "seqlens_k", to=TensorProto.INT32),
+        _node("Shape", ["attention_mask"], "mask.length", start=1, end=2),
+        _node("Cast", ["mask.length"], "total_sequence_length", to=TensorProto.INT32),
+        _node("Shape", ["input_ids"], "num_logits_to_keep", start=1, end=2),
+    ]
+
+
+def _known_ids(graph: GraphProto, vocab: int) -> list[NodeProto]:
+    """No id of `vocab` or more: a target may have rows that pad its head, or tokens that are not in the drafter."""
+    for node in graph.node:
+        node.input[:] = ["ids.known" if name == "input_ids" else name for name in node.input]
+    _constant(graph, "ids.last", np.array(vocab - 1, np.int64))
+    return [_node("Min", ["input_ids", "ids.last"], "ids.known")]
+
+
+def _widen(graph: GraphProto, rows: int, width: int, dtype: int) -> list[NodeProto]:
+    """The logits of `rows` tokens at their places in a row of `width`, −inf elsewhere."""
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["logits.kept" if name == "logits" else name for name in names]
+    if all(tensor.name != _TABLE for tensor in graph.initializer):  # a full head, of fewer tokens than the target's
+        _constant(graph, _TABLE, np.arange(rows, dtype=np.int64))
+    _constant(graph, "wide.width", np.array([width], np.int64))
+    minus = helper.make_tensor("value", dtype, [1], [-np.inf])
+    return [
+        _node("Shape", ["logits.kept"], "wide.shape"),
+        _node("Expand", [_TABLE, "wide.shape"], "wide.columns"),
+        _node("Shape", ["logits.kept"], "wide.rows", start=0, end=2),
+        _node("Concat", ["wide.rows", "wide.width"], "wide.full", axis=0),
+        _node("ConstantOfShape", ["wide.full"], "wide.empty", value=minus),
+        _node("ScatterElements", ["wide.empty", "wide.columns", "logits.kept"], "logits", axis=2),
+    ]
+
+
+def _used(nodes: Sequence[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:
+    """The `nodes`, in topological order, that `outputs` need."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            wanted.update(node.input)
+            kept.append(node)
+    return kept[::-1]
+
+
+def _node(op: str, inputs: Sequence[str], output: str, **attributes: Any) -> NodeProto:
+    return helper.make_node(op, inputs, [output], name=f"{op}.{output}", **attributes)
+
+
+def _constant(graph: GraphProto, name: str, values: NDArray[np.int64]) -> None:
+    graph.initializer.append(numpy_helper.from_array(values, name))
+
+
+def _remove(values: Any, names: Iterable[str]) -> None:
+    """Drop the values with these names from a repeated field."""
+    gone = set(names)
+    for value in [value for value in values if value.name in gone]:
+        values.remove(value)
