@@ -36,6 +36,8 @@ def load_engine(path: str | Path, device: str = "cpu", share_cache_with: Engine 
     bundle = read_bundle(path)
     if bundle.manifest.dtype == "bf16" and device == "cpu":
         raise VocabtrimError(f"{path} is a bf16 bundle, which ONNX Runtime cannot run on the CPU: export it as fp32")
+    if bundle.manifest.kind == "eagle3" and device == "cuda":
+        raise VocabtrimError(f"{path} holds an EAGLE-3 head, which runs on the CPU only so far: use device 'cpu'")
     if device == "cuda" and bundle.manifest.tensorrt is not None:
         return _load_tensorrt(bundle)
     try:
@@ -46,6 +48,7 @@ def load_engine(path: str | Path, device: str = "cpu", share_cache_with: Engine 
 
 
 def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None) -> Engine:
+    from engines.onnxruntime_eagle import EagleEngine, FeatureEngine
     from engines.onnxruntime_engine import OnnxRuntimeEngine, open_session
 
     if bundle.manifest.tensorrt is not None:
@@ -59,7 +62,11 @@ def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None) -> 
         from engines.onnxruntime_cuda import load_cuda_engine
 
         return load_cuda_engine(bundle, neighbour, share_cache=shared is not None)
-    return OnnxRuntimeEngine(bundle, open_session(bundle.path / MODEL_NAME), shared)
+    session = open_session(bundle.path / MODEL_NAME)
+    if bundle.manifest.kind == "eagle3":
+        return EagleEngine(bundle, session)
+    kind = FeatureEngine if bundle.manifest.feature_layers else OnnxRuntimeEngine
+    return kind(bundle, session, shared)
 
 
 def _load_tensorrt(bundle: Bundle) -> Engine:

@@ -18,7 +18,12 @@ _MODEL = "a hub id, a local model directory, or a .gguf file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--drafter", required=True, metavar="MODEL", help=f"the model to trim: {_MODEL}")
+    parser.add_argument(
+        "--drafter",
+        required=True,
+        metavar="MODEL",
+        help=f"the model to trim: {_MODEL}; or the directory of an EAGLE-3 head of the target",
+    )
     parser.add_argument("--target", metavar="MODEL", help="the model it drafts for; may be the same one")
     parser.add_argument(
         "--k",
@@ -75,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
 
 def notes(result: "ExportResult", builtin: bool) -> list[str]:
     """What the user should know about this selection."""
-    selection, found = result.selection, []
+    selection, found = result.selection, list(result.notes)
     if builtin:
         found.append("no --calibration given: counted on Python's own documentation, which is like no user's prompts")
     if selection.is_noop:
@@ -87,7 +92,9 @@ def notes(result: "ExportResult", builtin: bool) -> list[str]:
         )
     asked = selection.requested_coverage
     if asked and selection.coverage is not None and selection.coverage < asked:
-        found.append(f"coverage is {selection.coverage:.4f}, not {asked}: the target lacks the tokens that are missing")
+        found.append(
+            f"coverage is {selection.coverage:.4f}, not {asked}: the target or the head lacks the tokens that are missing"
+        )
     return found
 
 
