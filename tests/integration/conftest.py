@@ -102,10 +102,10 @@ def count_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def export_pair(tmp_path_factory, count_file):
-    """export_pair(model, k="192", …) → ExportResult of the model as target and as its own drafter."""
+    """export_pair(model, target, k="192", …) → ExportResult; without a target, of the model as its own drafter."""
 
     def run(model: Path, target: Path | None = None, k: str = "192", **changes):
-        calibration = CalibrationSettings(calibration=(count_file(model),))
+        calibration = CalibrationSettings(calibration=(count_file(target or model),))
         settings = ExportSettings(**{"k": k, "max_length": 128, "calibration": calibration} | changes)
         return export(str(model), str(target or model), tmp_path_factory.mktemp("out") / "bundles", settings)
 

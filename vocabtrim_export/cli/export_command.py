@@ -93,7 +93,7 @@ def notes(result: "ExportResult", builtin: bool) -> list[str]:
     asked = selection.requested_coverage
     if asked and selection.coverage is not None and selection.coverage < asked:
         found.append(
-            f"coverage is {selection.coverage:.4f}, not {asked}: the target or the head lacks the tokens that are missing"
+            f"coverage is {selection.coverage:.4f}, not {asked}: the target or the head lacks the missing tokens"
         )
     return found
 

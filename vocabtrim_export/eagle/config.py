@@ -71,6 +71,8 @@ def read_head_config(directory: Path) -> HeadConfig:
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         if getattr(layer, name) == 0:
             raise VocabtrimError(f"{where}: {name} is 0, which cannot be")
+    if layer.num_attention_heads % (layer.num_key_value_heads or 1):
+        raise VocabtrimError(f"{where}: num_attention_heads is no multiple of num_key_value_heads")
     target_hidden = decode(int | None, data.get("target_hidden_size"), f"{where}: target_hidden_size")
     return HeadConfig(
         layer,

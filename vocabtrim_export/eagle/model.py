@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 
-class EagleConfig(LlamaConfig):  # type: ignore[misc]
+class EagleConfig(LlamaConfig):
     """A Llama layer's numbers, and a head's own.
 
     feature_size: numbers that `fc` reads for a token. head_rows: rows of the LM head. biases: the linear layers that
