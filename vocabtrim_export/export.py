@@ -169,8 +169,9 @@ def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> d
     if target and is_eagle(drafter):
         read = load_source(target, DTYPES[dtype])
         decoder_layers(read.model)  # refuses before the long work
+        head = load_head(drafter, read)
         progress("load", 1, 1)
-        return {"drafter": load_head(drafter, read), "target": read}
+        return {"drafter": head, "target": read}
     sources: dict[Role, Source] = {"drafter": load_source(drafter, DTYPES[dtype])}
     if target:
         same = target == drafter
