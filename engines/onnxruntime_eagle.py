@@ -51,12 +51,12 @@ class EagleEngine(OnnxRuntimeEngine):
         self._fuse = open_session(bundle.path / FEATURES_NAME)
         self._features_dtype = numpy_dtype(self._fuse.get_inputs()[0].type)
         size, dtype = self._hidden[HIDDEN_INPUT]
-        self._last = np.zeros((1, size), dtype)
+        self._last, self._last_at = np.zeros((1, size), dtype), 0  # of the row before number `_last_at`
         self._unread = self._last[:0]  # what goes in with the tokens of the current call
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
-        if len(token_ids) != 1 or self.length == 0:
-            raise ValueError("without features, a head goes on by one token from a row that it has read")
+        if len(token_ids) != 1 or not self.length == self._last_at > 0:
+            raise ValueError("without features, a head goes on by one token from the row that it computed last")
         self._unread = self._last
         return super().feed(token_ids, keep)
 
@@ -78,5 +78,5 @@ class EagleEngine(OnnxRuntimeEngine):
         assert isinstance(step, HostStep)
         step.hidden[HIDDEN_INPUT][0], self._unread = self._unread[: len(ids)], self._unread[len(ids) :]
         output = super()._execute(step, ids)
-        self._last = step.hidden[HIDDEN_OUTPUT][0, -1:].copy()
+        self._last, self._last_at = step.hidden[HIDDEN_OUTPUT][0, -1:].copy(), self.length
         return output

@@ -156,6 +156,9 @@ def test_int4_heads_draft_much_the_same(write_head, export_head, pair):
     with load_engine(result.drafter) as small, load_engine(pair.drafter) as exact:
         found, wanted = (engine.feed_features(range(30, 42), features, keep=12).logits for engine in (small, exact))
         assert np.abs(found - wanted).mean() < 0.3 * wanted.std()
+        exact.rewind(8)
+        with pytest.raises(ValueError, match="the row that it computed last"):
+            exact.feed([42])
 
 
 def test_only_a_target_that_gives_the_features_goes_with_a_head(pair, export_pair, target_dir):
