@@ -9,6 +9,7 @@ from engines import VocabtrimError, load_engine
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.loop import decode_rounds
 from runtime.timing import timed_run
+from runtime.verify_sampling import verify_sampling
 from vocabtrim_export.eagle.checkpoint import load_head
 from vocabtrim_export.models import load_source
 
@@ -80,6 +81,8 @@ def test_the_output_is_the_targets(pair, target_dir, target_model):
         first, again = (decoder.generate(PROMPTS[0], max_new_tokens=60, sampling=sampling) for _ in range(2))
         assert first.token_ids == again.token_ids
         assert first.stats.drafted > 20
+        report = verify_sampling(decoder, PROMPTS, [SamplingParams(temperature=0.5, seed=1)], draws=300)
+        assert report.passed
 
 
 def layouts(kept, full):
