@@ -31,8 +31,7 @@ def row_token_ids(
             f"{where}: d2t is {d2t.dtype}{list(d2t.shape)}, the head's {rows} rows need as many integers"
         )
     stated = d2t.astype(np.int64)
-    # clipped far outside first: a sum must not wrap around into the vocabulary
-    ids = np.arange(rows) + stated.clip(-2 * vocab_size - rows, 2 * vocab_size)
+    ids = np.arange(rows) + stated
     if listed is not None and not np.array_equal(np.sort(ids), listed):
         if not np.array_equal(np.sort(stated), listed):
             raise VocabtrimError(f"{where}: d2t and t2d name different tokens: the checkpoint is damaged")
