@@ -41,6 +41,10 @@ def load_engine(
         raise VocabtrimError(f"{path} is a bf16 bundle, which ONNX Runtime cannot run on the CPU: export it as fp32")
     if profile and (device != "cpu" or bundle.manifest.tensorrt is not None):
         raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
+    if profile and (bundle.manifest.kind == "eagle3" or bundle.manifest.feature_layers):
+        raise VocabtrimError("the operators of an EAGLE-3 head and of its target are not profiled yet")
+    if bundle.manifest.kind == "eagle3" and device == "cuda":
+        raise VocabtrimError(f"{path} holds an EAGLE-3 head, which runs on the CPU only so far: use device 'cpu'")
     if device == "cuda" and bundle.manifest.tensorrt is not None:
         return _load_tensorrt(bundle)
     try:
@@ -51,6 +55,7 @@ def load_engine(
 
 
 def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None, profile: Path | None) -> Engine:
+    from engines.onnxruntime_eagle import EagleEngine, FeatureEngine
     from engines.onnxruntime_engine import OnnxRuntimeEngine, open_session
 
     if bundle.manifest.tensorrt is not None:
@@ -68,7 +73,11 @@ def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None, pro
         from engines.onnxruntime_profile import ProfiledEngine
 
         return ProfiledEngine(bundle, profile, shared)
-    return OnnxRuntimeEngine(bundle, open_session(bundle.path / MODEL_NAME), shared)
+    session = open_session(bundle.path / MODEL_NAME)
+    if bundle.manifest.kind == "eagle3":
+        return EagleEngine(bundle, session)
+    kind = FeatureEngine if bundle.manifest.feature_layers else OnnxRuntimeEngine
+    return kind(bundle, session, shared)
 
 
 def _load_tensorrt(bundle: Bundle) -> Engine:

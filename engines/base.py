@@ -20,13 +20,15 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What the last `keep` fed positions predict. Both arrays are valid until the engine's next `feed` or `draft`.
+    """What the last `keep` fed positions predict. All arrays are valid until the engine's next `feed` or `draft`.
 
     token_ids: int64[keep], the most likely next token of each position, as full-vocabulary ids.
+    read_features: see `features`; None where the engine gives none.
     """
 
     token_ids: NDArray[np.int64]
     read_logits: Callable[[], NDArray[np.float32]]
+    read_features: Callable[[], NDArray[np.float32]] | None = None
 
     @property
     def logits(self) -> NDArray[np.float32]:
@@ -35,6 +37,13 @@ class StepOutput:
         Copied from where the engine runs when asked for: greedy decoding never needs them.
         """
         return self.read_logits()
+
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """float32[fed, features_given]: the hidden states of every position of the call, for a drafter to read."""
+        if self.read_features is None:
+            raise ValueError("this engine gives no features")
+        return self.read_features()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,8 @@ class Engine(ABC):
     of them fed, the others can `adopt`.
     device: where it runs, "cpu" or "cuda".
     max_keep: positions that one run can predict after. unrolled: tokens that `draft` gives (γ), 0 if it gives none.
+    features_given: numbers in a row of `StepOutput.features`, 0 where there are none. features_read: numbers in a row
+    that `feed_features` takes, 0 for an engine that reads tokens alone.
     """
 
     device: Device = "cpu"
@@ -70,6 +81,7 @@ class Engine(ABC):
         self.cache: object = object()
         self.max_keep = MAX_KEEP
         self.unrolled = 0
+        self.features_given = self.features_read = 0
 
     @abstractmethod
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
@@ -78,6 +90,19 @@ class Engine(ABC):
         Long inputs run in chunks; `keep` is at most 256.
         Raises `ContextFull` if they do not fit; the cache is then as before.
         """
+
+    def feed_features(
+        self,
+        token_ids: Sequence[int] | NDArray[np.int64],  # noqa: ARG002
+        features: NDArray[np.float32],  # noqa: ARG002
+        keep: int = 1,  # noqa: ARG002
+    ) -> StepOutput:
+        """As `feed`, for a drafter that reads its target's features: float32[len(token_ids), features_read].
+
+        Row i belongs to the token before `token_ids[i]`, which the target has read. Without features, `feed` goes on
+        from the hidden state that the last position left, one token at a time.
+        """
+        raise ValueError("this engine reads no features")
 
     def draft(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64] | None:  # noqa: ARG002
         """Append `token_ids` and draft after them greedily, in one call of the device: int64[unrolled].

@@ -9,6 +9,7 @@ from engines.errors import VocabtrimError
 from engines.manifest import (
     DRAFT_MODEL_NAME,
     DRAFT_PLAN_NAME,
+    FEATURES_NAME,
     FORMAT_VERSION,
     MANIFEST_NAME,
     MODEL_NAME,
@@ -17,6 +18,7 @@ from engines.manifest import (
     WEIGHTS_NAME,
     FileDigest,
     Flavor,
+    Kind,
     Manifest,
     Phase,
     Profile,
@@ -29,6 +31,7 @@ from engines.vocab_map import VocabMap
 __all__ = [
     "DRAFT_MODEL_NAME",
     "DRAFT_PLAN_NAME",
+    "FEATURES_NAME",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
     "MODEL_NAME",
@@ -39,6 +42,7 @@ __all__ = [
     "Check",
     "FileDigest",
     "Flavor",
+    "Kind",
     "Manifest",
     "Phase",
     "Profile",

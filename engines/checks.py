@@ -14,6 +14,7 @@ from engines.graph_file import PREFIX, GraphFile, is_plain_name
 from engines.manifest import (
     DRAFT_MODEL_NAME,
     DRAFT_PLAN_NAME,
+    FEATURES_NAME,
     MANIFEST_NAME,
     MODEL_NAME,
     PLAN_NAME,
@@ -26,7 +27,7 @@ from engines.vocab_map import VocabMap
 
 # what a load reads where it is there: none of them may appear beside the files that the manifest names
 _READ_IF_THERE = (
-    *(MODEL_NAME, DRAFT_MODEL_NAME, PLAN_NAME, DRAFT_PLAN_NAME, VOCAB_MAP_NAME),
+    *(MODEL_NAME, DRAFT_MODEL_NAME, FEATURES_NAME, PLAN_NAME, DRAFT_PLAN_NAME, VOCAB_MAP_NAME),
     *(TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME),
 )
 
@@ -53,7 +54,7 @@ def content_checks(root: Path, manifest: Manifest, thorough: bool) -> list[Check
     checks: dict[str, Callable[[], None]] = {"vocab map": lambda: _check_map(root, manifest)}
     if TOKENIZER_NAME in manifest.files:
         checks["tokenizer"] = lambda: _check_tokenizer(root, manifest)
-    for name in (MODEL_NAME, DRAFT_MODEL_NAME):
+    for name in (MODEL_NAME, DRAFT_MODEL_NAME, FEATURES_NAME):
         if name in manifest.files:
             checks[f"{name} metadata"] = lambda name=name: _check_metadata(root / name, manifest)  # type: ignore[misc]
     if MODEL_NAME in manifest.files and manifest.vocab_map:

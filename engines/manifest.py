@@ -18,8 +18,14 @@ VOCAB_MAP_NAME = "vocab_map.safetensors"
 PLAN_NAME = "model.engine"
 DRAFT_MODEL_NAME = "draft.onnx"
 DRAFT_PLAN_NAME = "draft.engine"
+FEATURES_NAME = "features.onnx"
+
+# of graphs that hand hidden states on
+FEATURES_OUTPUT = "features"
+HIDDEN_INPUT, HIDDEN_OUTPUT = "hidden", "next_hidden"
 
 Role = Literal["target", "drafter"]
+Kind = Literal["language-model", "eagle3"]
 Phase = Literal["draft", "verify", "prefill"]
 Flavor = Literal["none", "tensorrt", "rtx"]
 
@@ -80,6 +86,9 @@ class Manifest:
     head: `head_digest` of the LM head's rows as `model.onnx` has them.
     files: every other file of the bundle by its name.
     tensorrt: the plans of a bundle of `--format trt`; its graph has fixed shapes and standard operators.
+    kind: "eagle3" for a head that reads its target's hidden states, through `features.onnx`.
+    feature_layers: the target's layers whose inputs, side by side, are the features: of a target those that it gives,
+    of a head those that it reads. feature_size: numbers in these for one position.
     """
 
     role: Role
@@ -108,6 +117,9 @@ class Manifest:
     coverage: float | None = None
     calibration: Mapping[str, Any] | None = None
     tensorrt: TensorRT | None = None
+    kind: Kind = "language-model"
+    feature_layers: tuple[int, ...] = ()
+    feature_size: int = 0
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -133,10 +145,14 @@ class Manifest:
             )
         if data.pop("digest", None) != _digest(data):
             raise VocabtrimError(f"{where} was edited, it does not match its own digest: export the bundle again")
-        manifest: Manifest = decode(cls, data, where)
+        manifest: Manifest = decode(cls, _ADDED | data, where)
         if not 0 < manifest.head_rows <= manifest.vocab_size <= MAX_VOCAB or not manifest.context_length:
             raise VocabtrimError(f"{where} describes no model: a vocabulary, a head or a context of an impossible size")
         return manifest
+
+
+# what manifests of this format had not from the start
+_ADDED = {"kind": "language-model", "feature_layers": [], "feature_size": 0}
 
 
 def _digest(data: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from engines.base import MAX_KEEP, ContextFull, Engine, StepOutput
 from engines.bundle import Bundle
 from engines.errors import VocabtrimError
+from engines.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
 
 CHUNK = MAX_KEEP
 CACHED_LENGTHS = 32  # step lengths (drafts, catch-ups, verifications) whose bindings are kept
@@ -46,10 +47,14 @@ class Step(ABC):
 
 @dataclass(frozen=True, slots=True)
 class HostStep(Step):
-    """The session works on the arrays themselves. total: int32[1], of all steps of an engine."""
+    """The session works on the arrays themselves. total: int32[1], of all steps of an engine.
+
+    hidden: what else goes in and comes out, by name: [1, length, size] each, in the bundle's dtype.
+    """
 
     total: NDArray[np.int32]
     logits: NDArray[Any]
+    hidden: Mapping[str, NDArray[Any]]
 
     def run(self, end: int) -> None:
         self.total[0] = end
@@ -84,6 +89,11 @@ class OnnxRuntimeEngine(Engine):
         (logits,) = (output for output in self._session.get_outputs() if output.name == "logits")
         self._head_rows = int(logits.shape[-1])
         self._logits_type: str = logits.type
+        self._hidden = {
+            value.name: (int(value.shape[-1]), numpy_dtype(value.type))
+            for value in [*self._session.get_inputs(), *self._session.get_outputs()]
+            if value.name in (FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT)
+        }
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         ids = np.asarray(token_ids, np.int64)
@@ -115,7 +125,9 @@ class OnnxRuntimeEngine(Engine):
             del self._session
 
     def _run(self, ids: NDArray[np.int64], keep: int) -> StepOutput:
-        step = self._step(len(ids), keep)
+        return self._execute(self._step(len(ids), keep), ids)
+
+    def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
         end = self.length + len(ids)
         step.input_ids[0] = ids
         step.position_ids[0] = np.arange(self.length, end)
@@ -143,11 +155,15 @@ class OnnxRuntimeEngine(Engine):
             np.zeros((1, keep), np.int64),
             self._total,
             np.zeros((1, keep, self._head_rows), numpy_dtype(self._logits_type)),
+            {name: np.zeros((1, length, size), dtype) for name, (size, dtype) in self._hidden.items()},
         )
         for name in self._token_inputs:
             binding.bind_ortvalue_input(name, share(getattr(step, name)))
         for name in ("logits", "token_ids"):
             binding.bind_ortvalue_output(name, share(getattr(step, name)))
+        for name, array in step.hidden.items():
+            bind = binding.bind_ortvalue_input if name == HIDDEN_INPUT else binding.bind_ortvalue_output
+            bind(name, share(array))
         return step
 
     def _bind_common(self, keep: int) -> ort.IOBinding:

@@ -20,6 +20,22 @@ def forced_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) 
     return np.concatenate([*_blocks(engine, prompt, tokens)])
 
 
+def forced_drafts(target: Engine, drafter: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
+    """What `drafter` makes of the same text, float32[len(tokens) - 1, head_rows]: row i after i + 1 tokens.
+
+    A head reads the features of `target`, of at most `max_keep` tokens. Whatever the caches held is forgotten.
+    """
+    if not drafter.features_read:
+        return forced_logits(drafter, prompt, tokens)[1:]
+    if len(tokens) == 1:
+        return np.zeros((0, drafter.manifest.head_rows), np.float32)
+    target.rewind(0)
+    drafter.rewind(0)
+    fed = [*prompt, *tokens[:-1]]
+    features = target.feed(fed).features[:-1]  # of each token before another
+    return drafter.feed_features(fed[1:], features, keep=len(tokens) - 1).logits.copy()
+
+
 def stepped_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int], index: int) -> NDArray[np.float32]:
     """Row `index` of `forced_logits`, which was called before, from a call on a single token: float32[columns].
 

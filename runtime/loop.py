@@ -7,6 +7,7 @@ from typing import Literal
 
 from engines.base import Engine, StepOutput
 from runtime.profiling import DRAFTER, NO_PROFILER, TARGET, Profiler
+from runtime.reading import TokenReader, make_reader
 from runtime.rules import Forced, Greedy, Rule, Sampled
 from runtime.sampling import SamplingParams
 
@@ -85,7 +86,8 @@ class _Loop:
     """The state between rounds. `sequence` is the prompt and what was generated.
 
     Between rounds `target.length == len(sequence) - 1`: the last token is not in the cache yet, the next call feeds it.
-    `drafter.length` is at most that: what it lacks it is fed when it next drafts, unless it shares the target's cache.
+    `drafter.length` is at most that: what it lacks `reader` feeds it when it next drafts, unless it shares the
+    target's cache.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class _Loop:
         self.rule: Rule = Greedy() if self.greedy else Sampled(sampling, drafter, self.vocab_size)
         if force_accepted is not None:
             self.rule = Forced(force_accepted)
+        self.reader = make_reader(drafter, self.vocab_size) if drafter else None
         # A drafter of the target's own weights reads the target's keys and values: nothing to prefill or to catch up
         # on, and better ones than its own. What it writes ahead, the verification overwrites.
         self.one_cache = drafter is not None and drafter.cache is target.cache
@@ -129,6 +132,8 @@ class _Loop:
         with self.profiler.span("prefill", TARGET, tokens=len(self.sequence)):
             output = self.target.feed(self.sequence)
         fed = perf_counter()
+        if self.reader:
+            self.reader.target_fed(output, len(self.sequence))
         with self.profiler.span("accept", drafted=0):
             token = self.rule.accept([], output).next_token
         self.sequence.append(token)
@@ -146,8 +151,9 @@ class _Loop:
         self.sequence += tokens
         with self.profiler.span("rewind"):
             self.target.rewind(len(self.sequence) - 1)
-            if self.drafter:
-                self.drafter.rewind(min(self.drafter.length, len(self.sequence) - 1))
+            if self.reader:
+                self.reader.target_fed(output, len(tokens))
+                self.reader.rewind(len(self.sequence) - 1)
         return Round(
             tuple(tokens),
             False,
@@ -163,42 +169,43 @@ class _Loop:
     def move(self) -> _Move:
         """Draft and verify: in one go of the device where the engines can, else one after the other."""
         room = self.room(self.drafter) if self.drafter else 0
-        if self.drafter and room > 0:
+        if self.reader and room > 0:
             if self.one_cache:
-                self.drafter.adopt(self.target.length)
-            if made := self.speculate(self.drafter, room):
+                self.reader.drafter.adopt(self.target.length)
+            if made := self.speculate(self.reader, room):
                 return made
         start = perf_counter()
         draft: list[int] = []
         prefill_seconds = 0.0
-        if self.drafter and room > 0:
+        if self.reader and room > 0:
             with self.profiler.span("draft", DRAFTER, length=len(self.sequence)):
-                draft, prefill_seconds = self.draft(self.drafter, room)
+                draft, prefill_seconds = self.draft(self.reader, room)
         drafted = perf_counter()
         with self.profiler.span("verify", TARGET, tokens=len(draft) + 1):
             output = self.target.feed([self.sequence[-1], *draft], keep=len(draft) + 1)
         return _Move(draft, output, prefill_seconds, drafted - start - prefill_seconds, perf_counter() - drafted)
 
-    def speculate(self, drafter: Engine, room: int) -> _Move | None:
-        """One call for both engines. Not for a drafter's first tokens, which are a prompt."""
-        if not self.greedy or drafter.length == 0:
+    def speculate(self, reader: TokenReader, room: int) -> _Move | None:
+        """One call for both engines. Not for a drafter's first tokens, which are a prompt, nor for an EAGLE head."""
+        if not self.greedy or reader.drafter.length == 0 or reader.drafter.features_read:
             return None
         with self.profiler.span("speculate", TARGET, length=len(self.sequence)):
-            made = self.target.speculate(drafter, self.unread(drafter), room)
+            made = self.target.speculate(reader.drafter, reader.unread(self.sequence), room)
         if made is None:
             return None
         draft = self.usable(made.drafted.tolist())
         return _Move(draft, made.verified, 0.0, made.draft_seconds, made.verify_seconds)
 
-    def draft(self, drafter: Engine, room: int) -> tuple[list[int], float]:
+    def draft(self, reader: TokenReader, room: int) -> tuple[list[int], float]:
         """The drafted tokens, and the seconds that the drafter's prefill took if this was its first draft."""
         draft: list[int] = []
-        start, is_first, unread = perf_counter(), drafter.length == 0, self.unread(drafter)
+        drafter, unread = reader.drafter, reader.unread(self.sequence)
+        start, is_first = perf_counter(), drafter.length == 0
         at_once = self.greedy and not is_first and drafter.unrolled == room
         if at_once and (drafted := drafter.draft(unread)) is not None:
             return self.usable(drafted.tolist()), 0.0
         with self.profiler.span("prefill" if is_first else "catch_up", DRAFTER, tokens=len(unread)):
-            output = drafter.feed(unread)
+            output = reader.read(unread)
         prefill_seconds = perf_counter() - start if is_first else 0.0
         while (token := self.rule.propose(output)) < self.vocab_size:  # a head padded further than the target's
             draft.append(token)
@@ -225,11 +232,3 @@ class _Loop:
             self.target.capacity - self.target.length - 1,
             drafter.capacity - length + 1,  # the last drafted token is not fed
         )
-
-    def unread(self, drafter: Engine) -> list[int]:
-        """What the drafter has not been fed yet: at least one token."""
-        tokens = self.sequence[drafter.length :]
-        last = drafter.manifest.vocab_size - 1
-        # A head of the target's padded further may name a token that the drafter lacks. What stands in for it
-        # changes what is drafted, never what comes out.
-        return tokens if last + 1 >= self.vocab_size else [min(token, last) for token in tokens]

@@ -30,7 +30,19 @@ def check_pair(target: Engine, drafter: Engine | None) -> None:
         raise VocabtrimError("target and drafter are one engine: load the bundle twice, each needs its own cache")
     if drafter.manifest.tokenizer != manifest.tokenizer:
         raise VocabtrimError("the drafter was made for another tokenizer than the target's: export it for this target")
+    if drafter.features_read:
+        _check_features(target, drafter)
     if drafter.vocab_map and drafter.vocab_map.kept_token_ids[-1] >= manifest.vocab_size:
         raise VocabtrimError(
             f"the drafter keeps token ids beyond the target's vocabulary of {manifest.vocab_size}: export it again"
+        )
+
+
+def _check_features(target: Engine, drafter: Engine) -> None:
+    reads = drafter.features_read, drafter.manifest.feature_layers
+    if (target.features_given, target.manifest.feature_layers) != reads:
+        layers = ", ".join(map(str, drafter.manifest.feature_layers))
+        raise VocabtrimError(
+            f"the drafter is an EAGLE head that reads {reads[0]} features of the target's layers {layers}, which this "
+            "target does not give: export both together, and run the target on the CPU"
         )

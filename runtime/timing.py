@@ -73,15 +73,17 @@ class TimedEngine(Engine):
         self.capacity, self.length = engine.capacity, engine.length
         self.cache, self.device = engine.cache, engine.device
         self.max_keep, self.unrolled = engine.max_keep, engine.unrolled
+        self.features_given, self.features_read = engine.features_given, engine.features_read
         self.engine = engine
         self.feeds: list[Feed] = []
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
-        start = perf_counter()
-        output = self.engine.feed(token_ids, keep)
-        self.feeds.append(Feed(len(token_ids), keep, perf_counter() - start))
-        self.length = self.engine.length
-        return output
+        return self._timed(lambda: self.engine.feed(token_ids, keep), len(token_ids), keep)
+
+    def feed_features(
+        self, token_ids: Sequence[int] | NDArray[np.int64], features: NDArray[np.float32], keep: int = 1
+    ) -> StepOutput:
+        return self._timed(lambda: self.engine.feed_features(token_ids, features, keep), len(token_ids), keep)
 
     def draft(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64] | None:
         start = perf_counter()
@@ -114,6 +116,13 @@ class TimedEngine(Engine):
 
     def close(self) -> None:
         """Nothing: the engine is not this one's."""
+
+    def _timed(self, feed: Callable[[], StepOutput], tokens: int, keep: int) -> StepOutput:
+        start = perf_counter()
+        output = feed()
+        self.feeds.append(Feed(tokens, keep, perf_counter() - start))
+        self.length = self.engine.length
+        return output
 
 
 def timed_run(

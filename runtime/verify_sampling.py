@@ -22,7 +22,7 @@ from engines.base import Engine
 from engines.errors import VocabtrimError
 from runtime import chi_square
 from runtime.decoder import SpeculativeDecoder
-from runtime.forced import forced_logits
+from runtime.forced import forced_drafts, forced_logits
 from runtime.sampling import SamplingParams, distribution
 
 ALPHA = 1e-3  # the chance of a false alarm, all settings together
@@ -166,8 +166,8 @@ def _points(
         drafting = SpeculativeDecoder(decoder.target, drafter, draft_length=length)
         tokens = drafting.generate(prompt, max_new_tokens=_NEW_TOKENS, sampling=drawn).token_ids
         rows = forced_logits(decoder.target, prompt, tokens)
-        theirs = forced_logits(drafter, prompt, tokens)
-        for token, row, their_row in zip(tokens[1:], rows[1:], theirs[1:], strict=True):
+        theirs = forced_drafts(decoder.target, drafter, prompt, tokens)
+        for token, row, their_row in zip(tokens[1:], rows[1:], theirs, strict=True):
             p = distribution(row[None], params)[0]
             q = _over_all(drafter, distribution(their_row[None], params)[0], len(p))
             impossible = bool(p[token] == 0 and distribution(row[None], _wider(params))[0][token] == 0)

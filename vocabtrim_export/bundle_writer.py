@@ -8,15 +8,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from engines.bundle import MANIFEST_NAME, MODEL_NAME, VOCAB_MAP_NAME, FileDigest, Manifest, Role, file_digest
+from engines.bundle import (
+    FEATURES_NAME,
+    MANIFEST_NAME,
+    MODEL_NAME,
+    VOCAB_MAP_NAME,
+    FileDigest,
+    Manifest,
+    Role,
+    file_digest,
+)
 from engines.checks import graph_metadata
 from engines.graph_file import HEAD_TENSORS, GraphFile
 from engines.vocab_map import VocabMap
 from vocabtrim_export import __version__
-from vocabtrim_export.graph.files import Progress, save_graph, stamp_graph
-from vocabtrim_export.graph.lower import Weights, lower
+from vocabtrim_export.eagle.checkpoint import HeadSource
+from vocabtrim_export.graph.files import Progress, save_graph, save_small, stamp_graph
+from vocabtrim_export.graph.lower import Weights, lower, lower_features
 from vocabtrim_export.graph.lowered import Lowered
 from vocabtrim_export.graph.quantize import Quantization
 from vocabtrim_export.lowering.trace import Traced
@@ -35,6 +46,7 @@ class BundlePlan:
 
     vocab_map: None for a full head; coverage, calibration: how the map came about. moments: see `input_moments`.
     trt: how to build TensorRT plans; None makes a bundle for ONNX Runtime.
+    features_given: layers of a target whose inputs an EAGLE head reads.
     """
 
     role: Role
@@ -47,15 +59,25 @@ class BundlePlan:
     calibration: Mapping[str, Any] | None = None
     moments: Mapping[str, Tensor] | None = None
     trt: TensorRTSettings | None = None
+    features_given: tuple[int, ...] = ()
+
+    @property
+    def weights(self) -> Weights:
+        head_rows = None
+        if isinstance(self.source, HeadSource) and self.vocab_map is not None:
+            head_rows = torch.from_numpy(self.source.rows_of(self.vocab_map.kept_token_ids))
+        return Weights(DTYPES[self.dtype], self.quantization, self.vocab_map, self.moments, head_rows)
 
 
 def write_bundle(directory: Path, traced: Traced, plan: BundlePlan, progress: Progress) -> Manifest:
     """Fill the empty `directory` with the bundle that `plan` describes. progress: called with (task, done, total)."""
-    weights = Weights(DTYPES[plan.dtype], plan.quantization, plan.vocab_map, plan.moments)
+    weights = plan.weights
     tensorrt = None
     if plan.trt is None:
         lowered = lower(traced, weights)
         save_graph(lowered.model, directory, f"write {plan.role}", progress)
+        if isinstance(plan.source, HeadSource):
+            save_small(lower_features(plan.source.head.fc, weights), directory / FEATURES_NAME)
     else:
         lowered, tensorrt = write_tensorrt(
             directory, traced, weights, plan.role, plan.context_length, plan.trt, progress
@@ -114,4 +136,14 @@ def _manifest(plan: BundlePlan, lowered: Lowered) -> Manifest:
         vocab_map=plan.vocab_map.digest if plan.vocab_map else None,
         coverage=plan.coverage,
         calibration=plan.calibration,
+        **_features(plan),
     )
+
+
+def _features(plan: BundlePlan) -> dict[str, Any]:
+    """What the manifest says of features given or read."""
+    if isinstance(plan.source, HeadSource):
+        size = int(plan.source.head.config.feature_size)
+        return {"kind": "eagle3", "feature_layers": plan.source.feature_layers, "feature_size": size}
+    size = len(plan.features_given) * int(plan.source.model.config.get_text_config().hidden_size)
+    return {"feature_layers": plan.features_given, "feature_size": size}

@@ -11,13 +11,16 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.bundle_writer import BundlePlan, write_bundle
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.counting import CalibrationSettings, count_tokens, read_calibration
+from vocabtrim_export.eagle.checkpoint import HeadSource, load_head
+from vocabtrim_export.eagle.config import is_eagle
+from vocabtrim_export.eagle.model import EagleHead
 from vocabtrim_export.formats import check_formats, write_formats
 from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.graph.files import Progress
 from vocabtrim_export.graph.quantize import Quantization
-from vocabtrim_export.lowering.trace import Traced, trace
+from vocabtrim_export.lowering.trace import Traced, decoder_layers, trace
 from vocabtrim_export.models import DTYPES, Source, calibration_model, load_source
-from vocabtrim_export.moments import input_moments
+from vocabtrim_export.moments import eagle_run, input_moments
 from vocabtrim_export.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.select import Selection, check_k, select_vocab, structural_token_ids
 from vocabtrim_export.trt.bundle import check_buildable
@@ -56,7 +59,10 @@ class ExportSettings:
 @dataclass(frozen=True, slots=True)
 class ExportResult:
     """The bundles that were written (no target where none was asked for), the selection behind them, and the other
-    formats' directories."""
+    formats' directories.
+
+    notes: what the user should know about an EAGLE head.
+    """
 
     drafter: Path
     target: Path | None
@@ -64,6 +70,7 @@ class ExportResult:
     target_manifest: Manifest | None
     selection: Selection
     formats: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -76,6 +83,8 @@ def export(
     """Calibrate, trim and export MODELs into `output/drafter` and, with a target, `output/target`; each of
     `settings.formats` into `output/FORMAT`.
 
+    drafter: also the directory of an EAGLE-3 head of `target`, which then gives the hidden states that the head reads.
+
     The token counts stay in `output/token_counts.safetensors`: an interrupted calibration goes on from there, and
     given as the calibration of another export they serve another K. progress: called with (task, done, total).
     Raises `VocabtrimError` for everything that the user can mend; `output` is then as it was, but for the counts.
@@ -84,7 +93,9 @@ def export(
     names = [*roles, *settings.formats]
     check_output(output, names, settings.force)
     check_k(settings.k)
-    _check_format(settings, target is not None)
+    _check_format(settings, target is not None, is_eagle(drafter))
+    if is_eagle(drafter):
+        _check_eagle(drafter, target, settings)
     given = read_calibration(settings.calibration.calibration)
     sources = _load(drafter, target, settings.weights_dtype, progress)
     for source in sources.values():
@@ -107,17 +118,28 @@ def export(
             write_formats(others, Exported(places, manifests, sources, vocab_map), progress)
     where = output / "target" if target else None
     written = tuple(output / name for name in settings.formats)
-    return ExportResult(output / "drafter", where, manifests["drafter"], manifests.get("target"), selection, written)
+    notes = sources["drafter"].notes if isinstance(sources["drafter"], HeadSource) else ()
+    drafter_manifest, target_manifest = manifests["drafter"], manifests.get("target")
+    return ExportResult(output / "drafter", where, drafter_manifest, target_manifest, selection, written, notes)
 
 
-def _check_format(settings: ExportSettings, has_target: bool) -> None:
+def _check_format(settings: ExportSettings, has_target: bool, is_head: bool) -> None:
     """Refuse before the long work what a format cannot hold."""
-    check_formats(settings.formats, has_target, settings.trt is not None)
+    check_formats(settings.formats, has_target, settings.trt is not None, is_head)
     if settings.trt is not None:
         drafters = settings.quantize_drafter or settings.quantize
         check_buildable(settings.trt, {settings.weights_dtype, settings.quantize, drafters})
     elif "fp8" in (settings.quantize, settings.quantize_drafter):
         raise VocabtrimError("ONNX Runtime has no fp8 products on the CPU: use int8 or int4, or --format trt")
+
+
+def _check_eagle(drafter: str, target: str | None, settings: ExportSettings) -> None:
+    if target is None:
+        raise VocabtrimError(f"{drafter} is an EAGLE head, which reads its target's hidden states: give --target too")
+    if settings.trt is not None:
+        raise VocabtrimError("EAGLE heads run on ONNX Runtime only so far: leave --format trt out")
+    if settings.calibration.calibration_source == "drafter":
+        raise VocabtrimError("an EAGLE head generates nothing by itself: use --calibration-source target or text")
 
 
 def _write_bundles(
@@ -132,24 +154,38 @@ def _write_bundles(
     traced: dict[str, Traced] = {}
     moments: dict[str, Mapping[str, Tensor]] = {}
     for role, directory in places.items():
-        source, plan = sources[role], _plan(role, sources[role], selection, counts, settings)
+        source, plan = sources[role], _plan(role, sources, selection, counts, settings)
         if source.name not in traced:  # a model that drafts for itself is traced and measured once
             progress("trace", 0, 1)
-            traced = {source.name: trace(source.model, DTYPES[settings.weights_dtype], plan.context_length)}
+            dtype = DTYPES[settings.weights_dtype]
+            traced = {source.name: trace(source.model, dtype, plan.context_length, plan.features_given)}
             progress("trace", 1, 1)
         if plan.quantization == "int4":
             if source.name not in moments:
                 progress("measure inputs", 0, 1)
-                with calibration_model(source.model) as model:
-                    moments = {source.name: input_moments(model, source.tokenizer)}
+                moments = {source.name: _moments(source, sources)}
                 progress("measure inputs", 1, 1)
             plan = replace(plan, moments=moments[source.name])
         manifests[role] = write_bundle(directory, traced[source.name], plan, progress)
     return manifests
 
 
+def _moments(source: Source, sources: Mapping[Role, Source]) -> dict[str, Tensor]:
+    with calibration_model(source.model) as model:
+        if not isinstance(source, HeadSource) or not isinstance(model, EagleHead):
+            return input_moments(model, source.tokenizer)
+        with calibration_model(sources["target"].model) as target:
+            return input_moments(model, source.tokenizer, eagle_run(model, target, source.feature_layers))
+
+
 def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> dict[Role, Source]:
     progress("load", 0, 1)
+    if target and is_eagle(drafter):
+        read = load_source(target, DTYPES[dtype])
+        decoder_layers(read.model)  # refuses before the long work
+        head = load_head(drafter, read)
+        progress("load", 1, 1)
+        return {"drafter": head, "target": read}
     sources: dict[Role, Source] = {"drafter": load_source(drafter, DTYPES[dtype])}
     if target:
         same = target == drafter
@@ -182,15 +218,21 @@ def _select(counts: TokenCounts, sources: Mapping[Role, Source], k: str) -> Sele
     for source in sources.values():
         always |= structural_token_ids(source.tokenizer, source.model.generation_config, source.tokenizer.chat_template)
     limit = min(source.vocab_size for source in sources.values())
-    return select_vocab(counts.resized(sources["drafter"].vocab_size), k, always_keep=always, vocab_limit=limit)
+    drafter = sources["drafter"]
+    available = drafter.row_token_ids if isinstance(drafter, HeadSource) else None
+    counts = counts.resized(drafter.vocab_size)
+    return select_vocab(counts, k, always_keep=always, vocab_limit=limit, available=available)
 
 
 def _plan(
-    role: Role, source: Source, selection: Selection, counts: TokenCounts, settings: ExportSettings
+    role: Role, sources: Mapping[Role, Source], selection: Selection, counts: TokenCounts, settings: ExportSettings
 ) -> BundlePlan:
+    source, drafter = sources[role], sources["drafter"]
     context = context_length(source, settings.max_length)
     if role == "target":
-        return BundlePlan(role, source, settings.weights_dtype, settings.quantize, context, trt=settings.trt)
+        read = drafter.feature_layers if isinstance(drafter, HeadSource) else ()
+        plan = BundlePlan(role, source, settings.weights_dtype, settings.quantize, context, trt=settings.trt)
+        return replace(plan, features_given=read)
     quantization = settings.quantize_drafter or settings.quantize
     plan = BundlePlan(role, source, settings.weights_dtype, quantization, context, trt=settings.trt)
     vocab_map = None if selection.is_noop else selection.vocab_map

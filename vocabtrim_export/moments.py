@@ -1,6 +1,6 @@
 """What a model's linear layers are multiplied with: the moments by which int4 quantisation weighs its errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,17 +8,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from vocabtrim_export.calibration import builtin_corpus
+from vocabtrim_export.eagle.model import EagleHead
 from vocabtrim_export.graph.quantize import BLOCK, HEAD
+from vocabtrim_export.lowering.trace import layer_inputs
 
 _TOKENS, _PIECE = 4096, 256
 
 
-def input_moments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
+def input_moments(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, run: Callable[[Tensor], None] | None = None
+) -> dict[str, Tensor]:
     """E[x xᵀ] within each block of inputs of every linear layer: float32[in / BLOCK, BLOCK, BLOCK] by module name,
     the LM head's under `HEAD`.
 
     Measured on some 4,000 tokens of the text that every Python has, whatever a calibration counted: bundles of one
     model then have the same quantised layers, and a trimmed drafter differs from a full one in its head alone.
+    run: has `model` read a text, int64[1, n], where tokens alone do not do.
     """
     sums: dict[str, Tensor] = {}
     head = model.get_output_embeddings()
@@ -30,7 +35,7 @@ def input_moments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
     try:
         with torch.inference_mode():
             for piece in _pieces(tokenizer, model):
-                model(piece, use_cache=False)
+                run(piece) if run else model(piece, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -53,3 +58,17 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Ten
         sums[name] = sums.get(name, torch.zeros(())) + blocks.transpose(1, 2) @ blocks
 
     return add
+
+
+def eagle_run(head: EagleHead, target: PreTrainedModel, layers: Sequence[int]) -> Callable[[Tensor], None]:
+    """For `input_moments` of a head: true rows of a text, then the rows of a draft step after each."""
+
+    def run(piece: Tensor) -> None:
+        with layer_inputs(target, layers) as entered:
+            target(piece, use_cache=False)
+        hidden = head.fc(torch.cat(entered(), -1))
+        for step in range(1, 3):
+            tokens, hidden = piece[:, step:], hidden[:, :-1]
+            hidden = head(tokens, torch.arange(tokens.shape[1])[None], hidden).hidden_states
+
+    return run

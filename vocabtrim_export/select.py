@@ -44,7 +44,12 @@ class Selection:
 
 
 def select_vocab(
-    counts: TokenCounts, k: str | int, *, always_keep: Iterable[int], vocab_limit: int | None = None
+    counts: TokenCounts,
+    k: str | int,
+    *,
+    always_keep: Iterable[int],
+    vocab_limit: int | None = None,
+    available: NDArray[np.int64] | None = None,
 ) -> Selection:
     """Keep the K tokens counted most often.
 
@@ -54,6 +59,7 @@ def select_vocab(
     always_keep: ids kept before all others. Then come counted ids, ties by the smaller id; then, as filler, the rest
     by id: BPE numbers tokens in the order of its merges, so a smaller id is likely the more frequent one.
     vocab_limit: ids from here up are never kept, nor is `always_keep` among them.
+    available: int64[n], the only ids that can be kept, where the head lacks rows already; None for all.
     Raises `VocabtrimError` for a K that is no such number, or too small for `always_keep`.
     """
     limit = min(counts.full_vocab, counts.full_vocab if vocab_limit is None else vocab_limit)
@@ -61,14 +67,16 @@ def select_vocab(
         raise VocabtrimError(f"the vocabulary limit must be positive, not {vocab_limit}")
     always = np.unique(np.fromiter((token for token in always_keep if 0 <= token < limit), np.int64))
     rank = _rank(counts.counts[:limit], always)
+    if available is not None:
+        rank, always = (ids[np.isin(ids, available)] for ids in (rank, always))
     requested, rows = _parse_k(k)
     if requested is not None:
         rows = _rows_to_cover(counts, rank, requested, len(always))
-    kept_rows = min(_round_up(rows), limit)
+    kept_rows = min(_round_up(rows), len(rank))
     if kept_rows < len(always):
         raise VocabtrimError(
             f"K = {rows} is too small: {len(always)} special and structural tokens are always kept; "
-            f"give at least {min(_round_up(len(always)), limit)}"
+            f"give at least {min(_round_up(len(always)), len(rank))}"
         )
     kept = rank[:kept_rows]
     held_out = int(counts.held_out.sum())

@@ -1,17 +1,21 @@
 """Small random models of every architecture, saved as users have them, and what is exported from them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from engines import load_engine
 from engines.tokenizer import tokenizer_digest
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.counting import CalibrationSettings
 from vocabtrim_export.export import ExportSettings, export
+
+from .eagle_heads import CONFIG
 
 SHARED = {
     "vocab_size": 448,
@@ -102,14 +106,27 @@ def count_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def export_pair(tmp_path_factory, count_file):
-    """export_pair(model, k="192", …) → ExportResult of the model as target and as its own drafter."""
+    """export_pair(model, target, k="192", …) → ExportResult; without a target, of the model as its own drafter."""
 
     def run(model: Path, target: Path | None = None, k: str = "192", **changes):
-        calibration = CalibrationSettings(calibration=(count_file(model),))
+        calibration = CalibrationSettings(calibration=(count_file(target or model),))
         settings = ExportSettings(**{"k": k, "max_length": 128, "calibration": calibration} | changes)
         return export(str(model), str(target or model), tmp_path_factory.mktemp("out") / "bundles", settings)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def write_head(tmp_path_factory):
+    """write_head(tensors, **changes of config.json) → the directory of a head."""
+
+    def write(tensors, config=CONFIG, **changes):
+        path = tmp_path_factory.mktemp("head")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps(config | changes))
+        return path
+
+    return write
 
 
 def check_logits(path: Path, ids: np.ndarray, wanted: np.ndarray, steps: list[tuple[int, int]]) -> None:

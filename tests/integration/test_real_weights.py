@@ -24,6 +24,10 @@ QUESTIONS = [
     "A farmer has 17 sheep and buys 3 pens for 8 sheep each. How many more sheep fit in?",
     "Name three rivers in Europe and say where they end.",
 ]
+MORE_QUESTIONS = [
+    "Write a short letter to a friend about your new job.",
+    "Explain to a child why the sky is blue.",
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,23 @@ def test_the_target_as_its_own_drafter_accepts_everything(bundles):
         tokenizer = SpeculativeDecoder.load(bundles / "target").tokenizer
         stats = decoder.generate(tokenizer.encode_chat([{"role": "user", "content": QUESTIONS[0]}])).stats
         assert stats.accepted == stats.drafted > 50
+
+
+def test_the_eagle_head_of_the_examples_drafts_well(bundles, tmp_path, capsys):
+    """Trained on the original weights, not on this GGUF, whose 4-bit rounding costs it some acceptance."""
+    head = EXAMPLES / "eagle3" / "smollm2-135m-instruct"
+    arguments = ["--drafter", str(head), "--target", MODEL, "--k", "49152", "--max-length", "512"]
+    arguments += ["--calibration", str(bundles / "token_counts.safetensors"), "--output", str(tmp_path / "out")]
+    assert export_main(arguments) == 0
+    assert "trained with another file of its target" in capsys.readouterr().err
+    with (
+        SpeculativeDecoder.load(tmp_path / "out" / "target", tmp_path / "out" / "drafter", draft_length=4) as decoder,
+        SpeculativeDecoder.load(bundles / "target") as alone,
+    ):
+        results = [decoder.generate(question, max_new_tokens=96) for question in [*QUESTIONS, *MORE_QUESTIONS]]
+        gained = sum(result.stats.block_efficiency * result.stats.rounds for result in results)
+        assert gained / sum(result.stats.rounds for result in results) > 1.9
+        assert results[1].token_ids == alone.generate(QUESTIONS[1], max_new_tokens=96).token_ids
 
 
 def test_bench_reports_every_mode(bundles, capsys):

@@ -51,7 +51,7 @@ def add_format_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         nargs="+",
-        choices=["onnx", "trt", *FORMATS, "eagle3"],
+        choices=["onnx", "trt", *FORMATS],
         default=["onnx"],
         metavar="FORMAT",
         help="onnx (the default): bundles for ONNX Runtime; trt: bundles with TensorRT engines; beside them, each in "

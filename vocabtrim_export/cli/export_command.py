@@ -24,7 +24,12 @@ _MODEL = "a hub id, a local model directory, a .gguf file, or a directory with a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--drafter", required=True, metavar="MODEL", help=f"the model to trim: {_MODEL}")
+    parser.add_argument(
+        "--drafter",
+        required=True,
+        metavar="MODEL",
+        help=f"the model to trim: {_MODEL}; or the directory of an EAGLE-3 head of the target",
+    )
     parser.add_argument("--target", metavar="MODEL", help="the model it drafts for; may be the same one")
     parser.add_argument(
         "--k",
@@ -77,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
         logging.getLogger("vocabtrim_export.trt").setLevel(logging.DEBUG)
     with progress_reporter({"calibrate": "tokens"}) as progress:
         result = export(options.drafter, options.target, options.output, settings, progress)
-    for note in notes(result.selection, builtin=not options.calibration):
+    for note in (*result.notes, *notes(result.selection, builtin=not options.calibration)):
         print(f"note: {note}", file=sys.stderr)
     print(json.dumps(summary(result), indent=2) if options.json else text(result))
 
@@ -96,7 +101,9 @@ def notes(selection: "Selection", builtin: bool) -> list[str]:
         )
     asked = selection.requested_coverage
     if asked and selection.coverage is not None and selection.coverage < asked:
-        found.append(f"coverage is {selection.coverage:.4f}, not {asked}: the target lacks the tokens that are missing")
+        found.append(
+            f"coverage is {selection.coverage:.4f}, not {asked}: the target or the head lacks the missing tokens"
+        )
     return found
 
 

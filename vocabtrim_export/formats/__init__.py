@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Format:
     """Where a format is written, and what must be there. needs_target: both models. needs_graph: the graphs of
-    `--format onnx`."""
+    `--format onnx`. of_heads: it is for EAGLE-3 heads as drafters, and all others for language models."""
 
     module: str
     needs_target: bool = False
     needs_graph: bool = False
+    of_heads: bool = False
 
 
 FORMATS: Mapping[str, Format] = {
+    "eagle3": Format("eagle3", needs_target=True, of_heads=True),
     "genai": Format("genai", needs_target=True, needs_graph=True),
     "hf": Format("hf"),
     "sglang-token-map": Format("sglang"),
@@ -34,17 +36,16 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def check_formats(names: Sequence[str], has_target: bool, is_tensorrt: bool) -> None:
-    """Raise `VocabtrimError` for what cannot be written, before the long work."""
+def check_formats(names: Sequence[str], has_target: bool, is_tensorrt: bool, is_head: bool) -> None:
+    """Raise `VocabtrimError` for what cannot be written, before the long work. is_head: of an EAGLE head as drafter."""
     for name in names:
-        if name == "eagle3":
-            raise VocabtrimError(
-                "--format eagle3 is the form of EAGLE-3 heads, and a language model is none: take hf, or see "
-                "docs/formats.md for a head's directory"
-            )
         if name not in FORMATS:
             raise VocabtrimError(f"--format {name} is unknown: choose from onnx, trt, {', '.join(FORMATS)}")
         needs = FORMATS[name]
+        if needs.of_heads and not is_head:
+            raise VocabtrimError(f"--format {name} is the form of EAGLE-3 heads, and this drafter is none: take hf")
+        if is_head and not needs.of_heads:
+            raise VocabtrimError(f"--format {name} is for language models, and this drafter is an EAGLE-3 head")
         if needs.needs_target and not has_target:
             raise VocabtrimError(f"--format {name} holds drafter and target: give --target as well")
         if needs.needs_graph and is_tensorrt:

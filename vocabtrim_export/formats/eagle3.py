@@ -18,6 +18,7 @@ from engines.errors import VocabtrimError
 from engines.typed_json import read
 from engines.vocab_map import VocabMap
 from vocabtrim_export.formats.eagle3_layout import check_layout
+from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.output import replacing
 
 _HEAD, _D2T, _T2D = "lm_head.weight", "d2t", "t2d"
@@ -55,6 +56,15 @@ def read_head(path: Path) -> Eagle3Head:
     return Eagle3Head(path, config, tensors)
 
 
+def write(exported: Exported, directory: Path) -> None:
+    """The head that was exported, with the rows that its bundle keeps."""
+    drafter, target = exported.sources["drafter"], exported.sources["target"]
+    vocab = target.vocab_size
+    kept = exported.vocab_map or VocabMap.from_ids(range(vocab), vocab)
+    embeddings: Any = target.model.get_output_embeddings()
+    _fill(Path(drafter.name).expanduser(), kept, directory, embeddings.weight)
+
+
 def write_eagle3(head: Path, vocab_map: VocabMap, directory: Path, target_head: Tensor | None = None) -> VocabMap:
     """Write the EAGLE-3 checkpoint `head` with only the head rows of `vocab_map` to `directory`, whole or not at all.
 
@@ -63,6 +73,11 @@ def write_eagle3(head: Path, vocab_map: VocabMap, directory: Path, target_head: 
     Raises `VocabtrimError` for a map of another vocabulary, a `d2t` that cannot be, and a layout that the runtimes
     would not load.
     """
+    with replacing([directory]) as (fresh,):
+        return _fill(head, vocab_map, fresh, target_head)
+
+
+def _fill(head: Path, vocab_map: VocabMap, directory: Path, target_head: Tensor | None) -> VocabMap:
     source = read_head(head)
     if vocab_map.full_vocab != source.vocab_size:
         raise VocabtrimError(
@@ -77,9 +92,8 @@ def write_eagle3(head: Path, vocab_map: VocabMap, directory: Path, target_head: 
     tensors[_T2D] = torch.from_numpy(kept.inverse >= 0)
     config = dict(source.config) | {"draft_vocab_size": len(kept), "tie_word_embeddings": False}
     check_layout(config, tensors, str(head))
-    with replacing([directory]) as (fresh,):
-        save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
-        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     return kept
 
 

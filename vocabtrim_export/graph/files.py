@@ -21,6 +21,11 @@ def save_graph(model: ir.Model, directory: Path, task: str, progress: Progress) 
     ir.save(model, directory / MODEL_NAME, external_data=WEIGHTS_NAME, callback=report)
 
 
+def save_small(model: ir.Model, path: Path) -> None:
+    """Write `model` to `path`, and its weights to a file of their own beside it."""
+    ir.save(model, path, external_data=f"{path.name}.data")
+
+
 def save_sharing_weights(model: ir.Model, directory: Path, name: str) -> None:
     """Write `model` as `name` beside a `model.onnx` whose weights it shares by their names."""
     written = ir.load(directory / MODEL_NAME).graph.initializers

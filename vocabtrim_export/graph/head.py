@@ -2,6 +2,7 @@
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from engines.vocab_map import VocabMap
 from vocabtrim_export.graph.decoder import DecoderGraph, name_of
@@ -39,10 +40,9 @@ def select_last_position(decoder: DecoderGraph) -> None:
     head.replace_input_with(0, nodes("Gather", head.inputs[0], nodes.ints(-1), axis=1))
 
 
-def trim_head(decoder: DecoderGraph, vocab_map: VocabMap) -> None:
-    """Keep only the head rows (and bias entries) of `vocab_map`. A tied embedding keeps all of its rows."""
+def trim_head(decoder: DecoderGraph, rows: Tensor) -> None:
+    """Keep only these rows (and bias entries) of the head, int64[K]. A tied embedding keeps all of its rows."""
     (head,) = decoder.composites("Head")
-    rows = torch.from_numpy(vocab_map.kept_token_ids.copy())
     for index, value in list(enumerate(head.inputs))[1:]:
         if value is not None:
             name = name_of(value)
@@ -52,7 +52,7 @@ def trim_head(decoder: DecoderGraph, vocab_map: VocabMap) -> None:
 def bake_token_ids(decoder: DecoderGraph, vocab_map: VocabMap | None) -> None:
     """Add the output token_ids: int64[1, keep]: ArgMax of the logits (the first of equals), then, for a trimmed
     head, Gather from the table of kept token ids. Runs first of the outputs' edits: logits is output 0."""
-    (logits,) = decoder.graph.outputs
+    logits = decoder.graph.outputs[0]
     vocab = len(vocab_map) if vocab_map else int(logits.shape[-1])  # type: ignore[index, arg-type]
     logits.shape = ir.Shape([1, "keep", vocab])
     compared = logits

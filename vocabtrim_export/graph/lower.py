@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from engines.manifest import FEATURES_OUTPUT, HIDDEN_INPUT
 from engines.vocab_map import VocabMap
 from vocabtrim_export.graph.decoder import DecoderGraph, name_of
 from vocabtrim_export.graph.head import (
@@ -24,6 +25,8 @@ from vocabtrim_export.graph.quantize import HEAD, Quantization, lower_products
 from vocabtrim_export.graph.standard import STANDARD_OPSET, CacheForm, standard_attention, standard_norms
 from vocabtrim_export.graph.tidy import pack_projections, tidy
 from vocabtrim_export.graph.unroll import unroll
+from vocabtrim_export.graph.weights import Weight
+from vocabtrim_export.lowering.composites import DOMAIN
 from vocabtrim_export.lowering.trace import OPSET, Traced
 
 
@@ -31,14 +34,16 @@ from vocabtrim_export.lowering.trace import OPSET, Traced
 class Weights:
     """What a graph's weights are to be.
 
-    vocab_map: the head's rows, None for all. moments: of the linear layers' inputs, as `input_moments` measures them;
-    int4 is better with them.
+    vocab_map: the tokens of the head's rows, None for all. head_rows: int64[K], the model's rows for these tokens; None
+    where a token's row is its id. moments: of the linear layers' inputs, as `input_moments` measures them; int4 is
+    better with them.
     """
 
     dtype: torch.dtype
     quantization: Quantization = "none"
     vocab_map: VocabMap | None = None
     moments: Mapping[str, Tensor] | None = None
+    head_rows: Tensor | None = None
 
 
 def lower(traced: Traced, weights: Weights) -> Lowered:
@@ -53,6 +58,27 @@ def lower(traced: Traced, weights: Weights) -> Lowered:
     decoder.finish()
     decoder.graph.opset_imports.update({"": OPSET, CONTRIB: 1})
     return Lowered.of(decoder, head_weights)
+
+
+def lower_features(linear: nn.Linear, weights: Weights) -> ir.Model:
+    """The product that makes a head's hidden state of its target's features, [1, S, features] → [1, S, hidden]."""
+    graph = ir.Graph([], [], nodes=[], name="features", opset_imports={"": OPSET, CONTRIB: 1})
+    decoder = DecoderGraph(ir.Model(graph, ir_version=10, producer_name="vocabtrim-export"), {}, weights.dtype)
+    moments = (weights.moments or {}).get("fc")
+    tensors = {"fc.weight": linear.weight, "fc.bias": linear.bias}
+    inputs = [
+        decoder.add_weight(name, Weight.of(tensor, weights.dtype, moments))
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    x = decoder.input(FEATURES_OUTPUT, decoder.ir_dtype, [1, "sequence_length", linear.in_features])
+    node = ir.node("Linear", [x, *inputs], domain=DOMAIN)
+    graph.append(node)
+    decoder.output(node.outputs[0], HIDDEN_INPUT, decoder.ir_dtype, [1, "sequence_length", linear.out_features])
+    lower_products(decoder, weights.quantization)
+    decoder.finish()
+    graph.opset_imports.update({"": OPSET, CONTRIB: 1})
+    return decoder.model
 
 
 def lower_standard(traced: Traced, weights: Weights, cache: CacheForm) -> Lowered:
@@ -93,7 +119,8 @@ def _start(traced: Traced, weights: Weights) -> DecoderGraph:
 
 def _finish_head(decoder: DecoderGraph, weights: Weights) -> None:
     if weights.vocab_map is not None:
-        trim_head(decoder, weights.vocab_map)
+        rows = torch.from_numpy(weights.vocab_map.kept_token_ids.copy())
+        trim_head(decoder, rows if weights.head_rows is None else weights.head_rows)
     bake_token_ids(decoder, weights.vocab_map)
 
 

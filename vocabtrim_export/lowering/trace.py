@@ -7,6 +7,8 @@ needs no memory for weights, and one trace serves a target and the drafter cut f
 import copy
 import inspect
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -17,6 +19,8 @@ from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedModel
 
 from engines.errors import VocabtrimError
+from engines.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
+from vocabtrim_export.eagle.model import EagleHead
 from vocabtrim_export.lowering.composites import DOMAIN, Norm, Rope, composites, rotary_modules
 
 OPSET = 20
@@ -28,21 +32,26 @@ class Traced:
 
     graph: inputs input_ids, position_ids: int64[1, S]; output logits[1, S, vocab]. Its initializers have names and
     shapes, no values. weights: their values by name, sharing the model's memory.
+    A target that a head reads has the output features[1, S, layers·hidden] as well, a head the input hidden and the
+    output next_hidden, [1, S, hidden] both.
     """
 
     graph: ir.Model
     weights: dict[str, Tensor]
 
 
-def trace(model: PreTrainedModel, dtype: torch.dtype, context_length: int) -> Traced:
+def trace(
+    model: PreTrainedModel, dtype: torch.dtype, context_length: int, feature_layers: Sequence[int] = ()
+) -> Traced:
     """Trace `model` for a KV cache of `context_length` tokens.
 
+    feature_layers: those whose inputs are to be an output, too.
     Raises `VocabtrimError` for an architecture that transformers' attention interface does not cover.
     """
     modeling = sys.modules[type(model).__module__]
     rope = find_rope(model, modeling, context_length)
     try:
-        graph = _trace_skeleton(model, modeling, dtype, find_norms(model), rope)
+        graph = _trace_skeleton(model, modeling, dtype, find_norms(model), rope, feature_layers)
     except VocabtrimError:
         raise
     except Exception as error:  # whatever the model's own code or torch.export raises
@@ -113,19 +122,73 @@ def _rotates_halves(apply: object, cos: Tensor, sin: Tensor) -> bool:
 
 
 class _Decoder(nn.Module):
-    """The graph's inputs and outputs around the model."""
+    """The graph's inputs and outputs around the model; `outputs` are the names of the latter."""
 
-    def __init__(self, model: PreTrainedModel, rope: Rope | None) -> None:
+    def __init__(self, model: PreTrainedModel, rope: Rope | None, feature_layers: Sequence[int] = ()) -> None:
         super().__init__()
-        self.model, self.rope = model, rope
+        self.model, self.rope, self.feature_layers = model, rope, feature_layers
+        self.outputs = ["logits", FEATURES_OUTPUT] if feature_layers else ["logits"]
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        return logits
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        with layer_inputs(self.model, self.feature_layers) as entered:
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        return (logits, torch.cat(entered(), -1)) if self.feature_layers else (logits,)
+
+
+class _HeadDecoder(_Decoder):
+    """The same of an EAGLE head, which reads and gives a hidden state."""
+
+    def __init__(self, model: EagleHead, rope: Rope | None) -> None:
+        super().__init__(model, rope)
+        self.outputs = ["logits", HIDDEN_OUTPUT]
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        output = self.model(input_ids, position_ids, hidden)
+        return output.logits, output.hidden_states
+
+
+@contextmanager
+def layer_inputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[Callable[[], list[Tensor]]]:
+    """Notes what enters these decoder layers when `model` runs: [1, S, hidden] each, in the order of `layers`.
+
+    Raises `VocabtrimError` for a model whose layers are not to be found.
+    """
+    entered: dict[int, Tensor] = {}
+
+    def note(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            entered[index] = inputs[0] if inputs else named["hidden_states"]
+
+        return hook
+
+    handles = []
+    if layers:
+        modules = decoder_layers(model)
+        handles = [modules[i].register_forward_pre_hook(note(i), with_kwargs=True) for i in layers]
+    try:
+        yield lambda: [entered[i] for i in layers]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The one list of modules that is as long as the model is deep. Raises `VocabtrimError` where there is none."""
+    config = model.config.get_text_config()
+    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
+    found = [each for each in lists if len(each) == config.num_hidden_layers]
+    if len(found) != 1:
+        raise VocabtrimError(f"a {config.model_type} model does not show its layers, whose inputs an EAGLE head reads")
+    return found[0]
 
 
 def _trace_skeleton(
-    model: PreTrainedModel, modeling: ModuleType, dtype: torch.dtype, norms: list[Norm], rope: Rope | None
+    model: PreTrainedModel,
+    modeling: ModuleType,
+    dtype: torch.dtype,
+    norms: list[Norm],
+    rope: Rope | None,
+    feature_layers: Sequence[int],
 ) -> ir.Model:
     length = torch.export.Dim("sequence_length", min=1, max=1 << 20)
     with FakeTensorMode(), torch.no_grad():
@@ -137,10 +200,15 @@ def _trace_skeleton(
                 if name.startswith("cos_")
             }
         )
-        example = torch.ones(1, 7, dtype=torch.long), torch.arange(7)[None]
+        example = {"input_ids": torch.ones(1, 7, dtype=torch.long), "position_ids": torch.arange(7)[None]}
+        if isinstance(skeleton, EagleHead):
+            decoder: _Decoder = _HeadDecoder(skeleton, fake_rope)
+            example[HIDDEN_INPUT] = torch.zeros(1, 7, skeleton.config.hidden_size, dtype=dtype)
+        else:
+            decoder = _Decoder(skeleton, fake_rope, feature_layers)
         with composites(skeleton, modeling, norms, fake_rope):
             program = torch.export.export(
-                _Decoder(skeleton, fake_rope), example, dynamic_shapes=({1: length}, {1: length}), strict=False
+                decoder, tuple(example.values()), dynamic_shapes=({1: length},) * len(example), strict=False
             )
             exported = torch.onnx.export(
                 program,
@@ -148,8 +216,8 @@ def _trace_skeleton(
                 opset_version=OPSET,
                 optimize=False,
                 verbose=False,
-                input_names=["input_ids", "position_ids"],
-                output_names=["logits"],
+                input_names=list(example),
+                output_names=decoder.outputs,
             )
     assert exported is not None
     return exported.model

@@ -1,0 +1,105 @@
+"""config.json of an EAGLE-3 head, in the layouts of SafeAILab and SpecForge, ModelOpt, and speculators."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from engines.errors import VocabtrimError
+from engines.typed_json import decode, read
+
+_FIRST = "an EAGLE-1 or EAGLE-2 head, which cannot be exported yet: take an EAGLE-3 head"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """The numbers of the head's one Llama layer, by transformers' names. vocab_size: the target's."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int | None
+    head_dim: int | None
+    vocab_size: int
+    rms_norm_eps: float
+    hidden_act: str
+    rope_theta: float | None
+    rope_scaling: Any
+    rope_parameters: Any
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """feature_layers: layer i means what enters layer i of the target; None: the ones that EAGLE-3 takes by default.
+
+    norm_before_residual: see `EagleConfig`. target_hidden_size: of the features of one layer.
+    target_digest: of the target's weights, by those who state it.
+    """
+
+    layer: LayerConfig
+    feature_layers: tuple[int, ...] | None
+    norm_before_residual: bool
+    target_hidden_size: int
+    target_digest: str | None
+
+
+def is_eagle(spec: str) -> bool:
+    """Whether MODEL is the directory of a head, by its config.json."""
+    path = Path(spec).expanduser() / "config.json"
+    if not path.is_file():
+        return False
+    data = read(path)
+    return isinstance(data, dict) and _names_eagle(data)
+
+
+def read_head_config(directory: Path) -> HeadConfig:
+    """Raises `VocabtrimError` for a head that is not covered, or a config.json that lacks what is needed."""
+    where = directory / "config.json"
+    data = read(where)
+    inner = data.get("transformer_layer_config")
+    raw = inner if isinstance(inner, dict) else data
+    if not any("eagle3" in name for name in _kinds(data)):
+        raise VocabtrimError(f"{directory} is {_FIRST}")
+    if raw.get("num_hidden_layers", 1) != 1:
+        raise VocabtrimError(f"{directory} has several layers: only EAGLE-3 heads of one can be exported")
+    for option in ("norm_before_fc", "fc_norm", "norm_output"):
+        if data.get(option):
+            raise VocabtrimError(f"{where} sets {option}, which cannot be exported yet")
+    defaults = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    given = {field.name: raw.get(field.name, defaults.get(field.name)) for field in fields(LayerConfig)}
+    layer: LayerConfig = decode(LayerConfig, given, str(where))
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        if getattr(layer, name) == 0:
+            raise VocabtrimError(f"{where}: {name} is 0, which cannot be")
+    if layer.num_attention_heads % (layer.num_key_value_heads or 1):
+        raise VocabtrimError(f"{where}: num_attention_heads is no multiple of num_key_value_heads")
+    target_hidden = decode(int | None, data.get("target_hidden_size"), f"{where}: target_hidden_size")
+    return HeadConfig(
+        layer,
+        _feature_layers(data, str(where)),
+        decode(bool, data.get("norm_before_residual", False), f"{where}: norm_before_residual"),
+        target_hidden or layer.hidden_size,
+        decode(str | None, data.get("target_digest"), f"{where}: target_digest"),
+    )
+
+
+def _feature_layers(data: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
+    """At the top they are counted as vLLM does: i is what enters layer i. In `eagle_config`, where SpecForge and
+    ModelOpt write them and SGLang reads them, i is what layer i gives."""
+    name = "eagle_aux_hidden_state_layer_ids"
+    nested = data.get("eagle_config")
+    top: tuple[int, ...] = decode(tuple[int, ...], data.get(name) or [], f"{where}: {name}")
+    if top or not isinstance(nested, dict):
+        return top or None
+    given: tuple[int, ...] = decode(tuple[int, ...], nested.get(name) or [], f"{where}: eagle_config.{name}")
+    return tuple(layer + 1 for layer in given) or None
+
+
+def _names_eagle(data: Mapping[str, Any]) -> bool:
+    return any("eagle" in name for name in _kinds(data))
+
+
+def _kinds(data: Mapping[str, Any]) -> list[str]:
+    architectures = data.get("architectures")
+    names = [*(architectures if isinstance(architectures, list) else []), data.get("speculators_model_type")]
+    return [str(name).lower() for name in names]

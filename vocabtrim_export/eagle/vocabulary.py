@@ -1,0 +1,56 @@
+"""Which token each row of a head's LM head stands for: `d2t` and `t2d` as trainers write them."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import VocabtrimError
+
+
+def row_token_ids(
+    d2t: NDArray[np.generic] | None, t2d: NDArray[np.generic] | None, rows: int, vocab_size: int, where: str
+) -> NDArray[np.int64]:
+    """int64[rows]: the token of each row, in any order.
+
+    d2t: integers [rows], offsets: row i is token i + d2t[i]. Absolute ids only where `t2d` says that they are such.
+    t2d: [vocab_size], true for the tokens that have a row. Without d2t the rows are these in ascending order, or, for
+    as many rows as tokens, all.
+    Raises `VocabtrimError` where this does not give `rows` different tokens of the vocabulary.
+    """
+    listed = None if t2d is None else _listed(t2d, vocab_size, where)
+    if d2t is None:
+        if rows == vocab_size:
+            return np.arange(rows)
+        if listed is None:
+            raise VocabtrimError(
+                f"{where} has {rows} rows for a vocabulary of {vocab_size} tokens, but no d2t that says which tokens "
+                "they are: take the whole checkpoint"
+            )
+        return _checked(listed, rows, vocab_size, f"{where}: t2d")
+    if d2t.shape != (rows,) or not np.issubdtype(d2t.dtype, np.integer):
+        raise VocabtrimError(
+            f"{where}: d2t is {d2t.dtype}{list(d2t.shape)}, the head's {rows} rows need as many integers"
+        )
+    stated = d2t.astype(np.int64)
+    ids = np.arange(rows) + stated
+    if listed is not None and not np.array_equal(np.sort(ids), listed):
+        if not np.array_equal(np.sort(stated), listed):
+            raise VocabtrimError(f"{where}: d2t and t2d name different tokens: the checkpoint is damaged")
+        ids = stated
+    return _checked(ids, rows, vocab_size, f"{where}: d2t")
+
+
+def _listed(t2d: NDArray[np.generic], vocab_size: int, where: str) -> NDArray[np.int64]:
+    if t2d.shape != (vocab_size,):
+        raise VocabtrimError(f"{where}: t2d has shape {list(t2d.shape)}, the vocabulary {vocab_size} tokens")
+    return np.flatnonzero(t2d)
+
+
+def _checked(ids: NDArray[np.int64], rows: int, vocab_size: int, where: str) -> NDArray[np.int64]:
+    if len(ids) != rows:
+        raise VocabtrimError(f"{where} names {len(ids)} tokens, the head has {rows} rows: the checkpoint is damaged")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        worst = ids.min() if ids.min() < 0 else ids.max()
+        raise VocabtrimError(f"{where} names the token {worst}, which is outside the vocabulary of {vocab_size}")
+    if len(np.unique(ids)) < rows:
+        raise VocabtrimError(f"{where} names a token twice: the checkpoint is damaged")
+    return ids
