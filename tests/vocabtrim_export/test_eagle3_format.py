@@ -95,9 +95,9 @@ def test_a_head_without_rows_takes_the_targets(head, tmp_path):
     ("changes", "message"),
     [
         ({"d2t": None}, "no d2t that says which"),
-        ({"d2t": torch.zeros(ROWS - 1, dtype=torch.int64)}, "a d2t of shape"),
-        ({"d2t": torch.full((ROWS,), VOCAB)}, "outside the 50"),
-        ({"d2t": -torch.arange(ROWS)}, "two rows to one token"),
+        ({"d2t": torch.zeros(ROWS - 1, dtype=torch.int64)}, "rows need as many integers"),
+        ({"d2t": torch.full((ROWS,), VOCAB)}, "outside the vocabulary of 50"),
+        ({"d2t": -torch.arange(ROWS)}, "names a token twice"),
         ({"layers.0.hidden_norm.weight": torch.zeros(HIDDEN)}, "no loader"),
         ({"norm.weight": None}, "has no norm.weight"),
         ({"midlayer.self_attn.k_proj.weight": torch.zeros(4, HIDDEN)}, r"loaders expect \[4, 16\]"),

@@ -17,6 +17,7 @@ from torch import Tensor
 from engines.errors import VocabtrimError
 from engines.typed_json import read
 from engines.vocab_map import VocabMap
+from vocabtrim_export.eagle.vocabulary import row_token_ids
 from vocabtrim_export.formats.eagle3_layout import check_layout
 from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.output import replacing
@@ -84,7 +85,8 @@ def _fill(head: Path, vocab_map: VocabMap, directory: Path, target_head: Tensor 
             f"the map is of a {vocab_map.full_vocab}-token vocabulary, the target of {head} has {source.vocab_size}"
         )
     rows = _rows(source, target_head)
-    token_ids = row_token_ids(source, len(rows))
+    d2t, t2d = (None if tensor is None else tensor.numpy() for tensor in map(source.tensors.get, (_D2T, _T2D)))
+    token_ids = torch.from_numpy(row_token_ids(d2t, t2d, len(rows), source.vocab_size, str(head)))
     kept, order = _common(token_ids, vocab_map, head)
     tensors = {name: tensor.contiguous() for name, tensor in source.tensors.items()}
     tensors[_HEAD] = rows[order].contiguous()
@@ -95,27 +97,6 @@ def _fill(head: Path, vocab_map: VocabMap, directory: Path, target_head: Tensor 
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     return kept
-
-
-def row_token_ids(head: Eagle3Head, rows: int) -> Tensor:
-    """int64[rows]: the token of each row of the head; rows may be in any order, offsets negative.
-
-    Raises `VocabtrimError` for a `d2t` of another length, with repetitions or ids outside the vocabulary, and for a
-    narrow head without one: to take its rows for the first tokens would propose nonsense.
-    """
-    if _D2T not in head.tensors:
-        if rows != head.vocab_size:
-            raise VocabtrimError(f"{head.path} has {rows} of {head.vocab_size} head rows but no d2t that says which")
-        return torch.arange(rows)
-    offsets = head.tensors[_D2T].long()
-    if offsets.shape != (rows,):
-        raise VocabtrimError(f"{head.path} has {rows} head rows and a d2t of shape {list(offsets.shape)}")
-    token_ids = torch.arange(rows) + offsets
-    if rows and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < head.vocab_size:
-        raise VocabtrimError(f"the d2t of {head.path} names tokens outside the {head.vocab_size} of its target")
-    if len(token_ids.unique()) != rows:
-        raise VocabtrimError(f"the d2t of {head.path} gives two rows to one token")
-    return token_ids
 
 
 def _rows(head: Eagle3Head, target_head: Tensor | None) -> Tensor:
