@@ -128,7 +128,7 @@ def exports(work: Path, again: bool) -> None:
     numbers = torch.arange(448).numpy()
     TokenCounts(numbers, numbers, loaded.tokenizer_digest, ()).save(counts)
     export_module.load_source = lambda *_: loaded
-    export_module.trace = lambda _model, _dtype, length: traced[length]
+    export_module.trace = lambda _model, _dtype, length, *_: traced[length]
 
     def export(length: int, force: bool) -> None:
         calibration = CalibrationSettings(calibration=(counts,))
