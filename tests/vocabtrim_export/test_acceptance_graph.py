@@ -120,7 +120,8 @@ def rounds(draw):
     if kept is None and draw(st.booleans()):
         q[: draw(st.integers(0, length))] = p[0]
         p[: length + 1] = p[0]
-    draft = [draw(st.sampled_from(columns)) for _ in range(length)]  # of a zero of q, too
+    # never of a zero of q: the runtime refuses what the drafter cannot have proposed
+    draft = [draw(st.sampled_from([t for t, share in zip(columns, row, strict=True) if share])) for row in q]
     u = [draw(st.integers(0, UNIT - 1)) / UNIT for _ in range(length + 1)]
     return draft, p, q, kept, np.array(u, np.float32)
 

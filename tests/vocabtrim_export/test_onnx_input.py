@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from engines.errors import VocabtrimError
+from engines.onnxruntime_engine import open_session, session_options
 from engines.vocab_map import VocabMap
 from tests.integration.conftest import count_file, random_model
 from vocabtrim_export.cli.main import main
@@ -133,7 +134,7 @@ HEADS = {
 
 
 def run(model, names, ids):
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
     return session.run(names, {"input_ids": ids})
 
 
@@ -216,8 +217,8 @@ def test_the_command_trims_a_directory(directory, count_file, tmp_path, capsys):
     kept = VocabMap.load(out / "drafter" / "vocab_map.safetensors")
     assert {1, 447} <= set(kept.kept_token_ids.tolist())
     ids = np.arange(9)[None]
-    (wanted,) = ort.InferenceSession(directory / "model.onnx").run(["logits"], {"input_ids": ids})
-    (found,) = ort.InferenceSession(out / "drafter" / "model.onnx").run(["token_ids"], {"input_ids": ids})
+    (wanted,) = open_session(directory / "model.onnx").run(["logits"], {"input_ids": ids})
+    (found,) = open_session(out / "drafter" / "model.onnx").run(["token_ids"], {"input_ids": ids})
     np.testing.assert_array_equal(found, kept.kept_token_ids[wanted[..., kept.kept_token_ids].argmax(-1)])
     assert (out / "drafter" / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
 
