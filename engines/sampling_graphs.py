@@ -1,0 +1,111 @@
+"""From logits to probabilities to one token, as two small ONNX graphs: `runtime.sampling`'s rules on a device.
+
+They keep what the host's rule keeps: top-k with all ties of the k-th logit, top-p with the fewest tokens that hold it
+and, of equal ones, the smaller id. Arithmetic is float32; where sums round, a token on the very border may fall to
+either side.
+"""
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from engines.graph_builder import FLOAT, GraphBuilder
+
+NO_TOKEN = -1  # what is drawn where the weights do not add up to a positive number
+
+
+def warp_graph(size: int, logits_type: ir.DataType, top_k: int, has_top_p: bool) -> ir.Model:
+    """Probabilities as `runtime.sampling.distribution` has them. top_k: 0 or `size` and more keep all.
+
+    Inputs: logits [1, rows, size]; temperature float32[1], above 0; top_p float32[1], read if `has_top_p`.
+    Outputs: probabilities float32[rows, size], all NaN in a row whose logits are not finite.
+    """
+    graph = GraphBuilder("warp")
+    logits = graph.input("logits", logits_type, [1, "rows", size])
+    temperature = graph.input("temperature", ir.DataType.FLOAT, [1])
+    rows = graph.reshape(logits, -1, size)
+    if logits_type != ir.DataType.FLOAT:
+        rows = graph.op("Cast", rows, to=FLOAT)
+    scores = graph.op("Sub", rows, graph.op("ReduceMax", rows, *graph.ints([1]), keepdims=1))
+    if 0 < top_k < size:
+        lowest = graph.op("Slice", graph.highest(scores, top_k), *graph.ints([top_k - 1], [top_k], [1]))
+        dropped = graph.op("Less", scores, lowest)  # never a NaN, which must show
+        scores = graph.op("Where", dropped, graph.floats(-np.inf), scores)
+    probabilities = graph.op("Softmax", graph.op("Div", scores, temperature), axis=1)
+    if has_top_p:
+        top_p = graph.input("top_p", ir.DataType.FLOAT, [1])
+        probabilities = _nucleus(graph, probabilities, size, top_p)
+        probabilities = graph.op("Div", probabilities, graph.total(probabilities, 1))
+    return graph.finish({"probabilities": (probabilities, ir.DataType.FLOAT, ["rows", size])})
+
+
+def draw_graph(size: int, kept_token_ids: NDArray[np.int64] | None) -> ir.Model:
+    """A token drawn from a row of probabilities.
+
+    Inputs: probabilities float32[1, size]; uniform float32[1] in [0, 1).
+    Outputs: token_ids int64[1, 1], the token of the column drawn, by `kept_token_ids` int64[size] or its own number.
+    A row of NaN gives any token: none of its probabilities can be accepted later.
+    """
+    graph = GraphBuilder("draw")
+    probabilities = graph.input("probabilities", ir.DataType.FLOAT, [1, size])
+    column = draw(graph, probabilities, size, graph.input("uniform", ir.DataType.FLOAT, [1]))
+    if kept_token_ids is not None:
+        at = graph.op("Max", column, *graph.ints([0]))
+        column = graph.op("Gather", graph.constant("kept_token_ids", kept_token_ids), at, axis=0)
+    return graph.finish({"token_ids": (graph.reshape(column, 1, 1), ir.DataType.INT64, [1, 1])})
+
+
+def draw(graph: GraphBuilder, weights: ir.Value, size: int, uniform: ir.Value) -> ir.Value:
+    """The first index, int64[1], at which the running sum of `weights`, float32[1, size], passes uniform · their sum.
+
+    NO_TOKEN where the sum is NaN or not positive.
+    """
+    blocks, count, width = graph.blocks(weights, size)
+    blocks = graph.reshape(blocks, count, width)
+    sums = graph.reshape(graph.total(blocks, 1), count)
+    whole = graph.total(sums, 0)
+    point = graph.op("Mul", uniform, whole)
+    block, before = _passes(graph, sums, count, point)
+    inside = graph.reshape(graph.op("Gather", blocks, block, axis=0), width)
+    index, _ = _passes(graph, inside, width, graph.op("Sub", point, before))
+    found = graph.op("Add", graph.op("Mul", block, *graph.ints([width])), index)
+    return graph.op("Where", graph.op("Greater", whole, graph.floats(0)), found, *graph.ints([NO_TOKEN]))
+
+
+def _passes(graph: GraphBuilder, weights: ir.Value, size: int, point: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The first index, int64[1], at which the running sum of float32[size] passes `point`; the sum before it, [1].
+
+    Never an entry that weighs nothing: where rounding puts the point past the end, the last one that weighs something.
+    """
+    numbers = graph.constant(f"numbers_{size}", np.arange(size))
+    before = graph.op("CumSum", weights, graph.axis(0), exclusive=1)
+    weighs = graph.op("Greater", weights, graph.floats(0))
+    passed = graph.op("And", weighs, graph.op("Greater", graph.op("Add", before, weights), point))
+    last = graph.op("ReduceMax", graph.op("Where", weighs, numbers, *graph.ints([0])), keepdims=1)
+    index = graph.op("ReduceMin", graph.op("Where", passed, numbers, last), keepdims=1)
+    return index, graph.op("Gather", before, index, axis=0)
+
+
+def _nucleus(graph: GraphBuilder, weights: ir.Value, size: int, top_p: ir.Value) -> ir.Value:
+    """`weights`, [rows, size], with zeros in place of all but the fewest that hold `top_p` of their sum."""
+    descending = graph.highest(weights, size)
+    wanted = graph.op("Mul", top_p, graph.total(weights, 1))
+    inside = graph.op("Less", _running(graph, descending, size), wanted)  # the first one always
+    count = graph.total(graph.op("Cast", inside, to=FLOAT), 1)
+    lowest = graph.op("ReduceMin", graph.op("Where", inside, descending, graph.floats(2)), *graph.ints([1]), keepdims=1)
+    above = graph.op("Greater", weights, lowest)
+    ties = graph.op("Cast", graph.op("Equal", weights, lowest), to=FLOAT)
+    # of equal ones the first: as many as the count leaves room for
+    room = graph.op("Sub", count, graph.total(graph.op("Cast", above, to=FLOAT), 1))
+    early = graph.op("Less", _running(graph, ties, size), room)
+    kept = graph.op("Or", above, graph.op("And", graph.op("Cast", ties, to=int(ir.DataType.BOOL)), early))
+    return graph.op("Where", kept, weights, graph.floats(0))
+
+
+def _running(graph: GraphBuilder, values: ir.Value, size: int) -> ir.Value:
+    """The sum of what is before each of [rows, size], as [rows, size]."""
+    blocks, count, width = graph.blocks(values, size)
+    inside = graph.op("CumSum", blocks, graph.axis(2), exclusive=1)
+    before = graph.op("CumSum", graph.total(blocks, 2), graph.axis(1), exclusive=1)
+    flat = graph.reshape(graph.op("Add", inside, before), -1, count * width)
+    return graph.op("Slice", flat, *graph.ints([0], [size], [1]))
