@@ -119,7 +119,8 @@ def _replacement(
     p_row = graph.reshape(graph.op("Gather", p, accepted, axis=0), columns.vocab)
     rest = graph.op("Relu", graph.op("Sub", p_row, columns.spread(q_row)))
     # Where p equals q, rounding alone rejected, and nothing is left over.
-    is_left = graph.op("Greater", graph.op("ReduceMax", rest, keepdims=1), graph.floats(0))
+    sums = graph.total(graph.blocks(graph.reshape(rest, 1, columns.vocab), columns.vocab)[0], 2)
+    is_left = graph.op("Greater", graph.reshape(graph.total(sums, 1), 1), graph.floats(0))
     return graph.op("Where", is_left, rest, p_row)
 
 

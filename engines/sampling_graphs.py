@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from engines.graph_builder import FLOAT, GraphBuilder
+from engines.graph_builder import FLOAT, INT64, GraphBuilder
 
 NO_TOKEN = -1  # what is drawn where the weights do not add up to a positive number
 
@@ -26,12 +26,12 @@ def warp_graph(size: int, logits_type: ir.DataType, top_k: int, has_top_p: bool)
     rows = graph.reshape(logits, -1, size)
     if logits_type != ir.DataType.FLOAT:
         rows = graph.op("Cast", rows, to=FLOAT)
-    scores = graph.op("Sub", rows, graph.op("ReduceMax", rows, *graph.ints([1]), keepdims=1))
+    scores = graph.op("Div", rows, temperature)
     if 0 < top_k < size:
         lowest = graph.op("Slice", graph.highest(scores, top_k), *graph.ints([top_k - 1], [top_k], [1]))
         dropped = graph.op("Less", scores, lowest)  # never a NaN, which must show
         scores = graph.op("Where", dropped, graph.floats(-np.inf), scores)
-    probabilities = graph.op("Softmax", graph.op("Div", scores, temperature), axis=1)
+    probabilities = graph.op("Softmax", scores, axis=1)
     if has_top_p:
         top_p = graph.input("top_p", ir.DataType.FLOAT, [1])
         probabilities = _nucleus(graph, probabilities, size, top_p)
@@ -58,32 +58,35 @@ def draw_graph(size: int, kept_token_ids: NDArray[np.int64] | None) -> ir.Model:
 def draw(graph: GraphBuilder, weights: ir.Value, size: int, uniform: ir.Value) -> ir.Value:
     """The first index, int64[1], at which the running sum of `weights`, float32[1, size], passes uniform · their sum.
 
-    NO_TOKEN where the sum is NaN or not positive.
+    NO_TOKEN where the sum is NaN or not positive. Never an entry that weighs nothing.
     """
     blocks, count, width = graph.blocks(weights, size)
     blocks = graph.reshape(blocks, count, width)
     sums = graph.reshape(graph.total(blocks, 1), count)
-    whole = graph.total(sums, 0)
+    running, whole = _running_sum(graph, sums, count)
     point = graph.op("Mul", uniform, whole)
-    block, before = _passes(graph, sums, count, point)
+    block = _passed(graph, running, whole, point)
+    before = graph.op("Gather", graph.op("Concat", graph.floats(0), running, axis=0), block, axis=0)
     inside = graph.reshape(graph.op("Gather", blocks, block, axis=0), width)
-    index, _ = _passes(graph, inside, width, graph.op("Sub", point, before))
+    index = _passed(graph, *_running_sum(graph, inside, width), graph.op("Sub", point, before))
     found = graph.op("Add", graph.op("Mul", block, *graph.ints([width])), index)
     return graph.op("Where", graph.op("Greater", whole, graph.floats(0)), found, *graph.ints([NO_TOKEN]))
 
 
-def _passes(graph: GraphBuilder, weights: ir.Value, size: int, point: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The first index, int64[1], at which the running sum of float32[size] passes `point`; the sum before it, [1].
+def _running_sum(graph: GraphBuilder, weights: ir.Value, size: int) -> tuple[ir.Value, ir.Value]:
+    """Of float32[size] up to each entry, that included; and the last of them, float32[1]."""
+    running = graph.op("CumSum", weights, graph.axis(0))
+    return running, graph.op("Gather", running, *graph.ints([size - 1]), axis=0)
 
-    Never an entry that weighs nothing: where rounding puts the point past the end, the last one that weighs something.
+
+def _passed(graph: GraphBuilder, running: ir.Value, whole: ir.Value, point: ir.Value) -> ir.Value:
+    """How many of the running sums do not pass `point`: the index of the first that does, int64[1].
+
+    Sums taken in another order may round the point to the whole or beyond: it stays the next number below.
     """
-    numbers = graph.constant(f"numbers_{size}", np.arange(size))
-    before = graph.op("CumSum", weights, graph.axis(0), exclusive=1)
-    weighs = graph.op("Greater", weights, graph.floats(0))
-    passed = graph.op("And", weighs, graph.op("Greater", graph.op("Add", before, weights), point))
-    last = graph.op("ReduceMax", graph.op("Where", weighs, numbers, *graph.ints([0])), keepdims=1)
-    index = graph.op("ReduceMin", graph.op("Where", passed, numbers, last), keepdims=1)
-    return index, graph.op("Gather", before, index, axis=0)
+    below = graph.op("Min", point, graph.op("Mul", whole, graph.floats(1 - 2**-24)))
+    passed = graph.op("LessOrEqual", running, below)  # nowhere, if they are NaN
+    return graph.op("Cast", graph.total(graph.op("Cast", passed, to=FLOAT), 0), to=INT64)
 
 
 def _nucleus(graph: GraphBuilder, weights: ir.Value, size: int, top_p: ir.Value) -> ir.Value:
@@ -92,7 +95,8 @@ def _nucleus(graph: GraphBuilder, weights: ir.Value, size: int, top_p: ir.Value)
     wanted = graph.op("Mul", top_p, graph.total(weights, 1))
     inside = graph.op("Less", _running(graph, descending, size), wanted)  # the first one always
     count = graph.total(graph.op("Cast", inside, to=FLOAT), 1)
-    lowest = graph.op("ReduceMin", graph.op("Where", inside, descending, graph.floats(2)), *graph.ints([1]), keepdims=1)
+    last = graph.op("Sub", graph.op("Cast", count, to=INT64), *graph.ints([1]))
+    lowest = graph.op("GatherElements", descending, last, axis=1)
     above = graph.op("Greater", weights, lowest)
     ties = graph.op("Cast", graph.op("Equal", weights, lowest), to=FLOAT)
     # of equal ones the first: as many as the count leaves room for
