@@ -27,15 +27,18 @@ def warp_graph(size: int, logits_type: ir.DataType, top_k: int, has_top_p: bool)
     if logits_type != ir.DataType.FLOAT:
         rows = graph.op("Cast", rows, to=FLOAT)
     scores = graph.op("Div", rows, temperature)
-    if 0 < top_k < size:
-        lowest = graph.op("Slice", graph.highest(scores, top_k), *graph.ints([top_k - 1], [top_k], [1]))
-        dropped = graph.op("Less", scores, lowest)  # never a NaN, which must show
-        scores = graph.op("Where", dropped, graph.floats(-np.inf), scores)
+    has_top_k = 0 < top_k < size
+    if has_top_k or has_top_p:
+        descending = graph.highest(scores, size)
+        if has_top_k:
+            lowest = graph.op("Slice", descending, *graph.ints([top_k - 1], [top_k], [1]))
+            scores, descending = (
+                _without(graph, each, graph.op("Less", each, lowest)) for each in (scores, descending)
+            )
+        if has_top_p:
+            top_p = graph.input("top_p", ir.DataType.FLOAT, [1])
+            scores = _without(graph, scores, _outside_top_p(graph, scores, descending, size, top_p))
     probabilities = graph.op("Softmax", scores, axis=1)
-    if has_top_p:
-        top_p = graph.input("top_p", ir.DataType.FLOAT, [1])
-        probabilities = _nucleus(graph, probabilities, size, top_p)
-        probabilities = graph.op("Div", probabilities, graph.total(probabilities, 1))
     return graph.finish({"probabilities": (probabilities, ir.DataType.FLOAT, ["rows", size])})
 
 
@@ -89,21 +92,25 @@ def _passed(graph: GraphBuilder, running: ir.Value, whole: ir.Value, point: ir.V
     return graph.op("Cast", graph.total(graph.op("Cast", passed, to=FLOAT), 0), to=INT64)
 
 
-def _nucleus(graph: GraphBuilder, weights: ir.Value, size: int, top_p: ir.Value) -> ir.Value:
-    """`weights`, [rows, size], with zeros in place of all but the fewest that hold `top_p` of their sum."""
-    descending = graph.highest(weights, size)
+def _without(graph: GraphBuilder, scores: ir.Value, dropped: ir.Value) -> ir.Value:
+    """`scores` with no weight where `dropped`. That is never a comparison that a NaN meets: it must show."""
+    return graph.op("Where", dropped, graph.floats(-np.inf), scores)
+
+
+def _outside_top_p(graph: GraphBuilder, scores: ir.Value, descending: ir.Value, size: int, top_p: ir.Value) -> ir.Value:
+    """Where scores, [rows, size], are not of the fewest that hold `top_p` of the weight. descending: them, sorted."""
+    weights = graph.op("Softmax", descending, axis=1)
     wanted = graph.op("Mul", top_p, graph.total(weights, 1))
-    inside = graph.op("Less", _running(graph, descending, size), wanted)  # the first one always
+    inside = graph.op("Less", _running(graph, weights, size), wanted)  # the first one always
     count = graph.total(graph.op("Cast", inside, to=FLOAT), 1)
     last = graph.op("Sub", graph.op("Cast", count, to=INT64), *graph.ints([1]))
     lowest = graph.op("GatherElements", descending, last, axis=1)
-    above = graph.op("Greater", weights, lowest)
-    ties = graph.op("Cast", graph.op("Equal", weights, lowest), to=FLOAT)
     # of equal ones the first: as many as the count leaves room for
-    room = graph.op("Sub", count, graph.total(graph.op("Cast", above, to=FLOAT), 1))
-    early = graph.op("Less", _running(graph, ties, size), room)
-    kept = graph.op("Or", above, graph.op("And", graph.op("Cast", ties, to=int(ir.DataType.BOOL)), early))
-    return graph.op("Where", kept, weights, graph.floats(0))
+    above = graph.total(graph.op("Cast", graph.op("Greater", scores, lowest), to=FLOAT), 1)
+    ties = graph.op("Equal", scores, lowest)
+    before = _running(graph, graph.op("Cast", ties, to=FLOAT), size)
+    late = graph.op("GreaterOrEqual", before, graph.op("Sub", count, above))
+    return graph.op("Or", graph.op("Less", scores, lowest), graph.op("And", ties, late))
 
 
 def _running(graph: GraphBuilder, values: ir.Value, size: int) -> ir.Value:

@@ -37,7 +37,8 @@ def test_warping_keeps_what_the_host_keeps(top_k, top_p, temperature):
             wanted = distribution(logits.astype(np.float32), params)
             found = warp(logits.astype(np.float32), params)
             border = (found > 0) != (wanted > 0)  # sums on the border of top-p may round either way:
-            assert (border.sum(axis=1) <= 1).all() or (found + wanted)[border].sum() < 4e-6  # one entry, or tiny ones
+            mass = np.where(border, found + wanted, 0).sum(axis=1)
+            assert ((border.sum(axis=1) <= 1) | (mass < 3e-6)).all()  # one entry, or tiny ones
             for a, b, out in zip(found, wanted, border, strict=True):
                 a, b = a[~out], b[~out]
                 np.testing.assert_allclose(a / a.sum(), b / b.sum(), rtol=2e-5, atol=1e-9)
