@@ -59,11 +59,20 @@ def test_a_single_configuration(bench, pair):
 
 def test_a_profile_holds_rounds_and_the_operators_of_both_engines(bench, tmp_path):
     bench("--profile", str(tmp_path / "traces"), "--json")
-    read = {path.name: json.loads(path.read_text()) for path in (tmp_path / "traces").iterdir()}
-    assert set(read) == {"rounds.json", "target.json", "drafter.json"}
-    assert {"draft", "verify"} <= {event["name"] for event in read["rounds.json"]["traceEvents"]}
-    for name in ("target.json", "drafter.json"):
-        assert any("MatMul" in event["args"].get("op_name", "") for event in read[name] if event.get("args"))
+    spans, products = read_profile(tmp_path / "traces")
+    assert {"draft", "verify"} <= set(spans)
+    assert set(products) == {"target.json", "drafter.json"}
+    assert all(products.values())
+
+
+def read_profile(directory):
+    """The names of the rounds' spans, and how often each graph computed a product."""
+    read = {path.name: json.loads(path.read_text()) for path in directory.iterdir()}
+    spans = [event["name"] for event in read.pop("rounds.json")["traceEvents"]]
+    return spans, {
+        name: sum("MatMul" in event.get("args", {}).get("op_name", "") for event in events)
+        for name, events in read.items()
+    }
 
 
 def test_forced_acceptance_says_so(bench):
@@ -130,6 +139,7 @@ def test_random_weights(capsys, tmp_path):
 def test_a_random_eagle_head_for_a_target_that_gives_what_it_reads(capsys, tmp_path):
     options = ["--random-weights", "tiny", "--random-drafter", "eagle3-tiny", "--dtype", "fp16"]
     options += ["--quantize-drafter", "int4", "--max-new-tokens", "24", "--repeats", "1", "--bundles", str(tmp_path)]
+    options += ["--profile", str(tmp_path / "traces")]
     assert main(["bench", *options, "--k", "128,full", "--draft-length", "3", "--json"]) == 0
     rows = validated(capsys.readouterr().out)["rows"]
     assert [(row["drafter"], row["head_rows"], row["report"]["block_efficiency"]) for row in rows] == [
@@ -143,6 +153,10 @@ def test_a_random_eagle_head_for_a_target_that_gives_what_it_reads(capsys, tmp_p
         ("eagle3", [0, 1], 128),
         ("language-model", [0, 1], 128),
     ]
+    spans, products = read_profile(tmp_path / "traces")
+    assert set(products) == {"target.json", "drafter.json", "drafter_features.json"}
+    assert products["drafter_features.json"] == spans.count("draft")  # features are read once a round
+    assert all(products.values())
 
 
 @pytest.mark.parametrize(
