@@ -27,5 +27,6 @@ def test_drafters_share_all_but_their_heads_and_are_what_they_would_be_alone(tmp
     assert quantised == products + 1  # the other head
     for graph in alone.glob("*.onnx"):
         assert weights(second / graph.name) == weights(graph)
+        assert b".py" not in graph.read_bytes()  # no line of code, in no directory of this machine
     for data in first.glob("*.data"):
         assert os.path.samefile(data, second / data.name)
