@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from engines.base import ContextFull, Engine, StepOutput
-from engines.bundle import MODEL_NAME, Bundle, Manifest, read_bundle
+from engines.bundle import FEATURES_NAME, MODEL_NAME, Bundle, Manifest, read_bundle
 from engines.errors import VocabtrimError
 from engines.static import StaticEngine
 from engines.vocab_map import VocabMap
@@ -31,7 +31,8 @@ def load_engine(
     share_cache_with: an engine whose KV cache to use where both run on one device, were made from the same weights and
     their caches are of one form; else it keeps its own. A model that drafts for itself then reads the target's keys
     and values. On ONNX Runtime's CUDA, engines so named share a stream in any case.
-    profile: a file for what each operator took, written when the engine is closed; ONNX Runtime on the CPU only.
+    profile: a file for what each operator took, written when the engine is closed; ONNX Runtime on the CPU only. Of an
+    EAGLE head, what its product of features took is in NAME_features beside it.
     Raises `VocabtrimError` if the bundle is damaged, the device unknown or its runtime not installed.
     """
     if device not in ("cpu", "cuda"):
@@ -41,8 +42,6 @@ def load_engine(
         raise VocabtrimError(f"{path} is a bf16 bundle, which ONNX Runtime cannot run on the CPU: export it as fp32")
     if profile and (device != "cpu" or bundle.manifest.tensorrt is not None):
         raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
-    if profile and (bundle.manifest.kind == "eagle3" or bundle.manifest.feature_layers):
-        raise VocabtrimError("the operators of an EAGLE-3 head and of its target are not profiled yet")
     if bundle.manifest.kind == "eagle3" and device == "cuda":
         raise VocabtrimError(f"{path} holds an EAGLE-3 head, which runs on the CPU only so far: use device 'cpu'")
     if device == "cuda" and bundle.manifest.tensorrt is not None:
@@ -70,12 +69,12 @@ def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None, pro
 
         return load_cuda_engine(bundle, neighbour, share_cache=shared is not None)
     if profile:
-        from engines.onnxruntime_profile import ProfiledEngine
+        from engines.onnxruntime_profile import load_profiled
 
-        return ProfiledEngine(bundle, profile, shared)
+        return load_profiled(bundle, profile, shared)
     session = open_session(bundle.path / MODEL_NAME)
     if bundle.manifest.kind == "eagle3":
-        return EagleEngine(bundle, session)
+        return EagleEngine(bundle, session, open_session(bundle.path / FEATURES_NAME))
     kind = FeatureEngine if bundle.manifest.feature_layers else OnnxRuntimeEngine
     return kind(bundle, session, shared)
 

@@ -7,9 +7,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from engines.base import Engine, StepOutput
-from engines.bundle import FEATURES_NAME, Bundle
+from engines.bundle import Bundle
 from engines.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
-from engines.onnxruntime_engine import HostStep, OnnxRuntimeEngine, Step, numpy_dtype, open_session
+from engines.onnxruntime_engine import HostStep, OnnxRuntimeEngine, Step, numpy_dtype
 
 
 class FeatureEngine(OnnxRuntimeEngine):
@@ -47,12 +47,13 @@ class EagleEngine(OnnxRuntimeEngine):
     """An EAGLE-3 head. Row t of its cache is made of the features of token t and the embedding of token t + 1.
 
     `feed` goes on from the hidden state that the last row left: draft steps read no features.
+    fuse: a session on the graph that makes hidden states of features.
     """
 
-    def __init__(self, bundle: Bundle, session: ort.InferenceSession) -> None:
+    def __init__(self, bundle: Bundle, session: ort.InferenceSession, fuse: ort.InferenceSession) -> None:
         super().__init__(bundle, session)
         self.features_read = bundle.manifest.feature_size
-        self._fuse = open_session(bundle.path / FEATURES_NAME)
+        self._fuse = fuse
         self._features_dtype = numpy_dtype(self._fuse.get_inputs()[0].type)
         size, dtype = self._hidden[HIDDEN_INPUT]
         self._last, self._last_at = np.zeros((1, size), dtype), 0  # of the row before number `_last_at`
@@ -74,7 +75,7 @@ class EagleEngine(OnnxRuntimeEngine):
         return super().feed(token_ids, keep)
 
     def fork(self, share_cache_with: Engine | None = None) -> Engine:  # noqa: ARG002  (it shares with nobody)
-        return EagleEngine(self._source, self._session)
+        return EagleEngine(self._source, self._session, self._fuse)
 
     def close(self) -> None:
         super().close()

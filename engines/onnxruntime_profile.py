@@ -1,21 +1,53 @@
-"""`ProfiledEngine`: an engine on the CPU that writes what each operator took."""
+"""Engines on the CPU that write what each operator took."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from engines.bundle import MODEL_NAME, Bundle
+import onnxruntime as ort
+
+from engines.bundle import FEATURES_NAME, MODEL_NAME, Bundle
+from engines.onnxruntime_eagle import EagleEngine, FeatureEngine
 from engines.onnxruntime_engine import OnnxRuntimeEngine, open_session
 
 
 class ProfiledEngine(OnnxRuntimeEngine):
-    """Slower than it would be. When it is closed, `profile` appears: ONNX Runtime's own, in the Trace Event Format."""
+    """Slower than it would be. When it is closed, `traces` appear: ONNX Runtime's own, in the Trace Event Format.
 
-    def __init__(self, bundle: Bundle, profile: Path, shared: OnnxRuntimeEngine | None = None) -> None:
-        self._profile = profile
-        aside = profile.with_name(f".{profile.stem}")  # ONNX Runtime adds a date
-        super().__init__(bundle, open_session(bundle.path / MODEL_NAME, aside), shared)
+    traces: by the file that they go to, the sessions that make them.
+    """
+
+    traces: Mapping[Path, ort.InferenceSession] = {}
 
     def close(self) -> None:
-        if hasattr(self, "_session"):
-            os.replace(self._session.end_profiling(), self._profile)
+        for path, session in self.traces.items():
+            os.replace(session.end_profiling(), path)
+        self.traces = {}
         super().close()
+
+
+class _ProfiledTarget(ProfiledEngine, FeatureEngine):
+    """One that gives features."""
+
+
+class _ProfiledHead(ProfiledEngine, EagleEngine):
+    """An EAGLE head: of its two graphs a trace each."""
+
+
+def load_profiled(bundle: Bundle, profile: Path, shared: OnnxRuntimeEngine | None = None) -> ProfiledEngine:
+    """profile: where the trace of the decoder goes; that of a head's `fc` goes to NAME_features beside it."""
+    engine: ProfiledEngine
+    traces = {profile: _open(bundle.path / MODEL_NAME, profile)}
+    if bundle.manifest.kind == "eagle3":
+        features = profile.with_stem(f"{profile.stem}_features")
+        traces[features] = _open(bundle.path / FEATURES_NAME, features)
+        engine = _ProfiledHead(bundle, traces[profile], traces[features])
+    else:
+        kind = _ProfiledTarget if bundle.manifest.feature_layers else ProfiledEngine
+        engine = kind(bundle, traces[profile], shared)
+    engine.traces = traces
+    return engine
+
+
+def _open(graph: Path, profile: Path) -> ort.InferenceSession:
+    return open_session(graph, profile.with_name(f".{profile.stem}"))  # ONNX Runtime adds a date

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -22,11 +23,11 @@ from engines.bundle import (
     file_digest,
 )
 from engines.checks import graph_metadata
-from engines.graph_file import HEAD_TENSORS, GraphFile
+from engines.graph_file import HEAD_TENSORS, TABLE_NAME, GraphFile
 from engines.vocab_map import VocabMap
 from vocabtrim_export import __version__
 from vocabtrim_export.eagle.checkpoint import HeadSource
-from vocabtrim_export.graph.files import Progress, save_graph, save_small, stamp_graph
+from vocabtrim_export.graph.files import Progress, save_graph, save_like, save_small, share, stamp_graph
 from vocabtrim_export.graph.lower import Weights, lower, lower_features
 from vocabtrim_export.graph.lowered import Lowered
 from vocabtrim_export.graph.quantize import Quantization
@@ -69,15 +70,19 @@ class BundlePlan:
         return Weights(DTYPES[self.dtype], self.quantization, self.vocab_map, self.moments, head_rows)
 
 
-def write_bundle(directory: Path, traced: Traced, plan: BundlePlan, progress: Progress) -> Manifest:
-    """Fill the empty `directory` with the bundle that `plan` describes. progress: called with (task, done, total)."""
+def write_bundle(
+    directory: Path, traced: Traced, plan: BundlePlan, progress: Progress, twin: Path | None = None
+) -> Manifest:
+    """Fill the empty `directory` with the bundle that `plan` describes. progress: called with (task, done, total).
+
+    twin: a bundle for ONNX Runtime of the same model, dtype, quantisation and context, to link the weights of, but for
+    the LM head's.
+    """
     weights = plan.weights
     tensorrt = None
     if plan.trt is None:
         lowered = lower(traced, weights)
-        save_graph(lowered.model, directory, f"write {plan.role}", progress)
-        if isinstance(plan.source, HeadSource):
-            save_small(lower_features(plan.source.head.fc, weights), directory / FEATURES_NAME)
+        _save_graphs(directory, lowered, plan, progress, twin)
     else:
         lowered, tensorrt = write_tensorrt(
             directory, traced, weights, plan.role, plan.context_length, plan.trt, progress
@@ -96,6 +101,20 @@ def write_bundle(directory: Path, traced: Traced, plan: BundlePlan, progress: Pr
     manifest = replace(manifest, files=files)
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
     return manifest
+
+
+def _save_graphs(directory: Path, lowered: Lowered, plan: BundlePlan, progress: Progress, twin: Path | None) -> None:
+    if twin:
+        save_like(lowered.model, directory, twin, {*lowered.head_tensors, TABLE_NAME})
+    else:
+        save_graph(lowered.model, directory, f"write {plan.role}", progress)
+    if isinstance(plan.source, HeadSource):
+        features = f"{FEATURES_NAME}.data"
+        if twin:
+            shutil.copyfile(twin / FEATURES_NAME, directory / FEATURES_NAME)  # will be stamped anew
+            share(twin / features, directory / features)
+        else:
+            save_small(lower_features(plan.source.head.fc, plan.weights), directory / FEATURES_NAME)
 
 
 def _save_tokenizer(source: Source, directory: Path) -> None:

@@ -1,104 +1,34 @@
-"""Bundles of random weights in the shape of a known model: its latency, without its weights.
+"""Bundles of random weights in the shape of a known model: its latency, without its weights."""
 
-No tensor is held twice, and none is held whole before it is written: each is a window on one small piece of noise.
-An EAGLE head is no shape of its own here: its target would have to be made to give the features that it reads.
-"""
-
-import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from tokenizers import Tokenizer, models
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from engines.bundle import Role, read_bundle
 from engines.errors import VocabtrimError
 from engines.vocab_map import VocabMap
 from vocabtrim_export.bundle_writer import BundlePlan, write_bundle
+from vocabtrim_export.eagle.checkpoint import HeadSource
 from vocabtrim_export.export import context_length
 from vocabtrim_export.graph.files import Progress
 from vocabtrim_export.graph.quantize import Quantization
-from vocabtrim_export.lowering.composites import rotary_modules
 from vocabtrim_export.lowering.trace import Traced, trace
 from vocabtrim_export.models import DTYPES, Source
 from vocabtrim_export.output import replacing
+from vocabtrim_export.random_models import HEAD_SHAPES, SHAPES, random_head, random_source
 
-_WORDS = 64  # of the tokenizer: it only has to exist
 _BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 _QUANTIZED_BYTES = {"int8": 1.16, "int4": 0.67}  # a weight, with a scale and a zero point for each block of 32, fp32
 
 
-def _llama3(factor: float) -> dict[str, Any]:
-    context = {"original_max_position_embeddings": 8192}
-    bands = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    return {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **bands, **context}}
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A model by its transformers configuration. model_type: as `AutoConfig.for_model` takes it."""
-
-    name: str
-    model_type: str
-    settings: Mapping[str, Any]
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.settings["vocab_size"])
-
-
-def _shape(name: str, model_type: str, sizes: Sequence[int], **settings: Any) -> Shape:
-    """sizes: vocabulary, hidden, intermediate, layers, attention heads, key/value heads, head, context."""
-    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    keys = [*names.split(), "head_dim", "max_position_embeddings"]
-    none = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return Shape(name, model_type, dict(zip(keys, sizes, strict=True)) | none | settings)
-
-
-# From the models' own config.json.
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        _shape(
-            "llama-3.2-1b",
-            "llama",
-            (128_256, 2048, 8192, 16, 32, 8, 64, 131_072),
-            tie_word_embeddings=True,
-            rms_norm_eps=1e-5,
-            **_llama3(32.0),
-        ),
-        _shape(
-            "llama-3.1-8b",
-            "llama",
-            (128_256, 4096, 14_336, 32, 32, 8, 128, 131_072),
-            tie_word_embeddings=False,
-            rms_norm_eps=1e-5,
-            **_llama3(8.0),
-        ),
-        _shape(
-            "qwen2.5-0.5b",
-            "qwen2",
-            (151_936, 896, 4864, 24, 14, 2, 64, 32_768),
-            tie_word_embeddings=True,
-            rms_norm_eps=1e-6,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        ),
-        _shape("tiny", "llama", (512, 64, 96, 2, 4, 2, 16, 1024), tie_word_embeddings=True),
-    )
-}
-
-
 @dataclass(frozen=True, slots=True)
 class RandomSettings:
-    """drafter_rows: rows of each drafter's head, None for all. drafter_shape: None makes them of the target's model.
+    """shape: of `SHAPES`. drafter_shape: the same, or of `HEAD_SHAPES` for EAGLE-3 heads; None: the target's model.
 
-    quantize_drafter: None does as `quantize` says.
+    drafter_rows: rows of each drafter's LM head, None for all. quantize_drafter: None does as `quantize` says.
     """
 
     shape: str
@@ -118,61 +48,87 @@ class RandomBundles:
     drafters: Mapping[str, Path]
 
 
-def random_source(shape: Shape) -> Source:
-    """A model of `shape` with random weights that take no memory to speak of, and a tokenizer of a few words."""
-    backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(_WORDS)}, unk_token="t0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="t0")
-    digest = hashlib.sha256(f"random weights, {shape.name}".encode()).hexdigest()
-    return Source(f"random weights, {shape.name}", _model(shape), tokenizer, digest)
-
-
 def random_bundles(settings: RandomSettings, directory: Path, progress: Progress) -> RandomBundles:
     """Write a target and its drafters into `directory`; what an earlier call with these settings wrote is used.
 
-    Drafters of the target's model share its KV cache where both have one dtype.
-    Raises `VocabtrimError` where a head has fewer rows than asked for, the vocabularies differ, or disk or memory
-    cannot hold the bundles.
+    Drafters of the target's model share its KV cache where both have one dtype. The target of an EAGLE-3 head gives the
+    features that it reads.
+    Raises `VocabtrimError` where a head has fewer rows than asked for, the drafter is not for this target, or disk or
+    memory cannot hold the bundles.
     """
-    shape, drafter_shape = SHAPES[settings.shape], SHAPES[settings.drafter_shape or settings.shape]
-    if drafter_shape.vocab_size != shape.vocab_size:
-        raise VocabtrimError(f"{drafter_shape.name} cannot draft for {shape.name}: their vocabularies differ")
-    for rows in settings.drafter_rows:
-        if rows is not None and rows > shape.vocab_size:
-            raise VocabtrimError(f"--k {rows} is more than the {shape.vocab_size} rows that {shape.name} has")
-    sources = {each.name: random_source(each) for each in (shape, drafter_shape)}
-    for source in sources.values():
+    target, drafter = _sources(settings)
+    _check_rows(drafter, settings.drafter_rows)
+    for source in (target, drafter):
         context_length(source, settings.max_length)
-    plans = _plans(sources[shape.name], sources[drafter_shape.name], settings)
+    plans = _plans(target, drafter, settings)
     missing = [name for name in plans if not _is_whole(directory / name)]
-    _check_room(shape, directory, list(plans.values()), [plans[name] for name in missing])
-    for source in sources.values():
-        names = [name for name in missing if plans[name].source is source]
-        if names:
+    twins = _twins(plans, missing)
+    _check_room(settings.shape, directory, plans, missing, twins)
+    traced: dict[str, Traced] = {}
+    for name in missing:
+        plan = plans[name]
+        if plan.source.name not in traced:
             progress("trace", 0, 1)
-            traced: Traced = trace(source.model, DTYPES[settings.dtype], settings.max_length)
+            dtype = DTYPES[plan.dtype]
+            traced = {plan.source.name: trace(plan.source.model, dtype, plan.context_length, plan.features_given)}
             progress("trace", 1, 1)
-        for name in names:
-            with replacing([directory / name]) as (fresh,):
-                write_bundle(fresh, traced, plans[name], progress)
-    target, *drafters = (directory / name for name in plans)
+        twin = directory / twins[name] if name in twins else None
+        with replacing([directory / name]) as (fresh,):
+            write_bundle(fresh, traced[plan.source.name], plan, progress, twin)
+    made, *drafters = (directory / name for name in plans)
     labels = ["full" if rows is None else f"{rows} rows" for rows in settings.drafter_rows]
-    return RandomBundles(target, dict(zip(labels, drafters, strict=True)))
+    return RandomBundles(made, dict(zip(labels, drafters, strict=True)))
+
+
+def _sources(settings: RandomSettings) -> tuple[Source, Source]:
+    """The target and the drafter, which may be one."""
+    target = random_source(SHAPES[settings.shape])
+    name = settings.drafter_shape or settings.shape
+    if head := HEAD_SHAPES.get(name):
+        if head.target != settings.shape:
+            raise VocabtrimError(f"{name} is a head for {head.target}, not for {settings.shape}")
+        return target, random_head(head, target)
+    if name == settings.shape:
+        return target, target
+    drafter = random_source(SHAPES[name])
+    if drafter.vocab_size != target.vocab_size:
+        raise VocabtrimError(f"{name} cannot draft for {settings.shape}: their vocabularies differ")
+    return target, drafter
+
+
+def _check_rows(drafter: Source, wanted: tuple[int | None, ...]) -> None:
+    available = len(drafter.row_token_ids) if isinstance(drafter, HeadSource) else drafter.vocab_size
+    for rows in wanted:
+        if rows is not None and rows > available:
+            raise VocabtrimError(f"--k {rows} is more than the {available} rows that {_shape_of(drafter)} has")
 
 
 def _plans(target: Source, drafter: Source, settings: RandomSettings) -> dict[str, BundlePlan]:
     """By the name of the bundle's directory, the target's first."""
+    dtype, context = settings.dtype, settings.max_length
 
-    def entry(role: Role, quantization: Quantization, rows: int | None) -> tuple[str, BundlePlan]:
-        source = target if role == "target" else drafter
-        shape = source.name.rpartition(" ")[2]
-        name = f"{shape}-{settings.dtype}-{settings.max_length}-{role}-{quantization}"
-        kept = None if rows is None else VocabMap.from_ids(range(rows), source.vocab_size)
-        plan = BundlePlan(role, source, settings.dtype, quantization, settings.max_length, kept)
-        return name if role == "target" else f"{name}-{rows or 'full'}", plan
+    def name(source: Source, role: Role, quantization: Quantization, what: str) -> str:
+        return "-".join([_shape_of(source), dtype, str(context), role, quantization]) + what
 
+    features = drafter.feature_layers if isinstance(drafter, HeadSource) else ()
+    plan = BundlePlan("target", target, dtype, settings.quantize, context, features_given=features)
+    plans = {name(target, "target", settings.quantize, f"-for-{_shape_of(drafter)}" if features else ""): plan}
     quantization = settings.quantize_drafter or settings.quantize
-    drafters = [entry("drafter", quantization, rows) for rows in settings.drafter_rows]
-    return dict([entry("target", settings.quantize, None), *drafters])
+    for rows in settings.drafter_rows:
+        plan = BundlePlan("drafter", drafter, dtype, quantization, context, _kept(drafter, rows))
+        plans[name(drafter, "drafter", quantization, f"-{rows or 'full'}")] = plan
+    return plans
+
+
+def _kept(drafter: Source, rows: int | None) -> VocabMap | None:
+    """The first `rows` tokens that the drafter's LM head has; None for all of the vocabulary."""
+    if isinstance(drafter, HeadSource):
+        return VocabMap.from_ids(drafter.row_token_ids[:rows], drafter.vocab_size)
+    return None if rows is None else VocabMap.from_ids(range(rows), drafter.vocab_size)
+
+
+def _shape_of(source: Source) -> str:
+    return source.name.rpartition(" ")[2]
 
 
 def _is_whole(bundle: Path) -> bool:
@@ -184,40 +140,35 @@ def _is_whole(bundle: Path) -> bool:
     return True
 
 
-def _model(shape: Shape) -> PreTrainedModel:
-    config = AutoConfig.for_model(shape.model_type, **shape.settings)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-    state = model.state_dict()
-    noise = torch.randn(max(sum(tensor.shape) for tensor in state.values()), generator=torch.Generator().manual_seed(0))
-    model.load_state_dict({name: _window(noise, name, tensor) for name, tensor in state.items()}, assign=True)
-    model.tie_weights()
-    for rotary in rotary_modules(model):  # its frequencies are no weights: as the configuration has them
-        fresh = type(rotary)(config)
-        for name, buffer in fresh.named_buffers():
-            setattr(rotary, name, buffer)
-    return model.eval()  # type: ignore[no-any-return]
+def _twins(plans: Mapping[str, BundlePlan], missing: list[str]) -> dict[str, str]:
+    """For bundles that are to be written, one that is there by then and differs in its LM head alone."""
+    twins, there = {}, [name for name in plans if name not in missing]
+    for name in missing:
+        for other in there:
+            a, b = plans[name], plans[other]
+            if a.source is b.source and a.quantization == b.quantization:
+                twins[name] = other
+        there.append(name)
+    return twins
 
 
-def _window(noise: Tensor, name: str, like: Tensor) -> Tensor:
-    """A matrix whose rows are overlapping windows on `noise`; norms are ones and biases zeros."""
-    if like.ndim == 1:
-        return torch.zeros(like.shape) if name.endswith("bias") else torch.ones(like.shape)
-    scaled = noise[: sum(like.shape)] * like.shape[1] ** -0.5  # so that activations stay near one
-    window: Tensor = scaled.as_strided(like.shape, (1, 1))
-    return window
+def _check_room(
+    shape: str, directory: Path, plans: Mapping[str, BundlePlan], missing: list[str], twins: Collection[str]
+) -> None:
+    """Raise `VocabtrimError` where the disk cannot hold what is `missing`, or the memory what all `plans` read.
 
-
-def _check_room(shape: Shape, directory: Path, loaded: list[BundlePlan], written: list[BundlePlan]) -> None:
-    """Raise `VocabtrimError` where the disk cannot hold `written`, or the memory what `loaded` reads."""
+    twins: those that take the place of their heads only.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    checks = ("disk space", written, shutil.disk_usage(directory).free), ("memory", loaded, available_memory())
-    for what, plans, room in checks:
-        needed = sum(bundle_bytes(plan) for plan in plans)
+    disk = sum(head_bytes(plans[name]) if name in twins else bundle_bytes(plans[name]) for name in missing)
+    memory = sum(bundle_bytes(plan) for plan in plans.values())
+    free = shutil.disk_usage(directory).free
+    checks = ("disk space", len(missing), disk, free), ("memory", len(plans), memory, available_memory())
+    for what, count, needed, room in checks:
         if needed > room:
             raise VocabtrimError(
-                f"{shape.name} needs {needed / 1e9:.1f} GB of {what} for {len(plans)} bundles and there are "
-                f"{room / 1e9:.1f}: use --dtype fp16, --quantize int4 or fewer --k"
+                f"{shape} needs {needed / 1e9:.1f} GB of {what} for {count} bundles and there are {room / 1e9:.1f}: "
+                "use --dtype fp16, --quantize int4 or fewer --k"
             )
 
 
@@ -225,13 +176,20 @@ def bundle_bytes(plan: BundlePlan) -> float:
     """About what a bundle's weights take: the embedding in its dtype, the head and the layers as they are quantised."""
     model: Any = plan.source.model
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    rows = len(plan.vocab_map) if plan.vocab_map else len(head)
     layers = sum(p.numel() for p in model.parameters()) - embedding.numel()
     layers -= 0 if head is embedding else head.numel()
-    products = layers + rows * head.shape[1]
-    return float(
-        embedding.numel() * _BYTES[plan.dtype] + products * _QUANTIZED_BYTES.get(plan.quantization, _BYTES[plan.dtype])
-    )
+    return float(embedding.numel() * _BYTES[plan.dtype] + layers * _bytes_of_product(plan) + head_bytes(plan))
+
+
+def head_bytes(plan: BundlePlan) -> float:
+    """What the rows of the LM head take of that."""
+    model: Any = plan.source.model
+    rows, size = model.get_output_embeddings().weight.shape
+    return float((len(plan.vocab_map) if plan.vocab_map else rows) * size * _bytes_of_product(plan))
+
+
+def _bytes_of_product(plan: BundlePlan) -> float:
+    return _QUANTIZED_BYTES.get(plan.quantization, _BYTES[plan.dtype])
 
 
 def available_memory() -> int:

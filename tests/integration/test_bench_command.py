@@ -59,11 +59,20 @@ def test_a_single_configuration(bench, pair):
 
 def test_a_profile_holds_rounds_and_the_operators_of_both_engines(bench, tmp_path):
     bench("--profile", str(tmp_path / "traces"), "--json")
-    read = {path.name: json.loads(path.read_text()) for path in (tmp_path / "traces").iterdir()}
-    assert set(read) == {"rounds.json", "target.json", "drafter.json"}
-    assert {"draft", "verify"} <= {event["name"] for event in read["rounds.json"]["traceEvents"]}
-    for name in ("target.json", "drafter.json"):
-        assert any("MatMul" in event["args"].get("op_name", "") for event in read[name] if event.get("args"))
+    spans, products = read_profile(tmp_path / "traces")
+    assert {"draft", "verify"} <= set(spans)
+    assert set(products) == {"target.json", "drafter.json"}
+    assert all(products.values())
+
+
+def read_profile(directory):
+    """The names of the rounds' spans, and how often each graph computed a product."""
+    read = {path.name: json.loads(path.read_text()) for path in directory.iterdir()}
+    spans = [event["name"] for event in read.pop("rounds.json")["traceEvents"]]
+    return spans, {
+        name: sum("MatMul" in event.get("args", {}).get("op_name", "") for event in events)
+        for name, events in read.items()
+    }
 
 
 def test_forced_acceptance_says_so(bench):
@@ -127,6 +136,29 @@ def test_random_weights(capsys, tmp_path):
     assert again == {path for path in made if path.parent == manifest.parent}
 
 
+def test_a_random_eagle_head_for_a_target_that_gives_what_it_reads(capsys, tmp_path):
+    options = ["--random-weights", "tiny", "--random-drafter", "eagle3-tiny", "--dtype", "fp16"]
+    options += ["--quantize-drafter", "int4", "--max-new-tokens", "24", "--repeats", "1", "--bundles", str(tmp_path)]
+    options += ["--profile", str(tmp_path / "traces")]
+    assert main(["bench", *options, "--k", "128,full", "--draft-length", "3", "--json"]) == 0
+    rows = validated(capsys.readouterr().out)["rows"]
+    assert [(row["drafter"], row["head_rows"], row["report"]["block_efficiency"]) for row in rows] == [
+        ("target_only", 512, 1),
+        ("128 rows", 128, pytest.approx(23 / 6)),
+        ("full", 256, pytest.approx(23 / 6)),
+    ]
+    manifests = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/vocabtrim.json"))]
+    assert [(each["kind"], each["feature_layers"], each["feature_size"]) for each in manifests] == [
+        ("eagle3", [0, 1], 128),
+        ("eagle3", [0, 1], 128),
+        ("language-model", [0, 1], 128),
+    ]
+    spans, products = read_profile(tmp_path / "traces")
+    assert set(products) == {"target.json", "drafter.json", "drafter_features.json"}
+    assert products["drafter_features.json"] == spans.count("draft")  # features are read once a round
+    assert all(products.values())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -159,6 +191,11 @@ def test_a_mistake_is_one_line(pair, prompts, capsys, options, message):
         ([], "--target is missing: give the bundles and prompts, or --random-weights NAME"),
         (["--random-weights", "tiny", "--k", "1024"], "--k 1024 is more than the 512 rows that tiny has"),
         (["--random-weights", "tiny", "--random-drafter", "llama-3.2-1b"], "llama-3.2-1b cannot draft for tiny"),
+        (["--random-weights", "llama-3.2-1b", "--random-drafter", "eagle3-tiny"], "eagle3-tiny is a head for tiny"),
+        (
+            ["--random-weights", "tiny", "--random-drafter", "eagle3-tiny", "--k", "257"],
+            "--k 257 is more than the 256 rows that eagle3-tiny has",
+        ),
         (["--random-weights", "tiny", "--dtype", "bf16"], "ONNX Runtime has no bf16 on the CPU"),
         (["--random-weights", "tiny", "--k", "few"], "argument --k: 'few': give numbers of rows or full"),
         (["--random-weights", "tiny", "--plan"], "random weights have no acceptance to plan with"),
@@ -171,15 +208,17 @@ def test_a_mistake_with_random_weights_is_one_line(capsys, options, message):
     check_error(capsys, message)
 
 
-@pytest.mark.parametrize("what", ["memory", "disk space"])
-def test_random_weights_that_do_not_fit_are_refused(capsys, monkeypatch, tmp_path, what):
+@pytest.mark.parametrize(
+    ("what", "needed"), [("memory", 64.2), ("disk space", 34.2)]
+)  # on disk, two heads and one rest
+def test_random_weights_that_do_not_fit_are_refused(capsys, monkeypatch, tmp_path, what, needed):
     from vocabtrim_export import random_weights
 
     room = {"memory": 1 << 50, "disk space": 1 << 50} | {what: 1 << 30}
     monkeypatch.setattr(random_weights, "available_memory", lambda: room["memory"])
     monkeypatch.setattr(random_weights.shutil, "disk_usage", lambda path: SimpleNamespace(free=room["disk space"]))
     assert code(["bench", "--random-weights", "llama-3.1-8b", "--bundles", str(tmp_path)]) == 2
-    check_error(capsys, f"llama-3.1-8b needs 64.2 GB of {what} for 2 bundles and there are 1.1: use --dtype fp16")
+    check_error(capsys, f"llama-3.1-8b needs {needed} GB of {what} for 2 bundles and there are 1.1: use --dtype fp16")
     assert not list(tmp_path.iterdir())
 
 

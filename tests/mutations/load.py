@@ -147,4 +147,12 @@ LOAD = (
         "        (bundle / 'vocabtrim.json').read_bytes()\n",
         "tests/integration/test_bench_command.py -k random_weights",
     ),
+    Mutation(
+        "Random drafters of several K link one file of weights, and are what they would be alone",
+        "the head is linked, too",
+        "vocabtrim_export/graph/files.py",
+        "        if name in own:\n",
+        "        if name in own and name not in written:\n",
+        "tests/vocabtrim_export/test_random_weights.py -k eagle3",
+    ),
 )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 PLAN_DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8)
 RANDOM_SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "tiny")
+RANDOM_HEADS = ("eagle3-llama-3.1-8b", "eagle3-llama-3.2-1b", "eagle3-tiny")
 _RANDOM_OPTIONS = ("random_drafter", "k", "dtype", "quantize", "quantize_drafter", "max_length", "bundles")
 
 
@@ -100,7 +101,10 @@ def add_random_weight_arguments(parser: argparse.ArgumentParser) -> None:
         f"--drafter, on prompts of random tokens: {', '.join(RANDOM_SHAPES)}. --force-accepted is all without one",
     )
     group.add_argument(
-        "--random-drafter", choices=RANDOM_SHAPES, metavar="NAME", help="the drafters' shape, if not the target's"
+        "--random-drafter",
+        choices=RANDOM_SHAPES + RANDOM_HEADS,
+        metavar="NAME",
+        help=f"the drafters' shape, if not the target's, or that of EAGLE-3 heads for it: {', '.join(RANDOM_HEADS)}",
     )
     group.add_argument("--k", type=head_rows, default=[], metavar="K[,K…]", help="rows of the drafters' heads, or full")
     group.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="of weights and KV cache (default: fp32)")

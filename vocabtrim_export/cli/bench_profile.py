@@ -10,8 +10,8 @@ from vocabtrim_export.cli.bench_options import Bundles
 def write_profile(bundles: Bundles, prompt: Sequence[int], draft_length: int, tokens: int, directory: Path) -> None:
     """Generate once more on the CPU, with the last of the drafters, under ONNX Runtime's profiler.
 
-    Writes target.json and drafter.json, what each operator took, and rounds.json, the phases of the rounds: Chrome
-    traces, for Perfetto. Raises `VocabtrimError`.
+    Writes target.json and drafter.json, what each operator took, drafter_features.json of an EAGLE head, and
+    rounds.json, the phases of the rounds: Chrome traces, for Perfetto. Raises `VocabtrimError`.
     """
     from engines import load_engine
     from runtime import decode_rounds

@@ -1,7 +1,6 @@
 """What an export has in hand when the formats beside its bundles are written."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,14 +39,6 @@ def write_mark(exported: Exported, directory: Path, name: str) -> None:
         "tool_versions": {"vocabtrim-export": __version__},
     }
     (directory / FORMAT_MARK).write_text(json.dumps(mark, indent=2) + "\n", "utf-8")
-
-
-def share(source: Path, place: Path) -> None:
-    """The file `source` at `place` too: a hard link, which takes no space, or a copy where there are none."""
-    try:
-        os.link(source, place)
-    except OSError:
-        shutil.copyfile(source, place)
 
 
 def copy_tokenizer(exported: Exported, role: Role, directory: Path) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from engines.manifest import MODEL_NAME, WEIGHTS_NAME
-from vocabtrim_export.formats.exported import share
+from vocabtrim_export.graph.files import share
 
 _TABLE = "kept_token_ids"
 _OWN_INPUTS = ("seqlens_k", "total_sequence_length", "num_logits_to_keep")

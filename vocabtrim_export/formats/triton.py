@@ -10,7 +10,8 @@ from pathlib import Path
 import onnx
 
 from engines.manifest import MODEL_NAME, WEIGHTS_NAME, Manifest
-from vocabtrim_export.formats.exported import Exported, copy_tokenizer, share
+from vocabtrim_export.formats.exported import Exported, copy_tokenizer
+from vocabtrim_export.graph.files import share
 
 CONFIG_NAME = "config.pbtxt"
 _TYPES: Mapping[int, str] = {

@@ -1,6 +1,8 @@
 """Graphs as files: weights beside the graph, and shared by the graphs of one bundle."""
 
-from collections.abc import Callable, Mapping
+import os
+import shutil
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import onnx
@@ -8,6 +10,7 @@ import onnx_ir as ir
 
 from engines.bundle import MODEL_NAME, WEIGHTS_NAME
 
+HEAD_WEIGHTS_NAME = "head.onnx.data"
 Progress = Callable[[str, int, int], None]
 
 
@@ -19,6 +22,34 @@ def save_graph(model: ir.Model, directory: Path, task: str, progress: Progress) 
         progress(task, info.index + 1, info.total)
 
     ir.save(model, directory / MODEL_NAME, external_data=WEIGHTS_NAME, callback=report)
+
+
+def save_like(model: ir.Model, directory: Path, twin: Path, own: Collection[str]) -> None:
+    """Write `model.onnx` with the weights of the graph in `twin`, whose file is linked, and a file for what differs.
+
+    own: the initializers that do; all others have the names and the values of those in `twin`.
+    """
+    share(twin / WEIGHTS_NAME, directory / WEIGHTS_NAME)
+    written = ir.load(twin / MODEL_NAME).graph.initializers
+    differing = []
+    for name, value in model.graph.initializers.items():
+        if name in own:
+            differing.append(value)
+        else:
+            value.const_value = written[name].const_value
+    tensors = [value.const_value for value in differing if value.const_value is not None]
+    stored = ir.external_data.convert_tensors_to_external(tensors, directory, HEAD_WEIGHTS_NAME)
+    for value, tensor in zip(differing, stored, strict=True):
+        value.const_value = tensor
+    ir.save(model, directory / MODEL_NAME)
+
+
+def share(source: Path, place: Path) -> None:
+    """The file `source` at `place` too: a hard link, which takes no space, or a copy where there are none."""
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copyfile(source, place)
 
 
 def save_small(model: ir.Model, path: Path) -> None:

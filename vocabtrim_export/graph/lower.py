@@ -56,6 +56,8 @@ def lower(traced: Traced, weights: Weights) -> Lowered:
     lower_attention(decoder)
     head_weights = lower_products(decoder, weights.quantization)
     decoder.finish()
+    for node in decoder.graph:
+        node.metadata_props.clear()  # the lines that traced it, with the paths of this machine
     decoder.graph.opset_imports.update({"": OPSET, CONTRIB: 1})
     return Lowered.of(decoder, head_weights)
 

@@ -1,6 +1,7 @@
 """Weight-only quantisation: Linear and Head composites → MatMul, or MatMulNBits with int4 or int8 blocks."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import onnx_ir as ir
@@ -118,8 +119,13 @@ def lower_products(decoder: DecoderGraph, quantization: Quantization) -> list[st
 
 
 def _quantized_product(decoder: DecoderGraph, x: ir.Value, name: str, dense: Weight, bits: int) -> ir.Node:
-    blocks = quantize_blocks(dense.load(), bits, dense.moments if bits == 4 else None)
-    parts = {"quantized": blocks.packed, "scales": blocks.scales, "zero_points": blocks.zero_points}
-    inputs = [decoder.add_weight(f"{name}.{part}", Weight.of(tensor)) for part, tensor in parts.items()]
+    rows, count = dense.shape[0], -(-dense.shape[1] // BLOCK)
+    compute = cache(lambda: quantize_blocks(dense.load(), bits, dense.moments if bits == 4 else None))
+    parts = {  # computed when they are written: graphs that share this weight need not
+        "quantized": Weight((rows, count, BLOCK * bits // 8), torch.uint8, lambda: compute().packed),
+        "scales": Weight((rows, count), dense.dtype, lambda: compute().scales),
+        "zero_points": Weight((rows, -(-count * bits // 8)), torch.uint8, lambda: compute().zero_points),
+    }
+    inputs = [decoder.add_weight(f"{name}.{part}", weight) for part, weight in parts.items()]
     options = {"K": dense.shape[1], "N": dense.shape[0], "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
     return ir.node("MatMulNBits", [x, *inputs], options, domain=CONTRIB)

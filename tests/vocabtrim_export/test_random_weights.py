@@ -1,0 +1,32 @@
+import os
+
+import pytest
+
+from engines.graph_file import GraphFile
+from vocabtrim_export.graph import quantize
+from vocabtrim_export.random_weights import RandomSettings, random_bundles
+
+
+def weights(path):
+    graph = GraphFile.read(path)
+    return {name: graph.digest([name]) for name in graph.tensors}
+
+
+@pytest.mark.parametrize("drafter", ["tiny", "eagle3-tiny"])
+def test_drafters_share_all_but_their_heads_and_are_what_they_would_be_alone(tmp_path, monkeypatch, drafter):
+    calls, real = [], quantize.quantize_blocks
+    monkeypatch.setattr(quantize, "quantize_blocks", lambda *given: calls.append(1) or real(*given))
+
+    def make(*rows):
+        calls.clear()
+        settings = RandomSettings("tiny", drafter, rows, quantize_drafter="int4", max_length=64)
+        return list(random_bundles(settings, tmp_path / str(rows), lambda *_: None).drafters.values()), len(calls)
+
+    (first, second), quantised = make(64, None)
+    (alone,), products = make(None)
+    assert quantised == products + 1  # the other head
+    for graph in alone.glob("*.onnx"):
+        assert weights(second / graph.name) == weights(graph)
+        assert b".py" not in graph.read_bytes()  # no line of code, in no directory of this machine
+    for data in first.glob("*.data"):
+        assert os.path.samefile(data, second / data.name)
