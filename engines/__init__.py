@@ -43,8 +43,6 @@ def load_engine(
         raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
     if profile and (bundle.manifest.kind == "eagle3" or bundle.manifest.feature_layers):
         raise VocabtrimError("the operators of an EAGLE-3 head and of its target are not profiled yet")
-    if bundle.manifest.kind == "eagle3" and device == "cuda":
-        raise VocabtrimError(f"{path} holds an EAGLE-3 head, which runs on the CPU only so far: use device 'cpu'")
     if device == "cuda" and bundle.manifest.tensorrt is not None:
         return _load_tensorrt(bundle)
     try:

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 
 from engines import cuda
 from engines.base import Device, Engine, Speculation, StepOutput
-from engines.bundle import Bundle
+from engines.bundle import FEATURES_NAME, Bundle
 from engines.cuda_provider import PROVIDER, explain_out_of_memory, open_cuda_session, require_provider
 from engines.onnxruntime_cuda_round import CudaRound
 from engines.onnxruntime_cuda_run import CudaRun, Place, element_type, run_options
 from engines.onnxruntime_engine import OnnxRuntimeEngine, Step, numpy_dtype
 from engines.replay import Replayed
+
+if TYPE_CHECKING:
+    from engines.onnxruntime_cuda_eagle_round import EagleRound
 
 _ALIGNED = cuda.ALIGNMENT // 8  # int64 values from one input of a step to the next
 # The first run loads kernels and fills the arena; by the second it has planned its memory and allocated that.
@@ -63,7 +66,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         device: Device = "cuda",
     ) -> None:
         self.device, self.stream, self._bundle = device, stream, bundle
-        self._rounds: dict[tuple[Engine, int, int], CudaRound] = {}
+        self._rounds: dict[tuple[Engine, int, int], CudaRound | EagleRound] = {}
         try:
             super().__init__(bundle, session, shared)
         except Exception as error:
@@ -77,8 +80,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     @property
     def is_capturable(self) -> bool:
         """Whether steps can be CUDA graphs; not where a node of the model has no CUDA kernel."""
-        options: dict[str, str] = self._session.get_provider_options().get(PROVIDER, {})
-        return options.get("enable_cuda_graph") == "1"
+        return can_be_captured(self._session)
 
     @property
     def cuda_graphs(self) -> int:
@@ -102,12 +104,12 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         if drafter.manifest.vocab_size > self.manifest.vocab_size:
             return None
         unread, end = len(token_ids), drafter.length + len(token_ids) + draft_length - 1
-        if unread > _UNREAD or self.length + draft_length >= self.capacity or end > drafter.capacity:
+        if self.length + draft_length >= self.capacity or end > drafter.capacity or not drafter.knows(self, unread):
             return None
         key = self, unread, draft_length
         try:
             if key not in drafter._rounds:
-                drafter._rounds[key] = CudaRound(self, drafter, unread, draft_length)
+                drafter._rounds[key] = drafter.make_round(self, unread, draft_length)
             made = drafter._rounds[key].run(token_ids, self.length)
         except Exception as error:
             explain_out_of_memory(error, self._bundle)
@@ -115,6 +117,14 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         self.length += draft_length + 1
         drafter.length = end
         return made
+
+    def knows(self, target: "OnnxRuntimeCudaEngine", unread: int) -> bool:  # noqa: ARG002
+        """Whether all that this drafter needs for `unread` tokens, to draft for `target`, is on the device."""
+        return unread <= _UNREAD
+
+    def make_round(self, target: "OnnxRuntimeCudaEngine", unread: int, draft_length: int) -> "CudaRound | EagleRound":
+        """A round that this engine drafts in."""
+        return CudaRound(target, self, unread, draft_length)
 
     def environment(self) -> dict[str, str]:
         return super().environment() | cuda.environment()
@@ -204,7 +214,21 @@ def load_cuda_engine(bundle: Bundle, neighbour: Engine | None, share_cache: bool
     beside = neighbour if isinstance(neighbour, OnnxRuntimeCudaEngine) else None
     stream = beside.stream if beside else make_stream()
     session = open_cuda_session(bundle, stream, missing)
-    return OnnxRuntimeCudaEngine(bundle, session, stream, beside if share_cache else None)
+    shared = beside if share_cache else None
+    if bundle.manifest.feature_layers:
+        from engines.onnxruntime_cuda_eagle import CudaEagleEngine, CudaFeatureEngine
+
+        if bundle.manifest.kind == "eagle3":
+            fuse = open_cuda_session(bundle, stream, missing, FEATURES_NAME)
+            return CudaEagleEngine(bundle, session, fuse, stream)
+        return CudaFeatureEngine(bundle, session, stream, shared)
+    return OnnxRuntimeCudaEngine(bundle, session, stream, shared)
+
+
+def can_be_captured(session: ort.InferenceSession) -> bool:
+    """Whether runs of `session` can be in a CUDA graph."""
+    options: dict[str, str] = session.get_provider_options().get(PROVIDER, {})
+    return options.get("enable_cuda_graph") == "1"
 
 
 def make_stream() -> cuda.Stream:

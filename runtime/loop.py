@@ -182,17 +182,21 @@ class _Loop:
                 draft, prefill_seconds = self.draft(self.reader, room)
         drafted = perf_counter()
         with self.profiler.span("verify", TARGET, tokens=len(draft) + 1):
+            if self.reader:
+                self.reader.hold()
             output = self.target.feed([self.sequence[-1], *draft], keep=len(draft) + 1)
         return _Move(draft, output, prefill_seconds, drafted - start - prefill_seconds, perf_counter() - drafted)
 
     def speculate(self, reader: TokenReader, room: int) -> _Move | None:
-        """One call for both engines. Not for a drafter's first tokens, which are a prompt, nor for an EAGLE head."""
-        if not self.greedy or reader.drafter.length == 0 or reader.drafter.features_read:
+        """One call for both engines. Not for a drafter's first tokens, which are a prompt."""
+        if not self.greedy or reader.drafter.length == 0:
             return None
+        unread = reader.unread(self.sequence)
         with self.profiler.span("speculate", TARGET, length=len(self.sequence)):
-            made = self.target.speculate(reader.drafter, reader.unread(self.sequence), room)
+            made = self.target.speculate(reader.drafter, unread, room)
         if made is None:
             return None
+        reader.was_fed(len(unread))
         draft = self.usable(made.drafted.tolist())
         return _Move(draft, made.verified, 0.0, made.draft_seconds, made.verify_seconds)
 
