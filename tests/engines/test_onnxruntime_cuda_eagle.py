@@ -1,7 +1,6 @@
 """EAGLE heads on ONNX Runtime's CUDA, without a GPU: see `test_onnxruntime_cuda`."""
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from engines import load_engine, onnxruntime_cuda, onnxruntime_cuda_eagle, onnxruntime_engine, read_bundle
 from engines.base import Engine
 from engines.bundle import FEATURES_NAME, MODEL_NAME
-from engines.cuda_provider import open_cuda_session
 from engines.errors import VocabtrimError
 from engines.numbers import from_float32, to_float32
 from engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
@@ -19,6 +17,7 @@ from runtime import SamplingParams, SpeculativeDecoder
 from runtime.loop import _Loop, decode_rounds
 from tests.engines.test_onnxruntime_cuda import HostStream
 from tests.integration import conftest as bundles
+from tests.integration import eagle_heads
 from tests.integration.eagle_heads import LAYERS, make_tensors
 
 random_model, count_file, export_pair = bundles.random_model, bundles.count_file, bundles.export_pair
@@ -76,13 +75,8 @@ def on_host(pair):
         yield target, head
 
 
-def moves(target, head, prompt=PROMPT, **options):
-    """What each round drafted, and its new tokens."""
-    drafts, move = [], _Loop.move
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Loop, "move", lambda loop: drafts.append(move(loop)) or drafts[-1])
-        rounds = list(decode_rounds(target, head, prompt, **{"max_new_tokens": 40, "draft_length": 4} | options))
-    return [(entry.draft, made.tokens) for entry, made in zip(drafts, rounds[1:], strict=True)]
+def moves(target, head, **options):
+    return eagle_heads.moves(target, head, PROMPT, **options)
 
 
 def same(found, wanted):
@@ -149,35 +143,33 @@ def test_features_stay_on_the_device_and_the_output_is_the_targets(pair):
             assert stream.from_features <= 2  # those of the prompt, and of a last round without a draft
 
 
-def test_a_head_with_a_shorter_context_falls_silent(pair, head_dir, target_dir, export_pair):
-    short = export_pair(head_dir, target_dir, k="100000", max_length=64)
-    with load_engine(pair.target) as target, load_engine(short.drafter) as head:
-        wanted = moves(target, head, max_new_tokens=100)
-    with on_device(replace(pair, drafter=short.drafter)) as (target, head, stream):
-        assert moves(target, head, max_new_tokens=100) == wanted
-        assert [len(draft) for draft, _ in wanted][-1] == 0
-        assert stream.from_features == 1
+def test_past_the_end_of_its_context_a_head_is_silent(pair):
+    with on_host(pair) as host, on_device(pair) as (target, head, stream):
+        made = []
+        for engines in (host, (target, head)):
+            engines[1].capacity = 64
+            made.append(moves(*engines, max_new_tokens=100))
+        assert made[0] == made[1]
+        assert [len(draft) for draft, _ in made[0]][-20:] == [0] * 20
+        assert stream.from_features == 1  # nobody will read what the target gives from there on
 
 
 def test_a_head_that_was_silent_reads_what_it_missed(pair, monkeypatch):
     room, asked = _Loop.room, []
-    monkeypatch.setattr(
-        _Loop, "room", lambda loop, drafter: asked.append(0) or room(loop, drafter) * (len(asked) % 5 > 2)
-    )
-    with on_host(pair) as host, on_device(pair) as (target, head, stream):
+
+    def sometimes(loop, drafter):
+        asked.append(drafter)
+        return room(loop, drafter) if len(asked) % 5 > 2 else 0
+
+    monkeypatch.setattr(_Loop, "room", sometimes)
+    with on_host(pair) as host, on_device(pair) as (target, head, _):
         for accepted in (1, 4):
             made = []
             for engines in (host, (target, head)):
                 asked.clear()
                 made.append(moves(*engines, force_accepted=accepted))
             assert made[0] == made[1]
-            lengths = [len(draft) for draft, _ in made[0]]
-            assert 0 in lengths[3:] and 4 in lengths[4:]
-        asked.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(_Loop, "room", room)
-            always = moves(*host, force_accepted=0)
-        assert [tokens for _, tokens in always] == [tokens for _, tokens in moves(*host, force_accepted=0)]
+            assert [len(draft) for draft, _ in made[0]][:7] == [0, 0, 4, 4, 0, 0, 0]
 
 
 def test_sampling_reads_features_and_logits_step_by_step(pair):
@@ -189,3 +181,80 @@ def test_sampling_reads_features_and_logits_step_by_step(pair):
             assert found.token_ids == wanted.token_ids
             assert (found.stats.drafted, found.stats.accepted) == (wanted.stats.drafted, wanted.stats.accepted)
         assert not head._rounds
+
+
+# -------------------------------------------------------------------------------------------------- dtypes, and loading
+
+
+@pytest.fixture(scope="module")
+def half(head_dir, target_dir, export_pair):
+    return export_pair(head_dir, target_dir, k="128", dtype="fp16", quantize_drafter="int4")
+
+
+def test_fp16_with_a_trimmed_int4_head(half):
+    with on_host(half) as host, on_device(half) as (target, head, _):
+        assert target.features.onnx_type == "tensor(float16)"
+        for accepted in (0, 2, 4):
+            assert moves(target, head, force_accepted=accepted) == moves(*host, force_accepted=accepted)
+        assert len(head._rounds) > 3
+
+
+def test_a_head_on_another_device_reads_features_from_the_host(pair):
+    with on_host(pair) as host, on_device(pair) as device:
+        expected = moves(*host)
+        assert moves(host[0], device[1]) == expected
+        assert moves(device[0], host[1]) == expected
+
+
+def test_bfloat16_rounds_to_the_nearest():
+    values = np.array([1.0, -2.5, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 3.3e38, -0.0, np.inf], np.float32)
+    stored = from_float32(values, np.dtype(np.uint16))
+    assert stored.dtype == np.uint16
+    wanted = np.array([1.0, -2.5, 1.0, 1 + 2**-6, 1 + 2**-7, 3.3e38, -0.0, np.inf], np.float32)
+    np.testing.assert_allclose(to_float32(stored), wanted, rtol=2**-9)
+    assert to_float32(stored)[:5].tolist() == wanted[:5].tolist()
+    np.testing.assert_array_equal(from_float32(to_float32(stored), np.dtype(np.uint16)), stored)
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """`load_engine(…, "cuda")` on the host."""
+    for kind in (CudaFeatureEngine, CudaEagleEngine):
+        on_host = type(
+            kind.__name__, (kind,), {"__init__": lambda self, *a, k=kind: k.__init__(self, *a, device="cpu")}
+        )
+        monkeypatch.setattr(onnxruntime_cuda_eagle, kind.__name__, on_host)
+    monkeypatch.setattr(onnxruntime_cuda, "require_provider", lambda: ())
+    monkeypatch.setattr(onnxruntime_cuda, "make_stream", HostStream)
+    monkeypatch.setattr(
+        onnxruntime_cuda,
+        "open_cuda_session",
+        lambda bundle, stream, missing, name=MODEL_NAME: open_session(bundle.path / name),
+    )
+
+
+def test_pairs_load_onto_one_stream_and_dtypes_do_not_mix(simulated, pair, half):
+    with SpeculativeDecoder.load(pair.target, pair.drafter, "cuda") as decoder:
+        assert decoder.generate(PROMPT, max_new_tokens=30).stats.drafted
+        assert decoder.drafter._rounds
+    with load_engine(pair.target, "cuda") as target, load_engine(half.drafter, "cuda", target) as head:
+        target.feed(PROMPT)
+        head.feed_features(PROMPT[1:-1], np.zeros((len(PROMPT) - 2, 192), np.float32))
+        assert target.speculate(head, PROMPT[-2:-1], 4) is None
+        target.device = head.device = "cuda"
+        with pytest.raises(VocabtrimError, match="the target is fp32, the head fp16; export both together"):
+            SpeculativeDecoder(target, head)
+
+
+def test_a_full_gpu_is_explained(pair, monkeypatch):
+    def full(*args, **options):
+        raise RuntimeError("CUDA failure 2: out of memory ; GPU=0")
+
+    expected = r"out of GPU memory with .*--max-length"
+    with on_device(pair) as (_, head, _):
+        monkeypatch.setattr(head, "fusing", full)
+        with pytest.raises(VocabtrimError, match=expected):
+            head.feed_features([5], np.zeros((1, 192), np.float32))
+    monkeypatch.setattr(onnxruntime_cuda_eagle, "element_type", full)
+    with pytest.raises(VocabtrimError, match=expected), on_device(pair):
+        pass
