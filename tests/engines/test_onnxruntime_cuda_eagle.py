@@ -131,6 +131,27 @@ def test_a_round_is_the_stepwise_one_after_any_number_of_accepted_tokens(draft_l
         assert moves(target, head, draft_length=draft_length) == moves(*host, draft_length=draft_length)
 
 
+def test_a_round_leaves_the_engines_as_steps_do(pair):
+    """With what the target gave, and the hidden state that the head's last draft step left."""
+    with on_host(pair) as host, on_device(pair) as (*device, _):
+        for target, head in (host, device):
+            head.feed_features([*PROMPT[1:], 8], target.feed(PROMPT).features)
+            features = target.feed([8, 9, 10]).features[:2].copy()
+            target.rewind(len(PROMPT) + 2)  # 10 is not what the target says
+        assert device[0].speculate(device[1], [8, 9, 11], 3) is None  # features of three tokens are not there
+        made = device[0].speculate(device[1], [9, 11], 3)
+        output, drafted = host[1].feed_features([9, 11], features), []
+        for _ in range(3):
+            drafted.append(int(output.token_ids[0]))
+            output = host[1].feed(drafted[-1:])
+        assert made.drafted.tolist() == drafted
+        verified = host[0].feed([11, *drafted], keep=4)
+        same(made.verified.features, verified.features)
+        same(made.verified.logits, verified.logits)
+        same(device[1].feed(drafted[-1:]).logits, output.logits)
+        assert [engine.length for engine in device] == [engine.length for engine in host]
+
+
 def test_features_stay_on_the_device_and_the_output_is_the_targets(pair):
     with SpeculativeDecoder.load(pair.target) as alone, on_device(pair) as (target, head, stream):
         decoder = SpeculativeDecoder(target, head)

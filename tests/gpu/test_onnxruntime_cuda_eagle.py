@@ -15,7 +15,7 @@ from engines.onnxruntime_engine import open_session
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.loop import decode_rounds
 from tests.gpu import test_onnxruntime_cuda as plain
-from tests.gpu.test_onnxruntime_cuda import LLAMA, PROMPT, TIE, assert_same_choices, check_greedy, write_exact
+from tests.gpu.test_onnxruntime_cuda import CALM, LLAMA, PROMPT, TIE, assert_same_choices, check_greedy, write_exact
 from tests.integration import conftest as bundles
 from tests.integration.eagle_heads import CONFIG, LAYERS, make_tensors, moves
 
@@ -28,13 +28,15 @@ STEPS = [(0, 298, 4), (298, 1, 1), (299, 5, 1), (299, 3, 1), (302, 40, 7), (20, 
 
 @pytest.fixture(scope="module")
 def export_head(onnxruntime_cuda, random_model, write_head, export_pair):
-    """export_head(dtype, quantisation of the head, **changes of the target) → ExportResult."""
+    """export_head(dtype, quantisation of the head) → ExportResult."""
     sizes = {"hidden": LLAMA["hidden_size"], "size": LLAMA["head_dim"], "inner": LLAMA["intermediate_size"]}
-    head = write_head(make_tensors(**sizes), CONFIG | LLAMA, eagle_aux_hidden_state_layer_ids=list(LAYERS))
-    wanted = LLAMA | {"num_hidden_layers": 6, "max_position_embeddings": 1024}
+    tensors = make_tensors(**sizes, scale=CALM["initializer_range"])
+    head = write_head(tensors, CONFIG | LLAMA, eagle_aux_hidden_state_layer_ids=list(LAYERS))
+    wanted = CALM | {"num_hidden_layers": 6, "max_position_embeddings": 1024}
 
-    def export(dtype="fp16", quantize="none", **changes):
-        target = random_model("llama", **(wanted | changes))
+    target = random_model("llama", **wanted)
+
+    def export(dtype="fp16", quantize="none"):
         return export_pair(head, target, dtype=dtype, quantize_drafter=quantize, max_length=512)
 
     return export
@@ -70,7 +72,7 @@ def exact_pair(pair, directory):
 )
 def test_steps_compute_what_float32_does(dtype, quantize, export_head, tmp_path):
     """Features, fused rows and the hidden state that a draft step goes on from, launched and as graphs."""
-    pair = export_head(dtype, quantize, initializer_range=0.06)
+    pair = export_head(dtype, quantize)
     ids, chance, tie = np.random.default_rng(0).integers(2, 400, 400), np.random.default_rng(1), TIE[dtype]
     with exact_pair(pair, tmp_path) as (exact_target, exact_head), on_cuda(pair) as (target, head):
         for again in range(3):
@@ -82,17 +84,17 @@ def test_steps_compute_what_float32_does(dtype, quantize, export_head, tmp_path)
                 assert_same_choices(target, found, wanted, f"target, run {again}, at {start}", tie)
                 off = np.abs(found.features - wanted.features).max() / wanted.features.std()
                 print(f"{dtype}: features of {fed} tokens are off by {off:.4f} of their spread at most")
-                assert off < 4 * tie
+                assert off < 2 * tie
             for back, fed, keep in STEPS:
                 rows = chance.standard_normal((fed, FEATURES)).astype(np.float16).astype(np.float32)
                 for engine in (exact_head, head):
                     engine.rewind(back)
                 tokens, where = ids[back : back + fed], f"head, run {again}, at {back}"
                 wanted, found = (engine.feed_features(tokens, rows, keep=keep) for engine in (exact_head, head))
-                assert_same_choices(head, found, wanted, where, 2 * tie)
+                assert_same_choices(head, found, wanted, where, tie)
                 for token in (7, 8, 9):
                     wanted, found = (engine.feed([token]) for engine in (exact_head, head))
-                    assert_same_choices(head, found, wanted, f"{where}, drafting", 4 * tie)
+                    assert_same_choices(head, found, wanted, f"{where}, drafting", 2 * tie)
         for engine in (target, head):
             assert engine.is_capturable, "some node has no CUDA kernel, or is fed from the host"
             assert engine.cuda_graphs, "no step is a CUDA graph"
@@ -118,7 +120,8 @@ def test_features_stay_on_the_gpu(pair, monkeypatch):
     monkeypatch.setattr(DeviceRows, "read", lambda rows, count: rows_read.append(count) or read(rows, count))
     with on_cuda(pair) as (target, head):
         rounds = list(decode_rounds(target, head, PROMPT, max_new_tokens=80, draft_length=4))
-        assert rows_read in ([len(PROMPT)], [len(PROMPT), 1])  # a last round may draft nothing
+        assert rows_read[0] == len(PROMPT)
+        assert len(rows_read) <= 2  # a last round may draft nothing
         found = [f"{1e6 * (r.seconds - r.draft_seconds - r.verify_seconds):.0f} µs" for r in rounds[-6:-1]]
         print("host:", found, f"4 draft steps: {1e6 * rounds[-3].draft_seconds:.0f} µs")
 

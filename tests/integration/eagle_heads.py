@@ -20,7 +20,7 @@ CONFIG = {
 }
 
 
-def make_tensors(rows=VOCAB, own=True, bias=False, hidden=HIDDEN, size=SIZE, inner=INNER):
+def make_tensors(rows=VOCAB, own=True, bias=False, hidden=HIDDEN, size=SIZE, inner=INNER, scale=0.2):
     """A head that is random, but for what lets the token, the features and the positions all count."""
     chance = torch.Generator().manual_seed(5)
     shapes = {
@@ -35,7 +35,7 @@ def make_tensors(rows=VOCAB, own=True, bias=False, hidden=HIDDEN, size=SIZE, inn
         "lm_head": (rows, hidden),
     }
     norms = ["norm", *(f"midlayer.{x}" for x in ("input_layernorm", "hidden_norm", "post_attention_layernorm"))]
-    tensors = {f"{name}.weight": torch.randn(shape, generator=chance) * 0.2 for name, shape in shapes.items()}
+    tensors = {f"{name}.weight": torch.randn(shape, generator=chance) * scale for name, shape in shapes.items()}
     tensors |= {f"{name}.weight": 1 + 0.3 * torch.randn(hidden, generator=chance) for name in norms}
     if bias:
         tensors["midlayer.self_attn.k_proj.bias"] = torch.randn(KV_HEADS * size, generator=chance)
