@@ -82,7 +82,7 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
         super().__init__(bundle, session, stream, shared, device)
         self.features_given = bundle.manifest.feature_size
         self.features = self._rows(MAX_KEEP)
-        self._given = 0, 0  # number of the token in the first row, and how many rows are of the cache's tokens
+        self._given_from = 0  # number of the token in the first row
         self._earlier: list[DeviceRows] = []  # of the current call's chunks but the last
         self._fed = 0  # tokens of that last chunk, 0 before the first
 
@@ -106,21 +106,16 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
         made = super().speculate(drafter, token_ids, draft_length)
         if made is None:
             return None
-        self._given = start, draft_length + 1
+        self._given_from = start
         if isinstance(drafter, CudaEagleEngine):
             drafter.last = len(token_ids) + draft_length - 2, drafter.length
         return replace(
             made, verified=replace(made.verified, read_features=lambda: self.features.read(draft_length + 1))
         )
 
-    def rewind(self, length: int) -> None:
-        super().rewind(length)
-        first, count = self._given
-        self._given = first, max(0, min(count, length - first))
-
     def has_given(self, first: int, count: int) -> bool:
-        """Whether `features` begins with token number `first` and holds all `count` tokens of the cache from there."""
-        return self._given[0] == first and first + count == self.length and 0 < count <= self._given[1]
+        """Whether `features` begins with those of token number `first`, `count` tokens before the end of the cache."""
+        return self._given_from == first and first + count == self.length
 
     def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
         run = super().bind_run(places, token_ids)
@@ -133,7 +128,7 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
             rows = self._rows(self._fed)
             rows.take(self.features, 0, self._fed)
             self._earlier.append(rows)
-        self._given = self.length, len(ids)
+        self._given_from = self.length
         output = super()._execute(step, ids)
         self._fed = len(ids)
         return output

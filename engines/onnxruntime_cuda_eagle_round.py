@@ -7,11 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Speculation, StepOutput
-from engines.onnxruntime_cuda_run import CudaRun, Place
+from engines.onnxruntime_cuda_run import Place
 from engines.onnxruntime_cuda_trip import RoundTrip
 
 if TYPE_CHECKING:
-    from engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
     from engines.onnxruntime_cuda_eagle import CudaEagleEngine, CudaFeatureEngine
 
 
@@ -29,15 +28,18 @@ class EagleRound:
         self._positions = draft_length + 1
         self._tokens = self._positions + unread + draft_length + 1
         self._drafted = self._tokens + unread
-        self._trip = trip = RoundTrip(target, head, self._drafted, 2 * draft_length + 1)
-        self._draft = [self._run(head, 0, 0, 0, unread, 1, self._drafted, head.hidden_places(unread, None))]
+        self._trip = RoundTrip(target, head, self._drafted, 2 * draft_length + 1)
+        places = self._reads(0, 0, 0, unread) | head.hidden_places(unread, None)
+        draft = [head.bind_run(places, self._written(self._drafted, 1))]
         for i in range(1, draft_length):
-            at, hidden = unread + i - 1, head.hidden_places(1, unread + i - 2)
-            self._draft.append(self._run(head, i, at, at, 1, 1, self._drafted + i, hidden))
-        kept, verified = draft_length + 1, self._drafted + draft_length
-        self._verify = self._run(target, draft_length, unread, unread - 1, kept, kept, verified, {})
+            at = unread + i - 1
+            places = self._reads(i, at, at, 1) | head.hidden_places(1, at - 1)
+            draft.append(head.bind_run(places, self._written(self._drafted + i, 1)))
+        kept = draft_length + 1
+        places = self._reads(draft_length, unread, unread - 1, kept)
+        self._verify = target.bind_run(places, self._written(self._drafted + draft_length, kept))
         fuse = head.fusing(target.features.place(0, unread), unread)
-        trip.plan([fuse, *(step.enqueue for step in self._draft)], [self._verify.enqueue])
+        self._trip.plan([fuse, *(step.enqueue for step in draft)], [self._verify.enqueue])
 
     @property
     def has_graph(self) -> bool:
@@ -60,21 +62,13 @@ class EagleRound:
         """Free the graph and the events. Calling it again does nothing."""
         self._trip.close()
 
-    def _run(
-        self,
-        engine: "OnnxRuntimeCudaEngine",
-        step: int,
-        position: int,
-        token: int,
-        count: int,
-        keep: int,
-        written: int,
-        hidden: dict[str, Place],
-    ) -> CudaRun:
-        """position, token: of the first one read, counted from the first unread row's. written: the value's number."""
-        places = hidden | {
+    def _reads(self, step: int, position: int, token: int, count: int) -> dict[str, Place]:
+        """position, token: numbers of the first ones read, counted from the first unread row's."""
+        return {
             "seqlens_k": self._trip.place(step, np.int32, (1,)),
             "position_ids": self._trip.place(self._positions + position, np.int64, (1, count)),
             "input_ids": self._trip.place(self._tokens + token, np.int64, (1, count)),
         }
-        return engine.bind_run(places, self._trip.place(written, np.int64, (1, keep)))
+
+    def _written(self, value: int, count: int) -> Place:
+        return self._trip.place(value, np.int64, (1, count))

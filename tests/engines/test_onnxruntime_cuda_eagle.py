@@ -28,7 +28,7 @@ PROMPT = list(range(40, 62))
 
 @pytest.fixture(scope="module")
 def target_dir(random_model):
-    return random_model("llama", num_hidden_layers=8)
+    return random_model("gpt2", n_layer=8)  # reads position_ids
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +154,15 @@ def test_a_round_leaves_the_engines_as_steps_do(pair):
 
 def test_features_stay_on_the_device_and_the_output_is_the_targets(pair):
     with SpeculativeDecoder.load(pair.target) as alone, on_device(pair) as (target, head, stream):
-        decoder = SpeculativeDecoder(target, head)
+        decoder, drafted = SpeculativeDecoder(target, head), 0
         for prompt in (PROMPT, [7], [5, 17, 200]):
             stream.from_features = 0
             wanted = alone.generate(prompt, max_new_tokens=200)
             found = decoder.generate(prompt, max_new_tokens=200)  # to the end of the context
             assert found.token_ids == wanted.token_ids
-            assert found.stats.drafted > 100
+            drafted += found.stats.drafted
             assert stream.from_features <= 2  # those of the prompt, and of a last round without a draft
+        assert drafted > 200
 
 
 def test_past_the_end_of_its_context_a_head_is_silent(pair):
@@ -259,9 +260,9 @@ def test_pairs_load_onto_one_stream_and_dtypes_do_not_mix(simulated, pair, half)
         assert decoder.generate(PROMPT, max_new_tokens=30).stats.drafted
         assert decoder.drafter._rounds
     with load_engine(pair.target, "cuda") as target, load_engine(half.drafter, "cuda", target) as head:
-        target.feed(PROMPT)
-        head.feed_features(PROMPT[1:-1], np.zeros((len(PROMPT) - 2, 192), np.float32))
-        assert target.speculate(head, PROMPT[-2:-1], 4) is None
+        head.feed_features([*PROMPT[1:], 8], target.feed(PROMPT).features)
+        target.feed([8])
+        assert target.speculate(head, [9], 4) is None
         target.device = head.device = "cuda"
         with pytest.raises(VocabtrimError, match="the target is fp32, the head fp16; export both together"):
             SpeculativeDecoder(target, head)
