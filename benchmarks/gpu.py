@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engines import Engine, load_engine
 from engines.cuda_provider import require_provider
-from runtime import SweepReport, SweepRow, SweepSettings, bench, sweep
+from runtime import SamplingParams, SweepReport, SweepRow, SweepSettings, bench, decode_rounds, sweep
 from vocabtrim_export.cli.bench_tables import show_sweep
 from vocabtrim_export.random_weights import RandomBundles, RandomSettings, random_bundles
 
@@ -50,7 +50,9 @@ def main() -> None:
         report = run(target, drafters)
         say("sweep done", start)
         alike = agreement(target, drafters[TRIMMED])
-    found = claims(report) | {"equal_prompts": alike, "seconds": time.perf_counter() - start}
+        apart = stack.enter_context(load_engine(made.drafters[TRIMMED], "cuda"))  # on another stream: step by step
+        rounds = {"one graph": round_ms(target, drafters[TRIMMED]), "step by step": round_ms(target, apart)}
+    found = claims(report) | {"equal_prompts": alike, "round_ms": rounds, "seconds": time.perf_counter() - start}
     show_sweep(report)
     print(json.dumps(found, indent=2))
     if options.json:
@@ -91,6 +93,24 @@ def agreement(target: Engine, drafter: Engine) -> list[int]:
     """
     report = bench(target, {"trimmed": drafter}, prompts(target, 4), max_new_tokens=64, repeats=1, bandwidth=1.0)
     return [report.modes["trimmed"].equal_prompts or 0, 4]
+
+
+def round_ms(target: Engine, drafter: Engine) -> dict[str, float]:
+    """Medians of whole rounds, by how tokens are chosen. Random weights: how many are accepted means nothing."""
+    ways = {
+        "greedy": SamplingParams(),
+        "temperature": SamplingParams(1.0, seed=0),
+        "temperature, top-p 0.95": SamplingParams(1.0, top_p=0.95, seed=0),
+        "temperature, top-k 50": SamplingParams(1.0, 50, seed=0),
+    }
+    found = {}
+    for name, sampling in ways.items():
+        for _ in range(2):  # in the first, graphs are captured
+            text = prompts(target, 1)[0]
+            settings = {"max_new_tokens": 96, "draft_length": DRAFT_LENGTH, "sampling": sampling}
+            rounds = [entry for entry in decode_rounds(target, drafter, text, **settings) if not entry.is_prefill]
+        found[name] = 1e3 * float(np.median([entry.seconds for entry in rounds if entry.drafted == DRAFT_LENGTH]))
+    return found
 
 
 def claims(report: SweepReport) -> dict[str, Any]:

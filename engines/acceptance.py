@@ -1,4 +1,4 @@
-"""`Acceptance`: the graphs of `vocabtrim_export.graph.acceptance` in a session beside the engines."""
+"""`Acceptance`: the graphs of `engines.acceptance_graphs` in a session beside the engines."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

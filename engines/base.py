@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from engines.bundle import Manifest
 from engines.errors import VocabtrimError
+from engines.sampling_params import Sampling
 from engines.vocab_map import VocabMap
 
 MAX_KEEP = 256
@@ -47,17 +48,27 @@ class StepOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class Accepted:
+    """The first `count` drafted tokens stay, and `next_token`, the target's own, follows them."""
+
+    count: int
+    next_token: int
+
+
+@dataclass(frozen=True, slots=True)
 class Speculation:
     """A draft and the target's verdict on it, made by both engines in one go of their device.
 
     drafted: int64[γ]. verified: as the target's `feed` gives it for the last token before the draft and all of the
-    draft, keep = γ + 1. draft_seconds, verify_seconds: by the device's clock.
+    draft, keep = γ + 1. draft_seconds, verify_seconds: by the device's clock. accepted: what stays of a sampled draft;
+    None where it was greedy, and `verified` says it.
     """
 
     drafted: NDArray[np.int64]
     verified: StepOutput
     draft_seconds: float
     verify_seconds: float
+    accepted: Accepted | None = None
 
 
 class Engine(ABC):
@@ -117,10 +128,12 @@ class Engine(ABC):
         drafter: "Engine",  # noqa: ARG002
         token_ids: Sequence[int] | NDArray[np.int64],  # noqa: ARG002
         draft_length: int,  # noqa: ARG002
+        sampling: Sampling | None = None,  # noqa: ARG002
     ) -> Speculation | None:
-        """As the target: have `drafter` draft greedily, and verify the draft, without the host in between.
+        """As the target: have `drafter` draft, and verify the draft, without the host in between.
 
         token_ids: what `drafter` has not been fed; the last of them is the one that the target has not been fed either.
+        sampling: None drafts greedily; else both sides sample, and the device decides what stays.
         The target then holds all of the draft, and the drafter all but its last token. An EAGLE head reads what the
         target's last call gave, where that lies. None, and nothing done, where the two cannot do this together.
         """

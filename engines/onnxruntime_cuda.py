@@ -3,23 +3,23 @@
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from engines import cuda
 from engines.base import Device, Engine, Speculation, StepOutput
 from engines.bundle import FEATURES_NAME, Bundle
-from engines.cuda_provider import PROVIDER, explain_out_of_memory, open_cuda_session, require_provider
+from engines.cuda_provider import PROVIDER, explain_out_of_memory, open_cuda_graph, open_cuda_session, require_provider
 from engines.onnxruntime_cuda_round import CudaRound
-from engines.onnxruntime_cuda_run import CudaRun, Place, element_type, run_options
-from engines.onnxruntime_engine import OnnxRuntimeEngine, Step, numpy_dtype
+from engines.onnxruntime_cuda_run import CudaRun, Place, Run, element_type, run_options
+from engines.onnxruntime_cuda_sampling import DeviceSampler
+from engines.onnxruntime_engine import OnnxRuntimeEngine, Step, numpy_dtype, session_options
 from engines.replay import Replayed
-
-if TYPE_CHECKING:
-    from engines.onnxruntime_cuda_eagle_round import EagleRound
+from engines.sampling_params import Sampling
 
 _ALIGNED = cuda.ALIGNMENT // 8  # int64 values from one input of a step to the next
 # The first run loads kernels and fills the arena; by the second it has planned its memory and allocated that.
@@ -55,7 +55,10 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     seqlens_k, on the device.
     stream: of `session`. Engines that feed each other may share one; `shared` must be on it.
     device: "cpu" only to test all this without a GPU.
+    lag: positions by which a drafter's cache is shorter than the text that it has read.
     """
+
+    lag = 0
 
     def __init__(
         self,
@@ -66,7 +69,8 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         device: Device = "cuda",
     ) -> None:
         self.device, self.stream, self._bundle = device, stream, bundle
-        self._rounds: dict[tuple[Engine, int, int], CudaRound | EagleRound] = {}
+        self._rounds: dict[tuple[Engine, int, DeviceSampler | int], CudaRound] = {}  # that this engine drafts in
+        self._samplers: dict[tuple[Engine, int, int, bool], DeviceSampler] = {}
         try:
             super().__init__(bundle, session, shared)
         except Exception as error:
@@ -96,7 +100,11 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             raise
 
     def speculate(
-        self, drafter: Engine, token_ids: Sequence[int] | NDArray[np.int64], draft_length: int
+        self,
+        drafter: Engine,
+        token_ids: Sequence[int] | NDArray[np.int64],
+        draft_length: int,
+        sampling: Sampling | None = None,
     ) -> Speculation | None:
         if not isinstance(drafter, OnnxRuntimeCudaEngine) or drafter.stream is not self.stream:
             return None
@@ -106,11 +114,8 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         unread, end = len(token_ids), drafter.length + len(token_ids) + draft_length - 1
         if self.length + draft_length >= self.capacity or end > drafter.capacity or not drafter.knows(self, unread):
             return None
-        key = self, unread, draft_length
         try:
-            if key not in drafter._rounds:
-                drafter._rounds[key] = drafter.make_round(self, unread, draft_length)
-            made = drafter._rounds[key].run(token_ids, self.length)
+            made = self._round(drafter, unread, draft_length, sampling).run(token_ids, self.length, sampling)
         except Exception as error:
             explain_out_of_memory(error, self._bundle)
             raise
@@ -118,13 +123,24 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         drafter.length = end
         return made
 
+    def open_graph(self, model: ir.Model) -> ort.InferenceSession:
+        """A small model of ours on the engine's device and stream."""
+        stored = ir.to_proto(model).SerializeToString()
+        if self.device == "cpu":
+            return ort.InferenceSession(stored, session_options(), providers=["CPUExecutionProvider"])
+        return open_cuda_graph(stored, self.stream)
+
     def knows(self, target: "OnnxRuntimeCudaEngine", unread: int) -> bool:  # noqa: ARG002
         """Whether all that this drafter needs for `unread` tokens, to draft for `target`, is on the device."""
         return unread <= _UNREAD
 
-    def make_round(self, target: "OnnxRuntimeCudaEngine", unread: int, draft_length: int) -> "CudaRound | EagleRound":
-        """A round that this engine drafts in."""
-        return CudaRound(target, self, unread, draft_length)
+    def prepare(self, target: "OnnxRuntimeCudaEngine", unread: int) -> list[Run]:  # noqa: ARG002
+        """What a round runs before this drafter's first step."""
+        return []
+
+    def beside_tokens(self, step: int, unread: int) -> dict[str, Place]:  # noqa: ARG002
+        """What else step number `step` of a round reads and writes, as this drafter."""
+        return {}
 
     def environment(self) -> dict[str, str]:
         return super().environment() | cuda.environment()
@@ -133,6 +149,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         for each in self._rounds.values():
             each.close()
         self._rounds.clear()
+        self._samplers.clear()
         for step in self._steps.values():
             if isinstance(step, DeviceStep):
                 step.work.close()
@@ -149,10 +166,10 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         for name in self._token_inputs:
             dtype, shape, address = places[name]
             binding.bind_input(name, self.device, 0, dtype, shape, address)
-        logits = self.allocate((1, keep, self._head_rows), element_type(self._logits_type))
+        logits = self.allocate((1, keep, self._head_rows), element_type(self.logits_type))
         binding.bind_output("token_ids", self.device, 0, *token_ids)
         binding.bind_ortvalue_output("logits", logits)
-        return CudaRun(self._session, binding, run_options(), self.stream, logits, self._logits_type)
+        return CudaRun(self._session, binding, run_options(), self.stream, logits, self.logits_type)
 
     def replayed(self, enqueue: Callable[[], None], others: Sequence["OnnxRuntimeCudaEngine"] = ()) -> Replayed:
         """`enqueue` as a CUDA graph, where the models of this engine and of `others` can be one."""
@@ -163,6 +180,21 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
 
         is_capturable = all(engine.is_capturable for engine in (self, *others))
         return Replayed(self.stream, whole, lambda: is_capturable, _WARM_UP)
+
+    def _round(
+        self, drafter: "OnnxRuntimeCudaEngine", unread: int, draft_length: int, sampling: Sampling | None
+    ) -> CudaRound:
+        sampler = None
+        if sampling:
+            params = sampling.params
+            chosen = self, draft_length, params.top_k, params.top_p < 1
+            if chosen not in drafter._samplers:
+                drafter._samplers[chosen] = DeviceSampler(self, drafter, *chosen[1:])
+            sampler = drafter._samplers[chosen]
+        key = self, unread, sampler or draft_length
+        if key not in drafter._rounds:
+            drafter._rounds[key] = CudaRound(self, drafter, unread, draft_length, sampler)
+        return drafter._rounds[key]
 
     def _bind(self, length: int, keep: int) -> Step:
         # input_ids | position_ids | seqlens_k | token_ids, each aligned, on the host as on the device

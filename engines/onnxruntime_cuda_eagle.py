@@ -1,8 +1,7 @@
 """Engines on ONNX Runtime's CUDA with hidden states: a target that gives features, an EAGLE head that reads them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import onnxruntime as ort
@@ -15,11 +14,10 @@ from engines.cuda_provider import explain_out_of_memory
 from engines.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
 from engines.numbers import from_float32, to_float32
 from engines.onnxruntime_cuda import OnnxRuntimeCudaEngine, can_be_captured
-from engines.onnxruntime_cuda_eagle_round import EagleRound
-from engines.onnxruntime_cuda_round import CudaRound
-from engines.onnxruntime_cuda_run import CudaRun, Place, element_type, run_options
+from engines.onnxruntime_cuda_run import CudaRun, Place, Run, element_type, run_options
 from engines.onnxruntime_eagle import require_last_row, require_rows
 from engines.onnxruntime_engine import Step, numpy_dtype
+from engines.sampling_params import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ class DeviceRows:
 class CudaFeatureEngine(OnnxRuntimeCudaEngine):
     """A target whose graph gives features with every call, all of them in the first rows of `features`.
 
-    They cross to the host when `StepOutput.features` is asked for, and only then.
+    They cross to the host only when `StepOutput.features` is asked for.
     """
 
     def __init__(
@@ -98,12 +96,16 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
         return StepOutput(output.token_ids, output.read_logits, read_features)
 
     def speculate(
-        self, drafter: Engine, token_ids: Sequence[int] | NDArray[np.int64], draft_length: int
+        self,
+        drafter: Engine,
+        token_ids: Sequence[int] | NDArray[np.int64],
+        draft_length: int,
+        sampling: Sampling | None = None,
     ) -> Speculation | None:
         start = self.length
         if draft_length >= MAX_KEEP:  # more rows than there are
             return None
-        made = super().speculate(drafter, token_ids, draft_length)
+        made = super().speculate(drafter, token_ids, draft_length, sampling)
         if made is None:
             return None
         self._given_from = start
@@ -142,6 +144,8 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
 
     last: the row of what the graph made that was computed last, and the length of the cache after it.
     """
+
+    lag = 1
 
     def __init__(
         self,
@@ -184,26 +188,26 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         given, read = target.features, self._features
         return (given.onnx_type, given.size) == (read.onnx_type, read.size)
 
-    def make_round(self, target: OnnxRuntimeCudaEngine, unread: int, draft_length: int) -> CudaRound | EagleRound:
+    def prepare(self, target: OnnxRuntimeCudaEngine, unread: int) -> list[Run]:
         assert isinstance(target, CudaFeatureEngine)
-        return EagleRound(target, self, unread, draft_length)
+        return [self.fuse(target.features.place(0, unread), unread)]
 
-    def fusing(self, features: Place, count: int) -> Callable[[], None]:
-        """What queues making hidden states of `features`, [1, count, features_read], where `hidden_places` says."""
+    def beside_tokens(self, step: int, unread: int) -> dict[str, Place]:
+        if step == 0:
+            return self._fused_places(unread)
+        at = unread + step - 1  # the row after the one before
+        return {HIDDEN_INPUT: self._made.place(at - 1, 1), HIDDEN_OUTPUT: self._made.place(at, 1)}
+
+    def fuse(self, features: Place, count: int) -> Run:
+        """Makes hidden states of `features`, [1, count, features_read]: what a step of `count` rows reads."""
         binding = self._fuse.io_binding()
         binding.bind_input(FEATURES_OUTPUT, self.device, 0, *features)
         binding.bind_output(HIDDEN_INPUT, self.device, 0, *self._hidden_rows.place(0, count))
-        return partial(self._fuse.run_with_iobinding, binding, run_options())
-
-    def hidden_places(self, count: int, after: int | None) -> dict[str, Place]:
-        """Of a run on `count` rows: after row `after` of what the graph made, or, if None, what was fused."""
-        if after is None:
-            return {HIDDEN_INPUT: self._hidden_rows.place(0, count), HIDDEN_OUTPUT: self._made.place(0, count)}
-        return {HIDDEN_INPUT: self._made.place(after, count), HIDDEN_OUTPUT: self._made.place(after + 1, count)}
+        return Run(self._fuse, binding, run_options())
 
     def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
         run = super().bind_run(places, token_ids)
-        hidden = {**self.hidden_places(places["input_ids"].shape[-1], None), **places}
+        hidden = {**self._fused_places(places["input_ids"].shape[-1]), **places}
         run.binding.bind_input(HIDDEN_INPUT, self.device, 0, *hidden[HIDDEN_INPUT])
         run.binding.bind_output(HIDDEN_OUTPUT, self.device, 0, *hidden[HIDDEN_OUTPUT])
         return run
@@ -220,10 +224,13 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         else:
             rows, self._unread = self._unread[:count], self._unread[count:]
             self._features.write(rows)
-            self.fusing(self._features.place(0, count), count)()
+            self.fuse(self._features.place(0, count), count).enqueue()
         output = super()._execute(step, ids)
         self.last = count - 1, self.length
         return output
+
+    def _fused_places(self, count: int) -> dict[str, Place]:
+        return {HIDDEN_INPUT: self._hidden_rows.place(0, count), HIDDEN_OUTPUT: self._made.place(0, count)}
 
 
 def allocate_rows(engine: OnnxRuntimeCudaEngine, session: ort.InferenceSession, name: str, count: int) -> DeviceRows:

@@ -23,19 +23,25 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class CudaRun:
-    """logits: [1, keep, head_rows], of type `logits_type`."""
+class Run:
+    """A session with all that it reads and writes."""
 
     session: ort.InferenceSession
     binding: ort.IOBinding
     options: ort.RunOptions
-    stream: cuda.Stream
-    logits: ort.OrtValue
-    logits_type: str
 
     def enqueue(self) -> None:
         """Put the run on the stream and do not wait for it."""
         self.session.run_with_iobinding(self.binding, self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class CudaRun(Run):
+    """Of a model. logits: [1, keep, head_rows], of type `logits_type`."""
+
+    stream: cuda.Stream
+    logits: ort.OrtValue
+    logits_type: str
 
     def read_logits(self) -> NDArray[np.float32]:
         """float32[keep, head_rows] of the last run."""

@@ -88,7 +88,7 @@ class OnnxRuntimeEngine(Engine):
         self._token_inputs = [name for name in ("input_ids", "position_ids", "seqlens_k") if name in names]
         (logits,) = (output for output in self._session.get_outputs() if output.name == "logits")
         self._head_rows = int(logits.shape[-1])
-        self._logits_type: str = logits.type
+        self.logits_type: str = logits.type
         self._hidden = {
             value.name: (int(value.shape[-1]), numpy_dtype(value.type))
             for value in [*self._session.get_inputs(), *self._session.get_outputs()]
@@ -154,7 +154,7 @@ class OnnxRuntimeEngine(Engine):
             self._seqlens,
             np.zeros((1, keep), np.int64),
             self._total,
-            np.zeros((1, keep, self._head_rows), numpy_dtype(self._logits_type)),
+            np.zeros((1, keep, self._head_rows), numpy_dtype(self.logits_type)),
             {name: np.zeros((1, length, size), dtype) for name, (size, dtype) in self._hidden.items()},
         )
         for name in self._token_inputs:

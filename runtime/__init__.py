@@ -1,6 +1,8 @@
 """The lossless draft/verify loop over two engines, and its measurement."""
 
-from runtime.accept import Accepted, accept_forced, accept_greedy, accept_sampled
+from engines.base import Accepted
+from engines.sampling_params import SamplingParams
+from runtime.accept import accept_forced, accept_greedy, accept_sampled
 from runtime.alarm import Collapse
 from runtime.bandwidth import read_bandwidth
 from runtime.bench import TARGET_ONLY, bench
@@ -9,7 +11,7 @@ from runtime.loop import Round, decode_rounds
 from runtime.planner import Candidate, Plan, plan
 from runtime.planning import PlanReport, make_plan
 from runtime.report import BenchReport, ModeReport
-from runtime.sampling import SamplingParams, distribution
+from runtime.sampling import distribution
 from runtime.stats import Percentiles, Stats, latency_speedup, mbsu, summarize
 from runtime.stream import Generation, Stream, Token
 from runtime.sweep import SweepReport, SweepRow, SweepSettings, sweep

@@ -2,22 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.base import Accepted
 from engines.errors import VocabtrimError
 from engines.vocab_map import NOT_KEPT, VocabMap
 from runtime.sampling import sample
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """The first `count` drafted tokens stay, and `next_token`, the target's own, follows them."""
-
-    count: int
-    next_token: int
 
 
 def accept_greedy(draft: Sequence[int], verified: NDArray[np.int64]) -> Accepted:

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from engines.base import Engine
 from engines.errors import VocabtrimError
+from engines.sampling_params import SamplingParams
 from engines.tokenizer import TOKENIZER_NAME, Tokenizer
 from runtime.alarm import AcceptanceAlarm
 from runtime.loop import GREEDY, Round, decode_rounds
 from runtime.pair import check_pair, resolve_draft_length
-from runtime.sampling import SamplingParams
 from runtime.stream import Generation, Stream
 
 # Text, the messages of a conversation (`{"role": …, "content": …}`), or token ids.

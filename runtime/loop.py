@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
-from engines.base import Engine, StepOutput
+from engines.base import Accepted, Engine, StepOutput
+from engines.sampling_params import SamplingParams
 from runtime.profiling import DRAFTER, NO_PROFILER, TARGET, Profiler
 from runtime.reading import TokenReader, make_reader
 from runtime.rules import Forced, Greedy, Rule, Sampled
-from runtime.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
 
@@ -73,13 +73,17 @@ def decode_rounds(
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """The tokens of a draft that can be used, and what the target makes of the last token and at least them."""
+    """The tokens of a draft that can be used, and what the target makes of the last token and at least them.
+
+    accepted: where the device has decided already.
+    """
 
     draft: list[int]
     verified: StepOutput
     prefill_seconds: float
     draft_seconds: float
     verify_seconds: float
+    accepted: Accepted | None = None
 
 
 class _Loop:
@@ -144,7 +148,7 @@ class _Loop:
         move = self.move()
         draft, output = move.draft, move.verified
         with self.profiler.span("accept", drafted=len(draft)):
-            accepted = self.rule.accept(draft, output)
+            accepted = move.accepted or self.rule.accept(draft, output)
         tokens = draft[: accepted.count]
         if not tokens or tokens[-1] not in self.stop:
             tokens.append(accepted.next_token)
@@ -189,16 +193,18 @@ class _Loop:
 
     def speculate(self, reader: TokenReader, room: int) -> _Move | None:
         """One call for both engines. Not for a drafter's first tokens, which are a prompt."""
-        if not self.greedy or reader.drafter.length == 0:
+        if reader.drafter.length == 0:
             return None
         unread = reader.unread(self.sequence)
         with self.profiler.span("speculate", TARGET, length=len(self.sequence)):
-            made = self.target.speculate(reader.drafter, unread, room)
+            made = self.target.speculate(reader.drafter, unread, room, self.rule.sampling)
         if made is None:
             return None
         reader.was_fed(len(unread))
-        draft = self.usable(made.drafted.tolist())
-        return _Move(draft, made.verified, 0.0, made.draft_seconds, made.verify_seconds)
+        draft, accepted = self.usable(made.drafted.tolist()), made.accepted
+        if accepted is not None and accepted.count > len(draft):  # it goes on after an EOS
+            accepted = Accepted(len(draft), accepted.next_token)
+        return _Move(draft, made.verified, 0.0, made.draft_seconds, made.verify_seconds, accepted)
 
     def draft(self, reader: TokenReader, room: int) -> tuple[list[int], float]:
         """The drafted tokens, and the seconds that the drafter's prefill took if this was its first draft."""

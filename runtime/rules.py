@@ -5,13 +5,18 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine, StepOutput
-from runtime.accept import Accepted, accept_forced, accept_greedy, accept_sampled
-from runtime.sampling import SamplingParams, distribution, sample
+from engines.base import Accepted, Engine, StepOutput
+from engines.sampling_params import Sampling, SamplingParams
+from runtime.accept import accept_forced, accept_greedy, accept_sampled
+from runtime.sampling import distribution, sample
 
 
 class Rule(Protocol):
     """How a draft is proposed and judged."""
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """What a device needs to do both by itself; None where it takes the most likely tokens."""
 
     def propose(self, output: StepOutput) -> int:
         """The drafter's next token."""
@@ -22,6 +27,8 @@ class Rule(Protocol):
 
 class Greedy:
     """Reads token ids only, so that an engine need not hand its logits over."""
+
+    sampling: Sampling | None = None
 
     def propose(self, output: StepOutput) -> int:
         return int(output.token_ids[-1])
@@ -43,9 +50,9 @@ class Forced(Greedy):
 class Sampled:
     """Keeps the distribution behind each proposed token until the draft is judged."""
 
-    def __init__(self, sampling: SamplingParams, drafter: Engine | None, vocab_size: int) -> None:
-        self.sampling = sampling
-        self.rng = np.random.default_rng(sampling.seed)
+    def __init__(self, params: SamplingParams, drafter: Engine | None, vocab_size: int) -> None:
+        self.params, self.rng = params, np.random.default_rng(params.seed)
+        self.sampling = Sampling(params, self.rng)
         self.vocab_map = drafter.vocab_map if drafter else None
         # Head rows of tokens that the target lacks (padding) can never be accepted: leave them out of q.
         kept = self.vocab_map.kept_token_ids if self.vocab_map else None
@@ -63,5 +70,5 @@ class Sampled:
         return accept_sampled(draft, q, lambda i: self.warped(logits[i]), self.vocab_map, self.rng)
 
     def warped(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        probabilities: NDArray[np.float32] = distribution(logits[None], self.sampling)[0]
+        probabilities: NDArray[np.float32] = distribution(logits[None], self.params)[0]
         return probabilities

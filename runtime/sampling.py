@@ -1,46 +1,15 @@
 """From logits to probabilities to one token, without sorting the vocabulary."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import VocabtrimError
+from engines.sampling_params import SamplingParams
 
-MIN_TEMPERATURE = 1e-5  # below it float32 logits divide to infinity
 _BLOCK = 256  # entries that `sample` sums before it looks inside
 _CUTOFFS = (2**-6, 2**-10, 2**-14, 2**-18, 2**-24, 0.0)  # of the highest weight: how far down top-p looks in turn
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the next token is chosen: temperature, then top-k, then top-p, as Hugging Face's warpers apply them.
-
-    temperature: 0 is greedy, whatever the others say. top_k: 0 keeps all. top_p: 1 keeps all.
-    seed: of the one random generator of a generation; None takes a fresh one. Raises `VocabtrimError`.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
-            raise VocabtrimError(
-                f"temperature is {self.temperature}: give 0 (greedy) or a number of at least {MIN_TEMPERATURE}"
-            )
-        if self.top_k < 0:
-            raise VocabtrimError(f"top_k is {self.top_k}: give the number of tokens to keep, or 0 for all")
-        if not 0 < self.top_p <= 1:
-            raise VocabtrimError(f"top_p is {self.top_p}: give a probability above 0 and up to 1")
-        if self.seed is not None and self.seed < 0:
-            raise VocabtrimError(f"seed is {self.seed}: give 0 or more")
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0
 
 
 def distribution(logits: NDArray[np.float32], params: SamplingParams) -> NDArray[np.float32]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Engine, Speculation, StepOutput
+from engines.sampling_params import Sampling
 from runtime.loop import Round, decode_rounds
 
 _WARM_UP_TOKENS = 16
@@ -95,11 +96,15 @@ class TimedEngine(Engine):
         return drafted
 
     def speculate(
-        self, drafter: Engine, token_ids: Sequence[int] | NDArray[np.int64], draft_length: int
+        self,
+        drafter: Engine,
+        token_ids: Sequence[int] | NDArray[np.int64],
+        draft_length: int,
+        sampling: Sampling | None = None,
     ) -> Speculation | None:
         if not isinstance(drafter, TimedEngine):
             return None
-        made = self.engine.speculate(drafter.engine, token_ids, draft_length)
+        made = self.engine.speculate(drafter.engine, token_ids, draft_length, sampling)
         if made is not None:
             self.feeds.append(Feed(draft_length + 1, draft_length + 1, made.verify_seconds))
             drafter.feeds += [Feed(1, 1, made.draft_seconds / draft_length)] * draft_length

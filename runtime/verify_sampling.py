@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from engines.base import Engine
 from engines.errors import VocabtrimError
+from engines.sampling_params import SamplingParams
 from runtime import chi_square
 from runtime.decoder import SpeculativeDecoder
 from runtime.forced import forced_drafts, forced_logits
-from runtime.sampling import SamplingParams, distribution
+from runtime.sampling import distribution
 
 ALPHA = 1e-3  # the chance of a false alarm, all settings together
 POWER = 0.99

@@ -6,11 +6,11 @@ import onnxruntime as ort
 import pytest
 
 from engines.acceptance import Acceptance
+from engines.acceptance_graphs import greedy_acceptance, sampled_acceptance
 from engines.errors import VocabtrimError
 from runtime import SamplingParams, SpeculativeDecoder, rules
 from runtime.accept import Accepted, accept_greedy, accept_sampled
 from tests.integration.conftest import count_file, export_pair, random_model
-from vocabtrim_export.graph.acceptance import greedy_acceptance, sampled_acceptance
 
 __all__ = ["count_file", "export_pair", "random_model"]
 

@@ -18,8 +18,11 @@ from engines.onnxruntime_cuda import DeviceStep, OnnxRuntimeCudaEngine, make_str
 from engines.onnxruntime_cuda_run import CudaRun, element_type
 from engines.onnxruntime_engine import open_session
 from engines.replay import Replayed
+from engines.sampling_params import Sampling
 from runtime import SamplingParams, SpeculativeDecoder
+from runtime.accept import accept_sampled
 from runtime.loop import decode_rounds
+from runtime.sampling import distribution, sample
 from tests.integration import conftest as bundles
 from vocabtrim_export.cli import main
 from vocabtrim_export.trt.settings import TensorRTSettings
@@ -169,6 +172,105 @@ def test_a_round_on_the_device_is_the_stepwise_one(shared, draft_length, pair, m
                         assert stream.waits == len(rounds) + first
                 monkeypatch.undo()
                 assert results[0] == results[1]
+
+
+def host_round(target, drafter, unread, draft_length, params, uniforms):
+    """What the host's rules make of one round, step by step, with the same uniform numbers."""
+    numbers = iter(float(number) for number in uniforms)
+    scripted = SimpleNamespace(random=lambda: next(numbers))
+    vocab_map, draft, q = drafter.vocab_map, [], []
+    output = drafter.feed(unread)
+    for i in range(draft_length):
+        q.append(distribution(output.logits, params)[0])
+        row = sample(q[-1], scripted)
+        draft.append(int(vocab_map.kept_token_ids[row]) if vocab_map else row)
+        if i + 1 < draft_length:
+            output = drafter.feed(draft[-1:])
+    p = distribution(target.feed([unread[-1], *draft], keep=draft_length + 1).logits, params)
+    # The rule asks for a number for each token up to the first rejected one, and for the last number then.
+    rows = draft if vocab_map is None else vocab_map.inverse[draft].tolist()
+    stays = [uniforms[draft_length + i] * q[i][rows[i]] < p[i][token] for i, token in enumerate(draft)]
+    count = stays.index(False) if False in stays else draft_length
+    judged = iter([*uniforms[draft_length:][: min(count + 1, draft_length)], uniforms[-1]])
+    rng = SimpleNamespace(random=lambda: float(next(judged)))
+    return draft, accept_sampled(draft, q, p.__getitem__, vocab_map, rng)
+
+
+SAMPLINGS = [
+    SamplingParams(1.0),
+    SamplingParams(0.8, top_p=0.9),
+    SamplingParams(1.3, top_k=20),
+    SamplingParams(2.0, top_k=50, top_p=0.8),
+]
+
+
+@pytest.mark.parametrize("params", SAMPLINGS, ids=str)
+def test_a_sampled_round_on_the_device_is_the_hosts(params, pair):
+    """Token for token where both take the same numbers; and no logits come back."""
+    stream, counts = HostStream(), []
+    with device_engine(pair.target, stream) as target, load_engine(pair.target) as target_alone:
+        for path in (pair.drafter, pair.target):
+            with device_engine(path, stream) as drafter, load_engine(path) as drafter_alone:
+                text = [*PROMPT]
+                engines_ = (target, target_alone, drafter, drafter_alone)
+                for number in range(24):
+                    draft_length = (3, 1, 5)[number % 3]
+                    for engine, length in zip(engines_, (1, 1, 2, 2), strict=True):
+                        engine.rewind(0)
+                        engine.feed(text[:-length])
+                    stream.copies.clear()
+                    rng = np.random.default_rng(number)
+                    made = target.speculate(drafter, text[-2:], draft_length, Sampling(params, rng))
+                    assert sum(stream.copies) < 8 * 60
+                    uniforms = np.random.default_rng(number).random(2 * draft_length + 1, np.float32)
+                    wanted = host_round(target_alone, drafter_alone, text[-2:], draft_length, params, uniforms)
+                    assert (made.drafted.tolist(), made.accepted) == wanted
+                    counts.append(made.accepted.count)
+                    text = [*text, *wanted[0][: made.accepted.count], made.accepted.next_token]
+    assert {0, 1, 3, 5} <= set(counts)
+
+
+def test_a_sampled_generation_waits_once_a_round_and_stops_at_an_eos(pair):
+    stream, sampling = HostStream(), SamplingParams(1.0, top_p=0.95, seed=5)
+    with device_engine(pair.target, stream) as target, device_engine(pair.target, stream, target) as drafter:
+        eos = set(target.manifest.eos_token_ids)
+        for seed in range(12):
+            stream.waits = 0
+            sampling = SamplingParams(3.0, seed=seed)  # every token about as likely as any other
+            rounds = list(decode_rounds(target, drafter, PROMPT, max_new_tokens=60, draft_length=4, sampling=sampling))
+            assert stream.waits == len(rounds) + 1  # the prefill's logits
+            tokens = [token for entry in rounds for token in entry.tokens]
+            ends = [i for i, token in enumerate(tokens) if token in eos]
+            assert ends in ([], [len(tokens) - 1])
+            assert all(entry.accepted == entry.drafted for entry in rounds)  # it drafts for itself
+
+
+def test_another_top_k_is_another_round_and_another_temperature_is_not(pair):
+    stream = HostStream()
+    with device_engine(pair.target, stream) as target, device_engine(pair.drafter, stream) as drafter:
+        for params, rounds in [
+            (SamplingParams(1.0), 1),
+            (SamplingParams(0.5), 1),
+            (SamplingParams(0.5, top_k=3), 2),
+            (SamplingParams(0.5, top_k=3, top_p=0.5), 3),
+            (SamplingParams(0.9, top_k=3, top_p=0.9), 3),
+        ]:
+            for engine in (target, drafter):
+                engine.rewind(0)
+                engine.feed(PROMPT)
+            target.speculate(drafter, [9], 3, Sampling(params, np.random.default_rng(0)))
+            assert len(drafter._rounds) == rounds
+
+
+def test_logits_that_are_not_finite_are_said(pair, monkeypatch):
+    stream = HostStream()
+    with device_engine(pair.target, stream) as target, device_engine(pair.drafter, stream) as drafter:
+        for engine in (target, drafter):
+            engine.feed(PROMPT)
+        params = SamplingParams(1.0)
+        object.__setattr__(params, "temperature", float("nan"))
+        with pytest.raises(VocabtrimError, match="logits are not finite: export it again with a wider --dtype"):
+            target.speculate(drafter, [9], 3, Sampling(params, np.random.default_rng(0)))
 
 
 def test_work_is_captured_once_libraries_have_loaded():

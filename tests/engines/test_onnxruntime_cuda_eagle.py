@@ -1,6 +1,9 @@
 """EAGLE heads on ONNX Runtime's CUDA, without a GPU: see `test_onnxruntime_cuda`."""
 
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import chain, repeat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +16,10 @@ from engines.numbers import from_float32, to_float32
 from engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 from engines.onnxruntime_cuda_eagle import CudaEagleEngine, CudaFeatureEngine
 from engines.onnxruntime_engine import open_session
+from engines.sampling_params import Sampling
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.loop import _Loop, decode_rounds
-from tests.engines.test_onnxruntime_cuda import HostStream
+from tests.engines.test_onnxruntime_cuda import SAMPLINGS, HostStream, host_round
 from tests.integration import conftest as bundles
 from tests.integration import eagle_heads
 from tests.integration.eagle_heads import LAYERS, make_tensors
@@ -194,7 +198,8 @@ def test_a_head_that_was_silent_reads_what_it_missed(pair, monkeypatch):
             assert [len(draft) for draft, _ in made[0]][:7] == [0, 0, 4, 4, 0, 0, 0]
 
 
-def test_sampling_reads_features_and_logits_step_by_step(pair):
+def test_sampling_step_by_step_is_the_cpus(pair, monkeypatch):
+    monkeypatch.setattr(OnnxRuntimeCudaEngine, "speculate", Engine.speculate)
     with SpeculativeDecoder.load(pair.target, pair.drafter) as host, on_device(pair) as (target, head, _):
         device = SpeculativeDecoder(target, head)
         for seed in range(3):
@@ -202,7 +207,47 @@ def test_sampling_reads_features_and_logits_step_by_step(pair):
             wanted, found = (each.generate(PROMPT, max_new_tokens=60, sampling=sampling) for each in (host, device))
             assert found.token_ids == wanted.token_ids
             assert (found.stats.drafted, found.stats.accepted) == (wanted.stats.drafted, wanted.stats.accepted)
-        assert not head._rounds
+
+
+def call_next(functions, argument):
+    return next(functions)(argument)
+
+
+def sampled_rounds(device, host, params, count):
+    """What rounds on the device and the host's rules make of some texts, with the same uniform numbers."""
+    text = [*PROMPT]
+    for number in range(count):
+        for target, head in (device, host):
+            for engine in (target, head):
+                engine.rewind(0)
+            head.feed_features(text[1:-1], target.feed(text[:-2]).features)
+            rows = target.feed(text[-2:-1]).features.copy()
+        made = device[0].speculate(device[1], text[-1:], 4, Sampling(params, np.random.default_rng(number)))
+        for engine, length in zip(host, (len(text) - 1, len(text) - 2), strict=True):
+            engine.rewind(length)
+        feeds = chain([partial(host[1].feed_features, features=rows)], repeat(host[1].feed))
+        drafter = SimpleNamespace(vocab_map=host[1].vocab_map, feed=partial(call_next, feeds))
+        uniforms = np.random.default_rng(number).random(9, np.float32)
+        yield (made.drafted.tolist(), made.accepted), host_round(host[0], drafter, text[-1:], 4, params, uniforms)
+        text = [*text[:40], made.accepted.next_token]
+
+
+@pytest.mark.parametrize("params", SAMPLINGS, ids=str)
+def test_a_sampled_round_on_the_device_is_the_hosts(params, half):
+    with on_host(half) as host, on_device(half) as (*device, _):
+        made = list(sampled_rounds(device, host, params, 20))
+        assert [found for found, _ in made] == [wanted for _, wanted in made]
+
+
+def test_a_sampled_generation_moves_no_features(pair):
+    rounds = []
+    with on_device(pair) as (target, head, stream):
+        for seed in range(8):
+            stream.from_features, sampling = 0, SamplingParams(3.0, seed=seed)
+            rounds += decode_rounds(target, head, PROMPT, max_new_tokens=60, draft_length=4, sampling=sampling)
+            assert stream.from_features <= 2
+    assert sum(entry.drafted for entry in rounds) > 200
+    assert sum(entry.accepted for entry in rounds) > 5
 
 
 # -------------------------------------------------------------------------------------------------- dtypes, and loading
@@ -274,7 +319,7 @@ def test_a_full_gpu_is_explained(pair, monkeypatch):
 
     expected = r"out of GPU memory with .*--max-length"
     with on_device(pair) as (_, head, _):
-        monkeypatch.setattr(head, "fusing", full)
+        monkeypatch.setattr(head, "fuse", full)
         with pytest.raises(VocabtrimError, match=expected):
             head.feed_features([5], np.zeros((1, 192), np.float32))
     monkeypatch.setattr(onnxruntime_cuda_eagle, "element_type", full)

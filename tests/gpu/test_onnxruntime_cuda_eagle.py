@@ -14,6 +14,8 @@ from engines.onnxruntime_eagle import EagleEngine, FeatureEngine
 from engines.onnxruntime_engine import open_session
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.loop import decode_rounds
+from tests.engines.test_onnxruntime_cuda import SAMPLINGS
+from tests.engines.test_onnxruntime_cuda_eagle import sampled_rounds
 from tests.gpu import test_onnxruntime_cuda as plain
 from tests.gpu.test_onnxruntime_cuda import CALM, LLAMA, PROMPT, TIE, assert_same_choices, check_greedy, write_exact
 from tests.integration import conftest as bundles
@@ -124,6 +126,17 @@ def test_features_stay_on_the_gpu(pair, monkeypatch):
         assert len(rows_read) <= 2  # a last round may draft nothing
         found = [f"{1e6 * (r.seconds - r.draft_seconds - r.verify_seconds):.0f} µs" for r in rounds[-6:-1]]
         print("host:", found, f"4 draft steps: {1e6 * rounds[-3].draft_seconds:.0f} µs")
+
+
+@pytest.mark.parametrize("params", SAMPLINGS, ids=str)
+def test_a_sampled_round_in_one_graph_is_the_hosts(params, pair):
+    """Token for token, but for a sum that rounds to the other side of a border."""
+    with on_cuda(pair) as engines:
+        made = list(sampled_rounds(engines, engines, params, 40))
+        assert all(each.has_graph for each in engines[1]._rounds.values()), "no round became a CUDA graph"
+    differing = [pair for pair in made if pair[0] != pair[1]]
+    print(differing, [found[1].count for found, _ in made])
+    assert len(differing) <= 1
 
 
 def test_speculation_gives_the_targets_own_greedy_output(pair):

@@ -3,9 +3,9 @@
 import pytest
 
 from engines.errors import VocabtrimError
+from engines.sampling_params import SamplingParams
 from runtime import bench, latency_speedup
 from runtime.loop import Round, decode_rounds
-from runtime.sampling import SamplingParams
 from runtime.stats import Percentiles, round_tokens_per_second
 from runtime.timing import Run
 

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engines.sampling_params import SamplingParams
 from runtime.loop import GREEDY, decode_rounds
-from runtime.sampling import SamplingParams, distribution
+from runtime.sampling import distribution
 
 PROMPT = [5, 6, 7]
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from engines.errors import VocabtrimError
-from runtime.sampling import SamplingParams, distribution, sample
+from engines.sampling_params import SamplingParams
+from runtime.sampling import distribution, sample
 
 
 def warped_by_transformers(logits, params):

@@ -88,7 +88,7 @@ def _settings(options: argparse.Namespace) -> "Sequence[SamplingParams]":
     """What to test the law at; nothing without --sampling."""
     from dataclasses import replace
 
-    from runtime.sampling import SamplingParams
+    from engines.sampling_params import SamplingParams
     from runtime.verify_sampling import SETTINGS
 
     given = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}

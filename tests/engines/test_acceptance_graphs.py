@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from transformers.generation import utils as generation
 
 from engines.acceptance import Acceptance
+from engines.acceptance_graphs import greedy_acceptance, sampled_acceptance
 from engines.trt.library import load_library
 from engines.vocab_map import VocabMap
 from runtime.accept import Accepted, accept_greedy, accept_sampled
-from vocabtrim_export.graph.acceptance import greedy_acceptance, sampled_acceptance
 from vocabtrim_export.trt.build import BuildOptions, build_plan
 
 UNIT = 256  # probabilities and uniforms in the exact tests are multiples of 1 / UNIT: no float rounds
