@@ -42,8 +42,6 @@ def load_engine(
         raise VocabtrimError(f"{path} is a bf16 bundle, which ONNX Runtime cannot run on the CPU: export it as fp32")
     if profile and (device != "cpu" or bundle.manifest.tensorrt is not None):
         raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
-    if bundle.manifest.kind == "eagle3" and device == "cuda":
-        raise VocabtrimError(f"{path} holds an EAGLE-3 head, which runs on the CPU only so far: use device 'cpu'")
     if device == "cuda" and bundle.manifest.tensorrt is not None:
         return _load_tensorrt(bundle)
     try:

@@ -26,12 +26,14 @@ def require_provider() -> tuple[str, ...]:
     return missing
 
 
-def open_cuda_session(bundle: Bundle, stream: cuda.Stream, missing: tuple[str, ...] = ()) -> ort.InferenceSession:
+def open_cuda_session(
+    bundle: Bundle, stream: cuda.Stream, missing: tuple[str, ...] = (), name: str = MODEL_NAME
+) -> ort.InferenceSession:
     """A session on `stream`, with CUDA graphs if all nodes of the model can be in one. Raises `VocabtrimError`.
 
-    missing: libraries that could not be loaded before.
+    missing: libraries that could not be loaded before. name: of the bundle's file.
     """
-    path = bundle.path / MODEL_NAME
+    path = bundle.path / name
     try:
         try:
             session = _open(path, stream, cuda_graphs=True)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from engines import cuda
 from engines.base import Device, Engine, Speculation, StepOutput
-from engines.bundle import Bundle
+from engines.bundle import FEATURES_NAME, Bundle
 from engines.cuda_provider import PROVIDER, explain_out_of_memory, open_cuda_graph, open_cuda_session, require_provider
 from engines.onnxruntime_cuda_round import CudaRound
-from engines.onnxruntime_cuda_run import CudaRun, Place, element_type, run_options
+from engines.onnxruntime_cuda_run import CudaRun, Place, Run, element_type, run_options
 from engines.onnxruntime_cuda_sampling import DeviceSampler
 from engines.onnxruntime_engine import OnnxRuntimeEngine, Step, numpy_dtype, session_options
 from engines.replay import Replayed
@@ -55,7 +55,10 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     seqlens_k, on the device.
     stream: of `session`. Engines that feed each other may share one; `shared` must be on it.
     device: "cpu" only to test all this without a GPU.
+    lag: positions by which a drafter's cache is shorter than the text that it has read.
     """
+
+    lag = 0
 
     def __init__(
         self,
@@ -81,8 +84,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     @property
     def is_capturable(self) -> bool:
         """Whether steps can be CUDA graphs; not where a node of the model has no CUDA kernel."""
-        options: dict[str, str] = self._session.get_provider_options().get(PROVIDER, {})
-        return options.get("enable_cuda_graph") == "1"
+        return can_be_captured(self._session)
 
     @property
     def cuda_graphs(self) -> int:
@@ -110,7 +112,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         if drafter.manifest.vocab_size > self.manifest.vocab_size:
             return None
         unread, end = len(token_ids), drafter.length + len(token_ids) + draft_length - 1
-        if unread > _UNREAD or self.length + draft_length >= self.capacity or end > drafter.capacity:
+        if self.length + draft_length >= self.capacity or end > drafter.capacity or not drafter.knows(self, unread):
             return None
         try:
             made = self._round(drafter, unread, draft_length, sampling).run(token_ids, self.length, sampling)
@@ -127,6 +129,18 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         if self.device == "cpu":
             return ort.InferenceSession(stored, session_options(), providers=["CPUExecutionProvider"])
         return open_cuda_graph(stored, self.stream)
+
+    def knows(self, target: "OnnxRuntimeCudaEngine", unread: int) -> bool:  # noqa: ARG002
+        """Whether all that this drafter needs for `unread` tokens, to draft for `target`, is on the device."""
+        return unread <= _UNREAD
+
+    def prepare(self, target: "OnnxRuntimeCudaEngine", unread: int) -> list[Run]:  # noqa: ARG002
+        """What a round runs before this drafter's first step."""
+        return []
+
+    def beside_tokens(self, step: int, unread: int) -> dict[str, Place]:  # noqa: ARG002
+        """What else step number `step` of a round reads and writes, as this drafter."""
+        return {}
 
     def environment(self) -> dict[str, str]:
         return super().environment() | cuda.environment()
@@ -232,7 +246,21 @@ def load_cuda_engine(bundle: Bundle, neighbour: Engine | None, share_cache: bool
     beside = neighbour if isinstance(neighbour, OnnxRuntimeCudaEngine) else None
     stream = beside.stream if beside else make_stream()
     session = open_cuda_session(bundle, stream, missing)
-    return OnnxRuntimeCudaEngine(bundle, session, stream, beside if share_cache else None)
+    shared = beside if share_cache else None
+    if bundle.manifest.feature_layers:
+        from engines.onnxruntime_cuda_eagle import CudaEagleEngine, CudaFeatureEngine
+
+        if bundle.manifest.kind == "eagle3":
+            fuse = open_cuda_session(bundle, stream, missing, FEATURES_NAME)
+            return CudaEagleEngine(bundle, session, fuse, stream)
+        return CudaFeatureEngine(bundle, session, stream, shared)
+    return OnnxRuntimeCudaEngine(bundle, session, stream, shared)
+
+
+def can_be_captured(session: ort.InferenceSession) -> bool:
+    """Whether runs of `session` can be in a CUDA graph."""
+    options: dict[str, str] = session.get_provider_options().get(PROVIDER, {})
+    return options.get("enable_cuda_graph") == "1"
 
 
 def make_stream() -> cuda.Stream:

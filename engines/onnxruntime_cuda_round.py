@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from engines.base import Accepted, Speculation, StepOutput
 from engines.errors import VocabtrimError
-from engines.onnxruntime_cuda_run import CudaRun, Place, Run
+from engines.onnxruntime_cuda_run import Place, Run
 from engines.sampling_graphs import NO_TOKEN
 from engines.sampling_params import Sampling
 
@@ -23,8 +23,9 @@ class Layout:
     """Where a round's numbers begin, in values of 8 bytes, the same on the host and on the device.
 
     From the host: seqlens_k of the γ draft steps and of the verification, in the low half of each value | position_ids
-    of the `unread` tokens and of the γ drafted ones | what sampling needs | the `unread` tokens. Back to it: the γ
-    drafted ones, which lie right behind | the γ + 1 verified ones | the number accepted and the next token.
+    from the first that the drafter reads to the last that the target reads | what sampling needs | the `unread` tokens.
+    Back to it: the γ drafted ones, which lie right behind | the γ + 1 verified ones | the number accepted and the next
+    token.
     """
 
     positions: int
@@ -36,10 +37,10 @@ class Layout:
     end: int
 
 
-def make_layout(unread: int, draft_length: int, chances: int) -> Layout:
-    """chances: values that sampling needs."""
+def make_layout(unread: int, draft_length: int, lag: int, chances: int) -> Layout:
+    """lag: the drafter's. chances: values that sampling needs."""
     positions = draft_length + 1
-    first = positions + unread + draft_length
+    first = positions + lag + unread + draft_length
     tokens = first + chances
     drafted = tokens + unread
     verified = drafted + draft_length
@@ -50,7 +51,8 @@ def make_layout(unread: int, draft_length: int, chances: int) -> Layout:
 class CudaRound:
     """Each draft step reads its token where the step before wrote it, and the verification reads all of them there.
 
-    One copy brings what the host knows beforehand, one brings all token ids back. sampler: chooses the tokens instead
+    One copy brings what the host knows beforehand, one brings all token ids back. An EAGLE head's steps read and write
+    hidden states besides: of the target's features, then of the step before. sampler: chooses the tokens instead
     of the engines, which give the most likely ones.
     """
 
@@ -62,30 +64,31 @@ class CudaRound:
         draft_length: int,
         sampler: "DeviceSampler | None" = None,
     ) -> None:
-        self._unread, self._draft_length, self._sampler = unread, draft_length, sampler
+        self._unread, self._draft_length, self._lag, self._sampler = unread, draft_length, drafter.lag, sampler
         self._stream = target.stream
-        at = self._at = make_layout(unread, draft_length, sampler.chances if sampler else 0)
+        at = self._at = make_layout(unread, draft_length, drafter.lag, sampler.chances if sampler else 0)
         self._host = target.stream.pinned(at.end)
         self._device = target.allocate((at.end,), np.int64)
         self._events = [target.stream.event() for _ in range(3)]
 
-        def run(engine: "OnnxRuntimeCudaEngine", step: int, first: int, count: int, keep: int, written: int) -> CudaRun:
-            """first: of the tokens read, counted from the first unread one."""
-            places = {
+        def reads(step: int, position: int, token: int, count: int) -> dict[str, Place]:
+            """position, token: of the first one read, counted from the drafter's first."""
+            return {
                 "seqlens_k": self._place(step, np.int32, (1,)),
-                "position_ids": self._place(at.positions + first, np.int64, (1, count)),
-                "input_ids": self._place(at.tokens + first, np.int64, (1, count)),
+                "position_ids": self._place(at.positions + position, np.int64, (1, count)),
+                "input_ids": self._place(at.tokens + token, np.int64, (1, count)),
             }
-            return engine.bind_run(places, self._place(written, np.int64, (1, keep)))
 
-        self._draft: list[Run] = []
+        self._draft = drafter.prepare(target, unread)
         for i in range(draft_length):
             first, count = (unread + i - 1, 1) if i else (0, unread)
-            step = run(drafter, i, first, count, 1, at.drafted + i)
+            places = reads(i, first, first, count) | drafter.beside_tokens(i, unread)
+            step = drafter.bind_run(places, self._place(at.drafted + i, np.int64, (1, 1)))
             self._draft.append(step)
             if sampler:
                 self._draft += sampler.propose(i, step.logits, self._address(at.chances), self._address(at.drafted + i))
-        self._verify = run(target, draft_length, unread - 1, draft_length + 1, draft_length + 1, at.verified)
+        places = reads(draft_length, unread - 1 + drafter.lag, unread - 1, draft_length + 1)
+        self._verify = target.bind_run(places, self._place(at.verified, np.int64, (1, draft_length + 1)))
         self._judge: list[Run] = []
         if sampler:
             drafted, verdict = self._address(at.drafted), self._address(at.verdict)
@@ -102,9 +105,10 @@ class CudaRound:
     ) -> Speculation:
         """token_ids: the `unread` tokens. length: of the target's cache, which lacks only the last of them."""
         at, host = self._at, self._host
-        first = length - self._unread + 1  # position of the first unread token
+        first = length - self._unread + 1 - self._lag  # position of the first unread token, in the drafter's cache
         steps = self._draft_length + 1
         host[:steps] = np.arange(length, length + steps)
+        host[: self._draft_length] -= self._lag
         host[steps : at.chances] = np.arange(first, length + steps)
         if self._sampler and sampling:
             self._sampler.write_chances(host[at.chances : at.tokens], sampling)

@@ -15,9 +15,9 @@ _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such dtype
 
 
 class Place(NamedTuple):
-    """Where an input is read or an output written. address: of the device."""
+    """Where an input is read or an output written. dtype: as `element_type` gives it. address: of the device."""
 
-    dtype: type[np.generic]
+    dtype: Any
     shape: tuple[int, ...]
     address: int
 

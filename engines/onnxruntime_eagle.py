@@ -60,16 +60,14 @@ class EagleEngine(OnnxRuntimeEngine):
         self._unread = self._last[:0]  # what goes in with the tokens of the current call
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
-        if len(token_ids) != 1 or not self.length == self._last_at > 0:
-            raise ValueError("without features, a head goes on by one token from the row that it computed last")
+        require_last_row(self, token_ids, self._last_at)
         self._unread = self._last
         return super().feed(token_ids, keep)
 
     def feed_features(
         self, token_ids: Sequence[int] | NDArray[np.int64], features: NDArray[np.float32], keep: int = 1
     ) -> StepOutput:
-        if features.shape != (len(token_ids), self.features_read):
-            raise ValueError(f"{len(token_ids)} tokens go with [tokens, {self.features_read}], not {features.shape}")
+        require_rows(self, token_ids, features)
         rows = features.astype(self._features_dtype, copy=False)[None]
         self._unread = self._fuse.run([HIDDEN_INPUT], {FEATURES_OUTPUT: rows})[0][0]
         return super().feed(token_ids, keep)
@@ -88,3 +86,15 @@ class EagleEngine(OnnxRuntimeEngine):
         output = super()._execute(step, ids)
         self._last, self._last_at = step.hidden[HIDDEN_OUTPUT][0, -1:].copy(), self.length
         return output
+
+
+def require_last_row(head: Engine, token_ids: Sequence[int] | NDArray[np.int64], last_at: int) -> None:
+    """Raise ValueError unless `head` can go on without features. last_at: its length after the row computed last."""
+    if len(token_ids) != 1 or not head.length == last_at > 0:
+        raise ValueError("without features, a head goes on by one token from the row that it computed last")
+
+
+def require_rows(head: Engine, token_ids: Sequence[int] | NDArray[np.int64], features: NDArray[np.float32]) -> None:
+    """Raise ValueError unless there is a row of features for each token."""
+    if features.shape != (len(token_ids), head.features_read):
+        raise ValueError(f"{len(token_ids)} tokens go with [tokens, {head.features_read}], not {features.shape}")

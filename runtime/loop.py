@@ -186,17 +186,21 @@ class _Loop:
                 draft, prefill_seconds = self.draft(self.reader, room)
         drafted = perf_counter()
         with self.profiler.span("verify", TARGET, tokens=len(draft) + 1):
+            if self.reader:
+                self.reader.hold()
             output = self.target.feed([self.sequence[-1], *draft], keep=len(draft) + 1)
         return _Move(draft, output, prefill_seconds, drafted - start - prefill_seconds, perf_counter() - drafted)
 
     def speculate(self, reader: TokenReader, room: int) -> _Move | None:
-        """One call for both engines. Not for a drafter's first tokens, which are a prompt, nor for an EAGLE head."""
-        if reader.drafter.length == 0 or reader.drafter.features_read:
+        """One call for both engines. Not for a drafter's first tokens, which are a prompt."""
+        if reader.drafter.length == 0:
             return None
+        unread = reader.unread(self.sequence)
         with self.profiler.span("speculate", TARGET, length=len(self.sequence)):
-            made = self.target.speculate(reader.drafter, reader.unread(self.sequence), room, self.rule.sampling)
+            made = self.target.speculate(reader.drafter, unread, room, self.rule.sampling)
         if made is None:
             return None
+        reader.was_fed(len(unread))
         draft, accepted = self.usable(made.drafted.tolist()), made.accepted
         if accepted is not None and accepted.count > len(draft):  # it goes on after an EOS
             accepted = Accepted(len(draft), accepted.next_token)

@@ -44,5 +44,11 @@ def _check_features(target: Engine, drafter: Engine) -> None:
         layers = ", ".join(map(str, drafter.manifest.feature_layers))
         raise VocabtrimError(
             f"the drafter is an EAGLE head that reads {reads[0]} features of the target's layers {layers}, which this "
-            "target does not give: export both together, and run the target on the CPU"
+            "target does not give: export both together"
+        )
+    dtypes = target.manifest.dtype, drafter.manifest.dtype
+    if target.device == drafter.device == "cuda" and dtypes[0] != dtypes[1]:
+        raise VocabtrimError(
+            f"on CUDA an EAGLE head reads features of its own dtype only: the target is {dtypes[0]}, the head "
+            f"{dtypes[1]}; export both together"
         )

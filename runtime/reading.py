@@ -17,6 +17,9 @@ class TokenReader:
     def target_fed(self, output: StepOutput, kept: int) -> None:
         """The target made `output`, and `kept` of the tokens fed for it are part of the text."""
 
+    def hold(self) -> None:
+        """Before the target's next call: keep of its last one what is still to be read."""
+
     def unread(self, sequence: Sequence[int]) -> list[int]:
         """What the drafter has not been fed of the text: at least one token."""
         return self._known(sequence[self.drafter.length :])
@@ -24,6 +27,9 @@ class TokenReader:
     def read(self, tokens: list[int]) -> StepOutput:
         """Feed what `unread` gave."""
         return self.drafter.feed(tokens)
+
+    def was_fed(self, count: int) -> None:
+        """Other than by `read`, the drafter was fed the `count` tokens that `unread` gave, and drafted after them."""
 
     def rewind(self, length: int) -> None:
         """Forget drafted tokens. length: tokens of the text that the target has read."""
@@ -40,25 +46,40 @@ class FeatureReader(TokenReader):
     """Of an EAGLE head: row t of its cache is made of the target's features of token t and of token t + 1.
 
     Between rounds the cache holds such rows only. What the head fed itself while drafting is forgotten even where it
-    was accepted: the target has given the true features meanwhile.
+    was accepted: the target has given the true features meanwhile. These are copied from where the target is as late
+    as can be: an engine that drafts beside it reads them there.
     """
 
     def __init__(self, drafter: Engine, vocab_size: int) -> None:
         super().__init__(drafter, vocab_size)
-        self.features: list[NDArray[np.float32]] = []  # of the tokens from number `rows` on that the target has read
-        self.rows = 0
+        self.rows = self.given = 0  # tokens whose features were read, and were given, `last` not counted
+        self.held: list[NDArray[np.float32]] = []  # of the tokens in between
+        self.last: tuple[StepOutput, int] | None = None  # what the target gave last, and how many of its rows count
 
     def target_fed(self, output: StepOutput, kept: int) -> None:
-        self.features.append(output.features[:kept].copy())  # valid until the target's next call only
+        self.last = output, kept
+
+    def hold(self) -> None:
+        if self.last is None:
+            return
+        (output, kept), self.last = self.last, None
+        self.given += kept
+        if self.given < self.drafter.capacity:  # else it drafts no more
+            self.held.append(output.features[:kept].copy())  # valid until the target's next call only
 
     def unread(self, sequence: Sequence[int]) -> list[int]:
         return self._known(sequence[self.rows + 1 :])
 
     def read(self, tokens: list[int]) -> StepOutput:
-        output = self.drafter.feed_features(tokens, np.concatenate(self.features))
-        self.features.clear()
-        self.rows = self.drafter.length
+        self.hold()
+        output = self.drafter.feed_features(tokens, np.concatenate(self.held))
+        self.was_fed(len(tokens))
         return output
+
+    def was_fed(self, count: int) -> None:
+        self.held.clear()
+        self.last = None
+        self.rows = self.given = self.rows + count
 
     def rewind(self, length: int) -> None:  # noqa: ARG002
         self.drafter.rewind(self.rows)

@@ -66,10 +66,9 @@ def assert_same_choices(engine, found, wanted, where, tie):
             assert gap <= 2 * tie * spread, f"{where}, row {row}: {b} for {a}"
 
 
-def exact_engine(path):
-    """The bundle's own weights, as they were rounded and quantised, in float32 arithmetic on the CPU."""
-    bundle = read_bundle(path)
-    model = onnx.load(path / "model.onnx")
+def write_exact(source, path):
+    """A graph with its own weights, as they were rounded and quantised, in float32 arithmetic."""
+    model = onnx.load(source)
     halves = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
     graph = model.graph
     constants = [a.t for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR]
@@ -87,9 +86,13 @@ def exact_engine(path):
                 attribute.i = 0
             elif attribute.name == "to" and attribute.i in halves:
                 attribute.i = onnx.TensorProto.FLOAT
-    exact = path / "exact.onnx"
-    onnx.save(model, exact)
-    return OnnxRuntimeEngine(bundle, open_session(exact))
+    onnx.save(model, path)
+
+
+def exact_engine(path):
+    """The bundle on the CPU, computing in float32."""
+    write_exact(path / "model.onnx", path / "exact.onnx")
+    return OnnxRuntimeEngine(read_bundle(path), open_session(path / "exact.onnx"))
 
 
 @pytest.mark.parametrize("role", ["target", "drafter"])

@@ -1,7 +1,10 @@
-"""A small random EAGLE-3 head, as a checkpoint and written out."""
+"""A small random EAGLE-3 head, as a checkpoint and written out, and what it drafts."""
 
+import pytest
 import torch
 from torch.nn import functional as F
+
+from runtime.loop import _Loop, decode_rounds
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, SIZE, INNER, LAYERS = 448, 64, 4, 2, 16, 96, (2, 4, 5)
 CONFIG = {
@@ -17,25 +20,25 @@ CONFIG = {
 }
 
 
-def make_tensors(rows=VOCAB, own=True, bias=False):
+def make_tensors(rows=VOCAB, own=True, bias=False, hidden=HIDDEN, size=SIZE, inner=INNER, scale=0.2):
     """A head that is random, but for what lets the token, the features and the positions all count."""
     chance = torch.Generator().manual_seed(5)
     shapes = {
-        "fc": (HIDDEN, 3 * HIDDEN),
-        "midlayer.self_attn.q_proj": (HEADS * SIZE, 2 * HIDDEN),
-        "midlayer.self_attn.k_proj": (KV_HEADS * SIZE, 2 * HIDDEN),
-        "midlayer.self_attn.v_proj": (KV_HEADS * SIZE, 2 * HIDDEN),
-        "midlayer.self_attn.o_proj": (HIDDEN, HEADS * SIZE),
-        "midlayer.mlp.gate_proj": (INNER, HIDDEN),
-        "midlayer.mlp.up_proj": (INNER, HIDDEN),
-        "midlayer.mlp.down_proj": (HIDDEN, INNER),
-        "lm_head": (rows, HIDDEN),
+        "fc": (hidden, 3 * hidden),
+        "midlayer.self_attn.q_proj": (HEADS * size, 2 * hidden),
+        "midlayer.self_attn.k_proj": (KV_HEADS * size, 2 * hidden),
+        "midlayer.self_attn.v_proj": (KV_HEADS * size, 2 * hidden),
+        "midlayer.self_attn.o_proj": (hidden, HEADS * size),
+        "midlayer.mlp.gate_proj": (inner, hidden),
+        "midlayer.mlp.up_proj": (inner, hidden),
+        "midlayer.mlp.down_proj": (hidden, inner),
+        "lm_head": (rows, hidden),
     }
     norms = ["norm", *(f"midlayer.{x}" for x in ("input_layernorm", "hidden_norm", "post_attention_layernorm"))]
-    tensors = {f"{name}.weight": torch.randn(shape, generator=chance) * 0.2 for name, shape in shapes.items()}
-    tensors |= {f"{name}.weight": 1 + 0.3 * torch.randn(HIDDEN, generator=chance) for name in norms}
+    tensors = {f"{name}.weight": torch.randn(shape, generator=chance) * scale for name, shape in shapes.items()}
+    tensors |= {f"{name}.weight": 1 + 0.3 * torch.randn(hidden, generator=chance) for name in norms}
     if bias:
-        tensors["midlayer.self_attn.k_proj.bias"] = torch.randn(KV_HEADS * SIZE, generator=chance)
+        tensors["midlayer.self_attn.k_proj.bias"] = torch.randn(KV_HEADS * size, generator=chance)
     if not own:
         del tensors["lm_head.weight"]
     return tensors
@@ -89,3 +92,12 @@ def sequential_drafts(tensors, model, text, allowed=None, steps=4, normed_residu
         else:
             drafts.append(int(allowed[logits[allowed].argmax()]))
     return drafts
+
+
+def moves(target, head, prompt, **options):
+    """What each round of a generation drafted, and its new tokens."""
+    made, move = [], _Loop.move
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Loop, "move", lambda loop: made.append(move(loop)) or made[-1])
+        rounds = list(decode_rounds(target, head, prompt, **{"max_new_tokens": 40, "draft_length": 4} | options))
+    return [(entry.draft, entry_round.tokens) for entry, entry_round in zip(made, rounds[1:], strict=True)]

@@ -168,8 +168,6 @@ def test_only_a_target_that_gives_the_features_goes_with_a_head(pair, export_pai
     other = export_pair(target_dir)
     with pytest.raises(VocabtrimError, match="reads 192 features of the target's layers 2, 4, 5"):
         SpeculativeDecoder.load(other.target, pair.drafter)
-    with pytest.raises(VocabtrimError, match="runs on the CPU only"):
-        load_engine(pair.drafter, "cuda")
     with SpeculativeDecoder.load(pair.target, other.drafter) as decoder:  # features that nobody reads do no harm
         assert decoder.generate(PROMPTS[0], max_new_tokens=20).stats.drafted
 
