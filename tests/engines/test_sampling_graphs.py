@@ -6,6 +6,7 @@ import onnxruntime as ort
 import pytest
 
 from engines.graph_builder import GraphBuilder
+from engines.onnxruntime_engine import session_options
 from engines.sampling_graphs import draw_graph, warp_graph
 from engines.sampling_params import SamplingParams
 from runtime.sampling import distribution, sample
@@ -14,7 +15,8 @@ SIZES = [1, 2, 7, 64, 1000, 4099]
 
 
 def session(model: ir.Model) -> ort.InferenceSession:
-    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    stored = ir.to_proto(model).SerializeToString()
+    return ort.InferenceSession(stored, session_options(), providers=["CPUExecutionProvider"])
 
 
 def warp(logits, params: SamplingParams, logits_type=ir.DataType.FLOAT):
