@@ -13,26 +13,29 @@ from engines.typed_json import parse
 
 _FIRST_CONTEXT = 8192  # of Llama 3; with these three, one factor for each release says all of its rotation
 _LOW, _HIGH = 1.0, 4.0
+_BASE = 10000.0  # where a file states none
 
 
-def rope_parameters(path: Path, base: float | None) -> dict[str, Any] | None:
-    """How Llama 3.1 and later turn, which their files say by a tensor of divisors; None for what `base` alone says.
+def rope_parameters(path: Path) -> dict[str, Any] | None:
+    """How Llama 3.1 and later turn, which their files say by a tensor of divisors; None for what transformers reads.
 
     Raises `VocabtrimError` for a file that scales its rotation in another way: transformers would not scale it.
     """
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
-    scaling = next((str(f.contents()) for name, f in reader.fields.items() if name.endswith(".rope.scaling.type")), "")
-    tensors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
-    if scaling not in ("", "none"):
+    stated = {name.split(".", 1)[-1]: field for name, field in reader.fields.items() if ".rope." in name}
+    scaling = str(stated["rope.scaling.type"].contents()) if "rope.scaling.type" in stated else "none"
+    if scaling != "none":
         raise VocabtrimError(f"{path} scales its rotation ({scaling}), which is not read: give the original weights")
+    tensors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
     if not tensors:
         return None
+    base = float(stated["rope.freq_base"].contents()) if "rope.freq_base" in stated else _BASE
     divisors = np.asarray(tensors[0].data, np.float32).ravel()
     factor = float(divisors.max())
-    wanted = None if base is None else _divisors(len(divisors), base, factor)
-    if wanted is None or tensors[0].name != "rope_freqs.weight" or not np.allclose(divisors, wanted):
+    wanted = _divisors(len(divisors), base, factor)
+    if tensors[0].name != "rope_freqs.weight" or not np.allclose(divisors, wanted):
         raise VocabtrimError(f"{path} turns by {tensors[0].name}, not as Llama 3 does: give the original weights")
     return {
         "rope_type": "llama3",

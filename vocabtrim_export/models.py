@@ -91,12 +91,12 @@ def load_source(spec: str, dtype: torch.dtype) -> Source:
 def _load(where: str, files: list[Path], dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
     """(model, what was missing), of a quantised checkpoint by its dense weights."""
     how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    config: Any = AutoConfig.from_pretrained(where, **options)
     if "gguf_file" in options:
-        rotation = getattr(config, "rope_parameters", None) or {}
-        if turned := rope_parameters(files[0], rotation.get("rope_theta")):
-            config.rope_parameters = turned
-        return AutoModelForCausalLM.from_pretrained(where, config=config, **how, **options)
+        if turned := rope_parameters(files[0]):
+            how["config"] = AutoConfig.from_pretrained(where, **options)
+            how["config"].rope_parameters = turned
+        return AutoModelForCausalLM.from_pretrained(where, **how, **options)
+    config: Any = AutoConfig.from_pretrained(where, **options)
     quantization = getattr(config, "quantization_config", None)
     if not files or not isinstance(quantization, dict) or not is_readable(quantization):
         return AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **how, **options)
