@@ -37,12 +37,12 @@ test: check $(MODEL)
 mutations: $(VENV)/installed
 	$(BIN)/python -m tests.mutations
 
-# every --format through the program that it is for; OpenVINO and ONNX Runtime GenAI come from PyPI
+# every --format through the program that it is for; OpenVINO GenAI and ONNX Runtime GenAI come from PyPI
 interop: $(VENV)/installed $(MODEL)
 	$(PIP) --editable '.[interop]'
 	$(BIN)/vocabtrim-export --drafter $(MODEL) --target $(MODEL) --quantize-drafter int4 --k 16384 --max-length 1024 \
 		--calibration examples/calibration.jsonl --calibration-source text \
-		--format onnx hf genai sglang-token-map triton --output $(INTEROP) --force
+		--format onnx hf genai openvino sglang-token-map triton --output $(INTEROP) --force
 	$(BIN)/python benchmarks/interop.py --output $(INTEROP) --model $(MODEL) > $(INTEROP)/interop.json
 	cp $(INTEROP)/interop.json benchmarks/results/smollm2_interop.json
 

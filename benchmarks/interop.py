@@ -28,7 +28,7 @@ QUESTIONS = [
     "Write a Python function that sorts a list.",
 ]
 NEW_TOKENS = 48
-PACKAGES = ("onnxruntime", "onnxruntime-genai", "openvino", "torch", "transformers")
+PACKAGES = ("onnxruntime", "onnxruntime-genai", "openvino", "openvino-genai", "torch", "transformers")
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     formats = {
         "hf": hf(options.output / "hf", options.model, prompts, ours),
         "genai": genai(options.output / "genai", prompts, ours),
-        "openvino": openvino(options.output, prompts, ours),
+        "openvino": openvino(options.output / "openvino", prompts, ours),
         "sglang-token-map": sglang(options.output),
     }
     report = {
@@ -106,51 +106,30 @@ def genai(path: Path, prompts: Sequence[list[int]], ours: Sequence[list[int]]) -
     }
 
 
-def openvino(output: Path, prompts: Sequence[list[int]], ours: Sequence[list[int]]) -> dict[str, Any]:
-    """OpenVINO on the graphs of `genai`: the target's greedy text, and the drafter's tokens beside our engine's."""
-    texts = [_openvino_greedy(output / "genai" / "target", prompt) for prompt in prompts]
-    run = _openvino_model(output / "genai" / "drafter")
-    same = total = 0
-    with load_engine(output / "drafter") as engine:
-        for prompt, text in zip(prompts, ours, strict=True):
-            logits, _ = run([*prompt, *text], None)
-            engine.rewind(0)
-            wanted = engine.feed([*prompt, *text], keep=len(text)).token_ids
-            same += int(np.sum(logits[-len(text) :].argmax(-1) == wanted))
-            total += len(text)
-    return {"equal": texts == list(ours), "drafter_tokens_equal": f"{same}/{total}"}
+def openvino(path: Path, prompts: Sequence[list[int]], ours: Sequence[list[int]]) -> dict[str, Any]:
+    """OpenVINO GenAI's pipeline, of the target alone and with the drafter, its tokenizer's chat template included."""
+    import openvino_genai
 
-
-def _openvino_greedy(directory: Path, prompt: Sequence[int]) -> list[int]:
-    run = _openvino_model(directory)
-    logits, past = run(prompt, None)
-    found = [int(logits[-1].argmax())]
-    ends = {int(x) for x in json.loads((directory.parent / "genai_config.json").read_text())["model"]["eos_token_id"]}
-    while len(found) < NEW_TOKENS and found[-1] not in ends:
-        logits, past = run(found[-1:], past)
-        found.append(int(logits[-1].argmax()))
-    return found
-
-
-def _openvino_model(directory: Path) -> Any:
-    """run(ids, past) → logits: [S, vocab] and the cache; its cache is as long as the text."""
-    import openvino
-
-    compiled = openvino.Core().compile_model(directory / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    names = {x.get_any_name(): x.get_partial_shape() for x in compiled.inputs}
-    caches = {name: shape for name, shape in names.items() if name.startswith("past_key_values.")}
-    empty = {name: np.zeros([1, shape[1].get_length(), 0, shape[3].get_length()]) for name, shape in caches.items()}
-    outputs = {name: compiled.output(name.replace("past_key_values", "present")) for name in caches}
-
-    def run(ids: Sequence[int], past: dict[str, np.ndarray] | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        past = past or {name: array.astype(np.float32) for name, array in empty.items()}
-        length = next(iter(past.values())).shape[2] + len(ids)
-        feed = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, length), np.int64)}
-        result = compiled(feed | past)
-        present = {name: np.array(result[output]) for name, output in outputs.items()}
-        return np.array(result[compiled.output("logits")][0]), present
-
-    return run
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    tokenizer = openvino_genai.Tokenizer(str(path / "target"))
+    templated = [tokenizer.apply_chat_template([{"role": "user", "content": q}], True) for q in QUESTIONS]
+    encoded = [tokenizer.encode(text).input_ids for text in templated]
+    draft = openvino_genai.draft_model(str(path / "drafter"), "CPU", **exact)
+    found = {}
+    for name, options, drafted in (("plain", {}, 0), ("speculative", {"draft_model": draft}, 2)):
+        pipeline = openvino_genai.LLMPipeline(str(path / "target"), "CPU", **exact, **options)
+        config = openvino_genai.GenerationConfig(max_new_tokens=NEW_TOKENS, num_assistant_tokens=drafted)
+        config.do_sample = False
+        found[name] = [pipeline.generate(ids, config) for ids in encoded]
+    texts = {name: [list(result.tokens[0]) for result in results] for name, results in found.items()}
+    wanted = [[ids[: len(text)] for ids, text in zip(ours, each, strict=True)] for each in texts.values()]
+    metrics = [result.extended_perf_metrics for result in found["speculative"]]
+    return {
+        "equal": list(texts.values()) == wanted,
+        "tokens": {name: [len(text) for text in each] for name, each in texts.items()},
+        "accepted_tokens": [each.get_num_accepted_tokens() for each in metrics],
+        "prompts_equal": [ids.data[0].tolist() for ids in encoded] == list(prompts),
+    }
 
 
 def sglang(output: Path) -> dict[str, Any]:

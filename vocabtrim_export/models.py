@@ -24,6 +24,7 @@ from engines.bundle import file_digest
 from engines.errors import VocabtrimError
 from engines.tokenizer import tokenizer_digest
 from vocabtrim_export.eagle.config import is_eagle
+from vocabtrim_export.gguf_extras import rope_parameters, without_additions
 from vocabtrim_export.quantized_weights import dense_weights, is_readable
 from vocabtrim_export.weight_files import PICKLES, count_weights, pickled
 
@@ -78,6 +79,8 @@ def load_source(spec: str, dtype: torch.dtype) -> Source:
     except Exception as error:  # transformers and huggingface_hub raise many kinds
         raise VocabtrimError(f"cannot load {spec}: {_first_line(error)}") from error
     model, loading = loaded
+    if "gguf_file" in options:
+        tokenizer = without_additions(tokenizer, model.get_input_embeddings().weight.shape[0])
     _forget_quantization(model)
     _check(spec, model, tokenizer)
     if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
@@ -88,7 +91,12 @@ def load_source(spec: str, dtype: torch.dtype) -> Source:
 def _load(where: str, files: list[Path], dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
     """(model, what was missing), of a quantised checkpoint by its dense weights."""
     how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    config: Any = None if "gguf_file" in options else AutoConfig.from_pretrained(where, **options)
+    if "gguf_file" in options:
+        if turned := rope_parameters(files[0]):
+            how["config"] = AutoConfig.from_pretrained(where, **options)
+            how["config"].rope_parameters = turned
+        return AutoModelForCausalLM.from_pretrained(where, **how, **options)
+    config: Any = AutoConfig.from_pretrained(where, **options)
     quantization = getattr(config, "quantization_config", None)
     if not files or not isinstance(quantization, dict) or not is_readable(quantization):
         return AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **how, **options)

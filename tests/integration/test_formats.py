@@ -14,12 +14,12 @@ from engines import VocabtrimError, load_engine
 from engines.vocab_map import VocabMap
 from runtime import SpeculativeDecoder
 from vocabtrim_export.cli.main import export_main
-from vocabtrim_export.formats import FORMATS
+from vocabtrim_export.formats import FORMATS, check_formats
 from vocabtrim_export.formats.masked import write_masked
 from vocabtrim_export.output import FORMAT_MARK, check_output
 
 PROMPT = [5, 17, 260, 33, 120, 7]
-OF_MODELS = [name for name, needs in FORMATS.items() if not needs.of_heads]
+OF_MODELS = [name for name, needs in FORMATS.items() if not needs.of_heads and not needs.packages]
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,12 @@ def test_formats_that_cannot_be_are_refused_in_one_line(arguments, message, pair
     assert (code, error.count("\n")) == (2, 0)
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_format_whose_packages_are_absent_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(VocabtrimError, match=r"needs openvino: pip install 'vocabtrim-export\[openvino\]'"):
+        check_formats(["openvino"], has_target=True, is_tensorrt=False, is_head=False)
 
 
 def _session(path):

@@ -5,6 +5,7 @@ This module stays light: the command line reads its names to answer `--help`.
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +20,21 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Format:
     """Where a format is written, and what must be there. needs_target: both models. needs_graph: the graphs of
-    `--format onnx`. of_heads: it is for EAGLE-3 heads as drafters, and all others for language models."""
+    `--format onnx`. of_heads: it is for EAGLE-3 heads as drafters, and all others for language models. packages: what
+    must be installed to write it, by the extra of the same name."""
 
     module: str
     needs_target: bool = False
     needs_graph: bool = False
     of_heads: bool = False
+    packages: tuple[str, ...] = ()
 
 
 FORMATS: Mapping[str, Format] = {
     "eagle3": Format("eagle3", needs_target=True, of_heads=True),
     "genai": Format("genai", needs_target=True, needs_graph=True),
     "hf": Format("hf"),
+    "openvino": Format("openvino", needs_target=True, needs_graph=True, packages=("openvino", "openvino_tokenizers")),
     "sglang-token-map": Format("sglang"),
     "triton": Format("triton", needs_graph=True),
 }
@@ -50,6 +54,8 @@ def check_formats(names: Sequence[str], has_target: bool, is_tensorrt: bool, is_
             raise VocabtrimError(f"--format {name} holds drafter and target: give --target as well")
         if needs.needs_graph and is_tensorrt:
             raise VocabtrimError(f"--format {name} is made of the graphs of --format onnx: export it without trt")
+        if absent := [package for package in needs.packages if importlib.util.find_spec(package) is None]:
+            raise VocabtrimError(f"--format {name} needs {absent[0]}: pip install 'vocabtrim-export[{name}]'")
 
 
 def write_formats(

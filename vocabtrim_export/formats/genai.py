@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engines.errors import VocabtrimError
 from engines.manifest import MODEL_NAME, Role
 from vocabtrim_export.formats.exported import Exported, copy_tokenizer
-from vocabtrim_export.formats.masked import write_masked
+from vocabtrim_export.formats.masked import check_widths, write_masked
 
 CONFIG_NAME = "genai_config.json"
 _DRAFT_LENGTH = 4
@@ -20,14 +19,8 @@ def write(exported: Exported, directory: Path) -> None:
     GenAI refuses a drafter whose logits are narrower than the target's: a trimmed head's are scattered into a full
     row. Raises `VocabtrimError` for a drafter with more tokens than its target, and for bf16.
     """
-    target, drafter = exported.manifests["target"], exported.manifests["drafter"]
-    if drafter.head_rows == drafter.vocab_size > target.vocab_size:
-        raise VocabtrimError(
-            f"--format genai: the drafter has {drafter.vocab_size} tokens, its target {target.vocab_size}: give a "
-            "smaller --k, which cuts the rest"
-        )
-    if "bf16" in (target.dtype, drafter.dtype):
-        raise VocabtrimError("--format genai runs on the CPU, which has no bf16 products: give --dtype fp32 or fp16")
+    check_widths(exported, "genai")
+    target = exported.manifests["target"]
     for role in ("target", "drafter"):
         (directory / role).mkdir()
         vocab = exported.manifests[role].vocab_size

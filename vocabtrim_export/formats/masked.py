@@ -9,11 +9,25 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
+from engines.errors import VocabtrimError
 from engines.manifest import MODEL_NAME, WEIGHTS_NAME
+from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.graph.files import share
 
 _TABLE = "kept_token_ids"
 _OWN_INPUTS = ("seqlens_k", "total_sequence_length", "num_logits_to_keep")
+
+
+def check_widths(exported: Exported, name: str) -> None:
+    """Raise `VocabtrimError` for a pair whose graphs the format `name` cannot hold."""
+    target, drafter = exported.manifests["target"], exported.manifests["drafter"]
+    if drafter.head_rows == drafter.vocab_size > target.vocab_size:
+        raise VocabtrimError(
+            f"--format {name}: the drafter has {drafter.vocab_size} tokens, its target {target.vocab_size}: give a "
+            "smaller --k, which cuts the rest"
+        )
+    if "bf16" in (target.dtype, drafter.dtype):
+        raise VocabtrimError(f"--format {name} runs on the CPU, which has no bf16 products: give --dtype fp32 or fp16")
 
 
 def write_masked(bundle: Path, directory: Path, vocab: int, width: int) -> None:

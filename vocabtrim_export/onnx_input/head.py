@@ -7,7 +7,9 @@ import onnx_ir as ir
 from engines.errors import VocabtrimError
 
 # What may stand between the head's product and the logits; all of it works column by column.
-ELEMENTWISE = frozenset({"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh"})
+ELEMENTWISE = frozenset(
+    {"Add", "Cast", "Clip", "DequantizeLinear", "Div", "Identity", "Mul", "QuantizeLinear", "Sub", "Tanh"}
+)
 PRODUCTS = frozenset({"Gemm", "MatMul", "MatMulInteger", "MatMulNBits"})
 
 

@@ -149,7 +149,10 @@ def _count(
 
 def _bytes(product: ir.Node) -> int:
     """Of the constants that a product reads, through what unpacks them."""
-    values, total = [value for value in product.inputs[1:] if value is not None], 0
+    inputs = list(product.inputs[1:])
+    if product.op_type == "MatMulInteger":
+        del inputs[1]  # the activations' zero point, which the whole model stands behind
+    values, total = [value for value in inputs if value is not None], 0
     while values:
         value = values.pop()
         producer = value.producer()

@@ -1,0 +1,180 @@
+"""GGUF files are read as the weights that they stand for, whatever llama.cpp quantised them to."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from engines.errors import VocabtrimError
+from tests.integration.conftest import check_logits
+from tests.vocabtrim_export.gguf_blocks import SCALES, dense, random_blocks
+from vocabtrim_export.calibration import TokenCounts
+from vocabtrim_export.counting import CalibrationSettings
+from vocabtrim_export.export import ExportSettings, export
+from vocabtrim_export.models import load_source
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, VOCAB = 256, 2, 4, 2, 448
+HEAD = HIDDEN // HEADS
+SHAPES = {  # GGUF's name → transformers' name, shape
+    "attn_q": ("self_attn.q_proj", HIDDEN),
+    "attn_k": ("self_attn.k_proj", KV_HEADS * HEAD),
+    "attn_v": ("self_attn.v_proj", KV_HEADS * HEAD),
+    "attn_output": ("self_attn.o_proj", HIDDEN),
+    "ffn_gate": ("mlp.gate_proj", HIDDEN),
+    "ffn_up": ("mlp.up_proj", HIDDEN),
+    "ffn_down": ("mlp.down_proj", HIDDEN),
+}
+NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+
+
+def halves(weight):
+    """llama.cpp rotates neighbours (2i, 2i + 1), transformers the halves (i, i + d/2) of a head: rows change places."""
+    order = [row // HEAD * HEAD + row % (HEAD // 2) * 2 + row % HEAD // (HEAD // 2) for row in range(len(weight))]
+    return weight[order]
+
+
+@pytest.fixture
+def gguf_file(tmp_path, tokenizer):
+    """gguf_file(kind of a tensor's name, rope_factors, **metadata) → a file, and the weights that it stands for."""
+
+    def make(kind_of, rope_factors=None, scaling=None):
+        generator = np.random.default_rng(0)
+        path, wanted = tmp_path / "model.gguf", {}
+        writer = gguf.GGUFWriter(path, "llama")
+        describe(writer, tokenizer)
+        if scaling:
+            writer.add_rope_scaling_type(scaling)
+            writer.add_rope_scaling_factor(4.0)
+        if rope_factors is not None:
+            writer.add_tensor("rope_freqs.weight", rope_factors)
+
+        def matrix(name, there, rows, order=lambda weight: weight):
+            kind = kind_of(name)
+            blocks = random_blocks(kind, rows, HIDDEN, generator)
+            writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
+            wanted[there] = order(dense(kind, blocks, HIDDEN))
+
+        def norm(name, there):
+            wanted[there] = generator.normal(1, 0.2, HIDDEN).astype(np.float32)
+            writer.add_tensor(name, wanted[there])
+
+        matrix("token_embd.weight", "model.embed_tokens.weight", VOCAB)
+        matrix("output.weight", "lm_head.weight", VOCAB)
+        norm("output_norm.weight", "model.norm.weight")
+        for layer in range(LAYERS):
+            for name, (there, rows) in SHAPES.items():
+                order = halves if name in ("attn_q", "attn_k") else lambda weight: weight
+                matrix(f"blk.{layer}.{name}.weight", f"model.layers.{layer}.{there}.weight", rows, order)
+            for name, there in NORMS.items():
+                norm(f"blk.{layer}.{name}.weight", f"model.layers.{layer}.{there}.weight")
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+        return path, {name: torch.from_numpy(weight) for name, weight in wanted.items()}
+
+    return make
+
+
+def describe(writer, tokenizer):
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(256)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(HEAD)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(VOCAB)
+    words = {number: word for word, number in tokenizer.get_vocab().items()}
+    tokens = [words.get(number, f"<|pad_{number}|>") for number in range(VOCAB)]
+    special = set(tokenizer.all_special_tokens) | {word for word in tokens if word.startswith("<|")}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if word in special else 1 for word in tokens])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def medium(name):
+    """Q4_K_M as llama.cpp writes it: the head and half of what is most sensitive in six bits."""
+    return "Q6_K" if name in ("output.weight", "blk.0.attn_v.weight", "blk.0.ffn_down.weight") else "Q4_K"
+
+
+@pytest.mark.parametrize("kind", SCALES)
+def test_each_type_is_the_weights_it_stands_for(kind, gguf_file):
+    path, wanted = gguf_file(lambda _: kind)
+    source = load_source(str(path), torch.float32)
+    found = source.model.state_dict()
+    assert wanted.keys() == found.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=2e-6, atol=1e-7, msg=name)
+    assert source.eos_token_ids == (1,)
+
+
+def test_a_mixed_file_runs_as_its_weights_do(gguf_file, tmp_path):
+    path, wanted = gguf_file(medium)
+    numbers = np.random.default_rng(0).permutation(VOCAB)
+    digest, counts = load_source(str(path), torch.float32).tokenizer_digest, tmp_path / "counts.safetensors"
+    TokenCounts(numbers, numbers, digest, ()).save(counts)
+    calibration = CalibrationSettings(calibration=(counts,))
+    settings = ExportSettings(k="192", max_length=128, calibration=calibration)
+    result = export(str(path), str(path), tmp_path / "out", settings)
+    model = LlamaForCausalLM(config()).eval()
+    model.load_state_dict(wanted)
+    ids = torch.randint(0, 400, (1, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model(ids).logits[0].numpy()
+    for bundle in (result.target, result.drafter):
+        check_logits(bundle, ids[0].numpy(), logits, [(24, 24), (1, 1), (5, 5), (1, 1), (17, 3)])
+
+
+def config(**rotation):
+    return LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0} | rotation,
+    )
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_llama3s_rotation_comes_from_its_divisors(gguf_file):
+    """Which llama.cpp stores in a tensor of its own, with no word on what made them."""
+    plain, wanted = LlamaRotaryEmbedding(config()).inv_freq, LlamaRotaryEmbedding(config(**LLAMA3)).inv_freq
+    path, _ = gguf_file(lambda _: "Q8_0", rope_factors=(plain / wanted).numpy())
+    found = load_source(str(path), torch.float32).model.model.rotary_emb.inv_freq
+    assert not torch.allclose(plain, wanted)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"scaling": gguf.RopeScalingType.YARN}, r"scales its rotation \(yarn\)"),
+        ({"rope_factors": np.linspace(1, 8, HEAD // 2, dtype=np.float32)}, "not as Llama 3 does"),
+    ],
+)
+def test_a_rotation_that_would_be_lost_is_refused(given, message, gguf_file):
+    path, _ = gguf_file(lambda _: "Q8_0", **given)
+    with pytest.raises(VocabtrimError, match=message):
+        load_source(str(path), torch.float32)
