@@ -41,10 +41,14 @@ def load_engine(
         raise VocabtrimError(f"{path} is a bf16 bundle, which ONNX Runtime cannot run on the CPU: export it as fp32")
     if profile and (device != "cpu" or bundle.manifest.tensorrt is not None):
         raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
-    if profile and (bundle.manifest.kind == "eagle3" or bundle.manifest.feature_layers):
-        raise VocabtrimError("the operators of an EAGLE-3 head and of its target are not profiled yet")
-    if bundle.manifest.kind == "eagle3" and device == "cuda":
-        raise VocabtrimError(f"{path} holds an EAGLE-3 head, which runs on the CPU only so far: use device 'cpu'")
+    is_head = bundle.manifest.kind != "language-model"
+    if profile and (is_head or bundle.manifest.feature_layers):
+        raise VocabtrimError("the operators of a head and of the target that it reads are not profiled yet")
+    if is_head and device == "cuda":
+        raise VocabtrimError(
+            f"{path} holds a head of the kind {bundle.manifest.kind}, which runs on the CPU only so far: use device "
+            "'cpu'"
+        )
     if device == "cuda" and bundle.manifest.tensorrt is not None:
         return _load_tensorrt(bundle)
     try:
@@ -74,7 +78,7 @@ def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None, pro
 
         return ProfiledEngine(bundle, profile, shared)
     session = open_session(bundle.path / MODEL_NAME)
-    if bundle.manifest.kind == "eagle3":
+    if bundle.manifest.kind != "language-model":
         return EagleEngine(bundle, session)
     kind = FeatureEngine if bundle.manifest.feature_layers else OnnxRuntimeEngine
     return kind(bundle, session, shared)

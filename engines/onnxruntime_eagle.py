@@ -1,4 +1,4 @@
-"""Engines on ONNX Runtime's CPU with hidden states: a target that gives features, an EAGLE head that reads them."""
+"""Engines on ONNX Runtime's CPU with hidden states: a target that gives features, a head that reads them."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from engines.base import Engine, StepOutput
 from engines.bundle import FEATURES_NAME, Bundle
 from engines.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
-from engines.onnxruntime_engine import HostStep, OnnxRuntimeEngine, Step, numpy_dtype, open_session
+from engines.onnxruntime_engine import HostStep, OnnxRuntimeEngine, Step, open_session
 
 
 class FeatureEngine(OnnxRuntimeEngine):
@@ -44,7 +44,8 @@ class FeatureEngine(OnnxRuntimeEngine):
 
 
 class EagleEngine(OnnxRuntimeEngine):
-    """An EAGLE-3 head. Row t of its cache is made of the features of token t and the embedding of token t + 1.
+    """An EAGLE head or a multi-token-prediction layer. Row t of its cache is made of the features of token t and the
+    embedding of token t + 1.
 
     `feed` goes on from the hidden state that the last row left: draft steps read no features.
     """
@@ -52,8 +53,9 @@ class EagleEngine(OnnxRuntimeEngine):
     def __init__(self, bundle: Bundle, session: ort.InferenceSession) -> None:
         super().__init__(bundle, session)
         self.features_read = bundle.manifest.feature_size
-        self._fuse = open_session(bundle.path / FEATURES_NAME)
-        self._features_dtype = numpy_dtype(self._fuse.get_inputs()[0].type)
+        # without it the features are the hidden state itself
+        fuses = FEATURES_NAME in bundle.manifest.files
+        self._fuse = open_session(bundle.path / FEATURES_NAME) if fuses else None
         size, dtype = self._hidden[HIDDEN_INPUT]
         self._last, self._last_at = np.zeros((1, size), dtype), 0  # of the row before number `_last_at`
         self._unread = self._last[:0]  # what goes in with the tokens of the current call
@@ -69,8 +71,8 @@ class EagleEngine(OnnxRuntimeEngine):
     ) -> StepOutput:
         if features.shape != (len(token_ids), self.features_read):
             raise ValueError(f"{len(token_ids)} tokens go with [tokens, {self.features_read}], not {features.shape}")
-        rows = features.astype(self._features_dtype, copy=False)[None]
-        self._unread = self._fuse.run([HIDDEN_INPUT], {FEATURES_OUTPUT: rows})[0][0]
+        rows = features.astype(self._last.dtype, copy=False)
+        self._unread = self._fuse.run([HIDDEN_INPUT], {FEATURES_OUTPUT: rows[None]})[0][0] if self._fuse else rows
         return super().feed(token_ids, keep)
 
     def fork(self, share_cache_with: Engine | None = None) -> Engine:  # noqa: ARG002  (it shares with nobody)
@@ -78,8 +80,7 @@ class EagleEngine(OnnxRuntimeEngine):
 
     def close(self) -> None:
         super().close()
-        if hasattr(self, "_fuse"):
-            del self._fuse
+        self._fuse = None
 
     def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
         assert isinstance(step, HostStep)

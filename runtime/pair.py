@@ -43,6 +43,6 @@ def _check_features(target: Engine, drafter: Engine) -> None:
     if (target.features_given, target.manifest.feature_layers) != reads:
         layers = ", ".join(map(str, drafter.manifest.feature_layers))
         raise VocabtrimError(
-            f"the drafter is an EAGLE head that reads {reads[0]} features of the target's layers {layers}, which this "
+            f"the drafter is a head that reads {reads[0]} features of the target's layers {layers}, which this "
             "target does not give: export both together, and run the target on the CPU"
         )

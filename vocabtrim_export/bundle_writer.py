@@ -25,7 +25,7 @@ from engines.checks import graph_metadata
 from engines.graph_file import HEAD_TENSORS, GraphFile
 from engines.vocab_map import VocabMap
 from vocabtrim_export import __version__
-from vocabtrim_export.eagle.checkpoint import HeadSource
+from vocabtrim_export.eagle.source import HeadSource
 from vocabtrim_export.graph.files import Progress, save_graph, save_small, stamp_graph
 from vocabtrim_export.graph.lower import Weights, lower, lower_features
 from vocabtrim_export.graph.lowered import Lowered
@@ -46,7 +46,7 @@ class BundlePlan:
 
     vocab_map: None for a full head; coverage, calibration: how the map came about. moments: see `input_moments`.
     trt: how to build TensorRT plans; None makes a bundle for ONNX Runtime.
-    features_given: layers of a target whose inputs an EAGLE head reads.
+    features_given: layers of a target whose inputs a head reads.
     """
 
     role: Role
@@ -76,8 +76,8 @@ def write_bundle(directory: Path, traced: Traced, plan: BundlePlan, progress: Pr
     if plan.trt is None:
         lowered = lower(traced, weights)
         save_graph(lowered.model, directory, f"write {plan.role}", progress)
-        if isinstance(plan.source, HeadSource):
-            save_small(lower_features(plan.source.head.fc, weights), directory / FEATURES_NAME)
+        if isinstance(plan.source, HeadSource) and plan.source.head.fuse is not None:
+            save_small(lower_features(plan.source.head.fuse, weights), directory / FEATURES_NAME)
     else:
         lowered, tensorrt = write_tensorrt(
             directory, traced, weights, plan.role, plan.context_length, plan.trt, progress
@@ -144,6 +144,6 @@ def _features(plan: BundlePlan) -> dict[str, Any]:
     """What the manifest says of features given or read."""
     if isinstance(plan.source, HeadSource):
         size = int(plan.source.head.config.feature_size)
-        return {"kind": "eagle3", "feature_layers": plan.source.feature_layers, "feature_size": size}
+        return {"kind": plan.source.kind, "feature_layers": plan.source.feature_layers, "feature_size": size}
     size = len(plan.features_given) * int(plan.source.model.config.get_text_config().hidden_size)
     return {"feature_layers": plan.features_given, "feature_size": size}

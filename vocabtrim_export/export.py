@@ -11,16 +11,17 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.bundle_writer import BundlePlan, write_bundle
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.counting import CalibrationSettings, count_tokens, read_calibration
-from vocabtrim_export.eagle.checkpoint import HeadSource, load_head
+from vocabtrim_export.eagle.checkpoint import load_head
 from vocabtrim_export.eagle.config import is_eagle
-from vocabtrim_export.eagle.model import EagleHead
+from vocabtrim_export.eagle.model import FeatureHead
+from vocabtrim_export.eagle.source import HeadSource
 from vocabtrim_export.formats import check_formats, write_formats
 from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.graph.files import Progress
 from vocabtrim_export.graph.quantize import Quantization
 from vocabtrim_export.lowering.trace import Traced, decoder_layers, trace
 from vocabtrim_export.models import DTYPES, Source, calibration_model, load_source
-from vocabtrim_export.moments import eagle_run, input_moments
+from vocabtrim_export.moments import head_run, input_moments
 from vocabtrim_export.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.select import Selection, check_k, select_vocab, structural_token_ids
 from vocabtrim_export.trt.bundle import check_buildable
@@ -83,7 +84,7 @@ def export(
     """Calibrate, trim and export MODELs into `output/drafter` and, with a target, `output/target`; each of
     `settings.formats` into `output/FORMAT`.
 
-    drafter: also the directory of an EAGLE-3 head of `target`, which then gives the hidden states that the head reads.
+    drafter: also the directory of an EAGLE head of `target`, which then gives the hidden states that the head reads.
 
     The token counts stay in `output/token_counts.safetensors`: an interrupted calibration goes on from there, and
     given as the calibration of another export they serve another K. progress: called with (task, done, total).
@@ -172,10 +173,10 @@ def _write_bundles(
 
 def _moments(source: Source, sources: Mapping[Role, Source]) -> dict[str, Tensor]:
     with calibration_model(source.model) as model:
-        if not isinstance(source, HeadSource) or not isinstance(model, EagleHead):
+        if not isinstance(source, HeadSource) or not isinstance(model, FeatureHead):
             return input_moments(model, source.tokenizer)
         with calibration_model(sources["target"].model) as target:
-            return input_moments(model, source.tokenizer, eagle_run(model, target, source.feature_layers))
+            return input_moments(model, source.tokenizer, head_run(model, target, source.feature_layers))
 
 
 def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> dict[Role, Source]:

@@ -65,10 +65,9 @@ CONFIGS = {
     "no size": ({"hidden_size": None}, "hidden_size is null, which cannot be"),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     "odd heads": ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads"),
-    "rope": ({"rope_scaling": {"rope_type": "spiral"}}, "describes no EAGLE-3 head"),
+    "rope": ({"rope_scaling": {"rope_type": "spiral"}}, "describes no such head"),
     "several layers": ({"num_hidden_layers": 2}, "has several layers"),
     "a norm": ({"norm_before_fc": True}, "sets norm_before_fc, which cannot be exported yet"),
-    "first EAGLE": ({"architectures": ["LlamaForCausalLMEagle"]}, "is an EAGLE-1 or EAGLE-2 head"),
 }
 
 
