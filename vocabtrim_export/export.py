@@ -6,14 +6,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engines.bundle import Manifest, Role
+from engines.bundle import Kind, Manifest, Role
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundle_writer import BundlePlan, write_bundle
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.counting import CalibrationSettings, count_tokens, read_calibration
 from vocabtrim_export.eagle.checkpoint import load_head
-from vocabtrim_export.eagle.config import is_eagle
+from vocabtrim_export.eagle.config import head_kind
 from vocabtrim_export.eagle.model import FeatureHead
+from vocabtrim_export.eagle.mtp import find_mtp, load_mtp
 from vocabtrim_export.eagle.source import HeadSource
 from vocabtrim_export.formats import check_formats, write_formats
 from vocabtrim_export.formats.exported import Exported
@@ -62,7 +63,7 @@ class ExportResult:
     """The bundles that were written (no target where none was asked for), the selection behind them, and the other
     formats' directories.
 
-    notes: what the user should know about an EAGLE head.
+    notes: what the user should know about a head.
     """
 
     drafter: Path
@@ -84,7 +85,8 @@ def export(
     """Calibrate, trim and export MODELs into `output/drafter` and, with a target, `output/target`; each of
     `settings.formats` into `output/FORMAT`.
 
-    drafter: also the directory of an EAGLE head of `target`, which then gives the hidden states that the head reads.
+    drafter: also the directory of an EAGLE head of `target`, or "mtp" for its multi-token-prediction layer; `target`
+    then gives the hidden states that the head reads.
 
     The token counts stay in `output/token_counts.safetensors`: an interrupted calibration goes on from there, and
     given as the calibration of another export they serve another K. progress: called with (task, done, total).
@@ -94,9 +96,10 @@ def export(
     names = [*roles, *settings.formats]
     check_output(output, names, settings.force)
     check_k(settings.k)
-    _check_format(settings, target is not None, is_eagle(drafter))
-    if is_eagle(drafter):
-        _check_eagle(drafter, target, settings)
+    kind = head_kind(drafter)
+    _check_format(settings, target is not None, kind or "language-model")
+    if kind:
+        _check_head(drafter, target, settings)
     given = read_calibration(settings.calibration.calibration)
     sources = _load(drafter, target, settings.weights_dtype, progress)
     for source in sources.values():
@@ -124,9 +127,9 @@ def export(
     return ExportResult(output / "drafter", where, drafter_manifest, target_manifest, selection, written, notes)
 
 
-def _check_format(settings: ExportSettings, has_target: bool, is_head: bool) -> None:
+def _check_format(settings: ExportSettings, has_target: bool, kind: Kind) -> None:
     """Refuse before the long work what a format cannot hold."""
-    check_formats(settings.formats, has_target, settings.trt is not None, is_head)
+    check_formats(settings.formats, has_target, settings.trt is not None, kind)
     if settings.trt is not None:
         drafters = settings.quantize_drafter or settings.quantize
         check_buildable(settings.trt, {settings.weights_dtype, settings.quantize, drafters})
@@ -134,13 +137,13 @@ def _check_format(settings: ExportSettings, has_target: bool, is_head: bool) -> 
         raise VocabtrimError("ONNX Runtime has no fp8 products on the CPU: use int8 or int4, or --format trt")
 
 
-def _check_eagle(drafter: str, target: str | None, settings: ExportSettings) -> None:
+def _check_head(drafter: str, target: str | None, settings: ExportSettings) -> None:
     if target is None:
-        raise VocabtrimError(f"{drafter} is an EAGLE head, which reads its target's hidden states: give --target too")
+        raise VocabtrimError(f"{drafter} is a head, which reads its target's hidden states: give --target too")
     if settings.trt is not None:
-        raise VocabtrimError("EAGLE heads run on ONNX Runtime only so far: leave --format trt out")
+        raise VocabtrimError("heads run on ONNX Runtime only so far: leave --format trt out")
     if settings.calibration.calibration_source == "drafter":
-        raise VocabtrimError("an EAGLE head generates nothing by itself: use --calibration-source target or text")
+        raise VocabtrimError("a head generates nothing by itself: use --calibration-source target or text")
 
 
 def _write_bundles(
@@ -181,10 +184,11 @@ def _moments(source: Source, sources: Mapping[Role, Source]) -> dict[str, Tensor
 
 def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> dict[Role, Source]:
     progress("load", 0, 1)
-    if target and is_eagle(drafter):
+    if target and (kind := head_kind(drafter)):
+        layer = find_mtp(target) if kind == "mtp" else None
         read = load_source(target, DTYPES[dtype])
         decoder_layers(read.model)  # refuses before the long work
-        head = load_head(drafter, read)
+        head = load_mtp(layer, read) if layer else load_head(drafter, read)
         progress("load", 1, 1)
         return {"drafter": head, "target": read}
     sources: dict[Role, Source] = {"drafter": load_source(drafter, DTYPES[dtype])}

@@ -88,3 +88,24 @@ def sequential_drafts(tensors, model, text, allowed=None, steps=4, hidden_first=
         logits = head @ last[0]
         drafts.append(int(logits.argmax() if allowed is None else allowed[logits[allowed].argmax()]))
     return drafts
+
+
+ROTATION = {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}, "rms_norm_eps": EPSILON}
+MIMO = {
+    "embedding_norm": "token_layernorm",
+    "hidden_norm": "hidden_layernorm",
+    "fc": "input_proj",
+    "norm": "final_layernorm",
+}
+QWEN = {"embedding_norm": "pre_fc_norm_embedding", "hidden_norm": "pre_fc_norm_hidden", "fc": "fc", "norm": "norm"}
+DEEPSEEK = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "fc": "eh_proj", "norm": "shared_head.norm"}
+
+
+def beside_the_model(tensors, prefix, names, layer=""):
+    """The tensors as a checkpoint holds them: `prefix`, then theirs of `names`, or `layer` and the rest."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        own = layer + name.removeprefix("layer.") if name.startswith("layer.") else f"{names[module]}.{leaf}"
+        renamed[prefix + own] = tensor
+    return renamed

@@ -198,7 +198,7 @@ def test_a_fork_of_a_head_and_its_target_is_another_pair(pair):
         assert made[0].stats.accepted == made[1].stats.accepted
 
 
-@pytest.mark.parametrize(("name", "message"), [("genai", "is for language models"), ("hf", "is for language models")])
+@pytest.mark.parametrize(("name", "message"), [("genai", "kind language-model, and"), ("hf", "one is of eagle3")])
 def test_formats_of_language_models_are_refused(name, message, write_head, export_head):
     head = write_head(make_tensors(), eagle_aux_hidden_state_layer_ids=list(LAYERS))
     with pytest.raises(VocabtrimError, match=message):

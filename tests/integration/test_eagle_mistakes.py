@@ -86,8 +86,8 @@ def test_configurations_that_cannot_be(case, attempt, write_head):  # noqa: F811
 def test_ways_of_asking_that_make_no_sense(attempt, write_head, model, tmp_path):  # noqa: F811
     head = write_head(make_tensors(), eagle_aux_hidden_state_layer_ids=list(LAYERS))
     assert_one_line(attempt(drafter=head, target=None), "reads its target's hidden states: give --target")
-    assert_one_line(attempt(drafter=model, target=head), "is an EAGLE head and no model: give it as --drafter")
-    assert_one_line(attempt(drafter=head, format="trt"), "EAGLE heads run on ONNX Runtime only")
+    assert_one_line(attempt(drafter=model, target=head), "is a head and no model: give it as --drafter")
+    assert_one_line(attempt(drafter=head, format="trt"), "heads run on ONNX Runtime only")
     assert_one_line(attempt(drafter=head, calibration_source="drafter"), "generates nothing by itself")
     pickled = shutil.copytree(head, tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")

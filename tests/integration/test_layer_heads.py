@@ -4,14 +4,29 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from engines import load_engine
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.verify_sampling import verify_sampling
 from vocabtrim_export.eagle.checkpoint import load_head
+from vocabtrim_export.eagle.mtp import find_mtp
 from vocabtrim_export.models import load_source
 
-from .layer_heads import CONFIG, HIDDEN, VOCAB, make_tensors, safeailab, sequential_drafts
+from .layer_heads import (
+    CONFIG,
+    DEEPSEEK,
+    HIDDEN,
+    MIMO,
+    NORMS,
+    QWEN,
+    ROTATION,
+    VOCAB,
+    beside_the_model,
+    make_tensors,
+    safeailab,
+    sequential_drafts,
+)
 from .test_eagle import GAMMA, PROMPTS, spied_rounds
 
 
@@ -95,3 +110,111 @@ def test_every_layout_of_an_eagle_1_head_is_the_same_head(write_head, target_dir
         ours["lm_head.weight"] = own["lm_head.weight"] * 0 + 1 if name == "ends" else own["lm_head.weight"]
         assert set(found) == set(ours), name
         assert all(torch.equal(found[key], tensor) for key, tensor in ours.items()), name
+
+
+def add_tensors(directory, tensors, name="mtp.safetensors"):
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, directory / name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def mimo(random_model):
+    """A Qwen2 with MiMo's layer beside it → (directory, tensors)."""
+    tensors = make_tensors(("q_proj", "k_proj", "v_proj"), NORMS)
+    directory = random_model("qwen2", **ROTATION)
+    return add_tensors(directory, beside_the_model(tensors, "model.mtp_layers.0.", MIMO)), tensors
+
+
+@pytest.fixture(scope="module")
+def deepseek_like(random_model):
+    """A Llama with one more decoder layer, as DeepSeek and GLM append it."""
+    tensors = make_tensors((), NORMS)
+    directory = random_model("llama", **ROTATION, attention_bias=False)
+    shared = {"model.layers.2.embed_tokens.weight": torch.randn(VOCAB, HIDDEN)}
+    return add_tensors(directory, beside_the_model(tensors, "model.layers.2.", DEEPSEEK) | shared), tensors | {
+        "embed_tokens.weight": shared["model.layers.2.embed_tokens.weight"]
+    }
+
+
+@pytest.mark.parametrize("checkpoint", ["mimo", "deepseek_like"])
+def test_a_multi_token_prediction_layer_drafts_its_recurrence(checkpoint, request, export_pair):
+    directory, tensors = request.getfixturevalue(checkpoint)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    pair = export_pair("mtp", directory)
+    assert (pair.drafter_manifest.kind, pair.target_manifest.feature_layers) == ("mtp", (2,))
+    kept = torch.from_numpy(pair.selection.vocab_map.kept_token_ids.copy())
+    with load_engine(pair.target) as target, load_engine(pair.drafter) as drafter:
+        for prompt in PROMPTS:
+            seen, _ = spied_rounds(target, drafter, prompt, max_new_tokens=18, force_accepted=2)
+            for text, drafted in seen:
+                wanted = sequential_drafts(tensors, model, text, kept, len(drafted), checkpoint == "mimo")
+                assert drafted == wanted
+    check_lossless(pair, model)
+
+
+def test_a_layer_drafts_as_transformers_own_multi_token_prediction_does(random_model, export_pair):
+    """Of Mellum, whose rotation differs by type of layer: read, put together and run by transformers itself."""
+    from transformers.cache_utils import MtpCache
+    from transformers.modeling_layers import MtpModel
+
+    dense = {"mlp_layer_types": ["dense", "dense"], "num_mtp_layers": 1, "mtp_mlp_layer_types": ["dense"]}
+    types = {"layer_types": ["sliding_attention", "full_attention"], "mtp_layer_types": ["sliding_attention"]}
+    directory = random_model("mellum", **dense, **types, head_dim=16, sliding_window=5)
+    tensors = make_tensors((), NORMS) | {f"layer.self_attn.{x}_norm.weight": torch.rand(16) + 0.5 for x in "qk"}
+    file = directory / "model.safetensors"
+    beside = beside_the_model(tensors, "mtp.", QWEN, "layers.0.")
+    save_file(load_file(file) | {key: tensor.contiguous() for key, tensor in beside.items()}, file, {"format": "pt"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    layer = MtpModel.from_pretrained(model).eval()
+    pair = export_pair("mtp", directory)
+    kept = torch.from_numpy(pair.selection.vocab_map.kept_token_ids.copy())
+
+    @torch.no_grad()
+    def drafts(text, steps):
+        rows, drafted = model.model(torch.tensor([text[:-1]])).last_hidden_state, []
+        for _ in range(steps):
+            ids = torch.tensor([text[1:] + drafted])
+            cache = MtpCache(config=model.config.get_mtp_config())
+            last = layer.forward_layer(0, rows, torch.arange(ids.shape[1])[None], cache, input_ids=ids)[:, -1:]
+            rows = torch.cat((rows, last), 1)
+            drafted.append(int(kept[(last[0, 0] @ model.lm_head.weight.T)[kept].argmax()]))
+        return drafted
+
+    with load_engine(pair.target) as target, load_engine(pair.drafter) as drafter:
+        for prompt in PROMPTS:
+            seen, _ = spied_rounds(target, drafter, prompt, max_new_tokens=18, force_accepted=2)
+            assert seen
+            for text, drafted in seen:
+                assert drafted == drafts(text, len(drafted))
+
+
+def test_int4_heads_draft_much_the_same(write_head, export_pair, target_dir, first_eagle):
+    head, ways = write_head(safeailab(make_tensors()), CONFIG), {"formats": ("sglang-token-map",)}
+    small = export_pair(head, target_dir, quantize_drafter="int4", **ways)
+    listed = torch.load(small.formats[0] / "hot_token_ids.pt", weights_only=True)
+    assert listed == small.selection.vocab_map.kept_token_ids.tolist()
+    assert small.drafter_manifest.weight_bytes_per_step < first_eagle.drafter_manifest.weight_bytes_per_step / 4
+    features = np.random.default_rng(0).standard_normal((12, HIDDEN)).astype(np.float32)
+    with load_engine(small.drafter) as rounded, load_engine(first_eagle.drafter) as exact:
+        found, wanted = (engine.feed_features(range(30, 42), features, keep=12).logits for engine in (rounded, exact))
+        assert np.abs(found - wanted).mean() < 0.3 * wanted.std()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "names", "inner"),
+    [
+        ("model.mtp_layers.{}.", MIMO, ""),
+        ("mtp.", QWEN, "layers.{}."),
+        ("model.layers.{}.", DEEPSEEK, ""),
+    ],
+)
+def test_only_the_first_of_several_layers_is_taken(prefix, names, inner, tmp_path):
+    held = {}
+    for number in (1, 0):
+        held |= beside_the_model(make_tensors((), NORMS), prefix.format(number), names, inner.format(number))
+    add_tensors(tmp_path, held)
+    found = find_mtp(str(tmp_path))
+    (renamed,) = found.files.values()
+    assert found.layers == 2
+    assert sorted(renamed.values()) == sorted(make_tensors((), NORMS))
+    assert not any(".1." in name for name in renamed)

@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engines.errors import VocabtrimError
 from engines.manifest import Kind
 from engines.typed_json import decode, read
 from vocabtrim_export.weight_files import tensor_shapes
 
+MTP = "mtp"  # as a MODEL: the multi-token-prediction layer of the target
 _UNCOVERED = {"eagle3": ("norm_before_fc", "fc_norm", "norm_output"), "eagle": ("layernorms", "add_para_norm")}
 _FUSING = {"fc.weight", "model.fc.weight", "fusion_fc.weight"}  # no language model has one
 
@@ -40,7 +41,7 @@ class HeadConfig:
     target_digest: of the target's weights, by those who state it.
     """
 
-    kind: Kind
+    kind: Literal["eagle", "eagle3"]
     layer: LayerConfig
     feature_layers: tuple[int, ...] | None
     norm_before_residual: bool
@@ -48,18 +49,21 @@ class HeadConfig:
     target_digest: str | None
 
 
-def is_eagle(spec: str) -> bool:
-    """Whether MODEL is the directory of a head: by its config.json or, as some of these describe a mere Llama, by the
-    names of its tensors."""
+def head_kind(spec: str) -> Kind | None:
+    """What head MODEL is, if it is one: `MTP`, or the directory of an EAGLE head, by its config.json or, as some of
+    these describe a mere Llama, by the names of its tensors."""
+    if spec == MTP:
+        return "mtp"
     directory = Path(spec).expanduser()
     if not (directory / "config.json").is_file():
-        return False
+        return None
     data = read(directory / "config.json")
     if not isinstance(data, dict):
-        return False
-    return any("eagle" in name for name in _kinds(data)) or any(
-        not _FUSING.isdisjoint(tensor_shapes(file)) for file in directory.glob("*.safetensors")
-    )
+        return None
+    names = [name for file in directory.glob("*.safetensors") for name in tensor_shapes(file)]
+    if any("eagle" in name for name in _kinds(data)) or not _FUSING.isdisjoint(names):
+        return _kind(data, names)
+    return None
 
 
 def read_head_config(directory: Path, tensors: Iterable[str]) -> HeadConfig:
@@ -70,8 +74,7 @@ def read_head_config(directory: Path, tensors: Iterable[str]) -> HeadConfig:
     data = read(where)
     inner = data.get("transformer_layer_config")
     raw = inner if isinstance(inner, dict) else data
-    by_name = any("eagle3" in name for name in _kinds(data))
-    kind: Kind = "eagle3" if by_name or any(name.endswith(".hidden_norm.weight") for name in tensors) else "eagle"
+    kind = _kind(data, tensors)
     if raw.get("num_hidden_layers", 1) != 1:
         raise VocabtrimError(f"{directory} has several layers: only EAGLE heads of one can be exported")
     for option in _UNCOVERED[kind]:
@@ -106,6 +109,11 @@ def _feature_layers(data: Mapping[str, Any], where: str) -> tuple[int, ...] | No
         return top or None
     given: tuple[int, ...] = decode(tuple[int, ...], nested.get(name) or [], f"{where}: eagle_config.{name}")
     return tuple(layer + 1 for layer in given) or None
+
+
+def _kind(data: Mapping[str, Any], tensors: Iterable[str]) -> Literal["eagle", "eagle3"]:
+    is_third = any("eagle3" in name for name in _kinds(data))
+    return "eagle3" if is_third or any(name.endswith(".hidden_norm.weight") for name in tensors) else "eagle"
 
 
 def _kinds(data: Mapping[str, Any]) -> list[str]:
