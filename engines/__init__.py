@@ -61,6 +61,7 @@ def load_engine(
 def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None, profile: Path | None) -> Engine:
     from engines.onnxruntime_eagle import EagleEngine, FeatureEngine
     from engines.onnxruntime_engine import OnnxRuntimeEngine, open_session
+    from engines.onnxruntime_medusa import MedusaEngine
 
     if bundle.manifest.tensorrt is not None:
         from engines.reference_executor import ReferenceExecutor
@@ -78,6 +79,8 @@ def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None, pro
 
         return ProfiledEngine(bundle, profile, shared)
     session = open_session(bundle.path / MODEL_NAME)
+    if bundle.manifest.kind == "medusa":
+        return MedusaEngine(bundle, session)
     if bundle.manifest.kind != "language-model":
         return EagleEngine(bundle, session)
     kind = FeatureEngine if bundle.manifest.feature_layers else OnnxRuntimeEngine

@@ -25,7 +25,7 @@ FEATURES_OUTPUT = "features"
 HIDDEN_INPUT, HIDDEN_OUTPUT = "hidden", "next_hidden"
 
 Role = Literal["target", "drafter"]
-Kind = Literal["language-model", "eagle", "eagle3", "mtp"]
+Kind = Literal["language-model", "eagle", "eagle3", "medusa", "mtp"]
 Phase = Literal["draft", "verify", "prefill"]
 Flavor = Literal["none", "tensorrt", "rtx"]
 
@@ -87,7 +87,8 @@ class Manifest:
     files: every other file of the bundle by its name.
     tensorrt: the plans of a bundle of `--format trt`; its graph has fixed shapes and standard operators.
     kind: other than "language-model" for a head that reads its target's hidden states, through `features.onnx` where
-    there is one: "eagle" of EAGLE-1 and EAGLE-2, "eagle3", "mtp" for the target's multi-token-prediction layer.
+    there is one: "eagle" of EAGLE-1 and EAGLE-2, "eagle3", "mtp" for the target's multi-token-prediction layer,
+    "medusa".
     feature_layers: the target's layers whose inputs, side by side, are the features: of a target those that it gives,
     of a head those that it reads; the number of all layers stands for the LM head. feature_size: numbers in these for
     one position.

@@ -186,7 +186,7 @@ class _Loop:
         return _Move(draft, output, prefill_seconds, drafted - start - prefill_seconds, perf_counter() - drafted)
 
     def speculate(self, reader: TokenReader, room: int) -> _Move | None:
-        """One call for both engines. Not for a drafter's first tokens, which are a prompt, nor for an EAGLE head."""
+        """One call for both engines. Not for a drafter's first tokens, which are a prompt, nor for a head."""
         if not self.greedy or reader.drafter.length == 0 or reader.drafter.features_read:
             return None
         with self.profiler.span("speculate", TARGET, length=len(self.sequence)):
@@ -227,7 +227,7 @@ class _Loop:
         """How many tokens to draft: no more than can be used, since the target adds one, or than the caches hold."""
         length = len(self.sequence)
         return min(
-            self.draft_length,
+            self.draft_length if drafter.max_draft is None else min(self.draft_length, drafter.max_draft),
             self.end - length - 1,
             self.target.capacity - self.target.length - 1,
             drafter.capacity - length + 1,  # the last drafted token is not fed

@@ -19,16 +19,20 @@ from engines.bundle import (
     FileDigest,
     Manifest,
     Role,
+    TensorRT,
     file_digest,
 )
 from engines.checks import graph_metadata
 from engines.graph_file import HEAD_TENSORS, GraphFile
 from engines.vocab_map import VocabMap
 from vocabtrim_export import __version__
+from vocabtrim_export.eagle.medusa import MedusaHeads
+from vocabtrim_export.eagle.model import FeatureHead
 from vocabtrim_export.eagle.source import HeadSource
 from vocabtrim_export.graph.files import Progress, save_graph, save_small, stamp_graph
 from vocabtrim_export.graph.lower import Weights, lower, lower_features
 from vocabtrim_export.graph.lowered import Lowered
+from vocabtrim_export.graph.medusa import lower_medusa
 from vocabtrim_export.graph.quantize import Quantization
 from vocabtrim_export.lowering.trace import Traced
 from vocabtrim_export.models import DTYPES, Source
@@ -69,19 +73,12 @@ class BundlePlan:
         return Weights(DTYPES[self.dtype], self.quantization, self.vocab_map, self.moments, head_rows)
 
 
-def write_bundle(directory: Path, traced: Traced, plan: BundlePlan, progress: Progress) -> Manifest:
-    """Fill the empty `directory` with the bundle that `plan` describes. progress: called with (task, done, total)."""
-    weights = plan.weights
-    tensorrt = None
-    if plan.trt is None:
-        lowered = lower(traced, weights)
-        save_graph(lowered.model, directory, f"write {plan.role}", progress)
-        if isinstance(plan.source, HeadSource) and plan.source.head.fuse is not None:
-            save_small(lower_features(plan.source.head.fuse, weights), directory / FEATURES_NAME)
-    else:
-        lowered, tensorrt = write_tensorrt(
-            directory, traced, weights, plan.role, plan.context_length, plan.trt, progress
-        )
+def write_bundle(directory: Path, traced: Traced | None, plan: BundlePlan, progress: Progress) -> Manifest:
+    """Fill the empty `directory` with the bundle that `plan` describes. progress: called with (task, done, total).
+
+    traced: None for Medusa heads.
+    """
+    lowered, tensorrt = _write_graphs(directory, traced, plan, progress)
     _save_tokenizer(plan.source, directory)
     if plan.vocab_map is not None:
         (directory / VOCAB_MAP_NAME).write_bytes(plan.vocab_map.to_bytes())
@@ -96,6 +93,23 @@ def write_bundle(directory: Path, traced: Traced, plan: BundlePlan, progress: Pr
     manifest = replace(manifest, files=files)
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
     return manifest
+
+
+def _write_graphs(
+    directory: Path, traced: Traced | None, plan: BundlePlan, progress: Progress
+) -> tuple[Lowered, TensorRT | None]:
+    model, weights = plan.source.model, plan.weights
+    if traced is None:
+        assert isinstance(model, MedusaHeads)
+        lowered = lower_medusa(model, weights)
+    elif plan.trt is not None:
+        return write_tensorrt(directory, traced, weights, plan.role, plan.context_length, plan.trt, progress)
+    else:
+        lowered = lower(traced, weights)
+    save_graph(lowered.model, directory, f"write {plan.role}", progress)
+    if isinstance(model, FeatureHead) and model.fuse is not None:
+        save_small(lower_features(model.fuse, weights), directory / FEATURES_NAME)
+    return lowered, None
 
 
 def _save_tokenizer(source: Source, directory: Path) -> None:
@@ -143,7 +157,7 @@ def _manifest(plan: BundlePlan, lowered: Lowered) -> Manifest:
 def _features(plan: BundlePlan) -> dict[str, Any]:
     """What the manifest says of features given or read."""
     if isinstance(plan.source, HeadSource):
-        size = int(plan.source.head.config.feature_size)
+        size = int(plan.source.model.config.feature_size)
         return {"kind": plan.source.kind, "feature_layers": plan.source.feature_layers, "feature_size": size}
     size = len(plan.features_given) * int(plan.source.model.config.get_text_config().hidden_size)
     return {"feature_layers": plan.features_given, "feature_size": size}

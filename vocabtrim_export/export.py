@@ -13,6 +13,7 @@ from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.counting import CalibrationSettings, count_tokens, read_calibration
 from vocabtrim_export.eagle.checkpoint import load_head
 from vocabtrim_export.eagle.config import head_kind
+from vocabtrim_export.eagle.medusa import MedusaHeads, load_medusa
 from vocabtrim_export.eagle.model import FeatureHead
 from vocabtrim_export.eagle.mtp import find_mtp, load_mtp
 from vocabtrim_export.eagle.source import HeadSource
@@ -85,8 +86,8 @@ def export(
     """Calibrate, trim and export MODELs into `output/drafter` and, with a target, `output/target`; each of
     `settings.formats` into `output/FORMAT`.
 
-    drafter: also the directory of an EAGLE head of `target`, or "mtp" for its multi-token-prediction layer; `target`
-    then gives the hidden states that the head reads.
+    drafter: also the directory of an EAGLE head or of Medusa heads of `target`, or "mtp" for its multi-token-prediction
+    layer; `target` then gives the hidden states that the head reads.
 
     The token counts stay in `output/token_counts.safetensors`: an interrupted calibration goes on from there, and
     given as the calibration of another export they serve another K. progress: called with (task, done, total).
@@ -155,14 +156,13 @@ def _write_bundles(
     progress: Progress,
 ) -> dict[Role, Manifest]:
     manifests: dict[Role, Manifest] = {}
-    traced: dict[str, Traced] = {}
+    traced: dict[str, Traced | None] = {}
     moments: dict[str, Mapping[str, Tensor]] = {}
     for role, directory in places.items():
         source, plan = sources[role], _plan(role, sources, selection, counts, settings)
         if source.name not in traced:  # a model that drafts for itself is traced and measured once
             progress("trace", 0, 1)
-            dtype = DTYPES[settings.weights_dtype]
-            traced = {source.name: trace(source.model, dtype, plan.context_length, plan.features_given)}
+            traced = {source.name: _trace(plan)}
             progress("trace", 1, 1)
         if plan.quantization == "int4":
             if source.name not in moments:
@@ -174,9 +174,16 @@ def _write_bundles(
     return manifests
 
 
+def _trace(plan: BundlePlan) -> Traced | None:
+    """None for Medusa heads, which are no decoder."""
+    if isinstance(plan.source.model, MedusaHeads):
+        return None
+    return trace(plan.source.model, DTYPES[plan.dtype], plan.context_length, plan.features_given)
+
+
 def _moments(source: Source, sources: Mapping[Role, Source]) -> dict[str, Tensor]:
     with calibration_model(source.model) as model:
-        if not isinstance(source, HeadSource) or not isinstance(model, FeatureHead):
+        if not isinstance(source, HeadSource) or not isinstance(model, FeatureHead | MedusaHeads):
             return input_moments(model, source.tokenizer)
         with calibration_model(sources["target"].model) as target:
             return input_moments(model, source.tokenizer, head_run(model, target, source.feature_layers))
@@ -186,9 +193,10 @@ def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> d
     progress("load", 0, 1)
     if target and (kind := head_kind(drafter)):
         layer = find_mtp(target) if kind == "mtp" else None
+        load = load_medusa if kind == "medusa" else load_head
         read = load_source(target, DTYPES[dtype])
         decoder_layers(read.model)  # refuses before the long work
-        head = load_mtp(layer, read) if layer else load_head(drafter, read)
+        head = load_mtp(layer, read) if layer else load(drafter, read)
         progress("load", 1, 1)
         return {"drafter": head, "target": read}
     sources: dict[Role, Source] = {"drafter": load_source(drafter, DTYPES[dtype])}

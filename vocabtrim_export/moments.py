@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from vocabtrim_export.calibration import builtin_corpus
+from vocabtrim_export.eagle.medusa import MedusaHeads
 from vocabtrim_export.eagle.model import FeatureHead
 from vocabtrim_export.graph.quantize import BLOCK, HEAD
 from vocabtrim_export.lowering.trace import layer_inputs
@@ -60,13 +61,19 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Ten
     return add
 
 
-def head_run(head: FeatureHead, target: PreTrainedModel, layers: Sequence[int]) -> Callable[[Tensor], None]:
-    """For `input_moments` of a head: true rows of a text, then the rows of a draft step after each."""
+def head_run(
+    head: FeatureHead | MedusaHeads, target: PreTrainedModel, layers: Sequence[int]
+) -> Callable[[Tensor], None]:
+    """For `input_moments` of a head: true rows of a text, then the rows of a draft step after each, if there are any
+    that feed themselves."""
 
     def run(piece: Tensor) -> None:
         with layer_inputs(target, layers) as entered:
             target(piece, use_cache=False)
         hidden = torch.cat(entered(), -1)
+        if isinstance(head, MedusaHeads):
+            head(hidden)
+            return
         if head.fuse is not None:
             hidden = head.fuse(hidden)
         for step in range(1, 3):

@@ -123,12 +123,12 @@ def test_every_layout_holds_the_same_head(write_head, target_dir, target_model):
         source = load_head(str(write_head(tensors, config)), target)
         head = target_model.lm_head.weight if name == "the target's head" else full["lm_head.weight"]
         assert np.array_equal(np.sort(source.row_token_ids), kept), name
-        assert torch.equal(source.head.lm_head.weight[source.rows_of(kept)], head[kept]), name
+        assert torch.equal(source.model.lm_head.weight[source.rows_of(kept)], head[kept]), name
         assert source.feature_layers == LAYERS, name
         assert bool(source.notes) == (name == "no d2t")
-        assert torch.equal(source.head.midlayer.mlp.up_proj.weight, full["midlayer.mlp.up_proj.weight"]), name
+        assert torch.equal(source.model.midlayer.mlp.up_proj.weight, full["midlayer.mlp.up_proj.weight"]), name
         scale = 2 if name == "SpecForge" else 1
-        assert torch.equal(source.head.embed_tokens.weight, target_model.model.embed_tokens.weight * scale), name
+        assert torch.equal(source.model.embed_tokens.weight, target_model.model.embed_tokens.weight * scale), name
 
 
 def test_a_reduced_head_is_trimmed_further(write_head, export_head, target_model):

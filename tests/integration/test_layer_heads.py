@@ -101,7 +101,7 @@ def test_every_layout_of_an_eagle_1_head_is_the_same_head(write_head, target_dir
         source = load_head(str(write_head(held, config)), target)
         assert (source.kind, source.feature_layers, source.notes) == ("eagle", (3,), ()), name
         assert np.array_equal(source.row_token_ids, np.arange(VOCAB)), name
-        found = source.head.state_dict()
+        found = source.model.state_dict()
         ours = dict(queries if name == "Qwen2's biases" else make_tensors())
         own = target_model.state_dict()
         ours["embed_tokens.weight"] = (

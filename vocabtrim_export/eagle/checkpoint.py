@@ -16,10 +16,10 @@ from engines.manifest import Kind
 from vocabtrim_export.eagle.config import HeadConfig, read_head_config
 from vocabtrim_export.eagle.layer_head import llama_head
 from vocabtrim_export.eagle.model import EagleConfig, EagleHead, FeatureHead
-from vocabtrim_export.eagle.source import HeadSource, assemble, own_ends, read_tensors
+from vocabtrim_export.eagle.source import HeadSource, assemble, own_ends, read_tensors, weight_files
 from vocabtrim_export.eagle.vocabulary import row_token_ids
 from vocabtrim_export.models import Source
-from vocabtrim_export.weight_files import PICKLES, tensor_shapes
+from vocabtrim_export.weight_files import tensor_shapes
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|^verifier_")
 _LAYER = re.compile(r"^(layers\.0|midlayer|transformer)\.")  # speculators call an EAGLE-1 head's layer `transformer`
@@ -30,7 +30,7 @@ def load_head(spec: str, target: Source) -> HeadSource:
     """Load the head in the directory `spec`, in the dtype of `target`, with the embedding and the LM head of `target`
     where it has none. Raises `VocabtrimError` with what is wrong with it, or why it is not a head of this target."""
     directory = Path(spec).expanduser()
-    names = {file: list(tensor_shapes(file)) for file in _weight_files(directory)}
+    names = {file: list(tensor_shapes(file)) for file in weight_files(directory, "an EAGLE head")}
     config = read_head_config(directory, (name for listed in names.values() for name in listed))
     layers = _check_target(spec, config, target)
     tensors = read_tensors({file: _renamed(listed, config.kind) for file, listed in names.items()})
@@ -56,19 +56,6 @@ def _array(tensor: Tensor | None) -> NDArray[np.generic] | None:
         return None
     array: NDArray[np.generic] = (tensor.double() if tensor.is_floating_point() else tensor).numpy()
     return array
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        for pickle in sorted(file for file in directory.iterdir() if file.suffix in PICKLES):
-            raise VocabtrimError(
-                f"{pickle} is a pickle checkpoint, which can run code when opened: convert it on a machine that has "
-                'nothing to lose: python -c "import torch; from safetensors.torch import save_file; '
-                f"save_file(torch.load('{pickle.name}', weights_only=True), 'model.safetensors')\""
-            )
-        raise VocabtrimError(f"{directory} is an EAGLE head without .safetensors weights")
-    return files
 
 
 def _renamed(names: Iterable[str], kind: Kind) -> dict[str, str]:

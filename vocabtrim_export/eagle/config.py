@@ -50,8 +50,8 @@ class HeadConfig:
 
 
 def head_kind(spec: str) -> Kind | None:
-    """What head MODEL is, if it is one: `MTP`, or the directory of an EAGLE head, by its config.json or, as some of
-    these describe a mere Llama, by the names of its tensors."""
+    """What head MODEL is, if it is one: `MTP`, or the directory of Medusa heads or an EAGLE head, by its config.json
+    or, as some of these describe a mere Llama, by the names of its tensors."""
     if spec == MTP:
         return "mtp"
     directory = Path(spec).expanduser()
@@ -60,6 +60,8 @@ def head_kind(spec: str) -> Kind | None:
     data = read(directory / "config.json")
     if not isinstance(data, dict):
         return None
+    if "medusa_num_heads" in data:
+        return "medusa"
     names = [name for file in directory.glob("*.safetensors") for name in tensor_shapes(file)]
     if any("eagle" in name for name in _kinds(data)) or not _FUSING.isdisjoint(names):
         return _kind(data, names)

@@ -3,24 +3,27 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from engines.errors import VocabtrimError
 from engines.manifest import Kind
 from engines.typed_json import brief
-from vocabtrim_export.eagle.model import FeatureHead
 from vocabtrim_export.models import Source
-from vocabtrim_export.weight_files import count_weights
+from vocabtrim_export.weight_files import PICKLES, count_weights
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 NAMES: Mapping[Kind, str] = {
     "eagle": "an EAGLE head",
     "eagle3": "an EAGLE-3 head",
+    "medusa": "Medusa heads",
     "mtp": "a multi-token-prediction layer",
 }
 
@@ -37,11 +40,6 @@ class HeadSource(Source):
     row_token_ids: NDArray[np.int64]
     feature_layers: tuple[int, ...]
     notes: tuple[str, ...]
-
-    @property
-    def head(self) -> FeatureHead:
-        assert isinstance(self.model, FeatureHead)
-        return self.model
 
     def rows_of(self, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of these tokens, all of which have one."""
@@ -70,9 +68,21 @@ def own_ends(target: Source) -> tuple[Tensor, Tensor]:
     return embedding.weight.detach(), head.weight.detach()
 
 
-def assemble(
-    spec: str, kind: Kind, build: Callable[[], FeatureHead], tensors: Mapping[str, Tensor], target: Source
-) -> FeatureHead:
+def weight_files(directory: Path, what: str) -> list[Path]:
+    """The .safetensors files of a head's checkpoint. Raises `VocabtrimError` where there is none. what: it holds."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        for pickle in sorted(file for file in directory.iterdir() if file.suffix in PICKLES):
+            raise VocabtrimError(
+                f"{pickle} is a pickle checkpoint, which can run code when opened: convert it on a machine that has "
+                'nothing to lose: python -c "import torch; from safetensors.torch import save_file; '
+                f"save_file(torch.load('{pickle.name}', weights_only=True), 'model.safetensors')\""
+            )
+        raise VocabtrimError(f"{directory} holds {what} without .safetensors weights")
+    return files
+
+
+def assemble(spec: str, kind: Kind, build: Callable[[], Model], tensors: Mapping[str, Tensor], target: Source) -> Model:
     """What `build` makes, with these tensors, checked against what its configuration says, in the dtype of `target`."""
     try:
         with torch.device("meta"):
@@ -82,7 +92,8 @@ def assemble(
     _check_tensors(spec, NAMES[kind], {name: tuple(value.shape) for name, value in model.state_dict().items()}, tensors)
     dtype = target.model.dtype
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
-    model.rotary_emb = type(model.rotary_emb)(model.config)  # it has computed tensors of its own
+    if (rotary := getattr(model, "rotary_emb", None)) is not None:
+        model.rotary_emb = type(rotary)(model.config)  # it has computed tensors of its own
     model.generation_config = target.model.generation_config
     model.train(False)
     return model
