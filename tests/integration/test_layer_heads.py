@@ -218,3 +218,35 @@ def test_only_the_first_of_several_layers_is_taken(prefix, names, inner, tmp_pat
     assert found.layers == 2
     assert sorted(renamed.values()) == sorted(make_tensors((), NORMS))
     assert not any(".1." in name for name in renamed)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "mtp"])
+def test_a_head_that_is_the_model_again_is_always_right(kind, random_model, write_head, export_pair):
+    """Of one layer without attention: its hidden state is a function of the token, which the head reads as well."""
+    directory = random_model("llama", num_hidden_layers=1, **ROTATION, attention_bias=False)
+    file = directory / "model.safetensors"
+    weights = load_file(file)
+    embedding = weights["model.embed_tokens.weight"]
+    weights["model.embed_tokens.weight"] = embedding / embedding.square().mean(-1, keepdim=True).sqrt()
+    weights["model.layers.0.self_attn.o_proj.weight"] *= 0
+    if kind == "eagle":  # the head has no norm in front of its LM head
+        weights["model.norm.weight"] = torch.ones(HIDDEN)
+    save_file(weights, file, {"format": "pt"})
+    layer = {f"layer.{name[15:]}": tensor for name, tensor in weights.items() if name.startswith("model.layers.0.")}
+    tensors = layer | {"fc.weight": torch.eye(HIDDEN, 2 * HIDDEN)}
+    if kind == "eagle":
+        del tensors["layer.input_layernorm.weight"]
+        drafter = write_head(safeailab(tensors), CONFIG)
+    else:
+        tensors |= {f"{name}.weight": torch.ones(HIDDEN) for name in NORMS[:2]}
+        tensors["norm.weight"] = weights["model.norm.weight"]
+        add_tensors(directory, beside_the_model(tensors, "model.layers.1.", DEEPSEEK))
+        drafter = "mtp"
+    pair = export_pair(drafter, directory, k="100000")
+    with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
+        made = [decoder.generate(prompt, max_new_tokens=40).stats for prompt in PROMPTS]
+        assert sum(stats.drafted for stats in made) > 40
+        assert all(stats.accepted == stats.drafted for stats in made)
+        if kind == "mtp":  # p is q, but for rounding
+            sampled = decoder.generate(PROMPTS[0], max_new_tokens=60, sampling=SamplingParams(seed=2)).stats
+            assert sampled.accepted >= 0.95 * sampled.drafted > 20
