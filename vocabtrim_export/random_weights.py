@@ -1,7 +1,7 @@
 """Bundles of random weights in the shape of a known model: its latency, without its weights.
 
 No tensor is held twice, and none is held whole before it is written: each is a window on one small piece of noise.
-An EAGLE head is no shape of its own here: its target would have to be made to give the features that it reads.
+A head is no shape of its own here: its target would have to be made to give the features that it reads.
 """
 
 import hashlib
