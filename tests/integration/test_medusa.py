@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from engines import VocabtrimError, load_engine
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.verify_sampling import verify_sampling
+from vocabtrim_export.eagle.config import head_kind
 
 from .test_eagle import PROMPTS, spied_rounds
 from .test_mistakes import assert_one_line, attempt  # noqa: F401
@@ -133,6 +134,14 @@ def test_heads_that_cannot_be(case, attempt, write_head):  # noqa: F811
     changed, changes, message = MISTAKES[case]
     held = {name: tensor for name, tensor in (make_tensors() | changed).items() if tensor is not None}
     assert_one_line(attempt(drafter=write_head(held, CONFIG | changes)), message)
+
+
+def test_a_model_that_tells_of_its_heads_is_a_model(model, tmp_path):
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | CONFIG))
+    assert head_kind(str(tmp_path)) is None
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert head_kind(str(tmp_path)) == "medusa"
 
 
 def test_other_mistakes(attempt, write_head, model, tmp_path):  # noqa: F811

@@ -60,8 +60,8 @@ def head_kind(spec: str) -> Kind | None:
     data = read(directory / "config.json")
     if not isinstance(data, dict):
         return None
-    if "medusa_num_heads" in data:
-        return "medusa"
+    if "medusa_num_heads" in data and not any("causallm" in name for name in _kinds(data)):
+        return "medusa"  # a model that has been trained together with its heads may state their number as well
     names = [name for file in directory.glob("*.safetensors") for name in tensor_shapes(file)]
     if any("eagle" in name for name in _kinds(data)) or not _FUSING.isdisjoint(names):
         return _kind(data, names)
