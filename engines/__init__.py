@@ -42,6 +42,13 @@ def load_engine(
         raise VocabtrimError(f"{path} is a bf16 bundle, which ONNX Runtime cannot run on the CPU: export it as fp32")
     if profile and (device != "cpu" or bundle.manifest.tensorrt is not None):
         raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
+    kind = bundle.manifest.kind
+    if device == "cuda" and kind not in ("language-model", "eagle3"):
+        raise VocabtrimError(
+            f"{path} holds a head of the kind {kind}, which runs on the CPU only so far: use device 'cpu'"
+        )
+    if profile and kind == "medusa":
+        raise VocabtrimError("the operators of Medusa heads are not profiled yet: leave --profile out")
     if device == "cuda" and bundle.manifest.tensorrt is not None:
         return _load_tensorrt(bundle)
     try:
@@ -54,6 +61,7 @@ def load_engine(
 def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None, profile: Path | None) -> Engine:
     from engines.onnxruntime_eagle import EagleEngine, FeatureEngine
     from engines.onnxruntime_engine import OnnxRuntimeEngine, open_session
+    from engines.onnxruntime_medusa import MedusaEngine
 
     if bundle.manifest.tensorrt is not None:
         from engines.reference_executor import ReferenceExecutor
@@ -71,8 +79,11 @@ def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None, pro
 
         return load_profiled(bundle, profile, shared)
     session = open_session(bundle.path / MODEL_NAME)
-    if bundle.manifest.kind == "eagle3":
-        return EagleEngine(bundle, session, open_session(bundle.path / FEATURES_NAME))
+    if bundle.manifest.kind == "medusa":
+        return MedusaEngine(bundle, session)
+    if bundle.manifest.kind != "language-model":
+        fuses = FEATURES_NAME in bundle.manifest.files
+        return EagleEngine(bundle, session, open_session(bundle.path / FEATURES_NAME) if fuses else None)
     kind = FeatureEngine if bundle.manifest.feature_layers else OnnxRuntimeEngine
     return kind(bundle, session, shared)
 

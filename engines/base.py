@@ -78,6 +78,7 @@ class Engine(ABC):
     of them fed, the others can `adopt`.
     device: where it runs, "cpu" or "cuda".
     max_keep: positions that one run can predict after. unrolled: tokens that `draft` gives (γ), 0 if it gives none.
+    max_draft: tokens that it can draft one after another; None: as many as the cache holds.
     features_given: numbers in a row of `StepOutput.features`, 0 where there are none. features_read: numbers in a row
     that `feed_features` takes, 0 for an engine that reads tokens alone.
     """
@@ -92,6 +93,7 @@ class Engine(ABC):
         self.cache: object = object()
         self.max_keep = MAX_KEEP
         self.unrolled = 0
+        self.max_draft: int | None = None
         self.features_given = self.features_read = 0
 
     @abstractmethod

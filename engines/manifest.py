@@ -25,7 +25,7 @@ FEATURES_OUTPUT = "features"
 HIDDEN_INPUT, HIDDEN_OUTPUT = "hidden", "next_hidden"
 
 Role = Literal["target", "drafter"]
-Kind = Literal["language-model", "eagle3"]
+Kind = Literal["language-model", "eagle", "eagle3", "medusa", "mtp"]
 Phase = Literal["draft", "verify", "prefill"]
 Flavor = Literal["none", "tensorrt", "rtx"]
 
@@ -86,9 +86,12 @@ class Manifest:
     head: `head_digest` of the LM head's rows as `model.onnx` has them.
     files: every other file of the bundle by its name.
     tensorrt: the plans of a bundle of `--format trt`; its graph has fixed shapes and standard operators.
-    kind: "eagle3" for a head that reads its target's hidden states, through `features.onnx`.
+    kind: other than "language-model" for a head that reads its target's hidden states, through `features.onnx` where
+    there is one: "eagle" of EAGLE-1 and EAGLE-2, "eagle3", "mtp" for the target's multi-token-prediction layer,
+    "medusa".
     feature_layers: the target's layers whose inputs, side by side, are the features: of a target those that it gives,
-    of a head those that it reads. feature_size: numbers in these for one position.
+    of a head those that it reads; the number of all layers stands for the LM head. feature_size: numbers in these for
+    one position.
     """
 
     role: Role

@@ -1,4 +1,4 @@
-"""Engines on ONNX Runtime's CPU with hidden states: a target that gives features, an EAGLE head that reads them."""
+"""Engines on ONNX Runtime's CPU with hidden states: a target that gives features, a head that reads them."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from engines.base import Engine, StepOutput
 from engines.bundle import Bundle
 from engines.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
-from engines.onnxruntime_engine import HostStep, OnnxRuntimeEngine, Step, numpy_dtype
+from engines.onnxruntime_engine import HostStep, OnnxRuntimeEngine, Step
 
 
 class FeatureEngine(OnnxRuntimeEngine):
@@ -44,17 +44,17 @@ class FeatureEngine(OnnxRuntimeEngine):
 
 
 class EagleEngine(OnnxRuntimeEngine):
-    """An EAGLE-3 head. Row t of its cache is made of the features of token t and the embedding of token t + 1.
+    """An EAGLE head or a multi-token-prediction layer. Row t of its cache is made of the features of token t and the
+    embedding of token t + 1.
 
     `feed` goes on from the hidden state that the last row left: draft steps read no features.
-    fuse: a session on the graph that makes hidden states of features.
+    fuse: a session on the graph that makes hidden states of features; None where they are hidden states already.
     """
 
-    def __init__(self, bundle: Bundle, session: ort.InferenceSession, fuse: ort.InferenceSession) -> None:
+    def __init__(self, bundle: Bundle, session: ort.InferenceSession, fuse: ort.InferenceSession | None) -> None:
         super().__init__(bundle, session)
         self.features_read = bundle.manifest.feature_size
         self._fuse = fuse
-        self._features_dtype = numpy_dtype(self._fuse.get_inputs()[0].type)
         size, dtype = self._hidden[HIDDEN_INPUT]
         self._last, self._last_at = np.zeros((1, size), dtype), 0  # of the row before number `_last_at`
         self._unread = self._last[:0]  # what goes in with the tokens of the current call
@@ -68,8 +68,8 @@ class EagleEngine(OnnxRuntimeEngine):
         self, token_ids: Sequence[int] | NDArray[np.int64], features: NDArray[np.float32], keep: int = 1
     ) -> StepOutput:
         require_rows(self, token_ids, features)
-        rows = features.astype(self._features_dtype, copy=False)[None]
-        self._unread = self._fuse.run([HIDDEN_INPUT], {FEATURES_OUTPUT: rows})[0][0]
+        rows = features.astype(self._last.dtype, copy=False)
+        self._unread = self._fuse.run([HIDDEN_INPUT], {FEATURES_OUTPUT: rows[None]})[0][0] if self._fuse else rows
         return super().feed(token_ids, keep)
 
     def fork(self, share_cache_with: Engine | None = None) -> Engine:  # noqa: ARG002  (it shares with nobody)
@@ -77,8 +77,7 @@ class EagleEngine(OnnxRuntimeEngine):
 
     def close(self) -> None:
         super().close()
-        if hasattr(self, "_fuse"):
-            del self._fuse
+        self._fuse = None
 
     def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
         assert isinstance(step, HostStep)

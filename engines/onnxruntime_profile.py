@@ -38,10 +38,11 @@ def load_profiled(bundle: Bundle, profile: Path, shared: OnnxRuntimeEngine | Non
     """profile: where the trace of the decoder goes; that of a head's `fc` goes to NAME_features beside it."""
     engine: ProfiledEngine
     traces = {profile: _open(bundle.path / MODEL_NAME, profile)}
-    if bundle.manifest.kind == "eagle3":
+    if bundle.manifest.kind != "language-model":
         features = profile.with_stem(f"{profile.stem}_features")
-        traces[features] = _open(bundle.path / FEATURES_NAME, features)
-        engine = _ProfiledHead(bundle, traces[profile], traces[features])
+        if FEATURES_NAME in bundle.manifest.files:
+            traces[features] = _open(bundle.path / FEATURES_NAME, features)
+        engine = _ProfiledHead(bundle, traces[profile], traces.get(features))
     else:
         kind = _ProfiledTarget if bundle.manifest.feature_layers else ProfiledEngine
         engine = kind(bundle, traces[profile], shared)

@@ -237,7 +237,7 @@ class _Loop:
         """How many tokens to draft: no more than can be used, since the target adds one, or than the caches hold."""
         length = len(self.sequence)
         return min(
-            self.draft_length,
+            self.draft_length if drafter.max_draft is None else min(self.draft_length, drafter.max_draft),
             self.end - length - 1,
             self.target.capacity - self.target.length - 1,
             drafter.capacity - length + 1,  # the last drafted token is not fed

@@ -7,10 +7,15 @@ DEFAULT_DRAFT_LENGTH = 4
 
 
 def resolve_draft_length(target: Engine, drafter: Engine | None, draft_length: int | None) -> int:
-    """γ, by default DEFAULT_DRAFT_LENGTH or what `target` can verify. Raises `VocabtrimError` for more than that."""
+    """γ, by default DEFAULT_DRAFT_LENGTH or what `drafter` can draft and `target` verify. Raises `VocabtrimError` for
+    more than that."""
     most = (target.max_keep if drafter else MAX_KEEP) - 1
     if not most:
         raise VocabtrimError("the target's engine verifies no drafts: export it with a --draft-length of 1 or more")
+    drafted = drafter.max_draft if drafter else None
+    if drafted is not None and (draft_length or 0) > drafted:
+        raise VocabtrimError(f"draft_length is {draft_length}: the drafter's heads draft {drafted} tokens at most")
+    most = min(most, drafted or most)
     if draft_length is None:
         return min(DEFAULT_DRAFT_LENGTH, most)
     if not 1 <= draft_length <= most:
@@ -43,12 +48,12 @@ def _check_features(target: Engine, drafter: Engine) -> None:
     if (target.features_given, target.manifest.feature_layers) != reads:
         layers = ", ".join(map(str, drafter.manifest.feature_layers))
         raise VocabtrimError(
-            f"the drafter is an EAGLE head that reads {reads[0]} features of the target's layers {layers}, which this "
+            f"the drafter is a head that reads {reads[0]} features of the target's layers {layers}, which this "
             "target does not give: export both together"
         )
     dtypes = target.manifest.dtype, drafter.manifest.dtype
     if target.device == drafter.device == "cuda" and dtypes[0] != dtypes[1]:
         raise VocabtrimError(
-            f"on CUDA an EAGLE head reads features of its own dtype only: the target is {dtypes[0]}, the head "
+            f"on CUDA a head reads features of its own dtype only: the target is {dtypes[0]}, the head "
             f"{dtypes[1]}; export both together"
         )

@@ -43,7 +43,7 @@ class TokenReader:
 
 
 class FeatureReader(TokenReader):
-    """Of an EAGLE head: row t of its cache is made of the target's features of token t and of token t + 1.
+    """Of a head: row t of its cache is made of the target's features of token t and of token t + 1.
 
     Between rounds the cache holds such rows only. What the head fed itself while drafting is forgotten even where it
     was accepted: the target has given the true features meanwhile. These are copied from where the target is as late

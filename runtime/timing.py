@@ -73,7 +73,7 @@ class TimedEngine(Engine):
         super().__init__(engine.manifest, engine.vocab_map)
         self.capacity, self.length = engine.capacity, engine.length
         self.cache, self.device = engine.cache, engine.device
-        self.max_keep, self.unrolled = engine.max_keep, engine.unrolled
+        self.max_keep, self.unrolled, self.max_draft = engine.max_keep, engine.unrolled, engine.max_draft
         self.features_given, self.features_read = engine.features_given, engine.features_read
         self.engine = engine
         self.feeds: list[Feed] = []

@@ -20,16 +20,20 @@ from engines.bundle import (
     FileDigest,
     Manifest,
     Role,
+    TensorRT,
     file_digest,
 )
 from engines.checks import graph_metadata
 from engines.graph_file import HEAD_TENSORS, TABLE_NAME, GraphFile
 from engines.vocab_map import VocabMap
 from vocabtrim_export import __version__
-from vocabtrim_export.eagle.checkpoint import HeadSource
+from vocabtrim_export.eagle.medusa import MedusaHeads
+from vocabtrim_export.eagle.model import FeatureHead
+from vocabtrim_export.eagle.source import HeadSource
 from vocabtrim_export.graph.files import Progress, save_graph, save_like, save_small, share, stamp_graph
 from vocabtrim_export.graph.lower import Weights, lower, lower_features
 from vocabtrim_export.graph.lowered import Lowered
+from vocabtrim_export.graph.medusa import lower_medusa
 from vocabtrim_export.graph.quantize import Quantization
 from vocabtrim_export.lowering.trace import Traced
 from vocabtrim_export.models import DTYPES, Source
@@ -47,7 +51,7 @@ class BundlePlan:
 
     vocab_map: None for a full head; coverage, calibration: how the map came about. moments: see `input_moments`.
     trt: how to build TensorRT plans; None makes a bundle for ONNX Runtime.
-    features_given: layers of a target whose inputs an EAGLE head reads.
+    features_given: layers of a target whose inputs a head reads.
     """
 
     role: Role
@@ -71,22 +75,14 @@ class BundlePlan:
 
 
 def write_bundle(
-    directory: Path, traced: Traced, plan: BundlePlan, progress: Progress, twin: Path | None = None
+    directory: Path, traced: Traced | None, plan: BundlePlan, progress: Progress, twin: Path | None = None
 ) -> Manifest:
     """Fill the empty `directory` with the bundle that `plan` describes. progress: called with (task, done, total).
 
-    twin: a bundle for ONNX Runtime of the same model, dtype, quantisation and context, to link the weights of, but for
-    the LM head's.
+    traced: None for Medusa heads. twin: a bundle for ONNX Runtime of the same model, dtype, quantisation and context,
+    to link the weights of, but for the LM head's.
     """
-    weights = plan.weights
-    tensorrt = None
-    if plan.trt is None:
-        lowered = lower(traced, weights)
-        _save_graphs(directory, lowered, plan, progress, twin)
-    else:
-        lowered, tensorrt = write_tensorrt(
-            directory, traced, weights, plan.role, plan.context_length, plan.trt, progress
-        )
+    lowered, tensorrt = _write_graphs(directory, traced, plan, progress, twin)
     _save_tokenizer(plan.source, directory)
     if plan.vocab_map is not None:
         (directory / VOCAB_MAP_NAME).write_bytes(plan.vocab_map.to_bytes())
@@ -103,18 +99,29 @@ def write_bundle(
     return manifest
 
 
-def _save_graphs(directory: Path, lowered: Lowered, plan: BundlePlan, progress: Progress, twin: Path | None) -> None:
+def _write_graphs(
+    directory: Path, traced: Traced | None, plan: BundlePlan, progress: Progress, twin: Path | None
+) -> tuple[Lowered, TensorRT | None]:
+    model, weights = plan.source.model, plan.weights
+    if traced is None:
+        assert isinstance(model, MedusaHeads)
+        lowered = lower_medusa(model, weights)
+    elif plan.trt is not None:
+        return write_tensorrt(directory, traced, weights, plan.role, plan.context_length, plan.trt, progress)
+    else:
+        lowered = lower(traced, weights)
     if twin:
         save_like(lowered.model, directory, twin, {*lowered.head_tensors, TABLE_NAME})
     else:
         save_graph(lowered.model, directory, f"write {plan.role}", progress)
-    if isinstance(plan.source, HeadSource):
-        features = f"{FEATURES_NAME}.data"
+    if isinstance(model, FeatureHead) and model.fuse is not None:
         if twin:
+            features = f"{FEATURES_NAME}.data"
             shutil.copyfile(twin / FEATURES_NAME, directory / FEATURES_NAME)  # will be stamped anew
             share(twin / features, directory / features)
         else:
-            save_small(lower_features(plan.source.head.fc, plan.weights), directory / FEATURES_NAME)
+            save_small(lower_features(model.fuse, weights), directory / FEATURES_NAME)
+    return lowered, None
 
 
 def _save_tokenizer(source: Source, directory: Path) -> None:
@@ -162,7 +169,7 @@ def _manifest(plan: BundlePlan, lowered: Lowered) -> Manifest:
 def _features(plan: BundlePlan) -> dict[str, Any]:
     """What the manifest says of features given or read."""
     if isinstance(plan.source, HeadSource):
-        size = int(plan.source.head.config.feature_size)
-        return {"kind": "eagle3", "feature_layers": plan.source.feature_layers, "feature_size": size}
+        size = int(plan.source.model.config.feature_size)
+        return {"kind": plan.source.kind, "feature_layers": plan.source.feature_layers, "feature_size": size}
     size = len(plan.features_given) * int(plan.source.model.config.get_text_config().hidden_size)
     return {"feature_layers": plan.features_given, "feature_size": size}

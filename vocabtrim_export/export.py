@@ -6,21 +6,24 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engines.bundle import Manifest, Role
+from engines.bundle import Kind, Manifest, Role
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundle_writer import BundlePlan, write_bundle
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.counting import CalibrationSettings, count_tokens, read_calibration
-from vocabtrim_export.eagle.checkpoint import HeadSource, load_head
-from vocabtrim_export.eagle.config import is_eagle
-from vocabtrim_export.eagle.model import EagleHead
+from vocabtrim_export.eagle.checkpoint import load_head
+from vocabtrim_export.eagle.config import head_kind
+from vocabtrim_export.eagle.medusa import MedusaHeads, load_medusa
+from vocabtrim_export.eagle.model import FeatureHead
+from vocabtrim_export.eagle.mtp import find_mtp, load_mtp
+from vocabtrim_export.eagle.source import HeadSource
 from vocabtrim_export.formats import check_formats, write_formats
 from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.graph.files import Progress
 from vocabtrim_export.graph.quantize import Quantization
 from vocabtrim_export.lowering.trace import Traced, decoder_layers, trace
 from vocabtrim_export.models import DTYPES, Source, calibration_model, load_source
-from vocabtrim_export.moments import eagle_run, input_moments
+from vocabtrim_export.moments import head_run, input_moments
 from vocabtrim_export.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.select import Selection, check_k, select_vocab, structural_token_ids
 from vocabtrim_export.trt.bundle import check_buildable
@@ -61,7 +64,7 @@ class ExportResult:
     """The bundles that were written (no target where none was asked for), the selection behind them, and the other
     formats' directories.
 
-    notes: what the user should know about an EAGLE head.
+    notes: what the user should know about a head.
     """
 
     drafter: Path
@@ -83,7 +86,8 @@ def export(
     """Calibrate, trim and export MODELs into `output/drafter` and, with a target, `output/target`; each of
     `settings.formats` into `output/FORMAT`.
 
-    drafter: also the directory of an EAGLE-3 head of `target`, which then gives the hidden states that the head reads.
+    drafter: also the directory of an EAGLE head or of Medusa heads of `target`, or "mtp" for its multi-token-prediction
+    layer; `target` then gives the hidden states that the head reads.
 
     The token counts stay in `output/token_counts.safetensors`: an interrupted calibration goes on from there, and
     given as the calibration of another export they serve another K. progress: called with (task, done, total).
@@ -93,9 +97,10 @@ def export(
     names = [*roles, *settings.formats]
     check_output(output, names, settings.force)
     check_k(settings.k)
-    _check_format(settings, target is not None, is_eagle(drafter))
-    if is_eagle(drafter):
-        _check_eagle(drafter, target, settings)
+    kind = head_kind(drafter)
+    _check_format(settings, target is not None, kind or "language-model")
+    if kind:
+        _check_head(drafter, target, settings)
     given = read_calibration(settings.calibration.calibration)
     sources = _load(drafter, target, settings.weights_dtype, progress)
     for source in sources.values():
@@ -123,9 +128,9 @@ def export(
     return ExportResult(output / "drafter", where, drafter_manifest, target_manifest, selection, written, notes)
 
 
-def _check_format(settings: ExportSettings, has_target: bool, is_head: bool) -> None:
+def _check_format(settings: ExportSettings, has_target: bool, kind: Kind) -> None:
     """Refuse before the long work what a format cannot hold."""
-    check_formats(settings.formats, has_target, settings.trt is not None, is_head)
+    check_formats(settings.formats, has_target, settings.trt is not None, kind)
     if settings.trt is not None:
         drafters = settings.quantize_drafter or settings.quantize
         check_buildable(settings.trt, {settings.weights_dtype, settings.quantize, drafters})
@@ -133,13 +138,13 @@ def _check_format(settings: ExportSettings, has_target: bool, is_head: bool) -> 
         raise VocabtrimError("ONNX Runtime has no fp8 products on the CPU: use int8 or int4, or --format trt")
 
 
-def _check_eagle(drafter: str, target: str | None, settings: ExportSettings) -> None:
+def _check_head(drafter: str, target: str | None, settings: ExportSettings) -> None:
     if target is None:
-        raise VocabtrimError(f"{drafter} is an EAGLE head, which reads its target's hidden states: give --target too")
+        raise VocabtrimError(f"{drafter} is a head, which reads its target's hidden states: give --target too")
     if settings.trt is not None:
-        raise VocabtrimError("EAGLE heads run on ONNX Runtime only so far: leave --format trt out")
+        raise VocabtrimError("heads run on ONNX Runtime only so far: leave --format trt out")
     if settings.calibration.calibration_source == "drafter":
-        raise VocabtrimError("an EAGLE head generates nothing by itself: use --calibration-source target or text")
+        raise VocabtrimError("a head generates nothing by itself: use --calibration-source target or text")
 
 
 def _write_bundles(
@@ -151,14 +156,13 @@ def _write_bundles(
     progress: Progress,
 ) -> dict[Role, Manifest]:
     manifests: dict[Role, Manifest] = {}
-    traced: dict[str, Traced] = {}
+    traced: dict[str, Traced | None] = {}
     moments: dict[str, Mapping[str, Tensor]] = {}
     for role, directory in places.items():
         source, plan = sources[role], _plan(role, sources, selection, counts, settings)
         if source.name not in traced:  # a model that drafts for itself is traced and measured once
             progress("trace", 0, 1)
-            dtype = DTYPES[settings.weights_dtype]
-            traced = {source.name: trace(source.model, dtype, plan.context_length, plan.features_given)}
+            traced = {source.name: _trace(plan)}
             progress("trace", 1, 1)
         if plan.quantization == "int4":
             if source.name not in moments:
@@ -170,20 +174,29 @@ def _write_bundles(
     return manifests
 
 
+def _trace(plan: BundlePlan) -> Traced | None:
+    """None for Medusa heads, which are no decoder."""
+    if isinstance(plan.source.model, MedusaHeads):
+        return None
+    return trace(plan.source.model, DTYPES[plan.dtype], plan.context_length, plan.features_given)
+
+
 def _moments(source: Source, sources: Mapping[Role, Source]) -> dict[str, Tensor]:
     with calibration_model(source.model) as model:
-        if not isinstance(source, HeadSource) or not isinstance(model, EagleHead):
+        if not isinstance(source, HeadSource) or not isinstance(model, FeatureHead | MedusaHeads):
             return input_moments(model, source.tokenizer)
         with calibration_model(sources["target"].model) as target:
-            return input_moments(model, source.tokenizer, eagle_run(model, target, source.feature_layers))
+            return input_moments(model, source.tokenizer, head_run(model, target, source.feature_layers))
 
 
 def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> dict[Role, Source]:
     progress("load", 0, 1)
-    if target and is_eagle(drafter):
+    if target and (kind := head_kind(drafter)):
+        layer = find_mtp(target) if kind == "mtp" else None
+        load = load_medusa if kind == "medusa" else load_head
         read = load_source(target, DTYPES[dtype])
         decoder_layers(read.model)  # refuses before the long work
-        head = load_head(drafter, read)
+        head = load_mtp(layer, read) if layer else load(drafter, read)
         progress("load", 1, 1)
         return {"drafter": head, "target": read}
     sources: dict[Role, Source] = {"drafter": load_source(drafter, DTYPES[dtype])}

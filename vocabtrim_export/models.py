@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from engines.bundle import file_digest
 from engines.errors import VocabtrimError
 from engines.tokenizer import tokenizer_digest
-from vocabtrim_export.eagle.config import is_eagle
+from vocabtrim_export.eagle.config import head_kind
 from vocabtrim_export.gguf_extras import rope_parameters, without_additions
 from vocabtrim_export.quantized_weights import dense_weights, is_readable
 from vocabtrim_export.weight_files import PICKLES, count_weights, pickled
@@ -152,8 +152,8 @@ def _locate(spec: str) -> tuple[list[Path], str, dict[str, Any]]:
 
 
 def _locate_directory(path: Path) -> tuple[list[Path], str, dict[str, Any]]:
-    if is_eagle(str(path)):
-        raise VocabtrimError(f"{path} is an EAGLE head and no model: give it as --drafter, with its --target")
+    if head_kind(str(path.absolute())):
+        raise VocabtrimError(f"{path} is a head and no model: give it as --drafter, with its --target")
     weights = sorted(path.glob("*.safetensors"))
     if (path / "config.json").is_file() and weights:
         return weights, str(path), {}

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from vocabtrim_export.calibration import builtin_corpus
-from vocabtrim_export.eagle.model import EagleHead
+from vocabtrim_export.eagle.medusa import MedusaHeads
+from vocabtrim_export.eagle.model import FeatureHead
 from vocabtrim_export.graph.quantize import BLOCK, HEAD
 from vocabtrim_export.lowering.trace import layer_inputs
 
@@ -60,13 +61,21 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Ten
     return add
 
 
-def eagle_run(head: EagleHead, target: PreTrainedModel, layers: Sequence[int]) -> Callable[[Tensor], None]:
-    """For `input_moments` of a head: true rows of a text, then the rows of a draft step after each."""
+def head_run(
+    head: FeatureHead | MedusaHeads, target: PreTrainedModel, layers: Sequence[int]
+) -> Callable[[Tensor], None]:
+    """For `input_moments` of a head: true rows of a text, then the rows of a draft step after each, if there are any
+    that feed themselves."""
 
     def run(piece: Tensor) -> None:
         with layer_inputs(target, layers) as entered:
             target(piece, use_cache=False)
-        hidden = head.fc(torch.cat(entered(), -1))
+        hidden = torch.cat(entered(), -1)
+        if isinstance(head, MedusaHeads):
+            head(hidden)
+            return
+        if head.fuse is not None:
+            hidden = head.fuse(hidden)
         for step in range(1, 3):
             tokens, hidden = piece[:, step:], hidden[:, :-1]
             hidden = head(tokens, torch.arange(tokens.shape[1])[None], hidden).hidden_states

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from vocabtrim_export.eagle.checkpoint import HeadSource
 from vocabtrim_export.eagle.model import EagleConfig, EagleHead
+from vocabtrim_export.eagle.source import HeadSource
 from vocabtrim_export.lowering.composites import rotary_modules
 from vocabtrim_export.models import Source
 
@@ -128,7 +128,7 @@ def random_head(shape: HeadShape, target: Source) -> HeadSource:
     _fill(model)
     model.generation_config = target.model.generation_config
     ids = np.arange(shape.rows)
-    return HeadSource(_name(shape), model, target.tokenizer, _digest(shape), ids, shape.feature_layers, ())
+    return HeadSource(_name(shape), model, target.tokenizer, _digest(shape), "eagle3", ids, shape.feature_layers, ())
 
 
 def _name(shape: Shape | HeadShape) -> str:

@@ -11,7 +11,7 @@ from engines.bundle import Role, read_bundle
 from engines.errors import VocabtrimError
 from engines.vocab_map import VocabMap
 from vocabtrim_export.bundle_writer import BundlePlan, write_bundle
-from vocabtrim_export.eagle.checkpoint import HeadSource
+from vocabtrim_export.eagle.source import HeadSource
 from vocabtrim_export.export import context_length
 from vocabtrim_export.graph.files import Progress
 from vocabtrim_export.graph.quantize import Quantization

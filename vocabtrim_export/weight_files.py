@@ -38,6 +38,11 @@ def count_weights(path: Path) -> int:
     """Numbers that a weight file holds, by its header alone. Raises `VocabtrimError` for a header that cannot be."""
     if path.suffix == ".gguf":
         return check_gguf(path)
+    return sum(map(math.prod, tensor_shapes(path).values()))
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors of a .safetensors file by its header alone. Raises `VocabtrimError` for a header that cannot be."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -58,4 +63,4 @@ def count_weights(path: Path) -> int:
         raise VocabtrimError(
             f"cannot load {path}: it has {size} bytes, its header says {8 + length + end}; fetch it again"
         )
-    return sum(math.prod(entry.shape) for entry in entries.values())
+    return {name: entry.shape for name, entry in entries.items()}

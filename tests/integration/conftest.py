@@ -71,7 +71,7 @@ def random_model(tmp_path_factory, tokenizer):
 
     def make(architecture: str, seed: int = 0, **changes) -> Path:
         path = tmp_path_factory.mktemp(architecture)
-        settings = SHARED | ARCHITECTURES[architecture] | changes
+        settings = SHARED | ARCHITECTURES.get(architecture, {}) | changes
         if architecture == "gpt2":
             settings = {k: v for k, v in settings.items() if k not in ("max_position_embeddings", "num_hidden_layers")}
         config = transformers.AutoConfig.for_model(architecture, **settings)

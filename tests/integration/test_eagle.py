@@ -123,12 +123,12 @@ def test_every_layout_holds_the_same_head(write_head, target_dir, target_model):
         source = load_head(str(write_head(tensors, config)), target)
         head = target_model.lm_head.weight if name == "the target's head" else full["lm_head.weight"]
         assert np.array_equal(np.sort(source.row_token_ids), kept), name
-        assert torch.equal(source.head.lm_head.weight[source.rows_of(kept)], head[kept]), name
+        assert torch.equal(source.model.lm_head.weight[source.rows_of(kept)], head[kept]), name
         assert source.feature_layers == LAYERS, name
         assert bool(source.notes) == (name == "no d2t")
-        assert torch.equal(source.head.midlayer.mlp.up_proj.weight, full["midlayer.mlp.up_proj.weight"]), name
+        assert torch.equal(source.model.midlayer.mlp.up_proj.weight, full["midlayer.mlp.up_proj.weight"]), name
         scale = 2 if name == "SpecForge" else 1
-        assert torch.equal(source.head.embed_tokens.weight, target_model.model.embed_tokens.weight * scale), name
+        assert torch.equal(source.model.embed_tokens.weight, target_model.model.embed_tokens.weight * scale), name
 
 
 def test_a_reduced_head_is_trimmed_further(write_head, export_head, target_model):
@@ -196,7 +196,7 @@ def test_a_fork_of_a_head_and_its_target_is_another_pair(pair):
         assert made[0].stats.accepted == made[1].stats.accepted
 
 
-@pytest.mark.parametrize(("name", "message"), [("genai", "is for language models"), ("hf", "is for language models")])
+@pytest.mark.parametrize(("name", "message"), [("genai", "kind language-model, and"), ("hf", "one is of eagle3")])
 def test_formats_of_language_models_are_refused(name, message, write_head, export_head):
     head = write_head(make_tensors(), eagle_aux_hidden_state_layer_ids=list(LAYERS))
     with pytest.raises(VocabtrimError, match=message):

@@ -65,10 +65,9 @@ CONFIGS = {
     "no size": ({"hidden_size": None}, "hidden_size is null, which cannot be"),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     "odd heads": ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads"),
-    "rope": ({"rope_scaling": {"rope_type": "spiral"}}, "describes no EAGLE-3 head"),
+    "rope": ({"rope_scaling": {"rope_type": "spiral"}}, "describes no such head"),
     "several layers": ({"num_hidden_layers": 2}, "has several layers"),
     "a norm": ({"norm_before_fc": True}, "sets norm_before_fc, which cannot be exported yet"),
-    "first EAGLE": ({"architectures": ["LlamaForCausalLMEagle"]}, "is an EAGLE-1 or EAGLE-2 head"),
 }
 
 
@@ -87,14 +86,14 @@ def test_configurations_that_cannot_be(case, attempt, write_head):  # noqa: F811
 def test_ways_of_asking_that_make_no_sense(attempt, write_head, model, tmp_path):  # noqa: F811
     head = write_head(make_tensors(), eagle_aux_hidden_state_layer_ids=list(LAYERS))
     assert_one_line(attempt(drafter=head, target=None), "reads its target's hidden states: give --target")
-    assert_one_line(attempt(drafter=model, target=head), "is an EAGLE head and no model: give it as --drafter")
-    assert_one_line(attempt(drafter=head, format="trt"), "EAGLE heads run on ONNX Runtime only")
+    assert_one_line(attempt(drafter=model, target=head), "is a head and no model: give it as --drafter")
+    assert_one_line(attempt(drafter=head, format="trt"), "heads run on ONNX Runtime only")
     assert_one_line(attempt(drafter=head, calibration_source="drafter"), "generates nothing by itself")
     pickled = shutil.copytree(head, tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     assert_one_line(attempt(drafter=pickled), "pytorch_model.bin is a pickle checkpoint.*save_file")
     (pickled / "pytorch_model.bin").unlink()
-    assert_one_line(attempt(drafter=pickled), "EAGLE head without .safetensors weights")
+    assert_one_line(attempt(drafter=pickled), "holds an EAGLE head without .safetensors weights")
     (pickled / "model.safetensors").write_bytes((head / "model.safetensors").read_bytes()[:-8])
     assert_one_line(attempt(drafter=pickled), "fetch it again")
     (pickled / "config.json").write_text(json.dumps(CONFIG)[:-1])

@@ -19,7 +19,7 @@ from vocabtrim_export.formats.masked import write_masked
 from vocabtrim_export.output import FORMAT_MARK, check_output
 
 PROMPT = [5, 17, 260, 33, 120, 7]
-OF_MODELS = [name for name, needs in FORMATS.items() if not needs.of_heads and not needs.packages]
+OF_MODELS = [name for name, needs in FORMATS.items() if "language-model" in needs.drafters and not needs.packages]
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_a_format_that_fails_changes_nothing_and_one_that_is_there_may_be_replac
         (["--format", "genai"], "give --target"),
         (["--format", "onnx", "trt"], "make the same bundles"),
         (["--format", "trt", "triton", "--trt-flavor", "none"], "made of the graphs of --format onnx"),
-        (["--format", "eagle3"], "take hf"),
+        (["--format", "eagle3"], "is for drafters of the kind eagle3, and this one is of language-model"),
     ],
 )
 def test_formats_that_cannot_be_are_refused_in_one_line(arguments, message, pair, tmp_path, capsys):

@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         required=True,
         metavar="MODEL",
-        help=f"the model to trim: {_MODEL}; or the directory of an EAGLE-3 head of the target",
+        help=f"the model to trim: {_MODEL}; or the directory of an EAGLE head or of Medusa heads of the "
+        "target; or mtp: the target's own multi-token-prediction layer",
     )
     parser.add_argument("--target", metavar="MODEL", help="the model it drafts for; may be the same one")
     parser.add_argument(

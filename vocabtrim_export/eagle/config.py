@@ -1,14 +1,18 @@
-"""config.json of an EAGLE-3 head, in the layouts of SafeAILab and SpecForge, ModelOpt, and speculators."""
+"""config.json of an EAGLE head, in the layouts of SafeAILab and SpecForge, ModelOpt, and speculators."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engines.errors import VocabtrimError
+from engines.manifest import Kind
 from engines.typed_json import decode, read
+from vocabtrim_export.weight_files import tensor_shapes
 
-_FIRST = "an EAGLE-1 or EAGLE-2 head, which cannot be exported yet: take an EAGLE-3 head"
+MTP = "mtp"  # as a MODEL: the multi-token-prediction layer of the target
+_UNCOVERED = {"eagle3": ("norm_before_fc", "fc_norm", "norm_output"), "eagle": ("layernorms", "add_para_norm")}
+_FUSING = {"fc.weight", "model.fc.weight", "fusion_fc.weight"}  # no language model has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +34,14 @@ class LayerConfig:
 
 @dataclass(frozen=True, slots=True)
 class HeadConfig:
-    """feature_layers: layer i means what enters layer i of the target; None: the ones that EAGLE-3 takes by default.
+    """kind: "eagle" for EAGLE-1 and EAGLE-2, whose heads are alike, or "eagle3".
+    feature_layers: layer i means what enters layer i of the target; None: the ones that the kind takes by default.
 
     norm_before_residual: see `EagleConfig`. target_hidden_size: of the features of one layer.
     target_digest: of the target's weights, by those who state it.
     """
 
+    kind: Literal["eagle", "eagle3"]
     layer: LayerConfig
     feature_layers: tuple[int, ...] | None
     norm_before_residual: bool
@@ -43,26 +49,37 @@ class HeadConfig:
     target_digest: str | None
 
 
-def is_eagle(spec: str) -> bool:
-    """Whether MODEL is the directory of a head, by its config.json."""
-    path = Path(spec).expanduser() / "config.json"
-    if not path.is_file():
-        return False
-    data = read(path)
-    return isinstance(data, dict) and _names_eagle(data)
+def head_kind(spec: str) -> Kind | None:
+    """What head MODEL is, if it is one: `MTP`, or the directory of Medusa heads or an EAGLE head, by its config.json
+    or, as some of these describe a mere Llama, by the names of its tensors."""
+    if spec == MTP:
+        return "mtp"
+    directory = Path(spec).expanduser()
+    if not (directory / "config.json").is_file():
+        return None
+    data = read(directory / "config.json")
+    if not isinstance(data, dict):
+        return None
+    if "medusa_num_heads" in data and not any("causallm" in name for name in _kinds(data)):
+        return "medusa"  # a model that has been trained together with its heads may state their number as well
+    names = [name for file in directory.glob("*.safetensors") for name in tensor_shapes(file)]
+    if any("eagle" in name for name in _kinds(data)) or not _FUSING.isdisjoint(names):
+        return _kind(data, names)
+    return None
 
 
-def read_head_config(directory: Path) -> HeadConfig:
-    """Raises `VocabtrimError` for a head that is not covered, or a config.json that lacks what is needed."""
+def read_head_config(directory: Path, tensors: Iterable[str]) -> HeadConfig:
+    """tensors: their names in the checkpoint.
+
+    Raises `VocabtrimError` for a head that is not covered, or a config.json that lacks what is needed."""
     where = directory / "config.json"
     data = read(where)
     inner = data.get("transformer_layer_config")
     raw = inner if isinstance(inner, dict) else data
-    if not any("eagle3" in name for name in _kinds(data)):
-        raise VocabtrimError(f"{directory} is {_FIRST}")
+    kind = _kind(data, tensors)
     if raw.get("num_hidden_layers", 1) != 1:
-        raise VocabtrimError(f"{directory} has several layers: only EAGLE-3 heads of one can be exported")
-    for option in ("norm_before_fc", "fc_norm", "norm_output"):
+        raise VocabtrimError(f"{directory} has several layers: only EAGLE heads of one can be exported")
+    for option in _UNCOVERED[kind]:
         if data.get(option):
             raise VocabtrimError(f"{where} sets {option}, which cannot be exported yet")
     defaults = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
@@ -75,8 +92,9 @@ def read_head_config(directory: Path) -> HeadConfig:
         raise VocabtrimError(f"{where}: num_attention_heads is no multiple of num_key_value_heads")
     target_hidden = decode(int | None, data.get("target_hidden_size"), f"{where}: target_hidden_size")
     return HeadConfig(
+        kind,
         layer,
-        _feature_layers(data, str(where)),
+        _feature_layers(data, str(where)) if kind == "eagle3" else None,
         decode(bool, data.get("norm_before_residual", False), f"{where}: norm_before_residual"),
         target_hidden or layer.hidden_size,
         decode(str | None, data.get("target_digest"), f"{where}: target_digest"),
@@ -95,8 +113,9 @@ def _feature_layers(data: Mapping[str, Any], where: str) -> tuple[int, ...] | No
     return tuple(layer + 1 for layer in given) or None
 
 
-def _names_eagle(data: Mapping[str, Any]) -> bool:
-    return any("eagle" in name for name in _kinds(data))
+def _kind(data: Mapping[str, Any], tensors: Iterable[str]) -> Literal["eagle", "eagle3"]:
+    is_third = any("eagle3" in name for name in _kinds(data))
+    return "eagle3" if is_third or any(name.endswith(".hidden_norm.weight") for name in tensors) else "eagle"
 
 
 def _kinds(data: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import (
 class EagleConfig(LlamaConfig):
     """A Llama layer's numbers, and a head's own.
 
-    feature_size: numbers that `fc` reads for a token. head_rows: rows of the LM head. biases: the linear layers that
+    feature_size: numbers in the features of a token. head_rows: rows of the LM head. biases: the linear layers that
     have one, by name. norm_before_residual: the residual stream starts from the normed hidden state, not from the raw.
     """
 
@@ -28,6 +28,8 @@ class EagleConfig(LlamaConfig):
     head_rows: int = 0
     biases: list[str] | None = None
     norm_before_residual: bool = False
+    has_norms: bool = False  # this and the next: see `LayerHead`
+    hidden_first: bool = False
 
 
 class _Attention(nn.Module):
@@ -89,9 +91,28 @@ class _Layer(nn.Module):
         return out
 
 
-class EagleHead(LlamaPreTrainedModel):
-    """Row t reads token t + 1 and, of token t, the hidden state that `fc` makes of the target's features; it predicts
-    token t + 2. A row that the head drafts itself reads the hidden state of the row before."""
+class FeatureHead(LlamaPreTrainedModel):
+    """Row t reads token t + 1 and a hidden state made of the target's features of token t; it predicts token t + 2. A
+    row that the head drafts itself reads the hidden state that the row before gives."""
+
+    lm_head: nn.Linear
+
+    @property
+    def fuse(self) -> nn.Linear | None:
+        """What makes a hidden state of the features; None where they are one."""
+        return None
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, hidden: Tensor) -> CausalLMOutput:
+        """input_ids, position_ids: int64[1, S], hidden: [1, S, hidden] → logits [1, S, head_rows], and as
+        hidden_states [1, S, hidden] what the next draft step reads."""
+        raise NotImplementedError
+
+
+class EagleHead(FeatureHead):
+    """Of EAGLE-3. The next draft step reads what the layer gives, before the norm."""
 
     config: EagleConfig
     config_class = EagleConfig
@@ -106,13 +127,12 @@ class EagleHead(LlamaPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.head_rows, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def get_output_embeddings(self) -> nn.Linear:
-        head: nn.Linear = self.lm_head
-        return head
+    @property
+    def fuse(self) -> nn.Linear:
+        fuse: nn.Linear = self.fc
+        return fuse
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, hidden: Tensor) -> CausalLMOutput:
-        """input_ids, position_ids: int64[1, S], hidden: [1, S, hidden] → logits [1, S, head_rows], and as
-        hidden_states [1, S, hidden] what the next draft step reads."""
         cos, sin = self.rotary_emb(hidden, position_ids)
         hidden = self.midlayer(self.embed_tokens(input_ids), hidden, cos, sin)
         return CausalLMOutput(logits=self.lm_head(self.norm(hidden)), hidden_states=hidden)  # type: ignore[arg-type]

@@ -20,36 +20,35 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Format:
     """Where a format is written, and what must be there. needs_target: both models. needs_graph: the graphs of
-    `--format onnx`. of_heads: it is for EAGLE-3 heads as drafters, and all others for language models. packages: what
-    must be installed to write it, by the extra of the same name."""
+    `--format onnx`. drafters: the kinds of drafters that it holds. packages: what must be installed to write it, by the
+    extra of the same name."""
 
     module: str
     needs_target: bool = False
     needs_graph: bool = False
-    of_heads: bool = False
+    drafters: tuple[str, ...] = ("language-model",)
     packages: tuple[str, ...] = ()
 
 
 FORMATS: Mapping[str, Format] = {
-    "eagle3": Format("eagle3", needs_target=True, of_heads=True),
+    "eagle3": Format("eagle3", needs_target=True, drafters=("eagle3",)),
     "genai": Format("genai", needs_target=True, needs_graph=True),
     "hf": Format("hf"),
     "openvino": Format("openvino", needs_target=True, needs_graph=True, packages=("openvino", "openvino_tokenizers")),
-    "sglang-token-map": Format("sglang"),
+    "sglang-token-map": Format("sglang", drafters=("language-model", "eagle")),
     "triton": Format("triton", needs_graph=True),
 }
 
 
-def check_formats(names: Sequence[str], has_target: bool, is_tensorrt: bool, is_head: bool) -> None:
-    """Raise `VocabtrimError` for what cannot be written, before the long work. is_head: of an EAGLE head as drafter."""
+def check_formats(names: Sequence[str], has_target: bool, is_tensorrt: bool, drafter: str) -> None:
+    """Raise `VocabtrimError` for what cannot be written, before the long work. drafter: its kind."""
     for name in names:
         if name not in FORMATS:
             raise VocabtrimError(f"--format {name} is unknown: choose from onnx, trt, {', '.join(FORMATS)}")
         needs = FORMATS[name]
-        if needs.of_heads and not is_head:
-            raise VocabtrimError(f"--format {name} is the form of EAGLE-3 heads, and this drafter is none: take hf")
-        if is_head and not needs.of_heads:
-            raise VocabtrimError(f"--format {name} is for language models, and this drafter is an EAGLE-3 head")
+        if drafter not in needs.drafters:
+            kinds = " or ".join(needs.drafters)
+            raise VocabtrimError(f"--format {name} is for drafters of the kind {kinds}, and this one is of {drafter}")
         if needs.needs_target and not has_target:
             raise VocabtrimError(f"--format {name} holds drafter and target: give --target as well")
         if needs.needs_graph and is_tensorrt:

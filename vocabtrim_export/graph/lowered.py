@@ -53,8 +53,8 @@ def _bytes_per_step(graph: ir.Graph) -> int:
 
 
 def _cache_form(caches: list[ir.Value]) -> tuple[int, int]:
-    """Heads and head size of the KV caches, which a bundle has of one form only."""
-    forms = {(shape[1], shape[3]) for shape in map(_dims, caches)}
+    """Heads and head size of the KV caches, which a bundle has of one form only; 0 and 0 where it has none."""
+    forms = {(shape[1], shape[3]) for shape in map(_dims, caches)} or {(0, 0)}
     if len(forms) != 1:
         raise VocabtrimError(f"the layers' KV caches differ in form ({sorted(forms)}), which bundles cannot hold")
     return forms.pop()

@@ -42,8 +42,7 @@ def _skip_norm(decoder: DecoderGraph, node: ir.Node, add: ir.Node, scale: ir.Val
     normed, _, _, total = fused.outputs
     for unused in fused.outputs[1:3]:
         unused.name = ""
-    node.outputs[0].replace_all_uses_with(normed)
-    decoder.graph.remove(node, safe=True)
+    decoder.replace(node, [], [normed])
     decoder.replace(add, [], [total])
 
 

@@ -94,7 +94,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 def lower_products(decoder: DecoderGraph, quantization: Quantization) -> list[str]:
     """Turn every Linear and Head into `MatMul` or, quantised, `MatMulNBits`; a bias becomes an `Add`.
 
-    Returns the names of the initializers that the head reads.
+    Returns the names of the initializers that the head, or all heads, read.
     """
     head_weights: list[str] = []
     for node in [*decoder.composites("Linear"), *decoder.composites("Head")]:
@@ -111,7 +111,7 @@ def lower_products(decoder: DecoderGraph, quantization: Quantization) -> list[st
             product = _quantized_product(decoder, x, name, dense, BITS[quantization])
         nodes = [product]
         if node.op_type == "Head":
-            head_weights = [name_of(value) for value in [*product.inputs[1:], *bias] if value is not None]
+            head_weights += [name_of(value) for value in [*product.inputs[1:], *bias] if value is not None]
         if bias and bias[0] is not None:
             nodes.append(ir.node("Add", [product.outputs[0], bias[0]]))
         decoder.replace(node, nodes, nodes[-1].outputs)

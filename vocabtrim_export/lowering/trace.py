@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from engines.errors import VocabtrimError
 from engines.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
-from vocabtrim_export.eagle.model import EagleHead
+from vocabtrim_export.eagle.model import FeatureHead
 from vocabtrim_export.lowering.composites import DOMAIN, Norm, Rope, composites, rotary_modules
 
 OPSET = 20
@@ -45,7 +45,7 @@ def trace(
 ) -> Traced:
     """Trace `model` for a KV cache of `context_length` tokens.
 
-    feature_layers: those whose inputs are to be an output, too.
+    feature_layers: those whose inputs are to be an output, too; counted on, the LM head is one more.
     Raises `VocabtrimError` for an architecture that transformers' attention interface does not cover.
     """
     modeling = sys.modules[type(model).__module__]
@@ -136,9 +136,9 @@ class _Decoder(nn.Module):
 
 
 class _HeadDecoder(_Decoder):
-    """The same of an EAGLE head, which reads and gives a hidden state."""
+    """The same of a head that reads and gives a hidden state."""
 
-    def __init__(self, model: EagleHead, rope: Rope | None) -> None:
+    def __init__(self, model: FeatureHead, rope: Rope | None) -> None:
         super().__init__(model, rope)
         self.outputs = ["logits", HIDDEN_OUTPUT]
 
@@ -149,7 +149,8 @@ class _HeadDecoder(_Decoder):
 
 @contextmanager
 def layer_inputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[Callable[[], list[Tensor]]]:
-    """Notes what enters these decoder layers when `model` runs: [1, S, hidden] each, in the order of `layers`.
+    """Notes what enters these decoder layers when `model` runs: [1, S, hidden] each, in the order of `layers`. The
+    number of layers itself stands for the LM head, which reads what leaves the last layer and the norm behind it.
 
     Raises `VocabtrimError` for a model whose layers are not to be found.
     """
@@ -163,7 +164,7 @@ def layer_inputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[Call
 
     handles = []
     if layers:
-        modules = decoder_layers(model)
+        modules = [*decoder_layers(model), model.get_output_embeddings()]
         handles = [modules[i].register_forward_pre_hook(note(i), with_kwargs=True) for i in layers]
     try:
         yield lambda: [entered[i] for i in layers]
@@ -178,7 +179,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
     found = [each for each in lists if len(each) == config.num_hidden_layers]
     if len(found) != 1:
-        raise VocabtrimError(f"a {config.model_type} model does not show its layers, whose inputs an EAGLE head reads")
+        raise VocabtrimError(f"a {config.model_type} model does not show its layers, whose inputs a head would read")
     return found[0]
 
 
@@ -201,7 +202,7 @@ def _trace_skeleton(
             }
         )
         example = {"input_ids": torch.ones(1, 7, dtype=torch.long), "position_ids": torch.arange(7)[None]}
-        if isinstance(skeleton, EagleHead):
+        if isinstance(skeleton, FeatureHead):
             decoder: _Decoder = _HeadDecoder(skeleton, fake_rope)
             example[HIDDEN_INPUT] = torch.zeros(1, 7, skeleton.config.hidden_size, dtype=dtype)
         else:
