@@ -1,13 +1,13 @@
 """What only a GPU can prove of EAGLE heads on ONNX Runtime's CUDA."""
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from engines import load_engine, read_bundle
 from engines.base import Engine
+from engines.bundle import FEATURES_NAME
 from engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 from engines.onnxruntime_cuda_eagle import DeviceRows
 from engines.onnxruntime_eagle import EagleEngine, FeatureEngine
@@ -65,8 +65,8 @@ def exact_pair(pair, directory):
                 write_exact(path / name, directory / path.name / name)
         sessions = [open_session(directory / path.name / "model.onnx") for path in (pair.target, pair.drafter)]
         target = opened.enter_context(FeatureEngine(read_bundle(pair.target), sessions[0]))
-        bundle = replace(read_bundle(pair.drafter), path=directory / pair.drafter.name)
-        yield target, opened.enter_context(EagleEngine(bundle, sessions[1]))
+        fuse = open_session(directory / pair.drafter.name / FEATURES_NAME)
+        yield target, opened.enter_context(EagleEngine(read_bundle(pair.drafter), sessions[1], fuse))
 
 
 @pytest.mark.parametrize(

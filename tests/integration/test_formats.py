@@ -182,7 +182,7 @@ def test_formats_that_cannot_be_are_refused_in_one_line(arguments, message, pair
 def test_a_format_whose_packages_are_absent_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(VocabtrimError, match=r"needs openvino: pip install 'vocabtrim-export\[openvino\]'"):
-        check_formats(["openvino"], has_target=True, is_tensorrt=False, is_head=False)
+        check_formats(["openvino"], has_target=True, is_tensorrt=False, drafter="language-model")
 
 
 def _session(path):
