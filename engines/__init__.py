@@ -43,10 +43,8 @@ def load_engine(
     if profile and (device != "cpu" or bundle.manifest.tensorrt is not None):
         raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
     kind = bundle.manifest.kind
-    if device == "cuda" and kind not in ("language-model", "eagle3"):
-        raise VocabtrimError(
-            f"{path} holds a head of the kind {kind}, which runs on the CPU only so far: use device 'cpu'"
-        )
+    if device == "cuda" and kind == "medusa":
+        raise VocabtrimError(f"{path} holds Medusa heads, which run on the CPU only so far: use device 'cpu'")
     if profile and kind == "medusa":
         raise VocabtrimError("the operators of Medusa heads are not profiled yet: leave --profile out")
     if device == "cuda" and bundle.manifest.tensorrt is not None:

@@ -6,7 +6,7 @@ and no control flow, either can as well be appended to a verification's graph, w
 then its inputs. `engines.sampling_graphs` warps the logits first (temperature, top-k, top-p).
 
 Written with what ONNX Runtime (CPU, CUDA) and TensorRT all run: gathers instead of scatters, running sums instead of
-products, and a smallest index by ReduceMin instead of ArgMax, whose choice among equals is not TensorRT's to promise.
+products, and an index by counting instead of ArgMax, whose choice among equals is not TensorRT's to promise.
 The draft's length is dynamic: fixed by the profile that a plan is built for.
 """
 

@@ -15,7 +15,7 @@ from engines.base import Device, Engine, Speculation, StepOutput
 from engines.bundle import FEATURES_NAME, Bundle
 from engines.cuda_provider import PROVIDER, explain_out_of_memory, open_cuda_graph, open_cuda_session, require_provider
 from engines.onnxruntime_cuda_round import CudaRound
-from engines.onnxruntime_cuda_run import CudaRun, Place, Run, element_type, run_options
+from engines.onnxruntime_cuda_run import CudaRun, Place, Work, element_type, run_options
 from engines.onnxruntime_cuda_sampling import DeviceSampler
 from engines.onnxruntime_engine import OnnxRuntimeEngine, Step, numpy_dtype, session_options
 from engines.replay import Replayed
@@ -134,7 +134,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         """Whether all that this drafter needs for `unread` tokens, to draft for `target`, is on the device."""
         return unread <= _UNREAD
 
-    def prepare(self, target: "OnnxRuntimeCudaEngine", unread: int) -> list[Run]:  # noqa: ARG002
+    def prepare(self, target: "OnnxRuntimeCudaEngine", unread: int) -> list[Work]:  # noqa: ARG002
         """What a round runs before this drafter's first step."""
         return []
 
@@ -250,8 +250,9 @@ def load_cuda_engine(bundle: Bundle, neighbour: Engine | None, share_cache: bool
     if bundle.manifest.feature_layers:
         from engines.onnxruntime_cuda_eagle import CudaEagleEngine, CudaFeatureEngine
 
-        if bundle.manifest.kind == "eagle3":
-            fuse = open_cuda_session(bundle, stream, missing, FEATURES_NAME)
+        if bundle.manifest.kind != "language-model":
+            fuses = FEATURES_NAME in bundle.manifest.files
+            fuse = open_cuda_session(bundle, stream, missing, FEATURES_NAME) if fuses else None
             return CudaEagleEngine(bundle, session, fuse, stream)
         return CudaFeatureEngine(bundle, session, stream, shared)
     return OnnxRuntimeCudaEngine(bundle, session, stream, shared)

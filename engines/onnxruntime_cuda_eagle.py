@@ -14,7 +14,7 @@ from engines.cuda_provider import explain_out_of_memory
 from engines.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
 from engines.numbers import from_float32, to_float32
 from engines.onnxruntime_cuda import OnnxRuntimeCudaEngine, can_be_captured
-from engines.onnxruntime_cuda_run import CudaRun, Place, Run, element_type, run_options
+from engines.onnxruntime_cuda_run import CudaRun, Place, Run, Work, element_type, run_options
 from engines.onnxruntime_eagle import require_last_row, require_rows
 from engines.onnxruntime_engine import Step, numpy_dtype
 from engines.sampling_params import Sampling
@@ -61,6 +61,18 @@ class DeviceRows:
 
     def _bytes(self, count: int) -> int:
         return count * self.size * numpy_dtype(self.onnx_type).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class RowCopy:
+    """The first `count` rows of `source` over those of `target`."""
+
+    source: DeviceRows
+    target: DeviceRows
+    count: int
+
+    def enqueue(self) -> None:
+        self.target.take(self.source, 0, self.count)
 
 
 class CudaFeatureEngine(OnnxRuntimeCudaEngine):
@@ -140,7 +152,8 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
 
 
 class CudaEagleEngine(OnnxRuntimeCudaEngine):
-    """An EAGLE-3 head, as `EagleEngine` on the CPU. fuse: a session on its graph of features, on `stream` too.
+    """A head as `EagleEngine` runs it on the CPU. fuse: a session on its graph of features, on `stream` too; None where
+    features are hidden states already.
 
     last: the row of what the graph made that was computed last, and the length of the cache after it.
     """
@@ -151,15 +164,17 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         self,
         bundle: Bundle,
         session: ort.InferenceSession,
-        fuse: ort.InferenceSession,
+        fuse: ort.InferenceSession | None,
         stream: cuda.Stream,
         device: Device = "cuda",
     ) -> None:
         self._fuse = fuse
         super().__init__(bundle, session, stream, device=device)
         self.features_read = bundle.manifest.feature_size
-        self._features = allocate_rows(self, fuse, FEATURES_OUTPUT, MAX_KEEP)  # of a target that is not on the device
         self._hidden_rows = allocate_rows(self, session, HIDDEN_INPUT, MAX_KEEP)
+        self._features = self._hidden_rows  # of a target that is not on the device
+        if fuse:
+            self._features = allocate_rows(self, fuse, FEATURES_OUTPUT, MAX_KEEP)
         self._made = allocate_rows(
             self, session, HIDDEN_OUTPUT, 2 * MAX_KEEP
         )  # a round: of unread tokens and of drafts
@@ -168,7 +183,7 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
 
     @property
     def is_capturable(self) -> bool:
-        return super().is_capturable and can_be_captured(self._fuse)
+        return super().is_capturable and (self._fuse is None or can_be_captured(self._fuse))
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         require_last_row(self, token_ids, self.last[1])
@@ -188,9 +203,11 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         given, read = target.features, self._features
         return (given.onnx_type, given.size) == (read.onnx_type, read.size)
 
-    def prepare(self, target: OnnxRuntimeCudaEngine, unread: int) -> list[Run]:
+    def prepare(self, target: OnnxRuntimeCudaEngine, unread: int) -> list[Work]:
         assert isinstance(target, CudaFeatureEngine)
-        return [self.fuse(target.features.place(0, unread), unread)]
+        if self._fuse is None:
+            return [RowCopy(target.features, self._hidden_rows, unread)]
+        return [self._bind_fuse(self._fuse, target.features.place(0, unread), unread)]
 
     def beside_tokens(self, step: int, unread: int) -> dict[str, Place]:
         if step == 0:
@@ -198,12 +215,12 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         at = unread + step - 1  # the row after the one before
         return {HIDDEN_INPUT: self._made.place(at - 1, 1), HIDDEN_OUTPUT: self._made.place(at, 1)}
 
-    def fuse(self, features: Place, count: int) -> Run:
+    def _bind_fuse(self, fuse: ort.InferenceSession, features: Place, count: int) -> Run:
         """Makes hidden states of `features`, [1, count, features_read]: what a step of `count` rows reads."""
-        binding = self._fuse.io_binding()
+        binding = fuse.io_binding()
         binding.bind_input(FEATURES_OUTPUT, self.device, 0, *features)
         binding.bind_output(HIDDEN_INPUT, self.device, 0, *self._hidden_rows.place(0, count))
-        return Run(self._fuse, binding, run_options())
+        return Run(fuse, binding, run_options())
 
     def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
         run = super().bind_run(places, token_ids)
@@ -224,7 +241,8 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         else:
             rows, self._unread = self._unread[:count], self._unread[count:]
             self._features.write(rows)
-            self.fuse(self._features.place(0, count), count).enqueue()
+            if self._fuse:
+                self._bind_fuse(self._fuse, self._features.place(0, count), count).enqueue()
         output = super()._execute(step, ids)
         self.last = count - 1, self.length
         return output

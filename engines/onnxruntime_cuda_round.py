@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from engines.base import Accepted, Speculation, StepOutput
 from engines.errors import VocabtrimError
-from engines.onnxruntime_cuda_run import Place, Run
+from engines.onnxruntime_cuda_run import Place, Run, Work
 from engines.sampling_graphs import NO_TOKEN
 from engines.sampling_params import Sampling
 
@@ -79,7 +79,7 @@ class CudaRound:
                 "input_ids": self._place(at.tokens + token, np.int64, (1, count)),
             }
 
-        self._draft = drafter.prepare(target, unread)
+        self._draft: list[Work] = drafter.prepare(target, unread)
         for i in range(draft_length):
             first, count = (unread + i - 1, 1) if i else (0, unread)
             places = reads(i, first, first, count) | drafter.beside_tokens(i, unread)

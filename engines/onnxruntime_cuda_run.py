@@ -1,7 +1,7 @@
 """`CudaRun`: one run of a session at fixed addresses of the device."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -20,6 +20,13 @@ class Place(NamedTuple):
     dtype: Any
     shape: tuple[int, ...]
     address: int
+
+
+class Work(Protocol):
+    """Something to do on the device."""
+
+    def enqueue(self) -> None:
+        """Put it on the stream and do not wait for it."""
 
 
 @dataclass(frozen=True, slots=True)

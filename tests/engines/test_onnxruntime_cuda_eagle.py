@@ -21,7 +21,7 @@ from runtime import SamplingParams, SpeculativeDecoder
 from runtime.loop import _Loop, decode_rounds
 from tests.engines.test_onnxruntime_cuda import SAMPLINGS, HostStream, host_round
 from tests.integration import conftest as bundles
-from tests.integration import eagle_heads
+from tests.integration import eagle_heads, layer_heads
 from tests.integration.eagle_heads import LAYERS, make_tensors
 
 random_model, count_file, export_pair = bundles.random_model, bundles.count_file, bundles.export_pair
@@ -45,6 +45,13 @@ def pair(head_dir, target_dir, export_pair):
     return export_pair(head_dir, target_dir, k="100000")
 
 
+@pytest.fixture(scope="module")
+def first_pair(write_head, random_model, export_pair):
+    """An EAGLE-1 head: its hidden states are the target's features."""
+    head = write_head(layer_heads.safeailab(layer_heads.make_tensors()), layer_heads.CONFIG)
+    return export_pair(head, random_model("llama", num_hidden_layers=3), k="100000")
+
+
 class Spied(HostStream):
     """from_features: copies out of the target's buffer."""
 
@@ -66,8 +73,9 @@ def on_device(pair):
         session = open_session(path / MODEL_NAME)
         target = opened.enter_context(CudaFeatureEngine(read_bundle(path), session, stream, device="cpu"))
         path = pair.drafter
-        sessions = (open_session(path / name) for name in (MODEL_NAME, FEATURES_NAME))
-        head = opened.enter_context(CudaEagleEngine(read_bundle(path), *sessions, stream, device="cpu"))
+        fuse = open_session(path / FEATURES_NAME) if (path / FEATURES_NAME).exists() else None
+        session = open_session(path / MODEL_NAME)
+        head = opened.enter_context(CudaEagleEngine(read_bundle(path), session, fuse, stream, device="cpu"))
         memory = target.features.memory
         stream.watched = range(memory.data_ptr(), memory.data_ptr() + memory.tensor_size_in_bytes())
         yield target, head, stream
@@ -81,6 +89,17 @@ def on_host(pair):
 
 def moves(target, head, **options):
     return eagle_heads.moves(target, head, PROMPT, **options)
+
+
+@pytest.mark.parametrize("draft_length", [1, 3])
+def test_a_head_of_the_first_kind_drafts_on_the_device_too(draft_length, first_pair, monkeypatch):
+    with on_host(first_pair) as host, on_device(first_pair) as (target, head, _):
+        for accepted in range(draft_length + 1):
+            options = {"draft_length": draft_length, "force_accepted": accepted}
+            assert moves(target, head, **options) == moves(*host, **options)
+        assert {unread for _, unread, _ in head._rounds} == set(range(1, draft_length + 2))
+        monkeypatch.setattr(CudaFeatureEngine, "speculate", Engine.speculate)
+        assert moves(target, head, draft_length=draft_length) == moves(*host, draft_length=draft_length)
 
 
 def same(found, wanted):
@@ -319,7 +338,7 @@ def test_a_full_gpu_is_explained(pair, monkeypatch):
 
     expected = r"out of GPU memory with .*--max-length"
     with on_device(pair) as (_, head, _):
-        monkeypatch.setattr(head, "fuse", full)
+        monkeypatch.setattr(head, "_bind_fuse", full)
         with pytest.raises(VocabtrimError, match=expected):
             head.feed_features([5], np.zeros((1, 192), np.float32))
     monkeypatch.setattr(onnxruntime_cuda_eagle, "element_type", full)
