@@ -69,7 +69,7 @@ def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None, pro
     if shared and not _one_cache(bundle.manifest, shared.manifest):
         shared = None
     if device == "cuda":
-        from engines.onnxruntime_cuda import load_cuda_engine
+        from engines.onnxruntime_cuda_load import load_cuda_engine
 
         return load_cuda_engine(bundle, neighbour, share_cache=shared is not None)
     if profile:

@@ -61,6 +61,12 @@ def open_cuda_graph(model: bytes, stream: cuda.Stream) -> ort.InferenceSession:
     return _open(model, stream, cuda_graphs=True)
 
 
+def can_be_captured(session: ort.InferenceSession) -> bool:
+    """Whether runs of `session` can be in a CUDA graph."""
+    options: dict[str, str] = session.get_provider_options().get(PROVIDER, {})
+    return options.get("enable_cuda_graph") == "1"
+
+
 def _open(model: Path | bytes, stream: cuda.Stream, cuda_graphs: bool) -> ort.InferenceSession:
     options = {
         "device_id": "0",

@@ -1,6 +1,5 @@
 """`OnnxRuntimeCudaEngine`: a bundle on ONNX Runtime's CUDA, on one stream, with only token ids crossing to the host."""
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,12 @@ from numpy.typing import NDArray
 
 from engines import cuda
 from engines.base import Device, Engine, Speculation, StepOutput
-from engines.bundle import FEATURES_NAME, Bundle
-from engines.cuda_provider import PROVIDER, explain_out_of_memory, open_cuda_graph, open_cuda_session, require_provider
+from engines.bundle import Bundle
+from engines.cuda_provider import (
+    can_be_captured,
+    explain_out_of_memory,
+    open_cuda_graph,
+)
 from engines.onnxruntime_cuda_round import CudaRound
 from engines.onnxruntime_cuda_run import CudaRun, Place, Work, element_type, run_options
 from engines.onnxruntime_cuda_sampling import DeviceSampler
@@ -235,38 +238,3 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         size = int(np.prod(shape)) * numpy_dtype(onnx_type).itemsize
         self.stream.zero(cuda.DeviceMemory(value.data_ptr(), size))
         return value
-
-
-def load_cuda_engine(bundle: Bundle, neighbour: Engine | None, share_cache: bool) -> OnnxRuntimeCudaEngine:
-    """The bundle on CUDA, on the stream of `neighbour` if that has one, and with its cache if `share_cache`.
-
-    Raises `VocabtrimError` if ONNX Runtime has no CUDA, a library of it is missing, or the GPU is too small.
-    """
-    missing = require_provider()
-    beside = neighbour if isinstance(neighbour, OnnxRuntimeCudaEngine) else None
-    stream = beside.stream if beside else make_stream()
-    session = open_cuda_session(bundle, stream, missing)
-    shared = beside if share_cache else None
-    if bundle.manifest.feature_layers:
-        from engines.onnxruntime_cuda_eagle import CudaEagleEngine, CudaFeatureEngine
-
-        if bundle.manifest.kind != "language-model":
-            fuses = FEATURES_NAME in bundle.manifest.files
-            fuse = open_cuda_session(bundle, stream, missing, FEATURES_NAME) if fuses else None
-            return CudaEagleEngine(bundle, session, fuse, stream)
-        return CudaFeatureEngine(bundle, session, stream, shared)
-    return OnnxRuntimeCudaEngine(bundle, session, stream, shared)
-
-
-def can_be_captured(session: ort.InferenceSession) -> bool:
-    """Whether runs of `session` can be in a CUDA graph."""
-    options: dict[str, str] = session.get_provider_options().get(PROVIDER, {})
-    return options.get("enable_cuda_graph") == "1"
-
-
-def make_stream() -> cuda.Stream:
-    """A stream that goes with its last user: engines share it and close in any order."""
-    stream = cuda.Stream()
-    # Not at exit: sessions that nobody closed are still there then.
-    weakref.finalize(stream, cuda.runtime().cudaStreamDestroy, stream.address).atexit = False
-    return stream

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from engines import cuda
 from engines.base import MAX_KEEP, Device, Engine, Speculation, StepOutput
 from engines.bundle import Bundle
-from engines.cuda_provider import explain_out_of_memory
+from engines.cuda_provider import can_be_captured, explain_out_of_memory
 from engines.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
 from engines.numbers import from_float32, to_float32
-from engines.onnxruntime_cuda import OnnxRuntimeCudaEngine, can_be_captured
+from engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 from engines.onnxruntime_cuda_run import CudaRun, Place, Run, Work, element_type, run_options
 from engines.onnxruntime_eagle import require_last_row, require_rows
 from engines.onnxruntime_engine import Step, numpy_dtype

@@ -10,11 +10,12 @@ import onnxruntime as ort
 import pytest
 
 import engines
-from engines import cuda, cuda_provider, load_engine, onnxruntime_cuda, read_bundle
+from engines import cuda, cuda_provider, load_engine, onnxruntime_cuda_load, read_bundle
 from engines.base import Engine
 from engines.bundle import MODEL_NAME
 from engines.errors import VocabtrimError
-from engines.onnxruntime_cuda import DeviceStep, OnnxRuntimeCudaEngine, make_stream
+from engines.onnxruntime_cuda import DeviceStep, OnnxRuntimeCudaEngine
+from engines.onnxruntime_cuda_load import make_stream
 from engines.onnxruntime_cuda_run import CudaRun, element_type
 from engines.onnxruntime_engine import open_session
 from engines.replay import Replayed
@@ -330,11 +331,13 @@ def simulated(monkeypatch):
             self.device = "cuda"
             return run
 
-    monkeypatch.setattr(onnxruntime_cuda, "OnnxRuntimeCudaEngine", OnHost)
-    monkeypatch.setattr(onnxruntime_cuda, "require_provider", lambda: ())
-    monkeypatch.setattr(onnxruntime_cuda, "make_stream", HostStream)
+    monkeypatch.setattr(onnxruntime_cuda_load, "OnnxRuntimeCudaEngine", OnHost)
+    monkeypatch.setattr(onnxruntime_cuda_load, "require_provider", lambda: ())
+    monkeypatch.setattr(onnxruntime_cuda_load, "make_stream", HostStream)
     monkeypatch.setattr(
-        onnxruntime_cuda, "open_cuda_session", lambda bundle, stream, missing: open_session(bundle.path / MODEL_NAME)
+        onnxruntime_cuda_load,
+        "open_cuda_session",
+        lambda bundle, stream, missing: open_session(bundle.path / MODEL_NAME),
     )
 
 

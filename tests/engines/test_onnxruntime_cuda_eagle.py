@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engines import load_engine, onnxruntime_cuda, onnxruntime_cuda_eagle, onnxruntime_engine, read_bundle
+from engines import load_engine, onnxruntime_cuda_eagle, onnxruntime_cuda_load, onnxruntime_engine, read_bundle
 from engines.base import Engine
 from engines.bundle import FEATURES_NAME, MODEL_NAME
 from engines.errors import VocabtrimError
@@ -309,11 +309,11 @@ def simulated(monkeypatch):
         on_host = type(
             kind.__name__, (kind,), {"__init__": lambda self, *a, k=kind: k.__init__(self, *a, device="cpu")}
         )
-        monkeypatch.setattr(onnxruntime_cuda_eagle, kind.__name__, on_host)
-    monkeypatch.setattr(onnxruntime_cuda, "require_provider", lambda: ())
-    monkeypatch.setattr(onnxruntime_cuda, "make_stream", HostStream)
+        monkeypatch.setattr(onnxruntime_cuda_load, kind.__name__, on_host)
+    monkeypatch.setattr(onnxruntime_cuda_load, "require_provider", lambda: ())
+    monkeypatch.setattr(onnxruntime_cuda_load, "make_stream", HostStream)
     monkeypatch.setattr(
-        onnxruntime_cuda,
+        onnxruntime_cuda_load,
         "open_cuda_session",
         lambda bundle, stream, missing, name=MODEL_NAME: open_session(bundle.path / name),
     )
