@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engines import load_engine, onnxruntime_cuda_eagle, onnxruntime_cuda_load, onnxruntime_engine, read_bundle
+from engines import load_engine, onnxruntime_cuda_load, onnxruntime_cuda_rows, onnxruntime_engine, read_bundle
 from engines.base import Engine
 from engines.bundle import FEATURES_NAME, MODEL_NAME
 from engines.errors import VocabtrimError
@@ -341,6 +341,6 @@ def test_a_full_gpu_is_explained(pair, monkeypatch):
         monkeypatch.setattr(head, "_bind_fuse", full)
         with pytest.raises(VocabtrimError, match=expected):
             head.feed_features([5], np.zeros((1, 192), np.float32))
-    monkeypatch.setattr(onnxruntime_cuda_eagle, "element_type", full)
+    monkeypatch.setattr(onnxruntime_cuda_rows, "element_type", full)
     with pytest.raises(VocabtrimError, match=expected), on_device(pair):
         pass

@@ -9,7 +9,7 @@ from engines import load_engine, read_bundle
 from engines.base import Engine
 from engines.bundle import FEATURES_NAME
 from engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
-from engines.onnxruntime_cuda_eagle import DeviceRows
+from engines.onnxruntime_cuda_rows import DeviceRows
 from engines.onnxruntime_eagle import EagleEngine, FeatureEngine
 from engines.onnxruntime_engine import open_session
 from runtime import SamplingParams, SpeculativeDecoder
