@@ -130,7 +130,7 @@ def export(
 
 def _check_format(settings: ExportSettings, has_target: bool, kind: Kind) -> None:
     """Refuse before the long work what a format cannot hold."""
-    check_formats(settings.formats, has_target, settings.trt is not None, kind)
+    check_formats(settings.formats, has_target, settings.trt is not None, kind, settings.weights_dtype)
     if settings.trt is not None:
         drafters = settings.quantize_drafter or settings.quantize
         check_buildable(settings.trt, {settings.weights_dtype, settings.quantize, drafters})

@@ -165,6 +165,7 @@ def test_a_format_that_fails_changes_nothing_and_one_that_is_there_may_be_replac
     ("arguments", "message"),
     [
         (["--format", "genai"], "give --target"),
+        (["--format", "genai", "--target", "nowhere", "--dtype", "bf16"], "give --dtype fp32 or fp16"),
         (["--format", "onnx", "trt"], "make the same bundles"),
         (["--format", "trt", "triton", "--trt-flavor", "none"], "made of the graphs of --format onnx"),
         (["--format", "eagle3"], "is for drafters of the kind eagle3, and this one is of language-model"),
@@ -182,7 +183,7 @@ def test_formats_that_cannot_be_are_refused_in_one_line(arguments, message, pair
 def test_a_format_whose_packages_are_absent_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(VocabtrimError, match=r"needs openvino: pip install 'vocabtrim-export\[openvino\]'"):
-        check_formats(["openvino"], has_target=True, is_tensorrt=False, drafter="language-model")
+        check_formats(["openvino"], has_target=True, is_tensorrt=False, drafter="language-model", dtype="fp16")
 
 
 def _session(path):

@@ -20,28 +20,32 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Format:
     """Where a format is written, and what must be there. needs_target: both models. needs_graph: the graphs of
-    `--format onnx`. drafters: the kinds of drafters that it holds. packages: what must be installed to write it, by the
-    extra of the same name."""
+    `--format onnx`. has_bf16: its program runs them in bf16 too. drafters: the kinds of drafters that it holds.
+    packages: what must be installed to write it, by the extra of the same name."""
 
     module: str
     needs_target: bool = False
     needs_graph: bool = False
+    has_bf16: bool = True
     drafters: tuple[str, ...] = ("language-model",)
     packages: tuple[str, ...] = ()
 
 
 FORMATS: Mapping[str, Format] = {
     "eagle3": Format("eagle3", needs_target=True, drafters=("eagle3",)),
-    "genai": Format("genai", needs_target=True, needs_graph=True),
+    "genai": Format("genai", needs_target=True, needs_graph=True, has_bf16=False),
     "hf": Format("hf"),
-    "openvino": Format("openvino", needs_target=True, needs_graph=True, packages=("openvino", "openvino_tokenizers")),
+    "openvino": Format(
+        "openvino", needs_target=True, needs_graph=True, has_bf16=False, packages=("openvino", "openvino_tokenizers")
+    ),
     "sglang-token-map": Format("sglang", drafters=("language-model", "eagle")),
     "triton": Format("triton", needs_graph=True),
 }
 
 
-def check_formats(names: Sequence[str], has_target: bool, is_tensorrt: bool, drafter: str) -> None:
-    """Raise `VocabtrimError` for what cannot be written, before the long work. drafter: its kind."""
+def check_formats(names: Sequence[str], has_target: bool, is_tensorrt: bool, drafter: str, dtype: str) -> None:
+    """Raise `VocabtrimError` for what cannot be written, before the long work. drafter: its kind. dtype: of the
+    bundles."""
     for name in names:
         if name not in FORMATS:
             raise VocabtrimError(f"--format {name} is unknown: choose from onnx, trt, {', '.join(FORMATS)}")
@@ -53,6 +57,10 @@ def check_formats(names: Sequence[str], has_target: bool, is_tensorrt: bool, dra
             raise VocabtrimError(f"--format {name} holds drafter and target: give --target as well")
         if needs.needs_graph and is_tensorrt:
             raise VocabtrimError(f"--format {name} is made of the graphs of --format onnx: export it without trt")
+        if dtype == "bf16" and not needs.has_bf16:
+            raise VocabtrimError(
+                f"--format {name} runs on the CPU, which has no bf16 products: give --dtype fp32 or fp16"
+            )
         if absent := [package for package in needs.packages if importlib.util.find_spec(package) is None]:
             raise VocabtrimError(f"--format {name} needs {absent[0]}: pip install 'vocabtrim-export[{name}]'")
 

@@ -17,7 +17,7 @@ def write(exported: Exported, directory: Path) -> None:
     """Both graphs, the tokenizer and `genai_config.json`, whose `model.draft` is the drafter.
 
     GenAI refuses a drafter whose logits are narrower than the target's: a trimmed head's are scattered into a full
-    row. Raises `VocabtrimError` for a drafter with more tokens than its target, and for bf16.
+    row. Raises `VocabtrimError` for a drafter with more tokens than its target.
     """
     check_widths(exported, "genai")
     target = exported.manifests["target"]

@@ -26,8 +26,6 @@ def check_widths(exported: Exported, name: str) -> None:
             f"--format {name}: the drafter has {drafter.vocab_size} tokens, its target {target.vocab_size}: give a "
             "smaller --k, which cuts the rest"
         )
-    if "bf16" in (target.dtype, drafter.dtype):
-        raise VocabtrimError(f"--format {name} runs on the CPU, which has no bf16 products: give --dtype fp32 or fp16")
 
 
 def write_masked(bundle: Path, directory: Path, vocab: int, width: int) -> None:

@@ -21,8 +21,8 @@ def write(exported: Exported, directory: Path) -> None:
     """`target` and `drafter`, each a directory with a stateful graph, the tokenizer as graphs, and two config files.
 
     Logits of a trimmed head are scattered into a full row, as GenAI's draft models share the target's vocabulary.
-    Raises `VocabtrimError` for a drafter with more tokens than its target, for bf16, and for attention whose windows
-    or caps would be lost.
+    Raises `VocabtrimError` for a drafter with more tokens than its target, and for attention whose windows or caps
+    would be lost.
     """
     check_widths(exported, "openvino")
     for role, bundle in exported.bundles.items():
