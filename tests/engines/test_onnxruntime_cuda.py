@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -232,18 +233,20 @@ def test_a_sampled_round_on_the_device_is_the_hosts(params, pair):
 
 
 def test_a_sampled_generation_waits_once_a_round_and_stops_at_an_eos(pair):
-    stream, sampling = HostStream(), SamplingParams(1.0, top_p=0.95, seed=5)
+    stream, ends = HostStream(), []
     with device_engine(pair.target, stream) as target, device_engine(pair.target, stream, target) as drafter:
-        eos = set(target.manifest.eos_token_ids)
+        eos = set(range(0, 448, 28))
+        target.manifest = replace(target.manifest, eos_token_ids=tuple(eos))
         for seed in range(12):
             stream.waits = 0
             sampling = SamplingParams(3.0, seed=seed)  # every token about as likely as any other
             rounds = list(decode_rounds(target, drafter, PROMPT, max_new_tokens=60, draft_length=4, sampling=sampling))
             assert stream.waits == len(rounds) + 1  # the prefill's logits
             tokens = [token for entry in rounds for token in entry.tokens]
-            ends = [i for i, token in enumerate(tokens) if token in eos]
-            assert ends in ([], [len(tokens) - 1])
+            assert [i for i, token in enumerate(tokens) if token in eos] in ([], [len(tokens) - 1])
             assert all(entry.accepted == entry.drafted for entry in rounds)  # it drafts for itself
+            ends.append(rounds[-1].drafted)
+        assert {1, 2, 3} & set(ends)  # an EOS amid a draft
 
 
 def test_another_top_k_is_another_round_and_another_temperature_is_not(pair):
