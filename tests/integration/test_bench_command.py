@@ -197,6 +197,7 @@ def test_a_mistake_is_one_line(pair, prompts, capsys, options, message):
             "--k 257 is more than the 256 rows that eagle3-tiny has",
         ),
         (["--random-weights", "tiny", "--dtype", "bf16"], "ONNX Runtime has no bf16 on the CPU"),
+        (["--random-weights", "tiny", "--device", "cuda"], "give --dtype fp16 or bf16"),
         (["--random-weights", "tiny", "--k", "few"], "argument --k: 'few': give numbers of rows or full"),
         (["--random-weights", "tiny", "--plan"], "random weights have no acceptance to plan with"),
         (["--random-weights", "tiny", "--max-length", "9999"], "--max-length 9999 is not in the 1 to 1024 tokens"),
@@ -206,6 +207,14 @@ def test_a_mistake_is_one_line(pair, prompts, capsys, options, message):
 def test_a_mistake_with_random_weights_is_one_line(capsys, options, message):
     assert code(["bench", *options]) == 2
     check_error(capsys, message)
+
+
+def test_without_cuda_no_random_weights_are_written_for_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    bench = ["bench", "--random-weights", "tiny", "--dtype", "fp16", "--bundles", str(tmp_path / "made")]
+    assert code([*bench, "--device", "cuda"]) == 2
+    check_error(capsys, "CUDA")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.errors import VocabtrimError
 from vocabtrim_export.cli.bench_options import Bundles
 
 if TYPE_CHECKING:
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
 
 
 def random_bundles(options: argparse.Namespace, stack: ExitStack, progress: "Progress") -> Bundles:
-    """Make them in --bundles, or in a directory that `stack` removes."""
+    """Make them in --bundles, or in a directory that `stack` removes. Raises `VocabtrimError`."""
     from vocabtrim_export.random_weights import RandomSettings, random_bundles
 
+    if "cuda" in (options.device, options.drafter_device):
+        _check_cuda(options.dtype or "fp32")
     settings = RandomSettings(
         options.random_weights,
         options.random_drafter,
@@ -28,3 +31,12 @@ def random_bundles(options: argparse.Namespace, stack: ExitStack, progress: "Pro
     directory = options.bundles or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vocabtrim-")))
     made = random_bundles(settings, directory, progress)
     return Bundles(made.target, made.drafters)
+
+
+def _check_cuda(dtype: str) -> None:
+    """Refuse before gigabytes are written what loading them would."""
+    from engines.cuda_provider import require_provider
+
+    if dtype == "fp32":
+        raise VocabtrimError("ONNX Runtime has no fp32 attention on CUDA: give --dtype fp16 or bf16")
+    require_provider()
