@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.mutations.decoding import DECODING
+from tests.mutations.device import DEVICE
 from tests.mutations.files import FILES
 from tests.mutations.formats import FORMATS
 from tests.mutations.load import LOAD
@@ -57,7 +58,7 @@ def run(mutation: Mutation) -> str:
 
 def main() -> int:
     wanted = set(sys.argv[1:])
-    chosen = [each for each in (*FILES, *DECODING, *LOAD, *FORMATS) if not wanted or each.name in wanted]
+    chosen = [each for each in (*FILES, *DECODING, *LOAD, *FORMATS, *DEVICE) if not wanted or each.name in wanted]
     if unknown := wanted - {each.name for each in chosen}:
         print(f"no such mutation: {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2

@@ -1,0 +1,61 @@
+"""Promises about rounds on CUDA, seen on a simulated device."""
+
+from tests.mutations.mutation import Mutation
+
+CUDA, EAGLE, GRAPHS = (
+    "tests/engines/test_onnxruntime_cuda.py",
+    "tests/engines/test_onnxruntime_cuda_eagle.py",
+    "tests/engines/test_sampling_graphs.py",
+)
+SAMPLER = "engines/onnxruntime_cuda_sampling.py"
+
+DEVICE = (
+    Mutation(
+        "A sampled round on the device is the host's, number for number",
+        "acceptance takes the uniforms that the drafts were drawn with",
+        SAMPLER,
+        "floats[4 + 2 * steps :][: steps + 1] = uniforms[steps:]",
+        "floats[4 + 2 * steps :][: steps + 1] = uniforms[: steps + 1]",
+        f"{CUDA} -k sampled_round",
+    ),
+    Mutation(
+        "A sampled round on the device is the host's, number for number",
+        "every draft step writes q over that of the first",
+        SAMPLER,
+        "self._q.data_ptr() + 4 * rows * step",
+        "self._q.data_ptr()",
+        f"{CUDA} -k sampled_round",
+    ),
+    Mutation(
+        "A sampled round on the device is the host's, number for number",
+        "the row that was drawn is taken for a token id",
+        SAMPLER,
+        "draw_graph(rows, kept)",
+        "draw_graph(rows, None)",
+        f"{CUDA} -k sampled_round",
+    ),
+    Mutation(
+        "top-p keeps, of equal tokens, those with the smaller ids",
+        "all of them stay",
+        "engines/sampling_graphs.py",
+        'graph.op("And", ties, late)',
+        'graph.op("And", ties, graph.op("Not", ties))',
+        f"{GRAPHS} -k equal_weights",
+    ),
+    Mutation(
+        "A head's round on the device is the stepwise one",
+        "its cache is taken to be as long as its target's",
+        "engines/onnxruntime_cuda_eagle.py",
+        "lag = 1",
+        "lag = 0",
+        f"{EAGLE} -k stepwise",
+    ),
+    Mutation(
+        "A head's round on the device is the stepwise one",
+        "an EAGLE-1 head reads features one row late",
+        "engines/onnxruntime_cuda_rows.py",
+        "self.target.take(self.source, 0, self.count)",
+        "self.target.take(self.source, 1, self.count)",
+        f"{EAGLE} -k first_kind",
+    ),
+)
