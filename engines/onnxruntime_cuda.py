@@ -27,6 +27,8 @@ from engines.sampling_params import Sampling
 _ALIGNED = cuda.ALIGNMENT // 8  # int64 values from one input of a step to the next
 # The first run loads kernels and fills the arena; by the second it has planned its memory and allocated that.
 _WARM_UP = 2
+# Of one drafter: every draft length, number of unread tokens and top-k has one, with buffers as wide as the vocabulary.
+_KEPT_ROUNDS = 64
 _UNREAD = 2  # tokens that a drafter is behind by at most, once it has read the prompt
 
 
@@ -194,10 +196,14 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             if chosen not in drafter._samplers:
                 drafter._samplers[chosen] = DeviceSampler(self, drafter, *chosen[1:])
             sampler = drafter._samplers[chosen]
-        key = self, unread, sampler or draft_length
-        if key not in drafter._rounds:
-            drafter._rounds[key] = CudaRound(self, drafter, unread, draft_length, sampler)
-        return drafter._rounds[key]
+        rounds, key = drafter._rounds, (self, unread, sampler or draft_length)
+        made = rounds.pop(key, None) or CudaRound(self, drafter, unread, draft_length, sampler)
+        rounds[key] = made  # behind those that were not used since
+        if len(rounds) > _KEPT_ROUNDS:
+            rounds.pop(next(iter(rounds))).close()
+            used = {choice for _, _, choice in rounds}
+            drafter._samplers = {name: each for name, each in drafter._samplers.items() if each in used}
+        return made
 
     def _bind(self, length: int, keep: int) -> Step:
         # input_ids | position_ids | seqlens_k | token_ids, each aligned, on the host as on the device

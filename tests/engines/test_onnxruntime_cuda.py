@@ -11,12 +11,13 @@ import onnxruntime as ort
 import pytest
 
 import engines
-from engines import cuda, cuda_provider, load_engine, onnxruntime_cuda_load, read_bundle
+from engines import cuda, cuda_provider, load_engine, onnxruntime_cuda, onnxruntime_cuda_load, read_bundle
 from engines.base import Engine
 from engines.bundle import MODEL_NAME
 from engines.errors import VocabtrimError
 from engines.onnxruntime_cuda import DeviceStep, OnnxRuntimeCudaEngine
 from engines.onnxruntime_cuda_load import make_stream
+from engines.onnxruntime_cuda_round import CudaRound
 from engines.onnxruntime_cuda_run import CudaRun, element_type
 from engines.onnxruntime_engine import open_session
 from engines.replay import Replayed
@@ -264,6 +265,23 @@ def test_another_top_k_is_another_round_and_another_temperature_is_not(pair):
                 engine.feed(PROMPT)
             target.speculate(drafter, [9], 3, Sampling(params, np.random.default_rng(0)))
             assert len(drafter._rounds) == rounds
+
+
+def test_rounds_are_kept_up_to_a_number(pair, monkeypatch):
+    """A server whose users choose their own top-k does not fill the GPU."""
+    monkeypatch.setattr(onnxruntime_cuda, "_KEPT_ROUNDS", 3)
+    stream, closed = HostStream(), []
+    close = CudaRound.close
+    monkeypatch.setattr(CudaRound, "close", lambda made: closed.append(made) or close(made))
+    with device_engine(pair.target, stream) as target, device_engine(pair.drafter, stream) as drafter:
+        for top_k in (1, 2, 1, 3, 4, 1, 5):
+            for engine in (target, drafter):
+                engine.rewind(0)
+                engine.feed(PROMPT)
+            params = SamplingParams(1.0, top_k)
+            target.speculate(drafter, [9], 2, Sampling(params, np.random.default_rng(0)))
+        assert [chosen[2] for chosen in drafter._samplers] == [1, 4, 5]
+        assert (len(drafter._rounds), len(closed)) == (3, 2)
 
 
 def test_logits_that_are_not_finite_are_said(pair, monkeypatch):
