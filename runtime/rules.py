@@ -51,8 +51,7 @@ class Sampled:
     """Keeps the distribution behind each proposed token until the draft is judged."""
 
     def __init__(self, params: SamplingParams, drafter: Engine | None, vocab_size: int) -> None:
-        self.params, self.rng = params, np.random.default_rng(params.seed)
-        self.sampling = Sampling(params, self.rng)
+        self.sampling = Sampling(params, np.random.default_rng(params.seed))
         self.vocab_map = drafter.vocab_map if drafter else None
         # Head rows of tokens that the target lacks (padding) can never be accepted: leave them out of q.
         kept = self.vocab_map.kept_token_ids if self.vocab_map else None
@@ -62,13 +61,13 @@ class Sampled:
     def propose(self, output: StepOutput) -> int:
         q = self.warped(output.logits[-1, : self.rows])
         self.q.append(q)
-        row = sample(q, self.rng)
+        row = sample(q, self.sampling.rng)
         return int(self.vocab_map.kept_token_ids[row]) if self.vocab_map else row
 
     def accept(self, draft: list[int], output: StepOutput) -> Accepted:
         logits, q, self.q = output.logits, self.q, []
-        return accept_sampled(draft, q, lambda i: self.warped(logits[i]), self.vocab_map, self.rng)
+        return accept_sampled(draft, q, lambda i: self.warped(logits[i]), self.vocab_map, self.sampling.rng)
 
     def warped(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        probabilities: NDArray[np.float32] = distribution(logits[None], self.params)[0]
+        probabilities: NDArray[np.float32] = distribution(logits[None], self.sampling.params)[0]
         return probabilities
