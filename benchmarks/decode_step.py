@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from engines import load_engine
-from runtime.environment import environment
+from runtime.measure.environment import environment
 
 CAPACITY = 1024
 

@@ -20,10 +20,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engines import Engine, load_engine
-from engines.cuda_provider import require_provider
+from engines.ort_cuda.provider import require_provider
 from runtime import SamplingParams, SweepReport, SweepRow, SweepSettings, bench, decode_rounds, sweep
 from vocabtrim_export.cli.bench_tables import show_sweep
-from vocabtrim_export.random_weights import RandomBundles, RandomSettings, random_bundles
+from vocabtrim_export.random_weights.bundles import RandomBundles, RandomSettings, random_bundles
 
 MAX_LENGTH = 4352
 TRIMMED, FULL, DRAFT_LENGTH, CONTEXT = "32768 rows", "full", 4, 128  # of what is said in one number

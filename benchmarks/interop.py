@@ -20,7 +20,7 @@ import transformers
 
 from engines import load_engine
 from runtime import SpeculativeDecoder
-from runtime.environment import environment
+from runtime.measure.environment import environment
 
 QUESTIONS = [
     "A farmer has 17 sheep and buys 3 pens for 8 sheep each. How many more sheep fit in?",

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from engines import load_engine
-from engines.tokenizer import Tokenizer
+from engines.bundle.tokenizer import Tokenizer
 from runtime import SpeculativeDecoder, SweepSettings, make_plan, sweep
-from runtime.environment import environment
+from runtime.measure.environment import environment
 from vocabtrim_export.calibration import read_corpus
 
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from random import Random
 
 from engines.base import Engine
-from engines.onnxruntime_engine import CACHED_LENGTHS
+from engines.ort.engine import CACHED_LENGTHS
 from runtime import SamplingParams, SpeculativeDecoder
-from runtime.environment import environment
+from runtime.measure.environment import environment
 
 SLICES, REPEATS = 20, 24
 MOST_NEW = 96
@@ -170,7 +170,7 @@ def summary(found: list[Found], resident: list[float], objects: list[int]) -> di
 
 def open_pair(options: argparse.Namespace, stack: ExitStack) -> SpeculativeDecoder:
     if options.random_weights:
-        from vocabtrim_export.random_weights import RandomSettings, random_bundles
+        from vocabtrim_export.random_weights.bundles import RandomSettings, random_bundles
 
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         made = random_bundles(RandomSettings(options.random_weights, drafter_rows=(256,)), directory, lambda *_: None)

@@ -12,11 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from engines.bundle import Manifest
-from runtime.environment import environment
-from vocabtrim_export.counting import CalibrationSettings
-from vocabtrim_export.export import ExportSettings, export
-from vocabtrim_export.models import DTYPES, load_source
+from engines.bundle.read import Manifest
+from runtime.measure.environment import environment
+from vocabtrim_export.calibration.counting import CalibrationSettings
+from vocabtrim_export.pipeline import ExportSettings, export
+from vocabtrim_export.sources.source import DTYPES, load_source
 from vocabtrim_export.trt.network import NETWORK_NAME, Network
 from vocabtrim_export.trt.settings import TensorRTSettings
 

@@ -9,10 +9,10 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.bundle import Manifest
+from engines.bundle.read import Manifest
+from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from engines.sampling_params import Sampling
-from engines.vocab_map import VocabMap
 
 MAX_KEEP = 256
 

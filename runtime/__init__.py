@@ -4,19 +4,19 @@ from engines.base import Accepted
 from engines.sampling_params import SamplingParams
 from runtime.accept import accept_forced, accept_greedy, accept_sampled
 from runtime.alarm import Collapse
-from runtime.bandwidth import read_bandwidth
-from runtime.bench import TARGET_ONLY, bench
 from runtime.decoder import SpeculativeDecoder
 from runtime.loop import Round, decode_rounds
-from runtime.planner import Candidate, Plan, plan
-from runtime.planning import PlanReport, make_plan
-from runtime.report import BenchReport, ModeReport
+from runtime.measure.bandwidth import read_bandwidth
+from runtime.measure.bench import TARGET_ONLY, bench
+from runtime.measure.plan_measurement import PlanReport, make_plan
+from runtime.measure.planner import Candidate, Plan, plan
+from runtime.measure.report import BenchReport, ModeReport
+from runtime.measure.sweep import SweepReport, SweepRow, SweepSettings, sweep
 from runtime.sampling import distribution
 from runtime.stats import Percentiles, Stats, latency_speedup, mbsu, summarize
 from runtime.stream import Generation, Stream, Token
-from runtime.sweep import SweepReport, SweepRow, SweepSettings, sweep
-from runtime.verify import Difference, PromptReport, VerifyReport, verify
-from runtime.verify_sampling import SamplingReport, SettingReport, verify_sampling
+from runtime.verification.greedy import Difference, PromptReport, VerifyReport, verify
+from runtime.verification.sampled import SamplingReport, SettingReport, verify_sampling
 
 __all__ = [
     "TARGET_ONLY",

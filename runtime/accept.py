@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Accepted
+from engines.bundle.vocab_map import NOT_KEPT, VocabMap
 from engines.errors import VocabtrimError
-from engines.vocab_map import NOT_KEPT, VocabMap
 from runtime.sampling import sample
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import comb
 
-from engines.bundle import Manifest
+from engines.bundle.read import Manifest
 from runtime.loop import Round
 
 WINDOW = 128

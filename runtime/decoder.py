@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Engine
+from engines.bundle.tokenizer import TOKENIZER_NAME, Tokenizer
 from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
-from engines.tokenizer import TOKENIZER_NAME, Tokenizer
 from runtime.alarm import AcceptanceAlarm
 from runtime.loop import GREEDY, Round, decode_rounds
 from runtime.pair import check_pair, resolve_draft_length

@@ -7,8 +7,8 @@ from typing import Literal
 
 from engines.base import Accepted, Engine, StepOutput
 from engines.sampling_params import SamplingParams
+from runtime.drafting import TokenReader, make_reader
 from runtime.profiling import DRAFTER, NO_PROFILER, TARGET, Profiler
-from runtime.reading import TokenReader, make_reader
 from runtime.rules import Forced, Greedy, Rule, Sampled
 
 FinishReason = Literal["stop", "length"]

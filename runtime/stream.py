@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from engines.bundle.tokenizer import Tokenizer
 from engines.errors import VocabtrimError
-from engines.tokenizer import Tokenizer
 from runtime.alarm import Collapse
 from runtime.loop import FinishReason, Round
 from runtime.stats import Stats, summarize

@@ -20,13 +20,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would no
 import torch
 import transformers
 
-from engines.bundle import read_bundle
-from engines.commit import LOCK_NAME
+from engines.bundle.atomic_replace import LOCK_NAME
+from engines.bundle.read import read_bundle
 from engines.errors import VocabtrimError
-from vocabtrim_export import export as export_module
+from vocabtrim_export import pipeline
+from vocabtrim_export.bundles.output import COUNTS_NAME, alone, reserved
 from vocabtrim_export.calibration import BatchLimits, Corpus, Document, TokenCounts, calibrate
-from vocabtrim_export.counting import CalibrationSettings
-from vocabtrim_export.output import COUNTS_NAME, alone, reserved
+from vocabtrim_export.calibration.counting import CalibrationSettings
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -122,18 +122,18 @@ def tiny_tokenizer() -> Any:
 
 def exports(work: Path, again: bool) -> None:
     model, out, old = tiny_model(work, tiny_tokenizer()), work / "out", work / "old"
-    loaded = export_module.load_source(str(model), torch.float32)
-    traced = {length: export_module.trace(loaded.model, torch.float32, length) for length in (64, 96)}
+    loaded = pipeline.load_source(str(model), torch.float32)
+    traced = {length: pipeline.trace(loaded.model, torch.float32, length) for length in (64, 96)}
     counts = work / "counts.safetensors"
     numbers = torch.arange(448).numpy()
     TokenCounts(numbers, numbers, loaded.tokenizer_digest, ()).save(counts)
-    export_module.load_source = lambda *_: loaded
-    export_module.trace = lambda _model, _dtype, length, *_: traced[length]
+    pipeline.load_source = lambda *_: loaded
+    pipeline.trace = lambda _model, _dtype, length, *_: traced[length]
 
     def export(length: int, force: bool) -> None:
         calibration = CalibrationSettings(calibration=(counts,))
-        settings = export_module.ExportSettings(k="192", max_length=length, calibration=calibration, force=force)
-        export_module.export(str(model), str(model), out, settings)
+        settings = pipeline.ExportSettings(k="192", max_length=length, calibration=calibration, force=force)
+        pipeline.export(str(model), str(model), out, settings)
 
     def before() -> None:
         shutil.rmtree(out, ignore_errors=True)

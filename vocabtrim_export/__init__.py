@@ -3,21 +3,22 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vocabtrim_export.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from vocabtrim_export.calibration import TokenCounts, calibrate
-    from vocabtrim_export.export import ExportResult, ExportSettings, export
-    from vocabtrim_export.select import Selection, select_vocab
+    from vocabtrim_export.pipeline import ExportResult, ExportSettings, export
+    from vocabtrim_export.selection import Selection, select_vocab
 
-__version__ = "0.1.0"
 
 _HOMES = {
-    "ExportResult": "vocabtrim_export.export",
-    "ExportSettings": "vocabtrim_export.export",
-    "Selection": "vocabtrim_export.select",
+    "ExportResult": "vocabtrim_export.pipeline",
+    "ExportSettings": "vocabtrim_export.pipeline",
+    "Selection": "vocabtrim_export.selection",
     "TokenCounts": "vocabtrim_export.calibration",
     "calibrate": "vocabtrim_export.calibration",
-    "export": "vocabtrim_export.export",
-    "select_vocab": "vocabtrim_export.select",
+    "export": "vocabtrim_export.pipeline",
+    "select_vocab": "vocabtrim_export.selection",
 }
 
 __all__ = ["ExportResult", "ExportSettings", "Selection", "TokenCounts", "calibrate", "export", "select_vocab"]

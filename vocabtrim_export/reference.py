@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engines.bundle import Manifest
+from engines.bundle.read import Manifest
 from engines.errors import VocabtrimError
-from runtime.forced import Predict
-from vocabtrim_export.models import load_source
+from runtime.verification.teacher_forcing import Predict
+from vocabtrim_export.sources.source import load_source
 
 
 def transformers_reference(spec: str, target: Manifest) -> Predict:

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engines import cuda
+from engines.cuda import runtime as cuda
+from engines.cuda.graph_replay import Replayed
 from engines.errors import VocabtrimError
 from engines.numbers import to_float32
-from engines.replay import Replayed
 from engines.trt.library import Library, Log, create_context
 from engines.trt.plan import stored_dtype, tensor_names
 

@@ -7,12 +7,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engines import cuda
 from engines.base import Device, StepOutput
-from engines.bundle import DRAFT_MODEL_NAME, DRAFT_PLAN_NAME, MODEL_NAME, PLAN_NAME, Bundle, Profile, TensorRT
+from engines.bundle.read import DRAFT_MODEL_NAME, DRAFT_PLAN_NAME, MODEL_NAME, PLAN_NAME, Bundle, Profile, TensorRT
+from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
-from engines.static import SLOTS_INPUT, Executor
 from engines.trt.bound import BoundProfile, KVCache, Shared
+from engines.trt.engine import SLOTS_INPUT, Executor
 from engines.trt.library import Library, Log, load_library, make_log
 from engines.trt.plan import check_plans, open_engine
 

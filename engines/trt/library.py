@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from engines import cuda
+from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
 
 Flavor = Literal["tensorrt", "rtx"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.bundle import TensorRT
+from engines.bundle.read import TensorRT
 from engines.errors import VocabtrimError
 from engines.trt.library import NAMES, Library, Log
 

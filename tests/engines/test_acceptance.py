@@ -5,9 +5,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from engines.acceptance import Acceptance
-from engines.acceptance_graphs import greedy_acceptance, sampled_acceptance
 from engines.errors import VocabtrimError
+from engines.ort_cuda.graphs.acceptance import greedy_acceptance, sampled_acceptance
+from engines.ort_cuda.graphs.session import Acceptance
 from runtime import SamplingParams, SpeculativeDecoder, rules
 from runtime.accept import Accepted, accept_greedy, accept_sampled
 from tests.integration.conftest import count_file, export_pair, random_model

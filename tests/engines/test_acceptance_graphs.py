@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import utils as generation
 
-from engines.acceptance import Acceptance
-from engines.acceptance_graphs import greedy_acceptance, sampled_acceptance
+from engines.bundle.vocab_map import VocabMap
+from engines.ort_cuda.graphs.acceptance import greedy_acceptance, sampled_acceptance
+from engines.ort_cuda.graphs.session import Acceptance
 from engines.trt.library import load_library
-from engines.vocab_map import VocabMap
 from runtime.accept import Accepted, accept_greedy, accept_sampled
 from vocabtrim_export.trt.build import BuildOptions, build_plan
 

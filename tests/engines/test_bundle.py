@@ -6,8 +6,8 @@ from dataclasses import asdict
 import pytest
 
 from engines import VocabMap, VocabtrimError, read_bundle
-from engines.bundle import FileDigest, Manifest, file_digest
-from engines.manifest import _digest
+from engines.bundle.manifest import _digest
+from engines.bundle.read import FileDigest, Manifest, file_digest
 
 
 def state(path):

@@ -11,16 +11,20 @@ import onnxruntime as ort
 import pytest
 
 import engines
-from engines import cuda, cuda_provider, load_engine, onnxruntime_cuda, onnxruntime_cuda_load, read_bundle
+from engines import load_engine, read_bundle
 from engines.base import Engine
-from engines.bundle import MODEL_NAME
+from engines.bundle.read import MODEL_NAME
+from engines.cuda import runtime as cuda
+from engines.cuda.graph_replay import Replayed
 from engines.errors import VocabtrimError
-from engines.onnxruntime_cuda import DeviceStep, OnnxRuntimeCudaEngine
-from engines.onnxruntime_cuda_load import make_stream
-from engines.onnxruntime_cuda_round import CudaRound
-from engines.onnxruntime_cuda_run import CudaRun, element_type
-from engines.onnxruntime_engine import open_session
-from engines.replay import Replayed
+from engines.ort.session import open_session
+from engines.ort_cuda import engine as cuda_engine
+from engines.ort_cuda import load as cuda_load
+from engines.ort_cuda import provider as cuda_provider
+from engines.ort_cuda.binding import CudaRun, element_type
+from engines.ort_cuda.engine import DeviceStep, OnnxRuntimeCudaEngine
+from engines.ort_cuda.load import make_stream
+from engines.ort_cuda.round import CudaRound
 from engines.sampling_params import Sampling
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.accept import accept_sampled
@@ -36,7 +40,7 @@ PROMPT = [5, 17, 200, 33]
 
 
 class HostStream:
-    """`engines.cuda.Stream` where the device's memory is the host's. copies: bytes of each."""
+    """`engines.cuda.runtime.Stream` where the device's memory is the host's. copies: bytes of each."""
 
     address = 4711
 
@@ -269,7 +273,7 @@ def test_another_top_k_is_another_round_and_another_temperature_is_not(pair):
 
 def test_rounds_are_kept_up_to_a_number(pair, monkeypatch):
     """A server whose users choose their own top-k does not fill the GPU."""
-    monkeypatch.setattr(onnxruntime_cuda, "_KEPT_ROUNDS", 3)
+    monkeypatch.setattr(cuda_engine, "_KEPT_ROUNDS", 3)
     stream, closed = HostStream(), []
     close = CudaRound.close
     monkeypatch.setattr(CudaRound, "close", lambda made: closed.append(made) or close(made))
@@ -352,11 +356,11 @@ def simulated(monkeypatch):
             self.device = "cuda"
             return run
 
-    monkeypatch.setattr(onnxruntime_cuda_load, "OnnxRuntimeCudaEngine", OnHost)
-    monkeypatch.setattr(onnxruntime_cuda_load, "require_provider", lambda: ())
-    monkeypatch.setattr(onnxruntime_cuda_load, "make_stream", HostStream)
+    monkeypatch.setattr(cuda_load, "OnnxRuntimeCudaEngine", OnHost)
+    monkeypatch.setattr(cuda_load, "require_provider", lambda: ())
+    monkeypatch.setattr(cuda_load, "make_stream", HostStream)
     monkeypatch.setattr(
-        onnxruntime_cuda_load,
+        cuda_load,
         "open_cuda_session",
         lambda bundle, stream, missing: open_session(bundle.path / MODEL_NAME),
     )

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engines import load_engine, onnxruntime_cuda_load, onnxruntime_cuda_rows, onnxruntime_engine, read_bundle
+from engines import load_engine, read_bundle
 from engines.base import Engine
-from engines.bundle import FEATURES_NAME, MODEL_NAME
+from engines.bundle.read import FEATURES_NAME, MODEL_NAME
 from engines.errors import VocabtrimError
 from engines.numbers import from_float32, to_float32
-from engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
-from engines.onnxruntime_cuda_eagle import CudaEagleEngine, CudaFeatureEngine
-from engines.onnxruntime_engine import open_session
+from engines.ort import engine as ort_engine
+from engines.ort.session import open_session
+from engines.ort_cuda import load as cuda_load
+from engines.ort_cuda import rows as cuda_rows
+from engines.ort_cuda.eagle import CudaEagleEngine, CudaFeatureEngine
+from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
 from engines.sampling_params import Sampling
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.loop import _Loop, decode_rounds
@@ -108,7 +111,7 @@ def same(found, wanted):
 
 def test_steps_give_what_the_cpu_engines_give(pair, monkeypatch):
     """In several parts, after rewinds, and from the hidden state that the last row left."""
-    monkeypatch.setattr(onnxruntime_engine, "CHUNK", 8)
+    monkeypatch.setattr(ort_engine, "CHUNK", 8)
     chance = np.random.default_rng(1)
     ids, rows = chance.integers(2, 400, 80), chance.standard_normal((80, 192)).astype(np.float32)
     with on_host(pair) as host, on_device(pair) as (*device, _):
@@ -309,11 +312,11 @@ def simulated(monkeypatch):
         on_host = type(
             kind.__name__, (kind,), {"__init__": lambda self, *a, k=kind: k.__init__(self, *a, device="cpu")}
         )
-        monkeypatch.setattr(onnxruntime_cuda_load, kind.__name__, on_host)
-    monkeypatch.setattr(onnxruntime_cuda_load, "require_provider", lambda: ())
-    monkeypatch.setattr(onnxruntime_cuda_load, "make_stream", HostStream)
+        monkeypatch.setattr(cuda_load, kind.__name__, on_host)
+    monkeypatch.setattr(cuda_load, "require_provider", lambda: ())
+    monkeypatch.setattr(cuda_load, "make_stream", HostStream)
     monkeypatch.setattr(
-        onnxruntime_cuda_load,
+        cuda_load,
         "open_cuda_session",
         lambda bundle, stream, missing, name=MODEL_NAME: open_session(bundle.path / name),
     )
@@ -341,6 +344,6 @@ def test_a_full_gpu_is_explained(pair, monkeypatch):
         monkeypatch.setattr(head, "_bind_fuse", full)
         with pytest.raises(VocabtrimError, match=expected):
             head.feed_features([5], np.zeros((1, 192), np.float32))
-    monkeypatch.setattr(onnxruntime_cuda_rows, "element_type", full)
+    monkeypatch.setattr(cuda_rows, "element_type", full)
     with pytest.raises(VocabtrimError, match=expected), on_device(pair):
         pass

@@ -5,9 +5,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from engines.graph_builder import GraphBuilder
-from engines.onnxruntime_engine import session_options
-from engines.sampling_graphs import draw_graph, warp_graph
+from engines.ort.session import session_options
+from engines.ort_cuda.graphs.builder import GraphBuilder
+from engines.ort_cuda.graphs.sampling import draw_graph, warp_graph
 from engines.sampling_params import SamplingParams
 from runtime.sampling import distribution, sample
 

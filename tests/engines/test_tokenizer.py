@@ -3,8 +3,8 @@ import json
 import pytest
 import tokenizers
 
+from engines.bundle.tokenizer import Tokenizer, tokenizer_digest
 from engines.errors import VocabtrimError
-from engines.tokenizer import Tokenizer, tokenizer_digest
 
 TEMPLATE = """{{ bos_token }}
 {%- for m in messages %}

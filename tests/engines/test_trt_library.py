@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engines import cuda
 from engines.base import StepOutput
-from engines.bundle import Bundle, Profile, TensorRT
+from engines.bundle.read import Bundle, Profile, TensorRT
+from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
 from engines.trt import executor
 from engines.trt.bound import to_float32

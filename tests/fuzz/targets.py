@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from engines.graph_file import GraphFile
-from engines.manifest import FORMAT_VERSION, Manifest, _digest
-from engines.vocab_map import VocabMap
+from engines.bundle.graph_file import GraphFile
+from engines.bundle.manifest import FORMAT_VERSION, Manifest, _digest
+from engines.bundle.vocab_map import VocabMap
 from vocabtrim_export.calibration import TokenCounts, read_corpus
-from vocabtrim_export.weight_files import count_weights
+from vocabtrim_export.sources.weight_files import count_weights
 
 
 def manifest(path: Path) -> None:

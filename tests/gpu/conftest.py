@@ -2,7 +2,7 @@
 
 import pytest
 
-from engines import cuda
+from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
 from engines.trt.library import load_library
 from tests.integration.conftest import count_file, export_pair, random_model

@@ -4,12 +4,14 @@ import numpy as np
 import onnx
 import pytest
 
-from engines import cuda, load_engine, read_bundle
+from engines import load_engine, read_bundle
 from engines.base import Engine
-from engines.cuda_provider import open_cuda_session, require_provider
+from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
-from engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
-from engines.onnxruntime_engine import OnnxRuntimeEngine, open_session
+from engines.ort.engine import OnnxRuntimeEngine
+from engines.ort.session import open_session
+from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
+from engines.ort_cuda.provider import open_cuda_session, require_provider
 from engines.sampling_params import Sampling
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.loop import decode_rounds

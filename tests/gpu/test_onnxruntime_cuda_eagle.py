@@ -7,11 +7,11 @@ import pytest
 
 from engines import load_engine, read_bundle
 from engines.base import Engine
-from engines.bundle import FEATURES_NAME
-from engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
-from engines.onnxruntime_cuda_rows import DeviceRows
-from engines.onnxruntime_eagle import EagleEngine, FeatureEngine
-from engines.onnxruntime_engine import open_session
+from engines.bundle.read import FEATURES_NAME
+from engines.ort.eagle import EagleEngine, FeatureEngine
+from engines.ort.session import open_session
+from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
+from engines.ort_cuda.rows import DeviceRows
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.loop import decode_rounds
 from tests.engines.test_onnxruntime_cuda import SAMPLINGS

@@ -5,8 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from engines import cuda, load_engine, read_bundle
-from engines.bundle import Bundle
+from engines import load_engine, read_bundle
+from engines.bundle.read import Bundle
+from engines.cuda import runtime as cuda
 from engines.trt.executor import TensorRTExecutor
 from runtime import SpeculativeDecoder
 

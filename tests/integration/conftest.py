@@ -10,10 +10,10 @@ import transformers
 from safetensors.torch import save_file
 
 from engines import load_engine
-from engines.tokenizer import tokenizer_digest
+from engines.bundle.tokenizer import tokenizer_digest
 from vocabtrim_export.calibration import TokenCounts
-from vocabtrim_export.counting import CalibrationSettings
-from vocabtrim_export.export import ExportSettings, export
+from vocabtrim_export.calibration.counting import CalibrationSettings
+from vocabtrim_export.pipeline import ExportSettings, export
 
 from .eagle_heads import CONFIG
 

@@ -8,10 +8,10 @@ import transformers
 from engines import VocabtrimError, load_engine
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.loop import decode_rounds
-from runtime.timing import timed_run
-from runtime.verify_sampling import verify_sampling
-from vocabtrim_export.eagle.checkpoint import load_head
-from vocabtrim_export.models import load_source
+from runtime.measure.timing import timed_run
+from runtime.verification.sampled import verify_sampling
+from vocabtrim_export.drafters.eagle_checkpoint import load_head
+from vocabtrim_export.sources.source import load_source
 
 from .eagle_heads import CONFIG, HIDDEN, LAYERS, VOCAB, make_tensors, permuted, sequential_drafts
 

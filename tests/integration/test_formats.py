@@ -11,12 +11,12 @@ import torch
 import transformers
 
 from engines import VocabtrimError, load_engine
-from engines.vocab_map import VocabMap
+from engines.bundle.vocab_map import VocabMap
 from runtime import SpeculativeDecoder
+from vocabtrim_export.bundles.output import FORMAT_MARK, check_output
 from vocabtrim_export.cli.main import export_main
 from vocabtrim_export.formats import FORMATS, check_formats
 from vocabtrim_export.formats.masked import write_masked
-from vocabtrim_export.output import FORMAT_MARK, check_output
 
 PROMPT = [5, 17, 260, 33, 120, 7]
 OF_MODELS = [name for name, needs in FORMATS.items() if "language-model" in needs.drafters and not needs.packages]

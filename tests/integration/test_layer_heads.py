@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from engines import load_engine
 from runtime import SamplingParams, SpeculativeDecoder
-from runtime.verify_sampling import verify_sampling
-from vocabtrim_export.eagle.checkpoint import load_head
-from vocabtrim_export.eagle.mtp import find_mtp
-from vocabtrim_export.models import load_source
+from runtime.verification.sampled import verify_sampling
+from vocabtrim_export.drafters.eagle_checkpoint import load_head
+from vocabtrim_export.drafters.mtp import find_mtp
+from vocabtrim_export.sources.source import load_source
 
 from .layer_heads import (
     CONFIG,

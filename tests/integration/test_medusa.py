@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from engines import VocabtrimError, load_engine
 from runtime import SamplingParams, SpeculativeDecoder
-from runtime.verify_sampling import verify_sampling
-from vocabtrim_export.eagle.config import head_kind
+from runtime.verification.sampled import verify_sampling
+from vocabtrim_export.drafters.detect import head_kind
 
 from .test_eagle import PROMPTS, spied_rounds
 from .test_mistakes import assert_one_line, attempt  # noqa: F401

@@ -128,7 +128,7 @@ def test_the_target_as_its_own_drafter_accepts_everything(pair):
 
 
 def test_drafts_in_one_call_are_counted_as_steps(pair):
-    from runtime.timing import timed_run
+    from runtime.measure.timing import timed_run
 
     _, standard = pair
     with load_engine(standard.target) as target, load_engine(standard.drafter) as drafter:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engines import VocabtrimError, load_engine, read_bundle
-from engines.bundle import PLAN_NAME
+from engines.bundle.read import PLAN_NAME
 from vocabtrim_export.cli.main import export_main, main
 from vocabtrim_export.trt.network import DRAFT_NETWORK_NAME, NETWORK_NAME, Network
 from vocabtrim_export.trt.settings import TensorRTSettings

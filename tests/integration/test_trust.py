@@ -13,14 +13,14 @@ import onnx
 import pytest
 
 from engines import VocabMap, VocabtrimError, load_engine, read_bundle
-from engines.bundle import check_bundle
-from engines.checks import file_digest
-from engines.commit import LOCK_NAME, try_lock
-from engines.manifest import _digest
-from engines.tokenizer import Tokenizer
+from engines.bundle.atomic_replace import LOCK_NAME, try_lock
+from engines.bundle.checks import file_digest
+from engines.bundle.manifest import _digest
+from engines.bundle.read import check_bundle
+from engines.bundle.tokenizer import Tokenizer
 from runtime import SpeculativeDecoder
+from vocabtrim_export.bundles.output import replacing
 from vocabtrim_export.cli.main import export_main, main
-from vocabtrim_export.output import replacing
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,7 +158,7 @@ def test_weights_outside_the_bundle_are_not_opened(location, drafter, monkeypatc
     entry.value = location
     path.write_bytes(graph.SerializeToString())
     sign(drafter)
-    monkeypatch.setattr("engines.onnxruntime_engine.open_session", lambda *_: pytest.fail("it was opened"))
+    monkeypatch.setattr("engines.ort.engine.open_session", lambda *_: pytest.fail("it was opened"))
     with pytest.raises(VocabtrimError, match="which is not inside the bundle"):
         load_engine(drafter)
 
@@ -196,7 +196,7 @@ def test_a_disk_that_is_full_in_earnest(model, count_file, tmp_path):
     """No file may grow beyond 40 kB, as the kernel has it: whatever writes, in whatever language."""
     script = (
         "import resource, signal, sys; from vocabtrim_export.cli.main import export_main\n"
-        "import vocabtrim_export.export\n"
+        "import vocabtrim_export.pipeline\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); limit = int(sys.argv.pop(1))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)); sys.exit(export_main())"
     )

@@ -158,7 +158,7 @@ DECODING = (
     Mutation(
         "`verify` finds tokens that the target would not have chosen",
         "every difference passes for a near-tie",
-        "runtime/verify.py",
+        "runtime/verification/greedy.py",
         'return "near-tie" if self.gap <= self.tolerance else "different"',
         'return "near-tie"',
         VERIFY,
@@ -166,7 +166,7 @@ DECODING = (
     Mutation(
         "`verify` finds tokens that the target would not have chosen",
         "differences are not listed",
-        "runtime/verify.py",
+        "runtime/verification/greedy.py",
         "if token != best",
         "if False",
         VERIFY,
@@ -174,7 +174,7 @@ DECODING = (
     Mutation(
         "`verify` finds tokens that the target would not have chosen",
         "a gap that is NaN passes for a near-tie",
-        "runtime/verify.py",
+        "runtime/verification/greedy.py",
         '"near-tie" if self.gap <= self.tolerance else "different"',
         '"different" if self.gap > self.tolerance else "near-tie"',
         VERIFY,
@@ -182,7 +182,7 @@ DECODING = (
     Mutation(
         "`verify` finds a generation that went on after an EOS",
         "endings are not looked at",
-        "runtime/verify.py",
+        "runtime/verification/greedy.py",
         "if stops and stops[0] < last:",
         "if False:",
         VERIFY,
@@ -190,7 +190,7 @@ DECODING = (
     Mutation(
         "`verify` finds a generation that ended too early",
         "lengths are not looked at",
-        "runtime/verify.py",
+        "runtime/verification/greedy.py",
         "if not stops and last + 1 != most:",
         "if False:",
         VERIFY,
@@ -198,7 +198,7 @@ DECODING = (
     Mutation(
         "`verify --sampling` finds a wrong rule",
         "the chi-square test is not read",
-        "runtime/verify_sampling.py",
+        "runtime/verification/sampled.py",
         "return self.p_value >= self.limit and not self.impossible",
         "return not self.impossible",
         f"{SAMPLING} -k wrong",
@@ -206,7 +206,7 @@ DECODING = (
     Mutation(
         "`verify --sampling` finds a wrong rule",
         "only one order of the tokens is tested",
-        "runtime/verify_sampling.py",
+        "runtime/verification/sampled.py",
         "at = point_of(token, p, q, uniform), point_of(token, p, np.ones_like(p), uniform)",
         "at = (point_of(token, p, np.ones_like(p), uniform),) * 2",
         f"{SAMPLING} -k wrong",
@@ -214,7 +214,7 @@ DECODING = (
     Mutation(
         "`verify --sampling` finds a wrong rule",
         "tokens of probability zero pass",
-        "runtime/verify_sampling.py",
+        "runtime/verification/sampled.py",
         "return self.p_value >= self.limit and not self.impossible",
         "return self.p_value >= self.limit",
         f"{SAMPLING} -k cannot_give",

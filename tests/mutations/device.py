@@ -7,7 +7,7 @@ CUDA, EAGLE, GRAPHS = (
     "tests/engines/test_onnxruntime_cuda_eagle.py",
     "tests/engines/test_sampling_graphs.py",
 )
-SAMPLER = "engines/onnxruntime_cuda_sampling.py"
+SAMPLER = "engines/ort_cuda/sampler.py"
 
 DEVICE = (
     Mutation(
@@ -37,7 +37,7 @@ DEVICE = (
     Mutation(
         "top-p keeps, of equal tokens, those with the smaller ids",
         "all of them stay",
-        "engines/sampling_graphs.py",
+        "engines/ort_cuda/graphs/sampling.py",
         'graph.op("And", ties, late)',
         'graph.op("And", ties, graph.op("Not", ties))',
         f"{GRAPHS} -k equal_weights",
@@ -45,7 +45,7 @@ DEVICE = (
     Mutation(
         "A head's round on the device is the stepwise one",
         "its cache is taken to be as long as its target's",
-        "engines/onnxruntime_cuda_eagle.py",
+        "engines/ort_cuda/eagle.py",
         "lag = 1",
         "lag = 0",
         f"{EAGLE} -k stepwise",
@@ -53,7 +53,7 @@ DEVICE = (
     Mutation(
         "A head's round on the device is the stepwise one",
         "an EAGLE-1 head reads features one row late",
-        "engines/onnxruntime_cuda_rows.py",
+        "engines/ort_cuda/rows.py",
         "self.target.take(self.source, 0, self.count)",
         "self.target.take(self.source, 1, self.count)",
         f"{EAGLE} -k first_kind",

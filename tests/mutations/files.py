@@ -7,7 +7,11 @@ BUNDLE, TRUST, FAULTS = (
     "tests/integration/test_trust.py",
     "tests/integration/test_faults.py",
 )
-CHECKS, COMMIT, COUNTS = "engines/checks.py", "engines/commit.py", "vocabtrim_export/calibration/counts.py"
+CHECKS, COMMIT, COUNTS = (
+    "engines/bundle/checks.py",
+    "engines/bundle/atomic_replace.py",
+    "vocabtrim_export/calibration/counts.py",
+)
 
 FILES = (
     Mutation(
@@ -29,7 +33,7 @@ FILES = (
     Mutation(
         "An edited manifest is refused",
         "the manifest's own digest is not compared",
-        "engines/manifest.py",
+        "engines/bundle/manifest.py",
         'if data.pop("digest", None) != _digest(data):',
         'if data.pop("digest", None) is None:',
         f"{BUNDLE} -k edited",
@@ -37,7 +41,7 @@ FILES = (
     Mutation(
         "A newer format version is refused by name",
         "newer versions are read",
-        "engines/manifest.py",
+        "engines/bundle/manifest.py",
         "if version > FORMAT_VERSION:",
         "if False:",
         f"{BUNDLE} -k cannot_be",
@@ -109,7 +113,7 @@ FILES = (
     Mutation(
         "Weights outside the bundle are not opened",
         "locations in the graph are not looked at",
-        "engines/graph_file.py",
+        "engines/bundle/graph_file.py",
         "if not isinstance(name, str) or not is_plain_name(name):",
         "if not isinstance(name, str):",
         f"{TRUST} -k outside",
@@ -117,7 +121,7 @@ FILES = (
     Mutation(
         "The same inputs give the same bytes",
         "the manifest says when it was written",
-        "vocabtrim_export/bundle_writer.py",
+        "vocabtrim_export/bundles/writer.py",
         "for tool in _TOOLS},",
         'for tool in _TOOLS} | {"at": str(__import__("time").time_ns())},',
         f"{TRUST} -k same_bytes",
@@ -141,7 +145,7 @@ FILES = (
     Mutation(
         "A killed export is finished by whoever reads it",
         "readers do not look for a commit mark",
-        "engines/bundle.py",
+        "engines/bundle/read.py",
         "    finish_if_free(root.absolute().parent)\n",
         "",
         f"{FAULTS} -k fresh",
@@ -149,7 +153,7 @@ FILES = (
     Mutation(
         "A killed calibration goes on and counts nothing twice",
         "counts are written in place",
-        "vocabtrim_export/output.py",
+        "vocabtrim_export/bundles/output.py",
         'aside = path.with_name(f"{ASIDE}{path.name}.{os.getpid()}")',
         "aside = path",
         f"{FAULTS} -k calibration",
@@ -157,7 +161,7 @@ FILES = (
     Mutation(
         "What a killed run left does not stay",
         "leftovers are not cleared",
-        "vocabtrim_export/output.py",
+        "vocabtrim_export/bundles/output.py",
         "            _clear(directory)\n",
         "",
         f"{FAULTS} -k fresh",
@@ -173,7 +177,7 @@ FILES = (
     Mutation(
         "Nothing is unpickled: a pickle checkpoint is refused with the way to convert it",
         "pickles are not refused",
-        "vocabtrim_export/weight_files.py",
+        "vocabtrim_export/sources/weight_files.py",
         'PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")',
         "PICKLES = ()",
         "tests/integration/test_mistakes.py -k missing_or_wrong",
@@ -181,7 +185,7 @@ FILES = (
     Mutation(
         "No model's own code runs",
         "remote code is allowed",
-        "vocabtrim_export/models.py",
+        "vocabtrim_export/sources/source.py",
         'options["trust_remote_code"] = False',
         'options["trust_remote_code"] = True',
         "tests/vocabtrim_export/test_weight_files.py -k own_code",
@@ -189,7 +193,7 @@ FILES = (
     Mutation(
         "Claims of a GGUF header are checked before anything is allocated",
         "lengths in a GGUF are believed",
-        "vocabtrim_export/gguf_header.py",
+        "vocabtrim_export/sources/gguf_header.py",
         "if length > min(most, self.left()):",
         "if False:",
         "tests/vocabtrim_export/test_weight_files.py",
@@ -197,7 +201,7 @@ FILES = (
     Mutation(
         "A model that a config.json makes too large is refused before it is allocated",
         "its size is not compared with the weights",
-        "vocabtrim_export/models.py",
+        "vocabtrim_export/sources/source.py",
         "if wanted > _MOST_RATIO * weights:",
         "if False:",
         "tests/vocabtrim_export/test_weight_files.py",
@@ -213,7 +217,7 @@ FILES = (
     Mutation(
         "A head drafts what its recurrence gives on the target's features",
         "accepted drafts keep the head's own rows",
-        "runtime/reading.py",
+        "runtime/drafting.py",
         "self.drafter.rewind(self.rows)",
         "self.drafter.rewind(min(self.drafter.length, length))",
         "tests/integration/test_eagle.py::test_drafts_are_the_recurrence_after_any_number_of_accepted_ones[2]",
@@ -229,7 +233,7 @@ FILES = (
     Mutation(
         "A head in any trainer's layout is the same head",
         "layers of `eagle_config` are counted as those at the top",
-        "vocabtrim_export/eagle/config.py",
+        "vocabtrim_export/drafters/eagle_config.py",
         "tuple(layer + 1 for layer in given)",
         "tuple(given)",
         "tests/integration/test_eagle.py::test_every_layout_holds_the_same_head",
@@ -237,7 +241,7 @@ FILES = (
     Mutation(
         "A layer beside its model is the layer that transformers itself puts together",
         "its rotation is that of the target's last layer",
-        "vocabtrim_export/eagle/mtp.py",
+        "vocabtrim_export/drafters/mtp.py",
         '(getattr(config, f"mtp_{name}", None) or types[-1:])[:1]',
         "types[-1:]",
         "tests/integration/test_layer_heads.py -k transformers",
@@ -245,7 +249,7 @@ FILES = (
     Mutation(
         "An EAGLE-1 head reads what its target's LM head reads",
         "it reads what enters the last layer",
-        "vocabtrim_export/eagle/checkpoint.py",
+        "vocabtrim_export/drafters/eagle_checkpoint.py",
         "return (depth,)",
         "return (depth - 1,)",
         "tests/integration/test_layer_heads.py::test_an_eagle_1_head_drafts_its_recurrence[2]",
@@ -253,7 +257,7 @@ FILES = (
     Mutation(
         "Each Medusa head's token is judged by that head's law",
         "all tokens by the first head's",
-        "engines/onnxruntime_medusa.py",
+        "engines/ort/medusa.py",
         "self._logits[self._head], self._token_ids[self._head]",
         "self._logits[0], self._token_ids[self._head]",
         "tests/integration/test_medusa.py -k law",
@@ -261,7 +265,7 @@ FILES = (
     Mutation(
         "A d2t that names no K different tokens is refused",
         "tokens that a d2t names twice are not noticed",
-        "vocabtrim_export/eagle/vocabulary.py",
+        "vocabtrim_export/drafters/row_tokens.py",
         "if len(np.unique(ids)) < rows:",
         "if False:",
         "tests/integration/test_eagle_mistakes.py::test_tensors_that_cannot_be[twice]",
@@ -269,7 +273,7 @@ FILES = (
     Mutation(
         "Readers of anyone's files raise nothing but one line",
         "half surrogate pairs pass for text",
-        "engines/typed_json.py",
+        "engines/bundle/typed_json.py",
         'return isinstance(value, str) and not any("\\ud800" <= letter <= "\\udfff" for letter in value)',
         "return isinstance(value, str)",
         "tests/fuzz",

@@ -13,7 +13,7 @@ LOAD = (
     Mutation(
         "Decoders over one pair of loaded weights do not meet",
         "a fork's target writes into the cache of its origin",
-        "engines/onnxruntime_engine.py",
+        "engines/ort/engine.py",
         "return OnnxRuntimeEngine(self._source, self._session, shared)",
         "return OnnxRuntimeEngine(self._source, self._session, shared or self)",
         f"{LOAD_TESTS} -k threads",
@@ -29,7 +29,7 @@ LOAD = (
     Mutation(
         "Weights are in memory once",
         "a fork loads them again",
-        "engines/onnxruntime_engine.py",
+        "engines/ort/engine.py",
         "return OnnxRuntimeEngine(self._source, self._session, shared)",
         "return OnnxRuntimeEngine(self._source, open_session(self._source.path / MODEL_NAME), shared)",
         f"{LOAD_TESTS} -k caches",
@@ -69,7 +69,7 @@ LOAD = (
     Mutation(
         "Memory is flat",
         "bindings of every length are kept",
-        "engines/onnxruntime_engine.py",
+        "engines/ort/engine.py",
         "if length <= CACHED_LENGTHS or length == CHUNK:",
         "if True:",
         f"{LOAD_TESTS} -k soak",
@@ -118,7 +118,7 @@ LOAD = (
     Mutation(
         "Collapsed acceptance is said, once",
         "a bench does not look",
-        "runtime/report.py",
+        "runtime/measure/report.py",
         "if drafter and not forced else None,\n    )",
         "if False else None,\n    )",
         ALARM_TESTS,
@@ -126,7 +126,7 @@ LOAD = (
     Mutation(
         "A tokenizer that cannot be read, or cannot encode, is one line",
         "errors of the tokenizer's library are passed on",
-        "engines/tokenizer.py",
+        "engines/bundle/tokenizer.py",
         "except Exception as error:  # the library raises bare Exception",
         "except ValueError as error:",
         TOKENIZER,
@@ -134,7 +134,7 @@ LOAD = (
     Mutation(
         "A tokenizer that cannot be read, or cannot encode, is one line",
         "errors of encoding are passed on",
-        "engines/tokenizer.py",
+        "engines/bundle/tokenizer.py",
         "except Exception as error:  # bare in the library: half",
         "except ValueError as error:  # half",
         TOKENIZER,
@@ -142,7 +142,7 @@ LOAD = (
     Mutation(
         "Bundles of random weights of an earlier format are made again",
         "a manifest passes for a bundle",
-        "vocabtrim_export/random_weights.py",
+        "vocabtrim_export/random_weights/bundles.py",
         "        read_bundle(bundle)\n",
         "        (bundle / 'vocabtrim.json').read_bytes()\n",
         "tests/integration/test_bench_command.py -k random_weights",
@@ -150,7 +150,7 @@ LOAD = (
     Mutation(
         "Random drafters of several K link one file of weights, and are what they would be alone",
         "the head is linked, too",
-        "vocabtrim_export/graph/files.py",
+        "vocabtrim_export/lowering/graph_files.py",
         "        if name in own:\n",
         "        if name in own and name not in written:\n",
         "tests/vocabtrim_export/test_random_weights.py -k eagle3",

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import runtime.loop
-import runtime.timing
+import runtime.measure.timing
 from engines.base import ContextFull, Engine, StepOutput
-from engines.bundle import Manifest
-from engines.vocab_map import VocabMap
+from engines.bundle.read import Manifest
+from engines.bundle.vocab_map import VocabMap
 
 VOCAB = 48
 EOS = 1
@@ -142,6 +142,6 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    for module in (runtime.loop, runtime.timing):
+    for module in (runtime.loop, runtime.measure.timing):
         monkeypatch.setattr(module, "perf_counter", clock)
     return clock

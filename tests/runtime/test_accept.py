@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.vocab_map import VocabMap
+from engines.bundle.vocab_map import VocabMap
 from runtime.accept import Accepted, accept_greedy, accept_sampled, residual
 
 

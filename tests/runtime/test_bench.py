@@ -5,9 +5,9 @@ import pytest
 from engines.errors import VocabtrimError
 from runtime import bench, mbsu, read_bandwidth
 from runtime.loop import Round
-from runtime.report import mode_report
+from runtime.measure.report import mode_report
+from runtime.measure.timing import Feed, Run
 from runtime.stats import summarize
-from runtime.timing import Feed, Run
 
 PROMPTS = [[3, 4], [5, 6, 7], [8]]
 

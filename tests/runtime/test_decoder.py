@@ -4,8 +4,8 @@ from itertools import product
 import pytest
 import tokenizers
 
+from engines.bundle.tokenizer import Tokenizer
 from engines.errors import VocabtrimError
-from engines.tokenizer import Tokenizer
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.stop_strings import StopStrings
 

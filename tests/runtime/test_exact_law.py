@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import runtime.accept
 import runtime.rules
+from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
-from engines.vocab_map import VocabMap
 from runtime.accept import accept_sampled
 from runtime.loop import decode_rounds
 from runtime.sampling import distribution, sample

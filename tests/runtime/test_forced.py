@@ -6,8 +6,8 @@ from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from runtime import bench, latency_speedup
 from runtime.loop import Round, decode_rounds
+from runtime.measure.timing import Run
 from runtime.stats import Percentiles, round_tokens_per_second
-from runtime.timing import Run
 
 PROMPT = [5, 6, 7]
 

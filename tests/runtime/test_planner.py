@@ -6,7 +6,7 @@ import pytest
 
 from engines.errors import VocabtrimError
 from runtime import SweepSettings, make_plan, plan, sweep
-from runtime.planner import DrafterTimes, RoundTimes, expected_block_efficiency
+from runtime.measure.planner import DrafterTimes, RoundTimes, expected_block_efficiency
 
 LENGTHS = (1, 2, 4, 8)
 PROMPTS = [[3, 4], [5, 6, 7], [8]]

@@ -4,7 +4,7 @@ import pytest
 
 from engines.errors import VocabtrimError
 from runtime import SweepSettings, sweep
-from runtime.sweep import at_context
+from runtime.measure.sweep import at_context
 
 PROMPTS = [[3, 4], [5, 6, 7], [8]]
 

@@ -9,8 +9,8 @@ import runtime.rules
 from engines.errors import VocabtrimError
 from runtime import SamplingParams, SpeculativeDecoder, verify
 from runtime.accept import Accepted, accept_greedy
-from runtime.forced import forced_logits, stepped_logits
-from runtime.verify import differences, tolerance
+from runtime.verification.greedy import differences, tolerance
+from runtime.verification.teacher_forcing import forced_logits, stepped_logits
 
 PROMPTS = [[5, 6, 7], [9]]
 

@@ -13,7 +13,7 @@ from engines.errors import VocabtrimError
 from runtime import SamplingParams, SpeculativeDecoder, chi_square, verify_sampling
 from runtime.accept import Accepted, accept_sampled, residual
 from runtime.sampling import sample
-from runtime.verify_sampling import ALPHA, BINS, point_of, statistic_of
+from runtime.verification.sampled import ALPHA, BINS, point_of, statistic_of
 
 SETTINGS = [SamplingParams(1.0), SamplingParams(1.3, top_k=10, top_p=0.9)]
 FREEDOM = BINS - 1

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engines import VocabtrimError
-from engines.vocab_map import VocabMap
+from engines.bundle.vocab_map import VocabMap
 from vocabtrim_export.formats.eagle3 import write_eagle3
 
 VOCAB, HIDDEN, INNER, ROWS = 50, 8, 12, 20

@@ -13,9 +13,9 @@ from engines.errors import VocabtrimError
 from tests.integration.conftest import check_logits
 from tests.vocabtrim_export.gguf_blocks import SCALES, dense, random_blocks
 from vocabtrim_export.calibration import TokenCounts
-from vocabtrim_export.counting import CalibrationSettings
-from vocabtrim_export.export import ExportSettings, export
-from vocabtrim_export.models import load_source
+from vocabtrim_export.calibration.counting import CalibrationSettings
+from vocabtrim_export.pipeline import ExportSettings, export
+from vocabtrim_export.sources.source import load_source
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, VOCAB = 256, 2, 4, 2, 448
 HEAD = HIDDEN // HEADS

@@ -9,11 +9,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.bundle import MANIFEST_NAME, VOCAB_MAP_NAME, FileDigest, Manifest, Profile, TensorRT, file_digest
+from engines.bundle.read import MANIFEST_NAME, VOCAB_MAP_NAME, FileDigest, Manifest, Profile, TensorRT, file_digest
+from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
-from engines.vocab_map import VocabMap
 from vocabtrim_export.cli import inspect_command
-from vocabtrim_export.graph.files import stamp_graph
+from vocabtrim_export.lowering.graph_files import stamp_graph
 from vocabtrim_export.trt.network import DRAFT_NETWORK_NAME, NETWORK_NAME, Kernel, Layer, Network, NetworkTensor
 
 MAP = VocabMap(np.arange(0, 192, 2), 448)

@@ -11,8 +11,8 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import quantize_dynamic
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from engines.onnxruntime_engine import open_session
-from engines.vocab_map import VocabMap
+from engines.bundle.vocab_map import VocabMap
+from engines.ort.session import open_session
 from tests.integration.conftest import count_file, random_model
 from vocabtrim_export.cli.main import main
 

@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
-from engines.onnxruntime_engine import open_session, session_options
-from engines.vocab_map import VocabMap
+from engines.ort.session import open_session, session_options
 from tests.integration.conftest import count_file, random_model
 from vocabtrim_export.cli.main import main
 from vocabtrim_export.onnx_input.cut import cut_head

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vocabtrim_export.output import replacing
+from vocabtrim_export.bundles.output import replacing
 
 
 def tree(path):

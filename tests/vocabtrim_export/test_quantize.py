@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vocabtrim_export.graph.quantize import BLOCK, quantize_blocks
+from vocabtrim_export.lowering.quantize import BLOCK, quantize_blocks
 
 
 def unpack(blocks, bits):

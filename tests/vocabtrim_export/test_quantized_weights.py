@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from engines.errors import VocabtrimError
 from tests.integration.conftest import random_model
-from vocabtrim_export.models import load_source
+from vocabtrim_export.sources.source import load_source
 
 __all__ = ["random_model"]
 

@@ -2,9 +2,9 @@ import os
 
 import pytest
 
-from engines.graph_file import GraphFile
-from vocabtrim_export.graph import quantize
-from vocabtrim_export.random_weights import RandomSettings, random_bundles
+from engines.bundle.graph_file import GraphFile
+from vocabtrim_export.lowering import ort_products
+from vocabtrim_export.random_weights.bundles import RandomSettings, random_bundles
 
 
 def weights(path):
@@ -14,8 +14,8 @@ def weights(path):
 
 @pytest.mark.parametrize("drafter", ["tiny", "eagle3-tiny"])
 def test_drafters_share_all_but_their_heads_and_are_what_they_would_be_alone(tmp_path, monkeypatch, drafter):
-    calls, real = [], quantize.quantize_blocks
-    monkeypatch.setattr(quantize, "quantize_blocks", lambda *given: calls.append(1) or real(*given))
+    calls, real = [], ort_products.quantize_blocks
+    monkeypatch.setattr(ort_products, "quantize_blocks", lambda *given: calls.append(1) or real(*given))
 
     def make(*rows):
         calls.clear()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration import CalibrationRun, TokenCounts
-from vocabtrim_export.select import select_vocab, structural_token_ids
+from vocabtrim_export.selection import select_vocab, structural_token_ids
 
 FULL = 300
 tables = st.lists(st.integers(0, 5), min_size=FULL, max_size=FULL)
@@ -110,7 +110,7 @@ def test_structure_is_kept_and_reserved_tokens_are_not(tokenizer):
 
 def test_selecting_needs_no_torch():
     code = (
-        "import sys, vocabtrim_export.select, vocabtrim_export.calibration.corpus\n"
+        "import sys, vocabtrim_export.selection, vocabtrim_export.calibration.corpus\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     assert run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engines import cuda
+from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
 from engines.trt.library import Library, load_library
 from vocabtrim_export.trt import build as build_module

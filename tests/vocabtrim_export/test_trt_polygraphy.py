@@ -8,7 +8,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 import numpy as np
 import pytest
 
-from engines.bundle import MANIFEST_NAME, Manifest, Profile, TensorRT
+from engines.bundle.read import MANIFEST_NAME, Manifest, Profile, TensorRT
 from engines.errors import VocabtrimError
 from vocabtrim_export.trt.polygraphy import LOADER_NAME, write_loader
 

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from engines.bundle import Profile
+from engines.bundle.read import Profile
 from engines.errors import VocabtrimError
-from engines.static import plan_calls
+from engines.trt.engine import plan_calls
 from vocabtrim_export.trt.settings import TensorRTSettings, cache_slots, dimensions, profiles
 
 

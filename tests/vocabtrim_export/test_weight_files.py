@@ -9,8 +9,8 @@ import torch
 from safetensors.numpy import save
 
 from engines.errors import VocabtrimError
-from vocabtrim_export import models
-from vocabtrim_export.weight_files import count_weights
+from vocabtrim_export.sources import source as sources
+from vocabtrim_export.sources.weight_files import count_weights
 
 GGUF = b"GGUF" + struct.pack("<IQQ", 3, 1, 0)
 TENSOR = struct.pack("<Q", 1) + b"t" + struct.pack("<IQ", 1, 8) + struct.pack("<IQ", 0, 0)
@@ -58,10 +58,10 @@ def test_a_config_that_asks_for_more_than_there_is(model, tokenizer, tmp_path, m
     tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 1_000_000}))
-    loader = models.AutoModelForCausalLM
+    loader = sources.AutoModelForCausalLM
     monkeypatch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("it was allocated"))
     with pytest.raises(VocabtrimError, match="do not fit its config"):
-        models.load_source(str(tmp_path), torch.float32)
+        sources.load_source(str(tmp_path), torch.float32)
 
 
 def test_a_models_own_code_does_not_run(tmp_path, monkeypatch):
@@ -74,5 +74,5 @@ def test_a_models_own_code_does_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
     with pytest.raises(VocabtrimError):
-        models.load_source(str(tmp_path), torch.float32)
+        sources.load_source(str(tmp_path), torch.float32)
     assert not mark.exists()

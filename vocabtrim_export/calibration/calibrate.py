@@ -122,7 +122,7 @@ def _fresh_counts(
     limits: BatchLimits,
 ) -> TokenCounts:
     """No tokens yet, of the settings that a checkpoint must have been made with."""
-    from engines.tokenizer import tokenizer_digest
+    from engines.bundle.tokenizer import tokenizer_digest
 
     run = CalibrationRun(source, corpus.digest, seed, corpus=corpus.source)
     vocab_size = len(tokenizer)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from engines.bundle.typed_json import brief, decode, parse
 from engines.errors import VocabtrimError
-from engines.typed_json import brief, decode, parse
-from vocabtrim_export.output import write_whole
+from vocabtrim_export.bundles.output import write_whole
 
 FORMAT = "vocabtrim-token-counts-2"
 FIRST_FORMAT = "vocabtrim-token-counts-1"  # without a digest of its own

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from engines.errors import VocabtrimError
 
 if TYPE_CHECKING:
-    from vocabtrim_export.counting import CalibrationSettings
+    from vocabtrim_export.calibration.counting import CalibrationSettings
     from vocabtrim_export.trt.settings import TensorRTSettings
 
 
@@ -34,7 +34,7 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
 
 def calibration_settings(options: argparse.Namespace) -> "CalibrationSettings":
     """What `add_calibration_arguments` parsed."""
-    from vocabtrim_export.counting import CalibrationSettings
+    from vocabtrim_export.calibration.counting import CalibrationSettings
 
     return CalibrationSettings(
         tuple(options.calibration),

@@ -23,9 +23,9 @@ from vocabtrim_export.cli.console import progress_reporter
 if TYPE_CHECKING:
     from engines import Engine
     from runtime import BenchReport, PlanReport, SweepReport, SweepSettings
-    from runtime.bench import Forced
+    from runtime.measure.bench import Forced
     from vocabtrim_export.calibration.corpus import Document
-    from vocabtrim_export.graph.files import Progress
+    from vocabtrim_export.lowering.graph_files import Progress
 
 DEFAULT_PROMPTS = 8
 RANDOM_PROMPT_TOKENS = 128
@@ -103,7 +103,7 @@ def _documents(options: argparse.Namespace) -> "Sequence[Document]":
 
 
 def _encode(path: Path, target: "Engine", documents: "Sequence[Document]") -> list[list[int]]:
-    from engines.tokenizer import Tokenizer
+    from engines.bundle.tokenizer import Tokenizer
     from runtime import SpeculativeDecoder
 
     decoder = SpeculativeDecoder(target, tokenizer=Tokenizer.load(path))
@@ -141,7 +141,7 @@ def _measure(
     progress: Callable[[int, int], None],
 ) -> "BenchReport | PlanReport | SweepReport":
     from runtime import bench, make_plan, sweep
-    from runtime.sweep import prompts_at
+    from runtime.measure.sweep import prompts_at
 
     settings = _settings(options, target)
     if options.plan:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from engines.errors import VocabtrimError
 
 if TYPE_CHECKING:
-    from runtime.bench import Forced
+    from runtime.measure.bench import Forced
 
 PLAN_DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8)
 RANDOM_SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "tiny")

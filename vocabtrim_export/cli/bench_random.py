@@ -10,12 +10,12 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.cli.bench_options import Bundles
 
 if TYPE_CHECKING:
-    from vocabtrim_export.graph.files import Progress
+    from vocabtrim_export.lowering.graph_files import Progress
 
 
 def random_bundles(options: argparse.Namespace, stack: ExitStack, progress: "Progress") -> Bundles:
     """Make them in --bundles, or in a directory that `stack` removes. Raises `VocabtrimError`."""
-    from vocabtrim_export.random_weights import RandomSettings, random_bundles
+    from vocabtrim_export.random_weights.bundles import RandomSettings, random_bundles
 
     if "cuda" in (options.device, options.drafter_device):
         _check_cuda(options.dtype or "fp32")
@@ -35,7 +35,7 @@ def random_bundles(options: argparse.Namespace, stack: ExitStack, progress: "Pro
 
 def _check_cuda(dtype: str) -> None:
     """Refuse before gigabytes are written what loading them would."""
-    from engines.cuda_provider import require_provider
+    from engines.ort_cuda.provider import require_provider
 
     if dtype == "fp32":
         raise VocabtrimError("ONNX Runtime has no fp32 attention on CUDA: give --dtype fp16 or bf16")

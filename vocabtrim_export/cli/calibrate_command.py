@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from vocabtrim_export.calibration.counting import calibrate_models
     from vocabtrim_export.cli.arguments import calibration_settings
-    from vocabtrim_export.counting import calibrate_models
 
     with progress_reporter({"calibrate": "tokens"}) as progress:
         counts = calibrate_models(

@@ -15,10 +15,10 @@ from vocabtrim_export.cli.arguments import (
     add_tensorrt_arguments,
 )
 from vocabtrim_export.cli.console import progress_reporter
+from vocabtrim_export.cli.selection_text import kept, notes
 
 if TYPE_CHECKING:
-    from vocabtrim_export.export import ExportResult
-    from vocabtrim_export.select import Selection
+    from vocabtrim_export.pipeline import ExportResult
 
 _MODEL = "a hub id, a local model directory, a .gguf file, or a directory with an ONNX decoder"
 
@@ -61,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from vocabtrim_export.cli.arguments import calibration_settings, other_formats, tensorrt_settings
     from vocabtrim_export.cli.onnx_trim import run_onnx
-    from vocabtrim_export.export import ExportSettings, export
     from vocabtrim_export.onnx_input.trim import holds_onnx
+    from vocabtrim_export.pipeline import ExportSettings, export
 
     if holds_onnx(options.drafter):
         run_onnx(options)
@@ -88,26 +88,6 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(summary(result), indent=2) if options.json else text(result))
 
 
-def notes(selection: "Selection", builtin: bool) -> list[str]:
-    """What the user should know about this selection."""
-    found = []
-    if builtin:
-        found.append("no --calibration given: counted on Python's own documentation, which is like no user's prompts")
-    if selection.is_noop:
-        found.append(f"K covers the whole vocabulary of {selection.vocab_map.full_vocab} tokens: nothing is trimmed")
-    elif selection.filler > len(selection.vocab_map) // 4:
-        found.append(
-            f"{selection.filler} of {len(selection.vocab_map)} rows were never counted and only fill up K: "
-            "more --calibration-tokens would choose better ones, or a smaller K would do"
-        )
-    asked = selection.requested_coverage
-    if asked and selection.coverage is not None and selection.coverage < asked:
-        found.append(
-            f"coverage is {selection.coverage:.4f}, not {asked}: the target or the head lacks the missing tokens"
-        )
-    return found
-
-
 def summary(result: "ExportResult") -> dict[str, object]:
     selection = result.selection
     return {
@@ -125,14 +105,6 @@ def summary(result: "ExportResult") -> dict[str, object]:
             "target": asdict(result.target_manifest) if result.target_manifest else None,
         },
     }
-
-
-def kept(selection: "Selection") -> str:
-    coverage = "" if selection.coverage is None else f", {selection.coverage:.2%} of held-out tokens"
-    return (
-        f"kept {len(selection.vocab_map)} of {selection.vocab_map.full_vocab} tokens{coverage} "
-        f"({selection.counted} counted, {selection.always_kept} always kept, {selection.filler} filler)"
-    )
 
 
 def text(result: "ExportResult") -> str:

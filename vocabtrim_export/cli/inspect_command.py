@@ -11,7 +11,7 @@ from vocabtrim_export.cli.arguments import add_json_argument
 from vocabtrim_export.cli.console import print_table
 
 if TYPE_CHECKING:
-    from engines.bundle import Bundle, Manifest
+    from engines.bundle.read import Bundle, Manifest
     from vocabtrim_export.trt.network import Layer, Network
 
 _CACHE = ("past_key_values.", "present.")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from engines.bundle import read_bundle
+    from engines.bundle.read import read_bundle
 
     if options.check:
         run_checks(options.bundle, options.json)
@@ -48,7 +48,7 @@ def run_checks(path: Path, as_json: bool) -> None:
     """Print every check of a bundle. Raises `VocabtrimError` if one failed."""
     from rich.markup import escape
 
-    from engines.bundle import check_bundle
+    from engines.bundle.read import check_bundle
     from engines.errors import VocabtrimError
 
     checks = check_bundle(path)

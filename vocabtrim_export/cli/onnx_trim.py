@@ -13,7 +13,7 @@ _NOT_FOR_ONNX = ("target", "dtype", "quantize_drafter", "max_length")
 def run_onnx(options: argparse.Namespace) -> None:
     """Trim it in place of an export. Raises `VocabtrimError`."""
     from vocabtrim_export.cli.arguments import calibration_settings
-    from vocabtrim_export.cli.export_command import kept, notes
+    from vocabtrim_export.cli.selection_text import kept, notes
     from vocabtrim_export.onnx_input.trim import trim_onnx
 
     given = [name for name in _NOT_FOR_ONNX if getattr(options, name)]

@@ -89,7 +89,7 @@ def _settings(options: argparse.Namespace) -> "Sequence[SamplingParams]":
     from dataclasses import replace
 
     from engines.sampling_params import SamplingParams
-    from runtime.verify_sampling import SETTINGS
+    from runtime.verification.sampled import SETTINGS
 
     given = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     own = {name: value for name, value in given.items() if value is not None}

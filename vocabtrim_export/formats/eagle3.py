@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engines.bundle.typed_json import read
+from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
-from engines.typed_json import read
-from engines.vocab_map import VocabMap
-from vocabtrim_export.eagle.vocabulary import row_token_ids
+from vocabtrim_export.bundles.output import replacing
+from vocabtrim_export.drafters.row_tokens import row_token_ids
 from vocabtrim_export.formats.eagle3_layout import check_layout
 from vocabtrim_export.formats.exported import Exported
-from vocabtrim_export.output import replacing
 
 _HEAD, _D2T, _T2D = "lm_head.weight", "d2t", "t2d"
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.manifest import MANIFEST_NAME, MODEL_NAME, VOCAB_MAP_NAME, WEIGHTS_NAME, Manifest, Role
-from engines.vocab_map import VocabMap
-from vocabtrim_export import __version__
-from vocabtrim_export.models import Source
-from vocabtrim_export.output import FORMAT_MARK
+from engines.bundle.manifest import MANIFEST_NAME, MODEL_NAME, VOCAB_MAP_NAME, WEIGHTS_NAME, Manifest, Role
+from engines.bundle.vocab_map import VocabMap
+from vocabtrim_export.bundles.output import FORMAT_MARK
+from vocabtrim_export.sources.source import Source
+from vocabtrim_export.version import __version__
 
 _NOT_TOKENIZER = {MANIFEST_NAME, MODEL_NAME, WEIGHTS_NAME, VOCAB_MAP_NAME}
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engines.manifest import MODEL_NAME, Role
+from engines.bundle.manifest import MODEL_NAME, Role
 from vocabtrim_export.formats.exported import Exported, copy_tokenizer
 from vocabtrim_export.formats.masked import check_widths, write_masked
 

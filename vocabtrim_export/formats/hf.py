@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
-from engines.vocab_map import VocabMap
 from vocabtrim_export.formats.exported import Exported, copy_tokenizer
-from vocabtrim_export.models import Source
+from vocabtrim_export.sources.source import Source
 
 _MODULE = "modeling_trimmed"
 _CODE = '''"""{base} whose LM head has {rows} of {vocab} rows. Written by vocabtrim-export."""

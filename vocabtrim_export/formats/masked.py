@@ -9,10 +9,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
+from engines.bundle.manifest import MODEL_NAME, WEIGHTS_NAME
 from engines.errors import VocabtrimError
-from engines.manifest import MODEL_NAME, WEIGHTS_NAME
 from vocabtrim_export.formats.exported import Exported
-from vocabtrim_export.graph.files import share
+from vocabtrim_export.lowering.graph_files import share
 
 _TABLE = "kept_token_ids"
 _OWN_INPUTS = ("seqlens_k", "total_sequence_length", "num_logits_to_keep")

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from engines.bundle.manifest import MODEL_NAME, Role
 from engines.errors import VocabtrimError
-from engines.manifest import MODEL_NAME, Role
 from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.formats.masked import check_widths, write_masked
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import onnx
 
-from engines.manifest import MODEL_NAME, WEIGHTS_NAME, Manifest
+from engines.bundle.manifest import MODEL_NAME, WEIGHTS_NAME, Manifest
 from vocabtrim_export.formats.exported import Exported, copy_tokenizer
-from vocabtrim_export.graph.files import share
+from vocabtrim_export.lowering.graph_files import share
 
 CONFIG_NAME = "config.pbtxt"
 _TYPES: Mapping[int, str] = {

@@ -1,1 +1,1 @@
-"""From a transformers model to a graph of composite operators."""
+"""From composite operators to the ONNX graphs that ONNX Runtime and TensorRT run."""

@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
-from engines.vocab_map import VocabMap
 from vocabtrim_export.onnx_input.head import ELEMENTWISE, OnnxHead, constant, matrix_axis, transposed
 
 

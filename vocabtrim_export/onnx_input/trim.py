@@ -12,17 +12,17 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from engines.bundle import MODEL_NAME, VOCAB_MAP_NAME, file_digest
+from engines.bundle.graph_file import GraphFile
+from engines.bundle.read import MODEL_NAME, VOCAB_MAP_NAME, file_digest
+from engines.bundle.tokenizer import tokenizer_digest
 from engines.errors import VocabtrimError
-from engines.graph_file import GraphFile
-from engines.tokenizer import tokenizer_digest
+from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.calibration import TokenCounts, calibrate
-from vocabtrim_export.counting import CalibrationInput, CalibrationSettings, read_calibration
-from vocabtrim_export.graph.files import Progress, save_graph
+from vocabtrim_export.calibration.counting import CalibrationInput, CalibrationSettings, read_calibration
+from vocabtrim_export.lowering.graph_files import Progress, save_graph
 from vocabtrim_export.onnx_input.cut import cut_head
 from vocabtrim_export.onnx_input.head import find_head
-from vocabtrim_export.output import COUNTS_NAME, check_output, placing, reserved
-from vocabtrim_export.select import Selection, check_k, select_vocab, structural_token_ids
+from vocabtrim_export.selection import Selection, check_k, select_vocab, structural_token_ids
 
 _COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),

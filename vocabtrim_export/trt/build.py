@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from engines import cuda
+from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
 from engines.trt.library import NAMES, Library
 from vocabtrim_export.trt.messages import raise_ended

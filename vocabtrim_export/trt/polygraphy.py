@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from engines.bundle import Manifest
+from engines.bundle.read import Manifest
 from engines.errors import VocabtrimError
-from engines.static import DRAFT_TOKENS
+from engines.trt.engine import DRAFT_TOKENS
 
 LOADER_NAME = "polygraphy_inputs.py"
 

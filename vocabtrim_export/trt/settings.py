@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from engines.bundle import Flavor, Profile, Role
+from engines.bundle.read import Flavor, Profile, Role
 from engines.errors import VocabtrimError
 
 _LONGEST_DRAFT = 64

@@ -1,0 +1,165 @@
+"""What a bundle must prove before it runs, check by check: loading stops at the first that fails, `inspect --check`
+shows them all."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engines.bundle.graph_file import PREFIX, GraphFile, is_plain_name
+from engines.bundle.manifest import (
+    DRAFT_MODEL_NAME,
+    DRAFT_PLAN_NAME,
+    FEATURES_NAME,
+    MANIFEST_NAME,
+    MODEL_NAME,
+    PLAN_NAME,
+    VOCAB_MAP_NAME,
+    FileDigest,
+    Manifest,
+)
+from engines.bundle.tokenizer import CONFIG_NAME, TEMPLATE_NAME, TOKENIZER_NAME, Tokenizer
+from engines.bundle.vocab_map import VocabMap
+from engines.errors import VocabtrimError
+
+# what a load reads where it is there: none of them may appear beside the files that the manifest names
+_READ_IF_THERE = (
+    *(MODEL_NAME, DRAFT_MODEL_NAME, FEATURES_NAME, PLAN_NAME, DRAFT_PLAN_NAME, VOCAB_MAP_NAME),
+    *(TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at. wrong: what is wrong with it, in one line; None where nothing is."""
+
+    name: str
+    wrong: str | None
+
+
+def file_checks(root: Path, manifest: Manifest) -> list[Check]:
+    """Every file is there, inside the bundle, with the size and digest that the manifest states; nothing was added."""
+    checks: dict[str, Callable[[], None]] = {
+        name: lambda name=name, stated=stated: _check_file(root, name, stated)  # type: ignore[misc]
+        for name, stated in manifest.files.items()
+    }
+    return _run(checks | {"no added file": lambda: _check_added(root, manifest)})
+
+
+def content_checks(root: Path, manifest: Manifest, thorough: bool) -> list[Check]:
+    """Map, tokenizer and graphs belong together. thorough: the head's rows are hashed once more, by themselves."""
+    checks: dict[str, Callable[[], None]] = {"vocab map": lambda: _check_map(root, manifest)}
+    if TOKENIZER_NAME in manifest.files:
+        checks["tokenizer"] = lambda: _check_tokenizer(root, manifest)
+    for name in (MODEL_NAME, DRAFT_MODEL_NAME, FEATURES_NAME):
+        if name in manifest.files:
+            checks[f"{name} metadata"] = lambda name=name: _check_metadata(root / name, manifest)  # type: ignore[misc]
+    if MODEL_NAME in manifest.files and manifest.vocab_map:
+        checks["baked table"] = lambda: _check_table(root, manifest)
+    if MODEL_NAME in manifest.files and thorough:
+        checks["head rows"] = lambda: _check_head(root / MODEL_NAME, manifest)
+    return _run(checks)
+
+
+def graph_metadata(manifest: Manifest) -> dict[str, str]:
+    """What a bundle's graphs say of themselves: the digests of what they belong to."""
+    digests = {
+        "vocab_map": manifest.vocab_map or "",
+        "tokenizer": manifest.tokenizer,
+        "head": manifest.head,
+        "model": manifest.source_digest,
+    }
+    return {f"{PREFIX}{name}": digest for name, digest in digests.items()}
+
+
+def load_map(root: Path, manifest: Manifest) -> VocabMap | None:
+    return VocabMap.load(root / VOCAB_MAP_NAME) if manifest.vocab_map else None
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _run(checks: Mapping[str, Callable[[], None]]) -> list[Check]:
+    """All of them, at once: hashing is most of it, and leaves Python's lock."""
+
+    def run(name: str) -> Check:
+        try:
+            checks[name]()
+        except VocabtrimError as error:
+            return Check(name, str(error))
+        except OSError as error:
+            return Check(name, f"cannot read {error.filename or name}: {error.strerror}")
+        return Check(name, None)
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(run, checks))
+
+
+def _check_file(root: Path, name: str, stated: FileDigest) -> None:
+    path = root / name
+    if not is_plain_name(name):
+        raise VocabtrimError(f"{root / MANIFEST_NAME} names the file {name[:200]!r}, which is not inside the bundle")
+    if not path.is_file():
+        raise VocabtrimError(f"{root} lacks {name}, which its {MANIFEST_NAME} names: export the bundle again")
+    if path.resolve().parent != root.resolve():
+        raise VocabtrimError(f"{path} is a link that leaves the bundle: put the file itself there")
+    size = path.stat().st_size
+    if size != stated.bytes:
+        cut = "is cut short" if size < stated.bytes else "is too long"
+        raise VocabtrimError(
+            f"{path} {cut}: {size} bytes, {MANIFEST_NAME} says {stated.bytes}: copy or export it again"
+        )
+    if file_digest(path) != stated.sha256:
+        raise VocabtrimError(f"{path} does not match its digest in {MANIFEST_NAME}: copy or export it again")
+
+
+def _check_added(root: Path, manifest: Manifest) -> None:
+    for name in _READ_IF_THERE:
+        if name not in manifest.files and (root / name).exists():
+            raise VocabtrimError(
+                f"{root / name} is not of this bundle, its {MANIFEST_NAME} names no such file: remove it"
+            )
+
+
+def _check_map(root: Path, manifest: Manifest) -> None:
+    vocab_map = load_map(root, manifest)
+    if vocab_map is None:
+        if manifest.head_rows != manifest.vocab_size:
+            raise VocabtrimError(f"{root / MANIFEST_NAME} names no VocabMap for a head of fewer rows: export again")
+        return
+    found = vocab_map.digest, len(vocab_map), vocab_map.full_vocab
+    if found != (manifest.vocab_map, manifest.head_rows, manifest.vocab_size):
+        raise VocabtrimError(f"{root / VOCAB_MAP_NAME} is not the VocabMap that {MANIFEST_NAME} names: export again")
+
+
+def _check_tokenizer(root: Path, manifest: Manifest) -> None:
+    if Tokenizer.load(root).digest != manifest.tokenizer:
+        raise VocabtrimError(
+            f"{root / TOKENIZER_NAME} is not the tokenizer that {MANIFEST_NAME} names: its tokens have other ids"
+        )
+
+
+def _check_metadata(path: Path, manifest: Manifest) -> None:
+    metadata = GraphFile.read(path).metadata
+    for key, wanted in graph_metadata(manifest).items():
+        if metadata.get(key) != wanted:
+            what = key.removeprefix(PREFIX).replace("_", " ")
+            raise VocabtrimError(f"{path} was made for another {what} than {MANIFEST_NAME} names: export again")
+
+
+def _check_table(root: Path, manifest: Manifest) -> None:
+    vocab_map = load_map(root, manifest)
+    if vocab_map and not np.array_equal(GraphFile.read(root / MODEL_NAME).table(), vocab_map.kept_token_ids):
+        raise VocabtrimError(f"the table inside {root / MODEL_NAME} is not {VOCAB_MAP_NAME}: export again")
+
+
+def _check_head(path: Path, manifest: Manifest) -> None:
+    graph = GraphFile.read(path)
+    if graph.digest(graph.head_tensors()) != manifest.head:
+        raise VocabtrimError(f"the head's rows in {path} are not those that {MANIFEST_NAME} names: export again")

@@ -1,0 +1,163 @@
+"""`vocabtrim.json`: what a bundle holds, with the digest of everything in it and of itself."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from engines.bundle.typed_json import decode, parse
+from engines.bundle.vocab_map import MAX_VOCAB
+from engines.errors import VocabtrimError
+
+FORMAT_VERSION = 3
+MANIFEST_NAME = "vocabtrim.json"
+MODEL_NAME = "model.onnx"
+WEIGHTS_NAME = "model.onnx.data"
+VOCAB_MAP_NAME = "vocab_map.safetensors"
+PLAN_NAME = "model.engine"
+DRAFT_MODEL_NAME = "draft.onnx"
+DRAFT_PLAN_NAME = "draft.engine"
+FEATURES_NAME = "features.onnx"
+
+# of graphs that hand hidden states on
+FEATURES_OUTPUT = "features"
+HIDDEN_INPUT, HIDDEN_OUTPUT = "hidden", "next_hidden"
+
+Role = Literal["target", "drafter"]
+Kind = Literal["language-model", "eagle", "eagle3", "medusa", "mtp"]
+Phase = Literal["draft", "verify", "prefill"]
+Flavor = Literal["none", "tensorrt", "rtx"]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One fixed shape: `tokens` fed, `keep` of their positions predicted, `span` slots of the KV cache attended to."""
+
+    phase: Phase
+    tokens: int
+    keep: int
+    span: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRT:
+    """What a bundle of `--format trt` holds beside the graph.
+
+    flavor, version: the library that built the plans; no other version opens them. "none": there are only graphs.
+    compute_capabilities: of the GPUs that they were built for, such as "8.6".
+    profiles: the optimization profiles of `model.engine`, in its order.
+    draft_length: tokens that one call of `draft.engine` drafts (γ), 0 where there is none. It has one optimization
+    profile for each of `spans`.
+    weights_stripped: the plans hold no weights; `model.onnx` and `draft.onnx` refit them at load.
+    """
+
+    flavor: Flavor
+    version: str
+    compute_capabilities: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    draft_length: int
+    weights_stripped: bool
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Numbers of slots that attention can read, ascending; the last is the whole KV cache."""
+        return tuple(sorted({profile.span for profile in self.profiles}))
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """A file's size in bytes and the sha256 of its content, in hex."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a bundle holds, as kept in `vocabtrim.json`.
+
+    vocab_size: tokens of the full vocabulary. head_rows: rows of the LM head, fewer in a trimmed drafter.
+    context_length: tokens the KV cache holds.
+    weight_bytes_per_step: bytes of weights that one decode step reads (the head's included, of the embedding one row).
+    head_bytes: the head's share of these. kv_bytes_per_token: bytes of keys and values per cached token.
+    vocab_map: digest of the VocabMap, None for a full head. coverage: share of held-out calibration tokens it keeps.
+    tokenizer: digest of the token ↔ id table. source_digest: sha256 over the source's weights.
+    head: `head_digest` of the LM head's rows as `model.onnx` has them.
+    files: every other file of the bundle by its name.
+    tensorrt: the plans of a bundle of `--format trt`; its graph has fixed shapes and standard operators.
+    kind: other than "language-model" for a head that reads its target's hidden states, through `features.onnx` where
+    there is one: "eagle" of EAGLE-1 and EAGLE-2, "eagle3", "mtp" for the target's multi-token-prediction layer,
+    "medusa".
+    feature_layers: the target's layers whose inputs, side by side, are the features: of a target those that it gives,
+    of a head those that it reads; the number of all layers stands for the LM head. feature_size: numbers in these for
+    one position.
+    """
+
+    role: Role
+    source: str
+    source_digest: str
+    architecture: str
+    vocab_size: int
+    head_rows: int
+    tokenizer: str
+    head: str
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    quantization: str
+    context_length: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    weight_bytes_per_step: int
+    head_bytes: int
+    kv_bytes_per_token: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    files: Mapping[str, FileDigest]
+    tool_versions: Mapping[str, str]
+    vocab_map: str | None = None
+    coverage: float | None = None
+    calibration: Mapping[str, Any] | None = None
+    tensorrt: TensorRT | None = None
+    kind: Kind = "language-model"
+    feature_layers: tuple[int, ...] = ()
+    feature_size: int = 0
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The text of `vocabtrim.json`: the fields, and `digest`, by which an edit shows."""
+        data = asdict(self)
+        return json.dumps(data | {"digest": _digest(data)}, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Manifest":
+        """Parse `vocabtrim.json`; `where` names it in errors. Raises `VocabtrimError` for another format version, an
+        edited manifest and a malformed one."""
+        data = parse(text, where)
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if type(version) is not int:
+            raise VocabtrimError(f"{where} is not a bundle manifest: it has no format_version")
+        if version > FORMAT_VERSION:
+            raise VocabtrimError(
+                f"{where} has bundle format {version}, this version reads {FORMAT_VERSION}: update vocabtrim-export"
+            )
+        if version < FORMAT_VERSION:
+            raise VocabtrimError(
+                f"{where} has bundle format {version}, this version reads {FORMAT_VERSION}: export the bundle again"
+            )
+        if data.pop("digest", None) != _digest(data):
+            raise VocabtrimError(f"{where} was edited, it does not match its own digest: export the bundle again")
+        manifest: Manifest = decode(cls, _ADDED | data, where)
+        if not 0 < manifest.head_rows <= manifest.vocab_size <= MAX_VOCAB or not manifest.context_length:
+            raise VocabtrimError(f"{where} describes no model: a vocabulary, a head or a context of an impossible size")
+        return manifest
+
+
+# what manifests of this format had not from the start
+_ADDED = {"kind": "language-model", "feature_layers": [], "feature_size": 0}
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    """sha256, in hex, of the manifest's fields as JSON without spaces, sorted."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

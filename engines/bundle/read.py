@@ -1,0 +1,106 @@
+"""The bundle: a directory that holds one engine's files, and `vocabtrim.json`, which says what they are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.bundle.atomic_replace import finish_if_free
+from engines.bundle.checks import Check, content_checks, file_checks, file_digest, load_map
+from engines.bundle.manifest import (
+    DRAFT_MODEL_NAME,
+    DRAFT_PLAN_NAME,
+    FEATURES_NAME,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    MODEL_NAME,
+    PLAN_NAME,
+    VOCAB_MAP_NAME,
+    WEIGHTS_NAME,
+    FileDigest,
+    Flavor,
+    Kind,
+    Manifest,
+    Phase,
+    Profile,
+    Role,
+    TensorRT,
+)
+from engines.bundle.typed_json import MAX_BYTES
+from engines.bundle.vocab_map import VocabMap
+from engines.errors import VocabtrimError
+
+__all__ = [
+    "DRAFT_MODEL_NAME",
+    "DRAFT_PLAN_NAME",
+    "FEATURES_NAME",
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "MODEL_NAME",
+    "PLAN_NAME",
+    "VOCAB_MAP_NAME",
+    "WEIGHTS_NAME",
+    "Bundle",
+    "Check",
+    "FileDigest",
+    "Flavor",
+    "Kind",
+    "Manifest",
+    "Phase",
+    "Profile",
+    "Role",
+    "TensorRT",
+    "check_bundle",
+    "file_digest",
+    "read_bundle",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle that was read and checked: every file is there and has the digest that its manifest states."""
+
+    path: Path
+    manifest: Manifest
+    vocab_map: VocabMap | None
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """Read a bundle directory and check all of its files. Raises `VocabtrimError` naming the file that is wrong."""
+    root = Path(path)
+    manifest = _read_manifest(root)
+    _stop_at_first(file_checks(root, manifest))
+    _stop_at_first(content_checks(root, manifest, thorough=False))
+    return Bundle(root, manifest, load_map(root, manifest))
+
+
+def check_bundle(path: str | Path) -> list[Check]:
+    """Every check of a bundle and what came of it: those of `read_bundle`, and the head's rows by themselves."""
+    root = Path(path)
+    try:
+        manifest = _read_manifest(root)
+    except VocabtrimError as error:
+        return [Check("manifest", str(error))]
+    return [Check("manifest", None), *file_checks(root, manifest), *content_checks(root, manifest, thorough=True)]
+
+
+def _stop_at_first(checks: list[Check]) -> None:
+    for check in checks:
+        if check.wrong is not None:
+            raise VocabtrimError(check.wrong)
+
+
+def _read_manifest(root: Path) -> Manifest:
+    finish_if_free(root.absolute().parent)
+    path = root / MANIFEST_NAME
+    if not root.is_dir():
+        raise VocabtrimError(f"no bundle at {root}: make one with `vocabtrim-export --output {root.parent}`")
+    if not path.is_file():
+        inside = [name for name in ("target", "drafter") if (root / name / MANIFEST_NAME).is_file()]
+        hint = f"; did you mean {root / inside[0]}?" if inside else ""
+        raise VocabtrimError(f"{root} is not a bundle: it has no {MANIFEST_NAME}{hint}")
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise VocabtrimError(f"{path} is larger than any bundle manifest: export the bundle again")
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VocabtrimError(f"cannot read {path} ({error})") from error
+    return Manifest.from_json(text, str(path))

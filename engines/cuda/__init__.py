@@ -1,0 +1,1 @@
+"""CUDA's runtime, through cuda-bindings: streams, memory, graphs."""

@@ -1,0 +1,99 @@
+"""Engines on ONNX Runtime's CPU with hidden states: a target that gives features, a head that reads them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from engines.base import Engine, StepOutput
+from engines.bundle.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
+from engines.bundle.read import Bundle
+from engines.ort.engine import HostStep, OnnxRuntimeEngine, Step
+
+
+class FeatureEngine(OnnxRuntimeEngine):
+    """A target whose graph gives features with every call."""
+
+    def __init__(self, bundle: Bundle, session: ort.InferenceSession, shared: OnnxRuntimeEngine | None = None) -> None:
+        super().__init__(bundle, session, shared)
+        self.features_given = bundle.manifest.feature_size
+        self._rows: list[NDArray[np.generic]] = []  # of the current call's chunks, the last one in place
+
+    def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
+        self._rows = []
+        output = super().feed(token_ids, keep)
+        rows = self._rows
+
+        def read_features() -> NDArray[np.float32]:
+            return (rows[0] if len(rows) == 1 else np.concatenate(rows)).astype(np.float32, copy=False)
+
+        return StepOutput(output.token_ids, output.read_logits, read_features)
+
+    def fork(self, share_cache_with: Engine | None = None) -> Engine:
+        shared = share_cache_with if isinstance(share_cache_with, OnnxRuntimeEngine) else None
+        return FeatureEngine(self._source, self._session, shared)
+
+    def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
+        assert isinstance(step, HostStep)
+        if self._rows:  # the next chunk may use the same buffers
+            self._rows[-1] = self._rows[-1].copy()
+        output = super()._execute(step, ids)
+        self._rows.append(step.hidden[FEATURES_OUTPUT][0])
+        return output
+
+
+class EagleEngine(OnnxRuntimeEngine):
+    """An EAGLE head or a multi-token-prediction layer. Row t of its cache is made of the features of token t and the
+    embedding of token t + 1.
+
+    `feed` goes on from the hidden state that the last row left: draft steps read no features.
+    fuse: a session on the graph that makes hidden states of features; None where they are hidden states already.
+    """
+
+    def __init__(self, bundle: Bundle, session: ort.InferenceSession, fuse: ort.InferenceSession | None) -> None:
+        super().__init__(bundle, session)
+        self.features_read = bundle.manifest.feature_size
+        self._fuse = fuse
+        size, dtype = self._hidden[HIDDEN_INPUT]
+        self._last, self._last_at = np.zeros((1, size), dtype), 0  # of the row before number `_last_at`
+        self._unread = self._last[:0]  # what goes in with the tokens of the current call
+
+    def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
+        require_last_row(self, token_ids, self._last_at)
+        self._unread = self._last
+        return super().feed(token_ids, keep)
+
+    def feed_features(
+        self, token_ids: Sequence[int] | NDArray[np.int64], features: NDArray[np.float32], keep: int = 1
+    ) -> StepOutput:
+        require_rows(self, token_ids, features)
+        rows = features.astype(self._last.dtype, copy=False)
+        self._unread = self._fuse.run([HIDDEN_INPUT], {FEATURES_OUTPUT: rows[None]})[0][0] if self._fuse else rows
+        return super().feed(token_ids, keep)
+
+    def fork(self, share_cache_with: Engine | None = None) -> Engine:  # noqa: ARG002  (it shares with nobody)
+        return EagleEngine(self._source, self._session, self._fuse)
+
+    def close(self) -> None:
+        super().close()
+        self._fuse = None
+
+    def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
+        assert isinstance(step, HostStep)
+        step.hidden[HIDDEN_INPUT][0], self._unread = self._unread[: len(ids)], self._unread[len(ids) :]
+        output = super()._execute(step, ids)
+        self._last, self._last_at = step.hidden[HIDDEN_OUTPUT][0, -1:].copy(), self.length
+        return output
+
+
+def require_last_row(head: Engine, token_ids: Sequence[int] | NDArray[np.int64], last_at: int) -> None:
+    """Raise ValueError unless `head` can go on without features. last_at: its length after the row computed last."""
+    if len(token_ids) != 1 or not head.length == last_at > 0:
+        raise ValueError("without features, a head goes on by one token from the row that it computed last")
+
+
+def require_rows(head: Engine, token_ids: Sequence[int] | NDArray[np.int64], features: NDArray[np.float32]) -> None:
+    """Raise ValueError unless there is a row of features for each token."""
+    if features.shape != (len(token_ids), head.features_read):
+        raise ValueError(f"{len(token_ids)} tokens go with [tokens, {head.features_read}], not {features.shape}")

@@ -1,0 +1,186 @@
+"""`OnnxRuntimeEngine`: a bundle on ONNX Runtime, with everything it touches bound once."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from engines.base import MAX_KEEP, ContextFull, Engine, StepOutput
+from engines.bundle.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
+from engines.bundle.read import Bundle
+from engines.ort.session import numpy_dtype, share
+
+CHUNK = MAX_KEEP
+CACHED_LENGTHS = 32  # step lengths (drafts, catch-ups, verifications) whose bindings are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Step(ABC):
+    """One input length with its buffers: written by `feed`, read by the session, never allocated again.
+
+    input_ids, position_ids: int64[1, length]. seqlens_k: int32[1], tokens in the cache after the step, less one.
+    token_ids: int64[1, keep], what `run` gives.
+    """
+
+    session: ort.InferenceSession
+    binding: ort.IOBinding
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    seqlens_k: NDArray[np.int32]
+    token_ids: NDArray[np.int64]
+
+    @abstractmethod
+    def run(self, end: int) -> None:
+        """Compute with what the arrays hold and wait for `token_ids`. end: tokens in the cache afterwards."""
+
+    @abstractmethod
+    def read_logits(self) -> NDArray[np.float32]:
+        """float32[keep, head_rows] of the last `run`."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostStep(Step):
+    """The session works on the arrays themselves. total: int32[1], of all steps of an engine.
+
+    hidden: what else goes in and comes out, by name: [1, length, size] each, in the bundle's dtype.
+    """
+
+    total: NDArray[np.int32]
+    logits: NDArray[Any]
+    hidden: Mapping[str, NDArray[Any]]
+
+    def run(self, end: int) -> None:
+        self.total[0] = end
+        self.session.run_with_iobinding(self.binding)
+
+    def read_logits(self) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = self.logits[0].astype(np.float32, copy=False)
+        return logits
+
+
+class OnnxRuntimeEngine(Engine):
+    """Runs on the CPU. Each layer's keys and values live in one buffer, bound as past and as present.
+
+    session: on the bundle's model. shared: an engine whose buffers to use instead of own ones; the two caches must be
+    of one form and on one device.
+    """
+
+    def __init__(
+        self, bundle: Bundle, session: ort.InferenceSession, shared: "OnnxRuntimeEngine | None" = None
+    ) -> None:
+        super().__init__(bundle.manifest, bundle.vocab_map)
+        self._source, self._session = bundle, session
+        self._caches: dict[str, ort.OrtValue] = dict(shared._caches) if shared else self._allocate_caches()
+        self.cache = shared.cache if shared else self.cache
+        self._seqlens = np.zeros(1, np.int32)
+        # What the kernels reserve for: the tokens so far on the CPU, on CUDA always all that fit.
+        self._total = np.full(1, self.capacity, np.int32)
+        self._steps: dict[tuple[int, int], Step] = {}
+        # position_ids are absent where attention counts by itself
+        names = [value.name for value in self._session.get_inputs()]
+        self._token_inputs = [name for name in ("input_ids", "position_ids", "seqlens_k") if name in names]
+        (logits,) = (output for output in self._session.get_outputs() if output.name == "logits")
+        self._head_rows = int(logits.shape[-1])
+        self.logits_type: str = logits.type
+        self._hidden = {
+            value.name: (int(value.shape[-1]), numpy_dtype(value.type))
+            for value in [*self._session.get_inputs(), *self._session.get_outputs()]
+            if value.name in (FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT)
+        }
+
+    def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
+        ids = np.asarray(token_ids, np.int64)
+        if not 1 <= keep <= min(len(ids), CHUNK):
+            raise ValueError(f"cannot keep {keep} of {len(ids)} positions (at most {CHUNK})")
+        if self.length + len(ids) > self.capacity:
+            raise ContextFull(f"{self.length} + {len(ids)} tokens, the cache holds {self.capacity}")
+        while len(ids) > CHUNK:
+            # what follows the chunk must hold all the kept positions
+            cut = min(CHUNK, len(ids) - keep)
+            self._run(ids[:cut], 1)
+            ids = ids[cut:]
+        return self._run(ids, keep)
+
+    def fork(self, share_cache_with: Engine | None = None) -> Engine:
+        """A session runs for several threads at once; bindings, and what is bound, are each engine's own."""
+        if self.device != "cpu":
+            return super().fork(share_cache_with)
+        shared = share_cache_with if isinstance(share_cache_with, OnnxRuntimeEngine) else None
+        return OnnxRuntimeEngine(self._source, self._session, shared)
+
+    def environment(self) -> dict[str, str]:
+        return {"onnxruntime": ort.__version__}
+
+    def close(self) -> None:
+        self._steps.clear()
+        self._caches.clear()
+        if hasattr(self, "_session"):
+            del self._session
+
+    def _run(self, ids: NDArray[np.int64], keep: int) -> StepOutput:
+        return self._execute(self._step(len(ids), keep), ids)
+
+    def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
+        end = self.length + len(ids)
+        step.input_ids[0] = ids
+        step.position_ids[0] = np.arange(self.length, end)
+        step.seqlens_k[0] = end - 1
+        step.run(end)
+        self.length = end
+        return StepOutput(step.token_ids[0], step.read_logits)
+
+    def _step(self, length: int, keep: int) -> Step:
+        step = self._steps.get((length, keep))
+        if step is None:
+            step = self._bind(length, keep)
+            if length <= CACHED_LENGTHS or length == CHUNK:
+                self._steps[length, keep] = step
+        return step
+
+    def _bind(self, length: int, keep: int) -> Step:
+        binding = self._bind_common(keep)
+        step = HostStep(
+            self._session,
+            binding,
+            np.zeros((1, length), np.int64),
+            np.zeros((1, length), np.int64),
+            self._seqlens,
+            np.zeros((1, keep), np.int64),
+            self._total,
+            np.zeros((1, keep, self._head_rows), numpy_dtype(self.logits_type)),
+            {name: np.zeros((1, length, size), dtype) for name, (size, dtype) in self._hidden.items()},
+        )
+        for name in self._token_inputs:
+            binding.bind_ortvalue_input(name, share(getattr(step, name)))
+        for name in ("logits", "token_ids"):
+            binding.bind_ortvalue_output(name, share(getattr(step, name)))
+        for name, array in step.hidden.items():
+            bind = binding.bind_ortvalue_input if name == HIDDEN_INPUT else binding.bind_ortvalue_output
+            bind(name, share(array))
+        return step
+
+    def _bind_common(self, keep: int) -> ort.IOBinding:
+        """A binding of what all lengths have in common: the cache, and the numbers that kernels read on the host."""
+        binding = self._session.io_binding()
+        for name, cache in self._caches.items():
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
+        binding.bind_ortvalue_input("num_logits_to_keep", share(np.array([keep], np.int64)))
+        binding.bind_ortvalue_input("total_sequence_length", share(self._total))
+        return binding
+
+    def _allocate_caches(self) -> dict[str, ort.OrtValue]:
+        caches = {}
+        for value in self._session.get_inputs():
+            if value.name.startswith("past_key_values."):
+                _, heads, _, size = value.shape
+                caches[value.name] = self._allocate_cache((1, heads, self.capacity, size), value.type)
+        return caches
+
+    def _allocate_cache(self, shape: tuple[int, ...], onnx_type: str) -> ort.OrtValue:
+        """Zeros: a masked slot weighs 0 in attention, but 0 times a NaN of old memory is NaN."""
+        return share(np.zeros(shape, numpy_dtype(onnx_type)))

@@ -1,0 +1,55 @@
+"""Engines on the CPU that write what each operator took."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnxruntime as ort
+
+from engines.bundle.read import FEATURES_NAME, MODEL_NAME, Bundle
+from engines.ort.eagle import EagleEngine, FeatureEngine
+from engines.ort.engine import OnnxRuntimeEngine
+from engines.ort.session import open_session
+
+
+class ProfiledEngine(OnnxRuntimeEngine):
+    """Slower than it would be. When it is closed, `traces` appear: ONNX Runtime's own, in the Trace Event Format.
+
+    traces: by the file that they go to, the sessions that make them.
+    """
+
+    traces: Mapping[Path, ort.InferenceSession] = {}
+
+    def close(self) -> None:
+        for path, session in self.traces.items():
+            os.replace(session.end_profiling(), path)
+        self.traces = {}
+        super().close()
+
+
+class _ProfiledTarget(ProfiledEngine, FeatureEngine):
+    """One that gives features."""
+
+
+class _ProfiledHead(ProfiledEngine, EagleEngine):
+    """An EAGLE head: of its two graphs a trace each."""
+
+
+def load_profiled(bundle: Bundle, profile: Path, shared: OnnxRuntimeEngine | None = None) -> ProfiledEngine:
+    """profile: where the trace of the decoder goes; that of a head's `fc` goes to NAME_features beside it."""
+    engine: ProfiledEngine
+    traces = {profile: _open(bundle.path / MODEL_NAME, profile)}
+    if bundle.manifest.kind != "language-model":
+        features = profile.with_stem(f"{profile.stem}_features")
+        if FEATURES_NAME in bundle.manifest.files:
+            traces[features] = _open(bundle.path / FEATURES_NAME, features)
+        engine = _ProfiledHead(bundle, traces[profile], traces.get(features))
+    else:
+        kind = _ProfiledTarget if bundle.manifest.feature_layers else ProfiledEngine
+        engine = kind(bundle, traces[profile], shared)
+    engine.traces = traces
+    return engine
+
+
+def _open(graph: Path, profile: Path) -> ort.InferenceSession:
+    return open_session(graph, profile.with_name(f".{profile.stem}"))  # ONNX Runtime adds a date

@@ -1,0 +1,1 @@
+"""Bundles on ONNX Runtime's CUDA, and whole rounds as one CUDA graph."""

@@ -1,0 +1,71 @@
+"""`CudaRun`: one run of a session at fixed addresses of the device."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from engines.cuda import runtime as cuda
+from engines.numbers import to_float32
+from engines.ort.session import numpy_dtype
+
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such dtype
+
+
+class Place(NamedTuple):
+    """Where an input is read or an output written. dtype: as `element_type` gives it. address: of the device."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+    address: int
+
+
+class Work(Protocol):
+    """Something to do on the device."""
+
+    def enqueue(self) -> None:
+        """Put it on the stream and do not wait for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A session with all that it reads and writes."""
+
+    session: ort.InferenceSession
+    binding: ort.IOBinding
+    options: ort.RunOptions
+
+    def enqueue(self) -> None:
+        """Put the run on the stream and do not wait for it."""
+        self.session.run_with_iobinding(self.binding, self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class CudaRun(Run):
+    """Of a model. logits: [1, keep, head_rows], of type `logits_type`."""
+
+    stream: cuda.Stream
+    logits: ort.OrtValue
+    logits_type: str
+
+    def read_logits(self) -> NDArray[np.float32]:
+        """float32[keep, head_rows] of the last run."""
+        stored = np.empty(self.logits.shape()[1:], numpy_dtype(self.logits_type))
+        self.stream.copy(stored.ctypes.data, self.logits.data_ptr(), stored.nbytes)
+        self.stream.synchronize()
+        return to_float32(stored)
+
+
+def run_options() -> ort.RunOptions:
+    """Of every run: it does not wait, and ONNX Runtime makes no CUDA graph of it: `Replayed` makes a larger one."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", "-1")
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
+
+
+def element_type(onnx_type: str) -> Any:
+    """What `OrtValue` takes for, as one, "tensor(float16)"."""
+    return _BFLOAT16 if onnx_type == "tensor(bfloat16)" else numpy_dtype(onnx_type)

@@ -1,0 +1,196 @@
+"""Engines on ONNX Runtime's CUDA with hidden states: a target that gives features, an EAGLE head that reads them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from engines.base import MAX_KEEP, Device, Engine, Speculation, StepOutput
+from engines.bundle.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
+from engines.bundle.read import Bundle
+from engines.cuda import runtime as cuda
+from engines.ort.eagle import require_last_row, require_rows
+from engines.ort.engine import Step
+from engines.ort_cuda.binding import CudaRun, Place, Run, Work, run_options
+from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
+from engines.ort_cuda.provider import can_be_captured
+from engines.ort_cuda.rows import DeviceRows, RowCopy, allocate_rows
+from engines.sampling_params import Sampling
+
+
+class CudaFeatureEngine(OnnxRuntimeCudaEngine):
+    """A target whose graph gives features with every call, all of them in the first rows of `features`.
+
+    They cross to the host only when `StepOutput.features` is asked for.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: ort.InferenceSession,
+        stream: cuda.Stream,
+        shared: OnnxRuntimeCudaEngine | None = None,
+        device: Device = "cuda",
+    ) -> None:
+        super().__init__(bundle, session, stream, shared, device)
+        self.features_given = bundle.manifest.feature_size
+        self.features = self._rows(MAX_KEEP)
+        self._given_from = 0  # number of the token in the first row
+        self._earlier: list[DeviceRows] = []  # of the current call's chunks but the last
+        self._fed = 0  # tokens of that last chunk, 0 before the first
+
+    def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
+        self._earlier, self._fed = [], 0
+        output = super().feed(token_ids, keep)
+        earlier, fed = self._earlier, self._fed
+
+        def read_features() -> NDArray[np.float32]:
+            last = self.features.read(fed)
+            return np.concatenate([*(rows.read(rows.count) for rows in earlier), last]) if earlier else last
+
+        return StepOutput(output.token_ids, output.read_logits, read_features)
+
+    def speculate(
+        self,
+        drafter: Engine,
+        token_ids: Sequence[int] | NDArray[np.int64],
+        draft_length: int,
+        sampling: Sampling | None = None,
+    ) -> Speculation | None:
+        start = self.length
+        if draft_length >= MAX_KEEP:  # more rows than there are
+            return None
+        made = super().speculate(drafter, token_ids, draft_length, sampling)
+        if made is None:
+            return None
+        self._given_from = start
+        if isinstance(drafter, CudaEagleEngine):
+            drafter.last = len(token_ids) + draft_length - 2, drafter.length
+        return replace(
+            made, verified=replace(made.verified, read_features=lambda: self.features.read(draft_length + 1))
+        )
+
+    def has_given(self, first: int, count: int) -> bool:
+        """Whether `features` begins with those of token number `first`, `count` tokens before the end of the cache."""
+        return self._given_from == first and first + count == self.length
+
+    def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
+        run = super().bind_run(places, token_ids)
+        rows = self.features.place(0, places["input_ids"].shape[-1])
+        run.binding.bind_output(FEATURES_OUTPUT, self.device, 0, *rows)
+        return run
+
+    def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
+        if self._fed:  # the next chunk's rows take the same place
+            rows = self._rows(self._fed)
+            rows.take(self.features, 0, self._fed)
+            self._earlier.append(rows)
+        self._given_from = self.length
+        output = super()._execute(step, ids)
+        self._fed = len(ids)
+        return output
+
+    def _rows(self, count: int) -> DeviceRows:
+        return allocate_rows(self, self._session, FEATURES_OUTPUT, count)
+
+
+class CudaEagleEngine(OnnxRuntimeCudaEngine):
+    """A head as `EagleEngine` runs it on the CPU. fuse: a session on its graph of features, on `stream` too; None where
+    features are hidden states already.
+
+    last: the row of what the graph made that was computed last, and the length of the cache after it.
+    """
+
+    lag = 1
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: ort.InferenceSession,
+        fuse: ort.InferenceSession | None,
+        stream: cuda.Stream,
+        device: Device = "cuda",
+    ) -> None:
+        self._fuse = fuse
+        super().__init__(bundle, session, stream, device=device)
+        self.features_read = bundle.manifest.feature_size
+        self._hidden_rows = allocate_rows(self, session, HIDDEN_INPUT, MAX_KEEP)
+        self._features = self._hidden_rows  # of a target that is not on the device
+        if fuse:
+            self._features = allocate_rows(self, fuse, FEATURES_OUTPUT, MAX_KEEP)
+        self._made = allocate_rows(
+            self, session, HIDDEN_OUTPUT, 2 * MAX_KEEP
+        )  # a round: of unread tokens and of drafts
+        self._unread: NDArray[np.float32] | None = None  # what goes in with the tokens of the current call
+        self.last = 0, 0
+
+    @property
+    def is_capturable(self) -> bool:
+        return super().is_capturable and (self._fuse is None or can_be_captured(self._fuse))
+
+    def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
+        require_last_row(self, token_ids, self.last[1])
+        self._unread = None
+        return super().feed(token_ids, keep)
+
+    def feed_features(
+        self, token_ids: Sequence[int] | NDArray[np.int64], features: NDArray[np.float32], keep: int = 1
+    ) -> StepOutput:
+        require_rows(self, token_ids, features)
+        self._unread = features
+        return super().feed(token_ids, keep)
+
+    def knows(self, target: OnnxRuntimeCudaEngine, unread: int) -> bool:
+        if not isinstance(target, CudaFeatureEngine) or not target.has_given(self.length, unread):
+            return False
+        given, read = target.features, self._features
+        return (given.onnx_type, given.size) == (read.onnx_type, read.size)
+
+    def prepare(self, target: OnnxRuntimeCudaEngine, unread: int) -> list[Work]:
+        assert isinstance(target, CudaFeatureEngine)
+        if self._fuse is None:
+            return [RowCopy(target.features, self._hidden_rows, unread)]
+        return [self._bind_fuse(self._fuse, target.features.place(0, unread), unread)]
+
+    def beside_tokens(self, step: int, unread: int) -> dict[str, Place]:
+        if step == 0:
+            return self._fused_places(unread)
+        at = unread + step - 1  # the row after the one before
+        return {HIDDEN_INPUT: self._made.place(at - 1, 1), HIDDEN_OUTPUT: self._made.place(at, 1)}
+
+    def _bind_fuse(self, fuse: ort.InferenceSession, features: Place, count: int) -> Run:
+        """Makes hidden states of `features`, [1, count, features_read]: what a step of `count` rows reads."""
+        binding = fuse.io_binding()
+        binding.bind_input(FEATURES_OUTPUT, self.device, 0, *features)
+        binding.bind_output(HIDDEN_INPUT, self.device, 0, *self._hidden_rows.place(0, count))
+        return Run(fuse, binding, run_options())
+
+    def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
+        run = super().bind_run(places, token_ids)
+        hidden = {**self._fused_places(places["input_ids"].shape[-1]), **places}
+        run.binding.bind_input(HIDDEN_INPUT, self.device, 0, *hidden[HIDDEN_INPUT])
+        run.binding.bind_output(HIDDEN_OUTPUT, self.device, 0, *hidden[HIDDEN_OUTPUT])
+        return run
+
+    def close(self) -> None:
+        super().close()
+        if hasattr(self, "_fuse"):
+            del self._fuse
+
+    def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
+        count = len(ids)
+        if self._unread is None:
+            self._hidden_rows.take(self._made, self.last[0], 1)
+        else:
+            rows, self._unread = self._unread[:count], self._unread[count:]
+            self._features.write(rows)
+            if self._fuse:
+                self._bind_fuse(self._fuse, self._features.place(0, count), count).enqueue()
+        output = super()._execute(step, ids)
+        self.last = count - 1, self.length
+        return output
+
+    def _fused_places(self, count: int) -> dict[str, Place]:
+        return {HIDDEN_INPUT: self._hidden_rows.place(0, count), HIDDEN_OUTPUT: self._made.place(0, count)}

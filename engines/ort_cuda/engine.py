@@ -1,0 +1,247 @@
+"""`OnnxRuntimeCudaEngine`: a bundle on ONNX Runtime's CUDA, on one stream, with only token ids crossing to the host."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from engines.base import Device, Engine, Speculation, StepOutput
+from engines.bundle.read import Bundle
+from engines.cuda import runtime as cuda
+from engines.cuda.graph_replay import Replayed
+from engines.ort.engine import OnnxRuntimeEngine, Step
+from engines.ort.session import numpy_dtype, session_options
+from engines.ort_cuda.binding import CudaRun, Place, Work, element_type, run_options
+from engines.ort_cuda.provider import (
+    can_be_captured,
+    explain_out_of_memory,
+    open_cuda_graph,
+)
+from engines.ort_cuda.round import CudaRound
+from engines.ort_cuda.sampler import DeviceSampler
+from engines.sampling_params import Sampling
+
+_ALIGNED = cuda.ALIGNMENT // 8  # int64 values from one input of a step to the next
+# The first run loads kernels and fills the arena; by the second it has planned its memory and allocated that.
+_WARM_UP = 2
+# Of one drafter: every draft length, number of unread tokens and top-k has one, with buffers as wide as the vocabulary.
+_KEPT_ROUNDS = 64
+_UNREAD = 2  # tokens that a drafter is behind by at most, once it has read the prompt
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep(Step):
+    """A step whose arrays are copied to the device and back; of the outputs only `token_ids` is.
+
+    work: the copy of the inputs, the run and the copy of the tokens.
+    """
+
+    stream: cuda.Stream
+    cuda_run: CudaRun
+    work: Replayed
+
+    def run(self, end: int) -> None:  # noqa: ARG002
+        # `end` is of no use: a CUDA graph would freeze it, see `OnnxRuntimeCudaEngine`
+        self.work.run()
+        self.stream.synchronize()
+
+    def read_logits(self) -> NDArray[np.float32]:
+        return self.cuda_run.read_logits()
+
+
+class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
+    """Runs on CUDA: cache, inputs and outputs live on the device, at addresses that never change.
+
+    Every shape whose binding is kept becomes a CUDA graph, and so does a whole round of two engines. It freezes
+    `total_sequence_length`, which kernels read on the host: it is always the capacity. They take the true length from
+    seqlens_k, on the device.
+    stream: of `session`. Engines that feed each other may share one; `shared` must be on it.
+    device: "cpu" only to test all this without a GPU.
+    lag: positions by which a drafter's cache is shorter than the text that it has read.
+    """
+
+    lag = 0
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: ort.InferenceSession,
+        stream: cuda.Stream,
+        shared: "OnnxRuntimeCudaEngine | None" = None,
+        device: Device = "cuda",
+    ) -> None:
+        self.device, self.stream, self._bundle = device, stream, bundle
+        self._rounds: dict[tuple[Engine, int, DeviceSampler | int], CudaRound] = {}  # that this engine drafts in
+        self._samplers: dict[tuple[Engine, int, int, bool], DeviceSampler] = {}
+        try:
+            super().__init__(bundle, session, shared)
+        except Exception as error:
+            explain_out_of_memory(error, bundle)
+            raise
+
+    def __del__(self) -> None:
+        if hasattr(self, "_steps"):
+            self.close()  # a session must not outlive its stream
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether steps can be CUDA graphs; not where a node of the model has no CUDA kernel."""
+        return can_be_captured(self._session)
+
+    @property
+    def cuda_graphs(self) -> int:
+        """Kept steps, and rounds that this engine drafts in, that run as a CUDA graph."""
+        steps = [step.work for step in self._steps.values() if isinstance(step, DeviceStep)]
+        return sum(work.has_graph for work in steps) + sum(each.has_graph for each in self._rounds.values())
+
+    def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
+        try:
+            return super().feed(token_ids, keep)
+        except Exception as error:
+            explain_out_of_memory(error, self._bundle)
+            raise
+
+    def speculate(
+        self,
+        drafter: Engine,
+        token_ids: Sequence[int] | NDArray[np.int64],
+        draft_length: int,
+        sampling: Sampling | None = None,
+    ) -> Speculation | None:
+        if not isinstance(drafter, OnnxRuntimeCudaEngine) or drafter.stream is not self.stream:
+            return None
+        # A token that the target lacks must not reach its embedding.
+        if drafter.manifest.vocab_size > self.manifest.vocab_size:
+            return None
+        unread, end = len(token_ids), drafter.length + len(token_ids) + draft_length - 1
+        if self.length + draft_length >= self.capacity or end > drafter.capacity or not drafter.knows(self, unread):
+            return None
+        try:
+            made = self._round(drafter, unread, draft_length, sampling).run(token_ids, self.length, sampling)
+        except Exception as error:
+            explain_out_of_memory(error, self._bundle)
+            raise
+        self.length += draft_length + 1
+        drafter.length = end
+        return made
+
+    def open_graph(self, model: ir.Model) -> ort.InferenceSession:
+        """A small model of ours on the engine's device and stream."""
+        stored = ir.to_proto(model).SerializeToString()
+        if self.device == "cpu":
+            return ort.InferenceSession(stored, session_options(), providers=["CPUExecutionProvider"])
+        return open_cuda_graph(stored, self.stream)
+
+    def knows(self, target: "OnnxRuntimeCudaEngine", unread: int) -> bool:  # noqa: ARG002
+        """Whether all that this drafter needs for `unread` tokens, to draft for `target`, is on the device."""
+        return unread <= _UNREAD
+
+    def prepare(self, target: "OnnxRuntimeCudaEngine", unread: int) -> list[Work]:  # noqa: ARG002
+        """What a round runs before this drafter's first step."""
+        return []
+
+    def beside_tokens(self, step: int, unread: int) -> dict[str, Place]:  # noqa: ARG002
+        """What else step number `step` of a round reads and writes, as this drafter."""
+        return {}
+
+    def environment(self) -> dict[str, str]:
+        return super().environment() | cuda.environment()
+
+    def close(self) -> None:
+        for each in self._rounds.values():
+            each.close()
+        self._rounds.clear()
+        self._samplers.clear()
+        for step in self._steps.values():
+            if isinstance(step, DeviceStep):
+                step.work.close()
+        super().close()
+
+    def allocate(self, shape: tuple[int, ...], element: Any) -> ort.OrtValue:
+        """Memory of the device with anything in it. element: a NumPy dtype, or a number of ONNX's."""
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, element, self.device, 0)
+
+    def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
+        """A run of the session that reads `places`, by the input's name, and writes `token_ids`, int64[1, keep]."""
+        keep = token_ids.shape[-1]
+        binding = self._bind_common(keep)
+        for name in self._token_inputs:
+            dtype, shape, address = places[name]
+            binding.bind_input(name, self.device, 0, dtype, shape, address)
+        logits = self.allocate((1, keep, self._head_rows), element_type(self.logits_type))
+        binding.bind_output("token_ids", self.device, 0, *token_ids)
+        binding.bind_ortvalue_output("logits", logits)
+        return CudaRun(self._session, binding, run_options(), self.stream, logits, self.logits_type)
+
+    def replayed(self, enqueue: Callable[[], None], others: Sequence["OnnxRuntimeCudaEngine"] = ()) -> Replayed:
+        """`enqueue` as a CUDA graph, where the models of this engine and of `others` can be one."""
+
+        def whole() -> bool:
+            enqueue()
+            return True
+
+        is_capturable = all(engine.is_capturable for engine in (self, *others))
+        return Replayed(self.stream, whole, lambda: is_capturable, _WARM_UP)
+
+    def _round(
+        self, drafter: "OnnxRuntimeCudaEngine", unread: int, draft_length: int, sampling: Sampling | None
+    ) -> CudaRound:
+        sampler = None
+        if sampling:
+            params = sampling.params
+            chosen = self, draft_length, params.top_k, params.top_p < 1
+            if chosen not in drafter._samplers:
+                drafter._samplers[chosen] = DeviceSampler(self, drafter, *chosen[1:])
+            sampler = drafter._samplers[chosen]
+        rounds, key = drafter._rounds, (self, unread, sampler or draft_length)
+        made = rounds.pop(key, None) or CudaRound(self, drafter, unread, draft_length, sampler)
+        rounds[key] = made  # behind those that were not used since
+        if len(rounds) > _KEPT_ROUNDS:
+            rounds.pop(next(iter(rounds))).close()
+            used = {choice for _, _, choice in rounds}
+            drafter._samplers = {name: each for name, each in drafter._samplers.items() if each in used}
+        return made
+
+    def _bind(self, length: int, keep: int) -> Step:
+        # input_ids | position_ids | seqlens_k | token_ids, each aligned, on the host as on the device
+        section = -(-length // _ALIGNED) * _ALIGNED
+        seqlens, tokens = 2 * section, 2 * section + _ALIGNED
+        host, memory = self.stream.pinned(tokens + keep), self.allocate((tokens + keep,), np.int64)
+
+        def place(dtype: type[np.generic], shape: tuple[int, ...], start: int) -> Place:
+            return Place(dtype, shape, memory.data_ptr() + 8 * start)
+
+        places = {
+            "input_ids": place(np.int64, (1, length), 0),
+            "position_ids": place(np.int64, (1, length), section),
+            "seqlens_k": place(np.int32, (1,), seqlens),
+        }
+        run = self.bind_run(places, place(np.int64, (1, keep), tokens))
+
+        def enqueue() -> None:
+            there, here = memory.data_ptr(), host.ctypes.data
+            self.stream.copy(there, here, 8 * (seqlens + 1))
+            run.enqueue()
+            self.stream.copy(here + 8 * tokens, there + 8 * tokens, 8 * keep)
+
+        return DeviceStep(
+            self._session,
+            run.binding,
+            host[None, :length],
+            host[None, section : section + length],
+            host[seqlens:].view(np.int32)[:1],
+            host[None, tokens:],
+            self.stream,
+            run,
+            self.replayed(enqueue),
+        )
+
+    def _allocate_cache(self, shape: tuple[int, ...], onnx_type: str) -> ort.OrtValue:
+        value = self.allocate(shape, element_type(onnx_type))
+        size = int(np.prod(shape)) * numpy_dtype(onnx_type).itemsize
+        self.stream.zero(cuda.DeviceMemory(value.data_ptr(), size))
+        return value

@@ -1,0 +1,141 @@
+"""Which drafted tokens stay, as two small ONNX graphs: `runtime.accept`'s rules where the probabilities are.
+
+They run beside the engines, between the target's verification and the next draft: within a round on CUDA
+(`engines.ort_cuda.sampler`), or by themselves in `engines.ort_cuda.graphs.session.Acceptance`. Having no state, no
+weights and no control flow, either can as well be appended to a verification's graph, whose `token_ids` or
+probabilities are then its inputs. `engines.ort_cuda.graphs.sampling` warps the logits
+first (temperature, top-k, top-p).
+
+Written with what ONNX Runtime (CPU, CUDA) and TensorRT all run: gathers instead of scatters, running sums instead of
+products, and an index by counting instead of ArgMax, whose choice among equals is not TensorRT's to promise.
+The draft's length is dynamic: fixed by the profile that a plan is built for.
+"""
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from engines.bundle.vocab_map import VocabMap
+from engines.ort_cuda.graphs.builder import FLOAT, INT64, GraphBuilder
+from engines.ort_cuda.graphs.sampling import draw
+
+_DRAFT = "draft_length"
+_VERIFIED = "verified"  # draft_length + 1
+_END = (1 << 31) - 1
+
+
+def greedy_acceptance() -> ir.Model:
+    """Keep the draft up to where the target would have chosen otherwise: `runtime.accept.accept_greedy`.
+
+    Inputs: draft_ids int64[1, γ]; token_ids int64[1, γ + 1], the target's most likely token before and after each.
+    Outputs: accepted int64[1], the drafted tokens that stay; next_token int64[1], the target's own after them.
+    """
+    graph = GraphBuilder("greedy_acceptance")
+    draft = graph.input("draft_ids", ir.DataType.INT64, [1, _DRAFT])
+    chosen = graph.input("token_ids", ir.DataType.INT64, [1, _VERIFIED])
+    agreed = graph.op("Equal", draft, graph.op("Slice", chosen, *graph.ints([0], [-1], [1])))
+    accepted = _leading(graph, agreed, axis=1)
+    following = graph.op("Gather", chosen, accepted, axis=1)
+    return _finish(graph, accepted, graph.reshape(following, 1))
+
+
+def sampled_acceptance(vocab: int, kept_token_ids: NDArray[np.int64] | None = None) -> ir.Model:
+    """Keep or replace drafted tokens so that what comes out is distributed as the target alone would have it.
+
+    Leviathan et al. 2023, arXiv 2211.17192, algorithm 1: token i stays while u_i < p_i(token) / q_i(token); the next
+    one is drawn from the positive part of p − q at the first rejected, or from p after all of them.
+    The same rule, with the same treatment of the edges, as `runtime.accept.accept_sampled`, in float32: a uniform has
+    24 bits, and a point that lies within about 1e-6 of two tokens' border may fall to either.
+
+    vocab: columns of p. kept_token_ids: int64[K], ascending, the token of each column of q; others have q = 0. None:
+    column i is token i, and K = vocab.
+    Inputs: draft_ids int64[1, γ], γ of at least 1, token i drawn from row i of q;
+        p float32[γ + 1, vocab], the target's distributions before and after each drafted token;
+        q float32[γ, K], the drafter's; uniforms float32[γ + 1] in [0, 1), the last one for the next token.
+    Outputs: accepted int64[1]; next_token int64[1], `NO_TOKEN` where a number that it hangs on is not finite.
+    """
+    graph = GraphBuilder("sampled_acceptance")
+    kept = np.arange(vocab) if kept_token_ids is None else VocabMap(kept_token_ids, vocab).kept_token_ids
+    draft = graph.input("draft_ids", ir.DataType.INT64, [1, _DRAFT])
+    p = graph.input("p", ir.DataType.FLOAT, [_VERIFIED, vocab])
+    q = graph.input("q", ir.DataType.FLOAT, [_DRAFT, len(kept)])
+    uniforms = graph.input("uniforms", ir.DataType.FLOAT, [_VERIFIED])
+    columns = _Columns(graph, vocab, kept)
+
+    tokens = graph.reshape(draft, -1)
+    # u·q < p rather than u < p/q: no division by zero, and where q is zero p alone decides
+    bound = graph.op("Mul", graph.op("Slice", uniforms, *graph.ints([0], [-1])), columns.drafted(q, tokens))
+    stays = graph.op("Less", bound, _entries(graph, p, tokens, vocab))
+    accepted = _leading(graph, stays, axis=0)
+
+    weights = _replacement(graph, columns, p, q, accepted, stays)
+    drawn = draw(graph, graph.reshape(weights, 1, vocab), vocab, graph.op("Slice", uniforms, *graph.ints([-1], [_END])))
+    return _finish(graph, accepted, drawn)
+
+
+def _finish(graph: GraphBuilder, accepted: ir.Value, next_token: ir.Value) -> ir.Model:
+    outputs = {"accepted": accepted, "next_token": next_token}
+    return graph.finish({name: (value, ir.DataType.INT64, [1]) for name, value in outputs.items()})
+
+
+class _Columns:
+    """Tokens as columns of q, by one table int64[vocab]: a token's column, or K for a token that has none."""
+
+    def __init__(self, graph: GraphBuilder, vocab: int, kept: NDArray[np.int64]) -> None:
+        self.graph, self.vocab, self.count = graph, vocab, len(kept)
+        self.table: ir.Value | None = None
+        if len(kept) < vocab:
+            table = np.full(vocab, len(kept), np.int64)
+            table[kept] = np.arange(len(kept))
+            self.table = graph.constant("q_columns", table)
+
+    def drafted(self, q: ir.Value, tokens: ir.Value) -> ir.Value:
+        """q_i(token i), float32[γ]."""
+        graph = self.graph
+        if self.table is None:
+            return _entries(graph, q, tokens, self.count)
+        column = graph.op("Gather", self.table, tokens, axis=0)
+        (last,) = graph.ints([self.count - 1])
+        found = _entries(graph, q, graph.op("Min", column, last), self.count)
+        return graph.op("Where", graph.op("Greater", column, last), graph.floats(0), found)
+
+    def spread(self, row: ir.Value) -> ir.Value:
+        """One row of q, float32[1, K], over all tokens: float32[vocab]. A gather, as it may be read in any order."""
+        graph = self.graph
+        flat = graph.reshape(row, self.count)
+        if self.table is None:
+            return flat
+        return graph.op("Gather", graph.op("Concat", flat, graph.floats(0), axis=0), self.table, axis=0)
+
+
+def _replacement(
+    graph: GraphBuilder, columns: _Columns, p: ir.Value, q: ir.Value, accepted: ir.Value, stays: ir.Value
+) -> ir.Value:
+    """What the next token is drawn from, float32[vocab], not normalised: the positive part of p − q at the first
+    rejected position, or p after a wholly accepted draft."""
+    rejected = graph.op("ReduceMax", graph.op("Cast", graph.op("Not", stays), to=INT64), keepdims=1)
+    # the first rejected position's row of q; the last row, times zero, where there is none
+    row = graph.op("Gather", q, graph.op("Sub", graph.op("Add", accepted, rejected), *graph.ints([1])), axis=0)
+    q_row = graph.op("Mul", row, graph.op("Cast", rejected, to=FLOAT))
+    p_row = graph.reshape(graph.op("Gather", p, accepted, axis=0), columns.vocab)
+    rest = graph.op("Relu", graph.op("Sub", p_row, columns.spread(q_row)))
+    # Where p equals q, rounding alone rejected, and nothing is left over.
+    sums = graph.total(graph.blocks(graph.reshape(rest, 1, columns.vocab), columns.vocab)[0], 2)
+    is_left = graph.op("Greater", graph.reshape(graph.total(sums, 1), 1), graph.floats(0))
+    return graph.op("Where", is_left, rest, p_row)
+
+
+def _leading(graph: GraphBuilder, flags: ir.Value, axis: int) -> ir.Value:
+    """How many of `flags`, bool[γ] or bool[1, γ], are true before the first that is not: int64[1]."""
+    failed = graph.op("Cast", graph.op("Not", flags), to=INT64)
+    so_far = graph.op("CumSum", failed, graph.axis(axis))
+    intact = graph.op("Cast", graph.op("Equal", so_far, *graph.ints([0])), to=INT64)
+    return graph.op("ReduceSum", intact, *graph.ints([axis]), keepdims=1 - axis)
+
+
+def _entries(graph: GraphBuilder, table: ir.Value, columns: ir.Value, width: int) -> ir.Value:
+    """`table[i, columns[i]]`, [γ], of a table [γ or more, width]: read where it lies, which a Slice would copy."""
+    widths = graph.op("Add", graph.op("Mul", columns, *graph.ints([0])), *graph.ints([width]))
+    starts = graph.op("CumSum", widths, graph.axis(0), exclusive=1)
+    flat = graph.reshape(table, -1)
+    return graph.op("Gather", flat, graph.op("Add", starts, columns), axis=0)

@@ -1,0 +1,122 @@
+"""From logits to probabilities to one token, as two small ONNX graphs: `runtime.sampling`'s rules on a device.
+
+They keep what the host's rule keeps: top-k with all ties of the k-th logit, top-p with the fewest tokens that hold it
+and, of equal ones, the smaller id. Arithmetic is float32; where sums round, a token on the very border may fall to
+either side.
+"""
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from engines.ort_cuda.graphs.builder import FLOAT, INT64, GraphBuilder
+
+NO_TOKEN = -1  # what is drawn where the weights do not add up to a positive number
+
+
+def warp_graph(size: int, logits_type: ir.DataType, top_k: int, has_top_p: bool) -> ir.Model:
+    """Probabilities as `runtime.sampling.distribution` has them. top_k: 0 or `size` and more keep all.
+
+    Inputs: logits [1, rows, size]; temperature float32[1], above 0; top_p float32[1], read if `has_top_p`.
+    Outputs: probabilities float32[rows, size], all NaN in a row whose logits are not finite.
+    """
+    graph = GraphBuilder("warp")
+    logits = graph.input("logits", logits_type, [1, "rows", size])
+    temperature = graph.input("temperature", ir.DataType.FLOAT, [1])
+    rows = graph.reshape(logits, -1, size)
+    if logits_type != ir.DataType.FLOAT:
+        rows = graph.op("Cast", rows, to=FLOAT)
+    scores = graph.op("Div", rows, temperature)
+    has_top_k = 0 < top_k < size
+    if has_top_k or has_top_p:
+        descending = graph.highest(scores, size)
+        if has_top_k:
+            lowest = graph.op("Slice", descending, *graph.ints([top_k - 1], [top_k], [1]))
+            scores, descending = (
+                _without(graph, each, graph.op("Less", each, lowest)) for each in (scores, descending)
+            )
+        if has_top_p:
+            top_p = graph.input("top_p", ir.DataType.FLOAT, [1])
+            scores = _without(graph, scores, _outside_top_p(graph, scores, descending, size, top_p))
+    probabilities = graph.op("Softmax", scores, axis=1)
+    return graph.finish({"probabilities": (probabilities, ir.DataType.FLOAT, ["rows", size])})
+
+
+def draw_graph(size: int, kept_token_ids: NDArray[np.int64] | None) -> ir.Model:
+    """A token drawn from a row of probabilities.
+
+    Inputs: probabilities float32[1, size]; uniform float32[1] in [0, 1).
+    Outputs: token_ids int64[1, 1], the token of the column drawn, by `kept_token_ids` int64[size] or its own number.
+    A row of NaN gives any token: none of its probabilities can be accepted later.
+    """
+    graph = GraphBuilder("draw")
+    probabilities = graph.input("probabilities", ir.DataType.FLOAT, [1, size])
+    column = draw(graph, probabilities, size, graph.input("uniform", ir.DataType.FLOAT, [1]))
+    if kept_token_ids is not None:
+        at = graph.op("Max", column, *graph.ints([0]))
+        column = graph.op("Gather", graph.constant("kept_token_ids", kept_token_ids), at, axis=0)
+    return graph.finish({"token_ids": (graph.reshape(column, 1, 1), ir.DataType.INT64, [1, 1])})
+
+
+def draw(graph: GraphBuilder, weights: ir.Value, size: int, uniform: ir.Value) -> ir.Value:
+    """The first index, int64[1], at which the running sum of `weights`, float32[1, size], passes uniform · their sum.
+
+    NO_TOKEN where the sum is NaN or not positive. Never an entry that weighs nothing.
+    """
+    blocks, count, width = graph.blocks(weights, size)
+    blocks = graph.reshape(blocks, count, width)
+    sums = graph.reshape(graph.total(blocks, 1), count)
+    running, whole = _running_sum(graph, sums, count)
+    point = graph.op("Mul", uniform, whole)
+    block = _passed(graph, running, whole, point)
+    before = graph.op("Gather", graph.op("Concat", graph.floats(0), running, axis=0), block, axis=0)
+    inside = graph.reshape(graph.op("Gather", blocks, block, axis=0), width)
+    index = _passed(graph, *_running_sum(graph, inside, width), graph.op("Sub", point, before))
+    found = graph.op("Add", graph.op("Mul", block, *graph.ints([width])), index)
+    return graph.op("Where", graph.op("Greater", whole, graph.floats(0)), found, *graph.ints([NO_TOKEN]))
+
+
+def _running_sum(graph: GraphBuilder, weights: ir.Value, size: int) -> tuple[ir.Value, ir.Value]:
+    """Of float32[size] up to each entry, that included; and the last of them, float32[1]."""
+    running = graph.op("CumSum", weights, graph.axis(0))
+    return running, graph.op("Gather", running, *graph.ints([size - 1]), axis=0)
+
+
+def _passed(graph: GraphBuilder, running: ir.Value, whole: ir.Value, point: ir.Value) -> ir.Value:
+    """How many of the running sums do not pass `point`: the index of the first that does, int64[1].
+
+    Sums taken in another order may round the point to the whole or beyond: it stays the next number below.
+    """
+    below = graph.op("Min", point, graph.op("Mul", whole, graph.floats(1 - 2**-24)))
+    passed = graph.op("LessOrEqual", running, below)  # nowhere, if they are NaN
+    return graph.op("Cast", graph.total(graph.op("Cast", passed, to=FLOAT), 0), to=INT64)
+
+
+def _without(graph: GraphBuilder, scores: ir.Value, dropped: ir.Value) -> ir.Value:
+    """`scores` with no weight where `dropped`. That is never a comparison that a NaN meets: it must show."""
+    return graph.op("Where", dropped, graph.floats(-np.inf), scores)
+
+
+def _outside_top_p(graph: GraphBuilder, scores: ir.Value, descending: ir.Value, size: int, top_p: ir.Value) -> ir.Value:
+    """Where scores, [rows, size], are not of the fewest that hold `top_p` of the weight. descending: them, sorted."""
+    weights = graph.op("Softmax", descending, axis=1)
+    wanted = graph.op("Mul", top_p, graph.total(weights, 1))
+    inside = graph.op("Less", _running(graph, weights, size), wanted)  # the first one always
+    count = graph.total(graph.op("Cast", inside, to=FLOAT), 1)
+    last = graph.op("Sub", graph.op("Cast", count, to=INT64), *graph.ints([1]))
+    lowest = graph.op("GatherElements", descending, last, axis=1)
+    # of equal ones the first: as many as the count leaves room for
+    above = graph.total(graph.op("Cast", graph.op("Greater", scores, lowest), to=FLOAT), 1)
+    ties = graph.op("Equal", scores, lowest)
+    before = _running(graph, graph.op("Cast", ties, to=FLOAT), size)
+    late = graph.op("GreaterOrEqual", before, graph.op("Sub", count, above))
+    return graph.op("Or", graph.op("Less", scores, lowest), graph.op("And", ties, late))
+
+
+def _running(graph: GraphBuilder, values: ir.Value, size: int) -> ir.Value:
+    """The sum of what is before each of [rows, size], as [rows, size]."""
+    blocks, count, width = graph.blocks(values, size)
+    inside = graph.op("CumSum", blocks, graph.axis(2), exclusive=1)
+    before = graph.op("CumSum", graph.total(blocks, 2), graph.axis(1), exclusive=1)
+    flat = graph.reshape(graph.op("Add", inside, before), -1, count * width)
+    return graph.op("Slice", flat, *graph.ints([0], [size], [1]))

@@ -1,0 +1,126 @@
+"""ONNX Runtime's CUDA provider: sessions on it, and why there is none or it has no room, in one line."""
+
+import ctypes
+import io
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import onnxruntime as ort
+
+from engines.bundle.read import MODEL_NAME, WEIGHTS_NAME, Bundle
+from engines.cuda import runtime as cuda
+from engines.errors import VocabtrimError
+from engines.ort.session import reason, session_options
+
+PROVIDER = "CUDAExecutionProvider"
+_OUT_OF_MEMORY = re.compile(r"out of memory|OUT_OF_MEMORY|Failed to allocate memory|bad allocation|ALLOC_FAILED")
+_NO_CAPTURE = "graph capture feature"  # in what a session says that has nodes elsewhere than on CUDA
+
+
+def require_provider() -> tuple[str, ...]:
+    """Load what CUDA needs; the names of the libraries that do not load. Raises `VocabtrimError` without a provider."""
+    missing = preload_libraries()
+    if PROVIDER not in ort.get_available_providers():
+        raise VocabtrimError(why_no_provider(missing))
+    return missing
+
+
+def open_cuda_session(
+    bundle: Bundle, stream: cuda.Stream, missing: tuple[str, ...] = (), name: str = MODEL_NAME
+) -> ort.InferenceSession:
+    """A session on `stream`, with CUDA graphs if all nodes of the model can be in one. Raises `VocabtrimError`.
+
+    missing: libraries that could not be loaded before. name: of the bundle's file.
+    """
+    path = bundle.path / name
+    try:
+        try:
+            session = _open(path, stream, cuda_graphs=True)
+        except Exception as error:
+            if _NO_CAPTURE not in str(error):
+                raise
+            if bundle.manifest.dtype == "fp32":  # attention on the host, a copy of the cache for every layer
+                raise VocabtrimError(
+                    f"{bundle.path} is an fp32 bundle, for which ONNX Runtime has no attention on CUDA: "
+                    "export it with --dtype fp16 or bf16"
+                ) from error
+            session = _open(path, stream, cuda_graphs=False)
+    except VocabtrimError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        explain_out_of_memory(error, bundle)
+        raise VocabtrimError(f"ONNX Runtime cannot open {path} on CUDA: {reason(error)}") from error
+    if PROVIDER not in session.get_providers():  # it falls back to the CPU in silence
+        raise VocabtrimError(why_no_provider(missing))
+    return session
+
+
+def open_cuda_graph(model: bytes, stream: cuda.Stream) -> ort.InferenceSession:
+    """A session of a small model of ours on `stream`, all of whose nodes can be in a CUDA graph."""
+    return _open(model, stream, cuda_graphs=True)
+
+
+def can_be_captured(session: ort.InferenceSession) -> bool:
+    """Whether runs of `session` can be in a CUDA graph."""
+    options: dict[str, str] = session.get_provider_options().get(PROVIDER, {})
+    return options.get("enable_cuda_graph") == "1"
+
+
+def _open(model: Path | bytes, stream: cuda.Stream, cuda_graphs: bool) -> ort.InferenceSession:
+    options = {
+        "device_id": "0",
+        "user_compute_stream": str(stream.address),
+        "enable_cuda_graph": str(int(cuda_graphs)),
+        "arena_extend_strategy": "kSameAsRequested",  # else the weights take up to the next power of two
+    }
+    providers = [(PROVIDER, options), "CPUExecutionProvider"]
+    return ort.InferenceSession(model, session_options(), providers=providers, enable_fallback=0)
+
+
+def preload_libraries() -> tuple[str, ...]:
+    """Load CUDA's and cuDNN's libraries from NVIDIA's wheels or the system; the names of those that do not load."""
+    preload = getattr(ort, "preload_dlls", None)
+    if preload is None:  # before ONNX Runtime 1.21
+        return ()
+    said = io.StringIO()
+    with redirect_stdout(said):
+        preload()
+    # A library may fail from one place and load from the next; what fails in both is said twice.
+    return tuple(dict.fromkeys(re.findall(r"Failed to load (?:\S*/)?([^\s/:]+):", said.getvalue())))
+
+
+def why_no_provider(missing: tuple[str, ...] = ()) -> str:
+    """Why there is no CUDAExecutionProvider, and what to do. missing: see `preload_libraries`."""
+    home = Path(ort.__file__).parent / "capi"
+    libraries = list(home.glob("*onnxruntime_providers_cuda.*"))
+    if not libraries:
+        return (
+            f"the installed onnxruntime {ort.__version__} is the CPU wheel, which has no CUDA: "
+            "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'vocabtrim-export[cuda]'"
+        )
+    problem = f"missing: {', '.join(missing)}" if missing else "no reason known"
+    try:
+        for library in (*home.glob("*onnxruntime_providers_shared.*"), *libraries):  # has the others' symbols
+            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        problem = reason(error)
+    return (
+        f"the CUDA of onnxruntime {ort.__version__} does not load ({problem}): "
+        "pip install 'onnxruntime-gpu[cuda,cudnn]', or install the CUDA and cuDNN that it was built for"
+    )
+
+
+def explain_out_of_memory(error: Exception, bundle: Bundle) -> None:
+    """Raise `VocabtrimError` with the sizes and what to lower, if `error` says that the GPU's memory is full."""
+    if isinstance(error, VocabtrimError) or not _OUT_OF_MEMORY.search(str(error)):
+        return
+    manifest = bundle.manifest
+    files = [bundle.path / name for name in (MODEL_NAME, WEIGHTS_NAME) if name in manifest.files]
+    weights = sum(path.stat().st_size for path in files)
+    cache = manifest.kv_bytes_per_token * manifest.context_length
+    raise VocabtrimError(
+        f"out of GPU memory with {bundle.path}: its weights take {weights / 1e6:,.0f} MB and its KV cache of "
+        f"{manifest.context_length:,} tokens {cache / 1e6:,.0f} MB: export it with a shorter --max-length, a smaller "
+        "--dtype or --quantize"
+    ) from error

@@ -1,0 +1,156 @@
+"""`CudaRound`: γ draft steps and their verification as one piece of work for the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import Accepted, Speculation, StepOutput
+from engines.errors import VocabtrimError
+from engines.ort_cuda.binding import Place, Run, Work
+from engines.ort_cuda.graphs.sampling import NO_TOKEN
+from engines.sampling_params import Sampling
+
+if TYPE_CHECKING:
+    from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
+    from engines.ort_cuda.sampler import DeviceSampler
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a round's numbers begin, in values of 8 bytes, the same on the host and on the device.
+
+    From the host: seqlens_k of the γ draft steps and of the verification, in the low half of each value | position_ids
+    from the first that the drafter reads to the last that the target reads | what sampling needs | the `unread` tokens.
+    Back to it: the γ drafted ones, which lie right behind | the γ + 1 verified ones | the number accepted and the next
+    token.
+    """
+
+    positions: int
+    chances: int
+    tokens: int
+    drafted: int
+    verified: int
+    verdict: int
+    end: int
+
+
+def make_layout(unread: int, draft_length: int, lag: int, chances: int) -> Layout:
+    """lag: the drafter's. chances: values that sampling needs."""
+    positions = draft_length + 1
+    first = positions + lag + unread + draft_length
+    tokens = first + chances
+    drafted = tokens + unread
+    verified = drafted + draft_length
+    verdict = verified + draft_length + 1
+    return Layout(positions, first, tokens, drafted, verified, verdict, verdict + 2 * bool(chances))
+
+
+class CudaRound:
+    """Each draft step reads its token where the step before wrote it, and the verification reads all of them there.
+
+    One copy brings what the host knows beforehand, one brings all token ids back. An EAGLE head's steps read and write
+    hidden states besides: of the target's features, then of the step before. sampler: chooses the tokens instead
+    of the engines, which give the most likely ones.
+    """
+
+    def __init__(
+        self,
+        target: "OnnxRuntimeCudaEngine",
+        drafter: "OnnxRuntimeCudaEngine",
+        unread: int,
+        draft_length: int,
+        sampler: "DeviceSampler | None" = None,
+    ) -> None:
+        self._unread, self._draft_length, self._lag, self._sampler = unread, draft_length, drafter.lag, sampler
+        self._stream = target.stream
+        at = self._at = make_layout(unread, draft_length, drafter.lag, sampler.chances if sampler else 0)
+        self._host = target.stream.pinned(at.end)
+        self._device = target.allocate((at.end,), np.int64)
+        self._events = [target.stream.event() for _ in range(3)]
+
+        def reads(step: int, position: int, token: int, count: int) -> dict[str, Place]:
+            """position, token: of the first one read, counted from the drafter's first."""
+            return {
+                "seqlens_k": self._place(step, np.int32, (1,)),
+                "position_ids": self._place(at.positions + position, np.int64, (1, count)),
+                "input_ids": self._place(at.tokens + token, np.int64, (1, count)),
+            }
+
+        self._draft: list[Work] = drafter.prepare(target, unread)
+        for i in range(draft_length):
+            first, count = (unread + i - 1, 1) if i else (0, unread)
+            places = reads(i, first, first, count) | drafter.beside_tokens(i, unread)
+            step = drafter.bind_run(places, self._place(at.drafted + i, np.int64, (1, 1)))
+            self._draft.append(step)
+            if sampler:
+                self._draft += sampler.propose(i, step.logits, self._address(at.chances), self._address(at.drafted + i))
+        places = reads(draft_length, unread - 1 + drafter.lag, unread - 1, draft_length + 1)
+        self._verify = target.bind_run(places, self._place(at.verified, np.int64, (1, draft_length + 1)))
+        self._judge: list[Run] = []
+        if sampler:
+            drafted, verdict = self._address(at.drafted), self._address(at.verdict)
+            self._judge = sampler.judge(self._verify.logits, self._address(at.chances), drafted, verdict)
+        self._work = target.replayed(self._enqueue, (drafter,))
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether `run` launches a CUDA graph."""
+        return self._work.has_graph
+
+    def run(
+        self, token_ids: Sequence[int] | NDArray[np.int64], length: int, sampling: Sampling | None = None
+    ) -> Speculation:
+        """token_ids: the `unread` tokens. length: of the target's cache, which lacks only the last of them."""
+        at, host = self._at, self._host
+        first = length - self._unread + 1 - self._lag  # position of the first unread token, in the drafter's cache
+        steps = self._draft_length + 1
+        host[:steps] = np.arange(length, length + steps)
+        host[: self._draft_length] -= self._lag
+        host[steps : at.chances] = np.arange(first, length + steps)
+        if self._sampler and sampling:
+            self._sampler.write_chances(host[at.chances : at.tokens], sampling)
+        host[at.tokens : at.drafted] = token_ids
+        self._work.run()
+        self._stream.synchronize()
+        found = host[at.drafted :].copy()
+        drafted, verified, verdict = np.split(found, [self._draft_length, 2 * self._draft_length + 1])
+        draft_seconds, verify_seconds = (self._stream.seconds_between(*self._events[i : i + 2]) for i in range(2))
+        output = StepOutput(verified, self._verify.read_logits)
+        return Speculation(drafted, output, draft_seconds, verify_seconds, _accepted(verdict) if sampling else None)
+
+    def close(self) -> None:
+        """Free the graph and the events, once."""
+        self._work.close()
+        for event in self._events:
+            self._stream.discard_event(event)
+        self._events.clear()
+
+    def _enqueue(self) -> None:
+        at, stream = self._at, self._stream
+        here, there = self._host.ctypes.data, self._device.data_ptr()
+        stream.copy(there, here, 8 * at.drafted)
+        stream.record(self._events[0])
+        for step in self._draft:
+            step.enqueue()
+        stream.record(self._events[1])
+        for step in (self._verify, *self._judge):
+            step.enqueue()
+        stream.record(self._events[2])
+        stream.copy(here + 8 * at.drafted, there + 8 * at.drafted, 8 * (at.end - at.drafted))
+
+    def _address(self, index: int) -> int:
+        """Of value `index` on the device."""
+        return int(self._device.data_ptr()) + 8 * index
+
+    def _place(self, index: int, dtype: type[np.generic], shape: tuple[int, ...]) -> Place:
+        return Place(dtype, shape, self._address(index))
+
+
+def _accepted(verdict: NDArray[np.int64]) -> Accepted:
+    count, token = verdict.tolist()
+    if token == NO_TOKEN:
+        raise VocabtrimError("the model's logits are not finite: export it again with a wider --dtype")
+    return Accepted(count, token)

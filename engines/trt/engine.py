@@ -1,0 +1,154 @@
+"""`StaticEngine`: a bundle whose graph has fixed shapes, driven by any `Executor` that runs them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import MAX_KEEP, ContextFull, Device, Engine, StepOutput
+from engines.bundle.read import Bundle, Profile, TensorRT
+
+SLOTS_INPUT = "attended_slots"  # of a graph with several spans: int64[span], the numbers from 0 on
+DRAFT_TOKENS = 2  # a drafter lacks at most two tokens after a round: the last it drafted and the target's
+
+
+class Executor(Protocol):
+    """Runs the fixed shapes of one bundle over a KV cache that it owns. device, environment: as an `Engine`'s."""
+
+    device: Device
+
+    def environment(self) -> dict[str, str]: ...
+
+    def step(
+        self,
+        profile: Profile,
+        input_ids: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        logits_positions: NDArray[np.int64],
+    ) -> StepOutput:
+        """Write `profile.tokens` tokens to the cache from slot `position_ids[0]` on and predict after some of them.
+
+        input_ids, position_ids: int64[profile.tokens]. logits_positions: int64[profile.keep], indices into them.
+        Everything that the tokens see is within the first `profile.span` slots.
+        """
+
+    def draft(self, span: int, input_ids: NDArray[np.int64], position_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Write DRAFT_TOKENS tokens from slot `position_ids[0]` on, draft after them and write all but the last.
+
+        What the first of them sees is within the first `span` slots. Returns int64[γ].
+        """
+
+    def close(self) -> None:
+        """Release everything. Calling it again does nothing."""
+
+
+class Call(NamedTuple):
+    """One call of an executor: the fed tokens from `start` to `stop`, of which the last `keep` predict."""
+
+    profile: Profile
+    start: int
+    stop: int
+    keep: int
+
+
+def plan_calls(profiles: Sequence[Profile], fed: int, keep: int, room: int) -> list[Call]:
+    """Cut a feed of `fed` tokens, the last `keep` of which predict, into calls of `profiles` (all of one span).
+
+    Each call takes the profile that gets furthest, the smallest of these. It may be longer than what it is given and
+    is padded then: the cache has `room` slots, at least `fed` and the shortest profile's tokens less one.
+    """
+    calls: list[Call] = []
+    start = 0
+    while start < fed:
+        options = []
+        for profile in profiles:
+            if start + profile.tokens <= room:
+                stop = min(start + profile.tokens, fed, max(start, fed - keep) + profile.keep)
+                options.append((stop, -profile.tokens, profile))
+        stop, _, profile = max(options, key=lambda option: option[:2])
+        calls.append(Call(profile, start, stop, max(0, stop - max(start, fed - keep))))
+        start = stop
+    return calls
+
+
+class StaticEngine(Engine):
+    """Feeds of any length as calls of a few fixed shapes.
+
+    A step takes as long as the slots that it attends to, whether they hold tokens or not: each takes the shortest span
+    that it can.
+    """
+
+    def __init__(self, bundle: Bundle, executor: Executor) -> None:
+        super().__init__(bundle.manifest, bundle.vocab_map)
+        assert bundle.manifest.tensorrt is not None
+        self._plans: TensorRT = bundle.manifest.tensorrt
+        self._executor = executor
+        self.device = executor.device
+        self.max_keep = max(profile.keep for profile in self._plans.profiles)
+        self.unrolled = self._plans.draft_length
+        self._padding = min(profile.tokens for profile in self._plans.profiles) - 1
+        self._tokens = np.zeros(self.capacity, np.int64)  # what the cache holds
+
+    def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
+        ids = np.asarray(token_ids, np.int64)
+        if not 1 <= keep <= min(len(ids), MAX_KEEP):
+            raise ValueError(f"cannot keep {keep} of {len(ids)} positions (at most {MAX_KEEP})")
+        if self.length + len(ids) > self.capacity:
+            raise ContextFull(f"{self.length} + {len(ids)} tokens, the cache holds {self.capacity}")
+        span = self._span(self.length + len(ids) + self._padding)
+        profiles = [profile for profile in self._plans.profiles if profile.span == span]
+        calls = plan_calls(profiles, len(ids), keep, self._plans.spans[-1] - self.length)
+        silent = sum(call.keep == 0 for call in calls)
+        for call in calls[:silent]:
+            self._call(call, ids[call.start : call.stop])
+        return self._predict(calls[silent:], ids)
+
+    def _predict(self, calls: list[Call], ids: NDArray[np.int64]) -> StepOutput:
+        if len(calls) == 1:
+            return self._call(calls[0], ids[calls[0].start : calls[0].stop])
+        token_ids, logits = [], []
+        for call in calls:  # the next call overwrites what this one gives
+            output = self._call(call, ids[call.start : call.stop])
+            token_ids.append(output.token_ids.copy())
+            logits.append(output.logits.copy())
+        return StepOutput(np.concatenate(token_ids), lambda: np.concatenate(logits))
+
+    def _call(self, call: Call, ids: NDArray[np.int64]) -> StepOutput:
+        profile, given = call.profile, len(ids)
+        padded = np.zeros(profile.tokens, np.int64)
+        padded[:given] = ids
+        # Padding stands on a position that there is a table for, and on a slot that it sees: with a sliding window it
+        # would else see none, and the NaN that it left in the cache would reach every token, weighed by 0 or not.
+        last = min(self.capacity, profile.span) - 1
+        positions = np.minimum(np.arange(self.length, self.length + profile.tokens), last)
+        rows = np.minimum(np.arange(profile.keep) + given - max(call.keep, 1), given - 1)
+        output = self._executor.step(profile, padded, positions, rows)
+        self._tokens[self.length : self.length + given] = ids
+        self.length += given
+        kept = call.keep
+        return StepOutput(output.token_ids[:kept], lambda: output.logits[:kept])
+
+    def draft(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64] | None:
+        again = DRAFT_TOKENS - len(token_ids)  # tokens fed before, whose keys and values are computed anew
+        begin, steps = self.length - again, self.unrolled
+        end = self.length + len(token_ids) + steps - 1
+        if not steps or again < 0 or begin < 0 or end > self.capacity:
+            return None
+        self._tokens[self.length : begin + DRAFT_TOKENS] = token_ids
+        positions = np.arange(begin, begin + DRAFT_TOKENS)
+        drafted = self._executor.draft(
+            self._span(begin + DRAFT_TOKENS), self._tokens[begin : begin + DRAFT_TOKENS], positions
+        )
+        self._tokens[begin + DRAFT_TOKENS : end] = drafted[:-1]
+        self.length = end
+        return drafted
+
+    def environment(self) -> dict[str, str]:
+        return self._executor.environment()
+
+    def close(self) -> None:
+        self._executor.close()
+
+    def _span(self, slots: int) -> int:
+        return next(span for span in self._plans.spans if span >= slots)

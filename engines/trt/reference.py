@@ -1,0 +1,74 @@
+"""`ReferenceExecutor`: the graphs of a TensorRT bundle on ONNX Runtime's CPU. It proves what they mean."""
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from engines.base import Device, StepOutput
+from engines.bundle.read import DRAFT_MODEL_NAME, MODEL_NAME, Bundle, Profile
+from engines.ort.session import numpy_dtype, open_session, share
+from engines.trt.engine import SLOTS_INPUT
+
+
+class ReferenceExecutor:
+    """An `Executor` for the graphs from which plans are built, in the same fixed shapes.
+
+    Raises `VocabtrimError` where ONNX Runtime has no CPU kernel for a graph (bf16).
+    """
+
+    device: Device = "cpu"
+
+    def __init__(self, bundle: Bundle) -> None:
+        plans = bundle.manifest.tensorrt
+        assert plans is not None
+        self._model = open_session(bundle.path / MODEL_NAME)
+        self._draft = open_session(bundle.path / DRAFT_MODEL_NAME) if plans.draft_length else None
+        self._caches: dict[str, ort.OrtValue] = {}
+        for value in self._model.get_inputs():
+            if value.name.startswith("past_key_values."):
+                self._caches[value.name] = share(np.zeros(value.shape, numpy_dtype(value.type)))
+        self._has_spans = len(plans.spans) > 1
+
+    def environment(self) -> dict[str, str]:
+        return {"onnxruntime": ort.__version__}
+
+    def step(
+        self,
+        profile: Profile,
+        input_ids: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        logits_positions: NDArray[np.int64],
+    ) -> StepOutput:
+        inputs = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
+        inputs["logits_positions"] = logits_positions
+        token_ids, logits = self._run(self._model, inputs, profile.span, ["token_ids", "logits"])
+        return StepOutput(token_ids[0], lambda: logits[0].astype(np.float32, copy=False))
+
+    def draft(self, span: int, input_ids: NDArray[np.int64], position_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        assert self._draft is not None
+        inputs = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
+        (token_ids,) = self._run(self._draft, inputs, span, ["token_ids"])
+        drafted: NDArray[np.int64] = token_ids[0]
+        return drafted
+
+    def close(self) -> None:
+        self._caches.clear()
+        self._model = self._draft = None
+
+    def _run(
+        self, session: ort.InferenceSession, inputs: dict[str, NDArray[np.int64]], span: int, outputs: list[str]
+    ) -> list[NDArray[Any]]:
+        binding = session.io_binding()
+        if self._has_spans:
+            inputs[SLOTS_INPUT] = np.arange(span)
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
+        for name, cache in self._caches.items():
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
+        for name in outputs:
+            binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        return [value.numpy() for value in binding.get_outputs()[len(self._caches) :]]

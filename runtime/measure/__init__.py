@@ -1,0 +1,1 @@
+"""Measurement of the loop: benchmarks, sweeps, plans and what they report."""

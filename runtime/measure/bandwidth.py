@@ -1,0 +1,40 @@
+"""How fast this machine reads memory: the limit that decoding runs into."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+
+import numpy as np
+
+from engines.base import Device, Engine
+from engines.cuda import runtime as cuda
+from runtime.measure.environment import usable_cores
+
+BUFFER_BYTES = 1 << 29  # beyond the last-level cache of large servers
+
+
+def read_bandwidth(threads: int | None = None, buffer_bytes: int = BUFFER_BYTES, seconds: float = 0.7) -> float:
+    """Measured read bandwidth of main memory, in bytes/s, with one thread per usable core by default.
+
+    Each thread takes the maximum of its share of an int64 buffer, which numpy does without the GIL and faster than
+    memory delivers. The best of all passes in `seconds`, after one for warming up: anything slower was disturbed.
+    """
+    workers = threads or usable_cores()
+    chunks = np.array_split(np.ones(buffer_bytes // 8, np.int64), workers)  # ones: pages of zeros may share memory
+    best = 0.0
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(np.max, chunks))
+        end = perf_counter() + seconds
+        while not best or perf_counter() < end:
+            start = perf_counter()
+            list(pool.map(np.max, chunks))
+            best = max(best, sum(chunk.nbytes for chunk in chunks) / (perf_counter() - start))
+    return best
+
+
+def bandwidths(engines: Iterable[Engine], given: float | None = None) -> dict[Device, float]:
+    """Bytes/s by the device that `engines` are on: of main memory, or of the GPU's. given: instead of measuring."""
+    devices = {engine.device for engine in engines}
+    return {
+        device: given or (cuda.copy_bandwidth() if device == "cuda" else read_bandwidth()) for device in sorted(devices)
+    }

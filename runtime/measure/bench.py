@@ -1,0 +1,85 @@
+"""Measure what a drafter gains: every mode on every prompt, interleaved, warmed up, medians."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import Engine
+from engines.errors import VocabtrimError
+from runtime.decoder import SpeculativeDecoder
+from runtime.measure.bandwidth import bandwidths
+from runtime.measure.environment import environment
+from runtime.measure.report import BenchReport, mode_report
+from runtime.measure.timing import Way, measure
+
+TARGET_ONLY = "target_only"
+Forced: TypeAlias = int | Literal["all"] | None
+
+
+def bench(
+    target: Engine,
+    drafters: Mapping[str, Engine],
+    prompts: Sequence[Sequence[int] | NDArray[np.int64]],
+    *,
+    max_new_tokens: int = 128,
+    draft_length: int | None = None,
+    repeats: int = 3,
+    force_accepted: Forced = None,
+    bandwidth: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> BenchReport:
+    """Decode all prompts greedily with the target alone, as mode "target_only", and with each of `drafters`.
+
+    drafters: by the name of their mode, "full_drafter" and "trimmed_drafter" say. prompts: token ids.
+    draft_length: see `SpeculativeDecoder`. force_accepted: drafted tokens that each round accepts, see
+    `decode_rounds`, "all" for γ; nothing is then said of equal outputs.
+    bandwidth: bytes/s that the engines' memory delivers; None measures it, main memory's in about 1 s.
+    progress: called with the generations done and their number, the warm-up not counted.
+    Raises `VocabtrimError` for input that cannot run.
+    """
+    if not prompts or repeats < 1 or max_new_tokens < 1:
+        raise VocabtrimError("a bench needs at least one prompt, one repeat and one new token")
+    modes: dict[str, Engine | None] = {TARGET_ONLY: None, **drafters}
+    token_ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts]
+    length = 1
+    for drafter in modes.values():  # the first without a drafter; refuses what does not belong together
+        length = SpeculativeDecoder(target, drafter, draft_length=draft_length).draft_length
+    forced = resolve_forced(force_accepted, length)
+    ways = {mode: Way(drafter, length, token_ids, max_new_tokens, forced) for mode, drafter in modes.items()}
+    speeds = bandwidths((target, *drafters.values()), bandwidth)
+    runs = measure(target, ways, repeats, progress)
+    reports = {
+        mode: mode_report(
+            runs[mode],
+            runs[TARGET_ONLY],
+            target.manifest,
+            drafter.manifest if drafter else None,
+            length,
+            speeds[(drafter or target).device],
+            forced=forced is not None,
+        )
+        for mode, drafter in modes.items()
+    }
+    return BenchReport(
+        reports, len(prompts), max_new_tokens, length, repeats, forced, speeds[target.device], measured_on(target)
+    )
+
+
+def measured_on(target: Engine) -> dict[str, Any]:
+    """What a report says of the machine, of what runs the target and of the tools that made its bundle."""
+    made_by = {"source": target.manifest.source, "tool_versions": dict(target.manifest.tool_versions)}
+    return environment() | target.environment() | made_by
+
+
+def resolve_forced(force_accepted: Forced, draft_length: int) -> int | None:
+    """N for `draft_length` drafted tokens. Raises `VocabtrimError` for more accepted tokens than are drafted."""
+    if force_accepted == "all":
+        return draft_length
+    if force_accepted is not None and not 0 <= force_accepted <= draft_length:
+        raise VocabtrimError(
+            f"{force_accepted} tokens cannot be accepted of the {draft_length} that a round drafts: "
+            f"give a number from 0 to {draft_length}"
+        )
+    return force_accepted

@@ -1,0 +1,109 @@
+"""Measure what a plan is made from, and make it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from engines.base import Engine
+from engines.errors import VocabtrimError
+from runtime.measure.bench import TARGET_ONLY, measured_on
+from runtime.measure.planner import DrafterTimes, Plan, RoundTimes, expected_block_efficiency, plan
+from runtime.measure.report import call_percentiles, draft_percentiles, round_percentiles
+from runtime.measure.sweep import Prompts, SweepSettings, check_settings, encoded_at
+from runtime.measure.timing import Run, Way, measure
+from runtime.stats import Percentiles, summarize
+
+_ROUNDS = 10  # that time each γ, in each repeat
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """A plan and what it was made from. target_step_ms: a round of the target alone."""
+
+    plan: Plan
+    target_step_ms: float
+    drafters: tuple[DrafterTimes, ...]
+    prompts: int
+    settings: SweepSettings
+    environment: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for `json.dumps`."""
+        return {"kind": "plan"} | asdict(self) | {"plan": self.plan.to_dict()}
+
+
+def make_plan(
+    target: Engine,
+    drafters: Mapping[str, Engine],
+    prompts: Prompts,
+    settings: SweepSettings,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> PlanReport:
+    """Measure what `plan` needs and make one: far shorter than a sweep.
+
+    First each drafter decodes the prompts once at the largest γ: its acceptance. Then every γ is timed on the prompt
+    of median length, in a few rounds that accept as many tokens as are to be expected, all interleaved.
+    Raises `VocabtrimError` as `sweep` does, and for more than one context.
+    """
+    if not drafters or len(settings.contexts) > 1 or settings.force_accepted is not None:
+        raise VocabtrimError("a plan needs a drafter, one context at most, and an acceptance that is not forced")
+    lengths = check_settings(target, drafters, prompts, settings)
+    given = encoded_at(target, prompts, settings.contexts[0] if settings.contexts else None)
+    report, done_before = progress or (lambda _done, _total: None), len(given) * len(drafters)
+    total = done_before + settings.repeats * (1 + len(drafters) * len(lengths))
+    longest = {name: Way(drafter, max(lengths), given, settings.max_new_tokens) for name, drafter in drafters.items()}
+    runs = measure(target, longest, 1, lambda done, _: report(done, total))
+    acceptance = {name: _acceptance(runs[name]) for name in drafters}
+    prompt = sorted(given, key=len)[len(given) // 2]
+    ways = {TARGET_ONLY: Way(None, 1, [prompt], _ROUNDS, 0)} | {
+        _label(name, length): _timed_way(drafter, length, prompt, acceptance[name])
+        for name, drafter in drafters.items()
+        for length in lengths
+    }
+    times = measure(target, ways, settings.repeats, lambda done, _: report(done_before + done, total))
+    step_ms = _median(round_percentiles(times[TARGET_ONLY][0], 0))
+    measured = tuple(
+        _drafter_times(name, drafter, acceptance[name], {n: times[_label(name, n)][0] for n in lengths})
+        for name, drafter in drafters.items()
+    )
+    used = replace(settings, draft_lengths=lengths)
+    return PlanReport(plan(step_ms, measured), step_ms, measured, len(prompts), used, measured_on(target))
+
+
+def _label(name: str, draft_length: int) -> str:
+    return f"{name} γ={draft_length}"
+
+
+def _acceptance(runs: Sequence[Sequence[Run]]) -> tuple[float, ...]:
+    return summarize(entry for repeats in runs for run in repeats for entry in run.rounds).acceptance
+
+
+def _timed_way(drafter: Engine, draft_length: int, prompt: Sequence[int], acceptance: Sequence[float]) -> Way:
+    """A few full rounds that accept what is to be expected: what a drafter must catch up on depends on it."""
+    accepted = min(round(expected_block_efficiency(acceptance, draft_length) - 1), draft_length)
+    room = drafter.capacity - len(prompt)
+    return Way(drafter, draft_length, [prompt], min(_ROUNDS * (accepted + 1) + draft_length, room), accepted)
+
+
+def _drafter_times(
+    name: str, drafter: Engine, acceptance: tuple[float, ...], runs: Mapping[int, Sequence[Run]]
+) -> DrafterTimes:
+    rounds = tuple(
+        RoundTimes(
+            length,
+            _median(draft_percentiles(timed, length)),
+            _median(call_percentiles(timed, "target", length + 1)),
+            _median(round_percentiles(timed, length)),
+        )
+        for length, timed in runs.items()
+    )
+    manifest = drafter.manifest
+    share = manifest.head_bytes / manifest.weight_bytes_per_step
+    return DrafterTimes(name, manifest.head_rows, drafter.vocab_map is not None, share, acceptance, rounds)
+
+
+def _median(times: Percentiles | None) -> float:
+    if times is None:
+        raise VocabtrimError("no full round could be timed: shorten the prompts, or export with a longer --max-length")
+    return times.p50

@@ -1,0 +1,217 @@
+"""What the runs of a bench say about each mode."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any, Literal
+
+from engines.bundle.read import Manifest
+from runtime.alarm import Collapse, find_collapse
+from runtime.loop import Round
+from runtime.measure.timing import Run
+from runtime.stats import Percentiles, latency_speedup, mbsu, round_tokens_per_second, summarize
+
+Runs = Sequence[Sequence[Run]]  # of one mode: by prompt, then by repeat
+
+
+@dataclass(frozen=True, slots=True)
+class ModeReport:
+    """One way of decoding the same prompts.
+
+    tokens_per_second: all new tokens over all seconds, prefills included; of each prompt the median of the repeats.
+    speedup: tokens_per_second over that of target-only decoding.
+    block_efficiency, acceptance: see `Stats`.
+    decode_tokens_per_second, decode_speedup: the same without the prefills, theirs being the time that speculation
+    does not touch.
+    draft_step_ms: median of the drafter's steps of one token (where it made none, of its drafts, by token).
+    verify_ms: median of the target's calls on a full draft, γ + 1 tokens; of its one-token steps in target-only
+    decoding. None where no such call was made.
+    draft_step_percentiles_ms, verify_percentiles_ms, round_percentiles_ms: of these, and of whole rounds with a full
+    draft (in target-only decoding of one step). host_percentiles_ms: of what such rounds take beside drafting and
+    verifying; where a GPU times these itself, all that it waits for the host.
+    bytes_per_step: what one draft step reads, weights and KV cache at the mean context; the target's in target-only.
+    bandwidth_fraction: bytes_per_step over that step's time over the measured bandwidth of its engine's memory.
+    mbsu: τ/(c·γ + 1), c the drafter's bytes_per_step over the target's. coverage: from the drafter's manifest.
+    latency_speedup: what the measured steps predict for decode_speedup, see `stats.latency_speedup`.
+    predicted_tokens_per_second: what they and overhead_ms predict for decode_tokens_per_second.
+    overhead: the share of the time spent outside the engines. overhead_ms: that time a round.
+    equal_prompts: prompts whose tokens were those of target-only decoding in every repeat; None where acceptance was
+    forced. differing_prompts: the indices of the others.
+    collapse: of the drafter's acceptance, if there was one and acceptance was not forced.
+    """
+
+    tokens_per_second: float
+    speedup: float
+    decode_tokens_per_second: float
+    decode_speedup: float
+    block_efficiency: float
+    acceptance: tuple[float, ...]
+    draft_step_ms: float | None
+    verify_ms: float | None
+    draft_step_percentiles_ms: Percentiles | None
+    verify_percentiles_ms: Percentiles | None
+    round_percentiles_ms: Percentiles | None
+    host_percentiles_ms: Percentiles | None
+    bytes_per_step: float
+    bandwidth_fraction: float | None
+    mbsu: float
+    latency_speedup: float | None
+    predicted_tokens_per_second: float | None
+    coverage: float | None
+    overhead: float
+    overhead_ms: float
+    equal_prompts: int | None
+    differing_prompts: tuple[int, ...]
+    collapse: Collapse | None
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """`modes` by name, "target_only" first. force_accepted: None where the target judged the drafts.
+
+    bandwidth: bytes/s that the memory of the target was measured to deliver.
+    environment: processor, cores, GPU if there is one, versions, and those of the tools that made the target's bundle.
+    """
+
+    modes: Mapping[str, ModeReport]
+    prompts: int
+    max_new_tokens: int
+    draft_length: int
+    repeats: int
+    force_accepted: int | None
+    bandwidth: float
+    environment: Mapping[str, Any]
+
+    @property
+    def lossless(self) -> bool | None:
+        """Every mode gave the tokens of target-only decoding on every prompt. None where acceptance was forced."""
+        return (
+            None if self.force_accepted is not None else not any(mode.differing_prompts for mode in self.modes.values())
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for `json.dumps`."""
+        return {"kind": "bench"} | asdict(self) | {"lossless": self.lossless}
+
+
+def mode_report(
+    runs: Runs,
+    baseline: Runs,
+    target: Manifest,
+    drafter: Manifest | None,
+    draft_length: int,
+    bandwidth: float,
+    *,
+    forced: bool = False,
+) -> ModeReport:
+    """Sum `runs` up. baseline: the runs of target-only decoding. drafter: None where `runs` are these.
+
+    forced: acceptance was, so that the tokens say nothing.
+    """
+    flat, length = _flat(runs), draft_length if drafter else 0
+    stats = summarize(entry for run in flat for entry in run.rounds)
+    context = sum(run.target[0].tokens + len(run.tokens) / 2 for run in _flat(baseline)) / len(_flat(baseline))
+    target_bytes, step_bytes = step_bytes_at(target, context), step_bytes_at(drafter or target, context)
+    step = call_percentiles(flat, "drafter" if drafter else "target", 1)
+    differing = () if forced else _differing(runs, baseline)
+    return ModeReport(
+        tokens_per_second=_rate(runs, _all),
+        speedup=_rate(runs, _all) / _rate(baseline, _all),
+        decode_tokens_per_second=_rate(runs, _decoding),
+        decode_speedup=_ratio(_rate(runs, _decoding), _rate(baseline, _decoding)),
+        block_efficiency=stats.block_efficiency,
+        acceptance=stats.acceptance,
+        bytes_per_step=step_bytes,
+        bandwidth_fraction=step_bytes / (step.p50 / 1e3) / bandwidth if step else None,
+        mbsu=mbsu(stats.block_efficiency, step_bytes / target_bytes, length),
+        **_times(flat, call_percentiles(_flat(baseline), "target", 1), stats.block_efficiency, length),
+        coverage=drafter.coverage if drafter else None,
+        equal_prompts=None if forced else len(runs) - len(differing),
+        differing_prompts=differing,
+        collapse=find_collapse((e for run in flat for e in run.rounds), drafter) if drafter and not forced else None,
+    )
+
+
+def _times(runs: Sequence[Run], target_step: Percentiles | None, tau: float, length: int) -> dict[str, Any]:
+    """The fields of `ModeReport` that follow from the times of calls and rounds. length: γ, 0 for the target alone."""
+    draft, verify = call_percentiles(runs, "drafter", 1), call_percentiles(runs, "target", length + 1)
+    if length and draft is None:  # γ = 1, and a drafter that was always two tokens behind
+        draft = draft_percentiles(runs, length)
+    seconds, outside = sum(run.seconds for run in runs), sum(run.seconds - run.engine_seconds for run in runs)
+    overhead_ms = 1e3 * outside / sum(len(run.rounds) for run in runs)
+    draft_ms, verify_ms = draft.p50 if draft else None, verify.p50 if verify else None
+    speedup = rate = None
+    if verify_ms and target_step and (draft_ms or not length):
+        speedup = latency_speedup(tau, draft_ms or 0, verify_ms, target_step.p50, length)
+        rate = round_tokens_per_second(tau, draft_ms or 0, verify_ms, overhead_ms, length)
+    return {
+        "draft_step_ms": draft_ms,
+        "verify_ms": verify_ms,
+        "draft_step_percentiles_ms": draft,
+        "verify_percentiles_ms": verify,
+        "round_percentiles_ms": round_percentiles(runs, length),
+        "host_percentiles_ms": host_percentiles(runs, length),
+        "latency_speedup": speedup,
+        "predicted_tokens_per_second": rate,
+        "overhead": outside / seconds,
+        "overhead_ms": overhead_ms,
+    }
+
+
+def step_bytes_at(manifest: Manifest, context: float) -> float:
+    """Bytes that a decode step reads: weights, and keys and values of `context` tokens."""
+    return manifest.weight_bytes_per_step + manifest.kv_bytes_per_token * context
+
+
+def _flat(runs: Runs) -> list[Run]:
+    return [run for repeats in runs for run in repeats]
+
+
+def _all(run: Run) -> tuple[int, float]:
+    return len(run.tokens), run.seconds
+
+
+def _decoding(run: Run) -> tuple[int, float]:
+    return run.decoded, run.decode_seconds
+
+
+def _rate(runs: Runs, of: Callable[[Run], tuple[int, float]]) -> float:
+    """Tokens/s; of each prompt the median of the repeats. 0 where nothing was decoded."""
+    seconds = sum(median(of(run)[1] for run in repeats) for repeats in runs)
+    return _ratio(sum(of(repeats[0])[0] for repeats in runs), seconds)
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else 0.0
+
+
+def call_percentiles(runs: Sequence[Run], engine: Literal["target", "drafter"], tokens: int) -> Percentiles | None:
+    """ms of an engine's calls on `tokens` tokens. Prefills do not count, however short."""
+    feeds = [feed for run in runs for feed in (run.drafter if engine == "drafter" else run.target[1:])]
+    return Percentiles.of(feed.seconds * 1e3 for feed in feeds if feed.tokens == tokens)
+
+
+def round_percentiles(runs: Sequence[Run], length: int) -> Percentiles | None:
+    """ms of rounds with a full draft. The one in which a drafter reads the prompt is left out."""
+    return Percentiles.of(entry.seconds * 1e3 for entry in _full_rounds(runs, length))
+
+
+def host_percentiles(runs: Sequence[Run], length: int) -> Percentiles | None:
+    """ms of these rounds outside drafting and verifying."""
+    rounds = _full_rounds(runs, length)
+    return Percentiles.of(1e3 * (entry.seconds - entry.draft_seconds - entry.verify_seconds) for entry in rounds)
+
+
+def draft_percentiles(runs: Sequence[Run], length: int) -> Percentiles | None:
+    """ms that a full draft takes per token: with what a drafter with a cache of its own catches up on."""
+    return Percentiles.of(entry.draft_seconds * 1e3 / length for entry in _full_rounds(runs, length))
+
+
+def _full_rounds(runs: Sequence[Run], length: int) -> list[Round]:
+    rounds = [entry for run in runs for entry in run.rounds if not entry.is_prefill and not entry.prefill_seconds]
+    return [entry for entry in rounds if entry.drafted == length]
+
+
+def _differing(runs: Runs, baseline: Runs) -> tuple[int, ...]:
+    wanted = [repeats[0].tokens for repeats in baseline]
+    return tuple(i for i, repeats in enumerate(runs) if any(run.tokens != wanted[i] for run in repeats))

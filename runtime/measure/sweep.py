@@ -1,0 +1,159 @@
+"""Every drafter at every draft length and context, interleaved."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+from engines.base import Engine
+from engines.errors import VocabtrimError
+from runtime.decoder import SpeculativeDecoder
+from runtime.measure.bandwidth import bandwidths
+from runtime.measure.bench import TARGET_ONLY, Forced, measured_on, resolve_forced
+from runtime.measure.report import ModeReport, mode_report
+from runtime.measure.timing import Way, measure
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepSettings:
+    """draft_lengths: γ; empty: the default of `SpeculativeDecoder`. The rest as in `bench`.
+
+    contexts: tokens that the prompts are cut or repeated to; empty: as they are.
+    """
+
+    draft_lengths: tuple[int, ...] = ()
+    contexts: tuple[int, ...] = ()
+    max_new_tokens: int = 128
+    repeats: int = 3
+    force_accepted: Forced = None
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    """One combination. drafter: its name, "target_only" without one; then draft_length is 0 and head_rows its own.
+
+    context: tokens of each prompt, None where they were left as they are.
+    """
+
+    drafter: str
+    head_rows: int
+    draft_length: int
+    context: int | None
+    report: ModeReport
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """bandwidth: bytes/s of the target's memory. environment: as in `BenchReport`."""
+
+    rows: tuple[SweepRow, ...]
+    prompts: int
+    settings: SweepSettings
+    bandwidth: float
+    environment: Mapping[str, Any]
+
+    @property
+    def lossless(self) -> bool | None:
+        """Every row gave the tokens of target-only decoding on every prompt. None where acceptance was forced."""
+        if self.settings.force_accepted is not None:
+            return None
+        return not any(row.report.differing_prompts for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for `json.dumps`."""
+        return {"kind": "sweep"} | asdict(self) | {"lossless": self.lossless}
+
+
+def at_context(prompt: Sequence[int], tokens: int) -> list[int]:
+    """`prompt`, repeated and cut to `tokens` ids."""
+    return [int(token) for token in (list(prompt) * -(-tokens // len(prompt)))[:tokens]]
+
+
+def prompts_at(engines: Sequence[Engine], prompts: Prompts, settings: SweepSettings) -> Prompts:
+    """`prompts` at the one context of `settings`, or as they are. Raises `VocabtrimError` where that does not fit."""
+    _check_contexts(engines, settings)
+    return [at_context(prompt, settings.contexts[0]) for prompt in prompts] if settings.contexts else prompts
+
+
+def sweep(
+    target: Engine,
+    drafters: Mapping[str, Engine],
+    prompts: Prompts,
+    settings: SweepSettings,
+    *,
+    bandwidth: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SweepReport:
+    """Decode `prompts` with the target alone and with each of `drafters` at every draft length and context.
+
+    drafters, prompts, bandwidth, progress: as in `bench`. Raises `VocabtrimError` for input that cannot run.
+    """
+    lengths = check_settings(target, drafters, prompts, settings)
+    keys = [
+        (name, length, context)
+        for context, name in product(settings.contexts or (None,), (TARGET_ONLY, *drafters))
+        for length in ((0,) if name == TARGET_ONLY else lengths)
+    ]
+    given = {context: encoded_at(target, prompts, context) for _, _, context in keys}
+    forced = settings.force_accepted is not None
+    ways = {
+        _label(name, length, context): Way(
+            drafters.get(name),
+            max(length, 1),
+            given[context],
+            settings.max_new_tokens,
+            resolve_forced(settings.force_accepted, length) if length else (0 if forced else None),
+        )
+        for name, length, context in keys
+    }
+    runs = measure(target, ways, settings.repeats, progress)
+    speeds = bandwidths((target, *drafters.values()), bandwidth)
+
+    def row(name: str, length: int, context: int | None) -> SweepRow:
+        drafter = drafters[name].manifest if name in drafters else None
+        speed = speeds[drafters.get(name, target).device]
+        own, alone = runs[_label(name, length, context)], runs[_label(TARGET_ONLY, 0, context)]
+        report = mode_report(own, alone, target.manifest, drafter, length, speed, forced=forced)
+        return SweepRow(name, (drafter or target.manifest).head_rows, length, context, report)
+
+    rows = tuple(row(*key) for key in keys)
+    used = replace(settings, draft_lengths=lengths)
+    return SweepReport(rows, len(prompts), used, speeds[target.device], measured_on(target))
+
+
+def check_settings(
+    target: Engine, drafters: Mapping[str, Engine], prompts: Prompts, settings: SweepSettings
+) -> tuple[int, ...]:
+    """The draft lengths, ascending. Raises `VocabtrimError` for what cannot run."""
+    if not prompts or settings.repeats < 1 or settings.max_new_tokens < 2:
+        raise VocabtrimError("a sweep needs at least one prompt, one repeat and two new tokens")
+    lengths: set[int] = set()
+    for drafter in drafters.values():
+        for length in settings.draft_lengths or (None,):
+            lengths.add(SpeculativeDecoder(target, drafter, draft_length=length).draft_length)
+    for length in lengths:
+        resolve_forced(settings.force_accepted, length)
+    _check_contexts((target, *drafters.values()), settings)
+    return tuple(sorted(lengths))
+
+
+def _check_contexts(engines: Sequence[Engine], settings: SweepSettings) -> None:
+    capacity = min(engine.capacity for engine in engines)
+    for context in settings.contexts:
+        if context < 1 or context + settings.max_new_tokens > capacity:
+            raise VocabtrimError(
+                f"a context of {context} tokens and {settings.max_new_tokens} new ones do not fit in the "
+                f"{capacity} that the bundles hold: lower one of them, or export with a longer --max-length"
+            )
+
+
+def encoded_at(target: Engine, prompts: Prompts, context: int | None) -> list[list[int]]:
+    decoder = SpeculativeDecoder(target)
+    whole = prompts if context is None else [at_context(prompt, context) for prompt in prompts]
+    return [decoder.encode(prompt) for prompt in whole]
+
+
+def _label(name: str, draft_length: int, context: int | None = None) -> str:
+    return f"{name} γ={draft_length} {context}"

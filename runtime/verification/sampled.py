@@ -1,0 +1,213 @@
+"""Whether speculation changed the law of sampled tokens: a chi-square test against the target's own distribution.
+
+Every token after a generation's first went through the rule, and what it should have been distributed as, p, is known:
+the target's logits after the tokens before it give it. So p is cut into [0, 1) token by token, and a point is drawn in
+the part of the token that came out: under p it is uniform, whatever p is, and independent of all others (Rosenblatt
+1952). Points of all positions, prompts and seeds fall into BINS equal bins and are tested at once.
+
+The tokens are cut in by q/p, those that the drafter lacks first and those that it overrates last: a rule that favours
+what the drafter proposes, or what it cannot propose, moves points to one side. A second test cuts them in by descending
+p: it sees a rule that is too sharp or too flat.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import Engine
+from engines.errors import VocabtrimError
+from engines.sampling_params import SamplingParams
+from runtime.decoder import SpeculativeDecoder
+from runtime.sampling import distribution
+from runtime.verification import chi_square
+from runtime.verification.teacher_forcing import forced_drafts, forced_logits
+
+ALPHA = 1e-3  # the chance of a false alarm, all settings together
+POWER = 0.99
+BINS = 17  # an odd number: then the chi-square's tail is a finite sum
+DRAWS = 2000
+SETTINGS = (
+    SamplingParams(1.0),
+    SamplingParams(1.5),
+    SamplingParams(0.7, top_p=0.9),
+    SamplingParams(1.0, top_k=40, top_p=0.95),
+)
+_NEW_TOKENS = 33  # of each generation; the first is not drafted
+_FREEDOM = BINS - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SettingReport:
+    """One way of sampling. draws: tokens tested. statistics: chi-square, of the order by q/p and of that by p.
+
+    p_value: of the larger one, times two for the choice.
+
+    missed_mass: the probability that the target gives to tokens which the drafter cannot propose, on average.
+    impossible: tokens that came out although the target gives them probability zero, rounding at the edge of top-k
+    or top-p allowed for. limit: a p_value below it is a failure.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    draws: int
+    statistics: tuple[float, float]
+    p_value: float
+    missed_mass: float
+    impossible: int
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.p_value >= self.limit and not self.impossible
+
+    @property
+    def detectable(self) -> float:
+        """A total variation between the points' law and the uniform one that is found with a probability of POWER.
+
+        A total variation of d makes a noncentrality of 4·d² a draw at least, whatever its shape.
+        """
+        return math.sqrt(chi_square.noncentrality_for(POWER, self.limit / 2, _FREEDOM) / (4 * self.draws))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed, "detectable": self.detectable}
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingReport:
+    """All settings. Bonferroni: each is tested at ALPHA over their number. draft_length: the longest γ."""
+
+    settings: tuple[SettingReport, ...]
+    draft_length: int
+
+    @property
+    def passed(self) -> bool:
+        return all(setting.passed for setting in self.settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for `json.dumps`."""
+        return asdict(self) | {"settings": [each.to_dict() for each in self.settings], "passed": self.passed}
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """One token. at: where in [0, 1] it fell in either order. missed: the target's mass on what the drafter lacks."""
+
+    at: tuple[float, float]
+    missed: float
+    impossible: bool
+
+
+def verify_sampling(
+    decoder: SpeculativeDecoder,
+    prompts: Sequence[Sequence[int]],
+    settings: Sequence[SamplingParams] = SETTINGS,
+    *,
+    draws: int = DRAWS,
+    progress: Callable[[int, int], None] | None = None,
+) -> SamplingReport:
+    """Sample with target and drafter until `draws` tokens are tested, for each of `settings`.
+
+    Drafts are of 1 to the decoder's γ tokens in turn: long ones are seldom accepted whole, and what follows a whole one
+    would hardly be tested.
+    prompts: token ids, taken in turn. The seed of a setting is its first generation's; the next ones count on from it.
+    progress: called with the tokens tested and their number. Raises `VocabtrimError` for input that cannot run.
+    """
+    if decoder.drafter is None or not prompts or not settings or draws < 5 * BINS:
+        raise VocabtrimError(f"a test of sampling needs a drafter, a prompt and at least {5 * BINS} draws")
+    if any(params.is_greedy for params in settings):
+        raise VocabtrimError("a test of sampling needs temperatures above 0: greedy output is compared token by token")
+    reports = []
+    for index, params in enumerate(settings):
+        points: list[_Point] = []
+        for point in _points(decoder, decoder.drafter, prompts, params, draws):
+            points.append(point)
+            if progress:
+                progress(index * draws + len(points), len(settings) * draws)
+            if len(points) == draws:
+                break
+        reports.append(_report(params, points, ALPHA / len(settings)))
+    return SamplingReport(tuple(reports), decoder.draft_length)
+
+
+def point_of(token: int, p: NDArray[np.float32], q: NDArray[np.float32], uniform: float) -> float:
+    """Where `token` falls when p is cut into [0, 1] by ascending q/p, then by descending p, then by id.
+
+    p, q: float32[n] over token ids, the law that the token should have, and the drafter's. uniform: where in its part.
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratio = np.where(p > 0, q / p, np.inf)
+    same = ratio == ratio[token]
+    before = (ratio < ratio[token]) | (same & (p > p[token]))
+    before[:token] |= (same & (p == p[token]))[:token]
+    return min(1.0, float(p[before].sum(dtype=np.float64)) + uniform * float(p[token]))
+
+
+def statistic_of(points: Sequence[float]) -> float:
+    """Pearson's chi-square of `points` in [0, 1] against the uniform law."""
+    counts = np.bincount(np.minimum((np.asarray(points) * BINS).astype(np.int64), BINS - 1), minlength=BINS)
+    expected = len(points) / BINS
+    return float(((counts - expected) ** 2).sum() / expected)
+
+
+def _points(
+    decoder: SpeculativeDecoder, drafter: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, draws: int
+) -> Iterator[_Point]:
+    """The points of as many generations as it takes. Raises `VocabtrimError` where they end too soon to test much."""
+    first = params.seed or 0
+    rng = np.random.default_rng([0xD1CE, first])  # not the generations' own numbers
+    for run in range(20 + 4 * draws // _NEW_TOKENS):
+        prompt = prompts[run % len(prompts)]
+        drawn = replace(params, seed=first + run)
+        length = 1 + run % decoder.draft_length
+        drafting = SpeculativeDecoder(decoder.target, drafter, draft_length=length)
+        tokens = drafting.generate(prompt, max_new_tokens=_NEW_TOKENS, sampling=drawn).token_ids
+        rows = forced_logits(decoder.target, prompt, tokens)
+        theirs = forced_drafts(decoder.target, drafter, prompt, tokens)
+        for token, row, their_row in zip(tokens[1:], rows[1:], theirs, strict=True):
+            p = distribution(row[None], params)[0]
+            q = _over_all(drafter, distribution(their_row[None], params)[0], len(p))
+            impossible = bool(p[token] == 0 and distribution(row[None], _wider(params))[0][token] == 0)
+            uniform = rng.random()
+            at = point_of(token, p, q, uniform), point_of(token, p, np.ones_like(p), uniform)
+            yield _Point(at, float(p[~_kept(drafter, len(p))].sum()), impossible)
+    raise VocabtrimError("these prompts end after few tokens: give others, or fewer --draws")
+
+
+def _over_all(drafter: Engine, q: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """float32[width] over token ids of q, float32[rows] over the drafter's head."""
+    spread = np.zeros(max(width, drafter.manifest.vocab_size), np.float32)
+    spread[: len(q)] = q
+    if drafter.vocab_map is not None:
+        spread[:] = 0
+        spread[drafter.vocab_map.kept_token_ids] = q
+    return spread[:width]
+
+
+def _kept(drafter: Engine, width: int) -> NDArray[np.bool_]:
+    """bool[width]: the tokens that the drafter can propose."""
+    return _over_all(drafter, np.ones(drafter.manifest.head_rows, np.float32), width) > 0
+
+
+def _wider(params: SamplingParams) -> SamplingParams:
+    """`params` that keep the tokens which rounding may push over the edge of top-k or top-p as well."""
+    return replace(params, top_k=params.top_k and params.top_k + 1, top_p=min(1.0, params.top_p + 1e-3))
+
+
+def _report(params: SamplingParams, points: Sequence[_Point], limit: float) -> SettingReport:
+    first, second = (statistic_of([point.at[order] for point in points]) for order in (0, 1))
+    return SettingReport(
+        params.temperature,
+        params.top_k,
+        params.top_p,
+        len(points),
+        (first, second),
+        min(1.0, 2 * chi_square.survival(max(first, second), _FREEDOM)),
+        float(np.mean([point.missed for point in points])),
+        sum(point.impossible for point in points),
+        limit,
+    )

@@ -1,0 +1,175 @@
+"""One bundle written: graph and weights, tokenizer, VocabMap, and the manifest that vouches for them."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.bundle.checks import graph_metadata
+from engines.bundle.graph_file import HEAD_TENSORS, TABLE_NAME, GraphFile
+from engines.bundle.read import (
+    FEATURES_NAME,
+    MANIFEST_NAME,
+    MODEL_NAME,
+    VOCAB_MAP_NAME,
+    FileDigest,
+    Manifest,
+    Role,
+    TensorRT,
+    file_digest,
+)
+from engines.bundle.vocab_map import VocabMap
+from vocabtrim_export.drafters.base import FeatureHead
+from vocabtrim_export.drafters.medusa import MedusaHeads
+from vocabtrim_export.drafters.source import HeadSource
+from vocabtrim_export.lowering.graph_files import Progress, save_graph, save_like, save_small, share, stamp_graph
+from vocabtrim_export.lowering.lowered import Lowered
+from vocabtrim_export.lowering.medusa import lower_medusa
+from vocabtrim_export.lowering.pipeline import Weights, lower, lower_features
+from vocabtrim_export.lowering.quantize import Quantization
+from vocabtrim_export.sources.source import DTYPES, Source
+from vocabtrim_export.tracing.trace import Traced
+from vocabtrim_export.trt.bundle import write_tensorrt
+from vocabtrim_export.trt.polygraphy import write_loader
+from vocabtrim_export.trt.settings import TensorRTSettings
+from vocabtrim_export.version import __version__
+
+_PROMPT = "The drafter proposes a few tokens; the target reads all of them at once and keeps those it agrees with."
+_TOOLS = ("torch", "transformers", "onnx", "onnxscript")
+
+
+@dataclass(frozen=True, slots=True)
+class BundlePlan:
+    """What one bundle is to hold.
+
+    vocab_map: None for a full head; coverage, calibration: how the map came about. moments: see `input_moments`.
+    trt: how to build TensorRT plans; None makes a bundle for ONNX Runtime.
+    features_given: layers of a target whose inputs a head reads.
+    """
+
+    role: Role
+    source: Source
+    dtype: str
+    quantization: Quantization
+    context_length: int
+    vocab_map: VocabMap | None = None
+    coverage: float | None = None
+    calibration: Mapping[str, Any] | None = None
+    moments: Mapping[str, Tensor] | None = None
+    trt: TensorRTSettings | None = None
+    features_given: tuple[int, ...] = ()
+
+    @property
+    def weights(self) -> Weights:
+        head_rows = None
+        if isinstance(self.source, HeadSource) and self.vocab_map is not None:
+            head_rows = torch.from_numpy(self.source.rows_of(self.vocab_map.kept_token_ids))
+        return Weights(DTYPES[self.dtype], self.quantization, self.vocab_map, self.moments, head_rows)
+
+
+def write_bundle(
+    directory: Path, traced: Traced | None, plan: BundlePlan, progress: Progress, twin: Path | None = None
+) -> Manifest:
+    """Fill the empty `directory` with the bundle that `plan` describes. progress: called with (task, done, total).
+
+    traced: None for Medusa heads. twin: a bundle for ONNX Runtime of the same model, dtype, quantisation and context,
+    to link the weights of, but for the LM head's.
+    """
+    lowered, tensorrt = _write_graphs(directory, traced, plan, progress, twin)
+    _save_tokenizer(plan.source, directory)
+    if plan.vocab_map is not None:
+        (directory / VOCAB_MAP_NAME).write_bytes(plan.vocab_map.to_bytes())
+    graph = GraphFile.read(directory / MODEL_NAME)
+    names = list(lowered.head_tensors)
+    manifest = replace(_manifest(plan, lowered), head=graph.digest(names), tensorrt=tensorrt)
+    for path in directory.glob("*.onnx"):
+        stamp_graph(path, graph_metadata(manifest) | {HEAD_TENSORS: json.dumps(names)})
+    if tensorrt is not None:
+        write_loader(directory, manifest, plan.source.tokenizer.encode(_PROMPT))
+    files = {path.name: FileDigest(path.stat().st_size, file_digest(path)) for path in sorted(directory.iterdir())}
+    manifest = replace(manifest, files=files)
+    (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
+    return manifest
+
+
+def _write_graphs(
+    directory: Path, traced: Traced | None, plan: BundlePlan, progress: Progress, twin: Path | None
+) -> tuple[Lowered, TensorRT | None]:
+    model, weights = plan.source.model, plan.weights
+    if traced is None:
+        assert isinstance(model, MedusaHeads)
+        lowered = lower_medusa(model, weights)
+    elif plan.trt is not None:
+        return write_tensorrt(directory, traced, weights, plan.role, plan.context_length, plan.trt, progress)
+    else:
+        lowered = lower(traced, weights)
+    if twin:
+        save_like(lowered.model, directory, twin, {*lowered.head_tensors, TABLE_NAME})
+    else:
+        save_graph(lowered.model, directory, f"write {plan.role}", progress)
+    if isinstance(model, FeatureHead) and model.fuse is not None:
+        if twin:
+            features = f"{FEATURES_NAME}.data"
+            shutil.copyfile(twin / FEATURES_NAME, directory / FEATURES_NAME)  # will be stamped anew
+            share(twin / features, directory / features)
+        else:
+            save_small(lower_features(model.fuse, weights), directory / FEATURES_NAME)
+    return lowered, None
+
+
+def _save_tokenizer(source: Source, directory: Path) -> None:
+    try:
+        source.tokenizer.save_pretrained(directory)
+    except Exception as error:  # bare in the library, whatever the system said
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), str(error), str(directory)) from error
+
+
+def _manifest(plan: BundlePlan, lowered: Lowered) -> Manifest:
+    source, graph = plan.source, lowered.model.graph
+    return Manifest(
+        role=plan.role,
+        source=source.name,
+        source_digest=source.digest,
+        architecture=source.model.config.model_type,
+        vocab_size=source.vocab_size,
+        head_rows=len(plan.vocab_map) if plan.vocab_map else source.vocab_size,
+        tokenizer=source.tokenizer_digest,
+        head="",
+        eos_token_ids=source.eos_token_ids,
+        dtype=plan.dtype,
+        quantization=plan.quantization,
+        context_length=plan.context_length,
+        num_layers=lowered.num_layers,
+        num_kv_heads=lowered.num_kv_heads,
+        head_dim=lowered.head_dim,
+        weight_bytes_per_step=lowered.weight_bytes_per_step,
+        head_bytes=lowered.head_bytes,
+        kv_bytes_per_token=lowered.kv_bytes_per_token,
+        inputs=tuple(str(value.name) for value in graph.inputs),
+        outputs=tuple(str(value.name) for value in graph.outputs),
+        files={},
+        tool_versions={"vocabtrim-export": __version__} | {tool: version(tool) for tool in _TOOLS},
+        vocab_map=plan.vocab_map.digest if plan.vocab_map else None,
+        coverage=plan.coverage,
+        calibration=plan.calibration,
+        **_features(plan),
+    )
+
+
+def _features(plan: BundlePlan) -> dict[str, Any]:
+    """What the manifest says of features given or read."""
+    if isinstance(plan.source, HeadSource):
+        size = int(plan.source.model.config.feature_size)
+        return {"kind": plan.source.kind, "feature_layers": plan.source.feature_layers, "feature_size": size}
+    size = len(plan.features_given) * int(plan.source.model.config.get_text_config().hidden_size)
+    return {"feature_layers": plan.features_given, "feature_size": size}

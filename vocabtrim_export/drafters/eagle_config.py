@@ -1,0 +1,102 @@
+"""config.json of an EAGLE head, in the layouts of SafeAILab and SpecForge, ModelOpt, and speculators."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from engines.bundle.typed_json import decode, read
+from engines.errors import VocabtrimError
+
+_UNCOVERED = {"eagle3": ("norm_before_fc", "fc_norm", "norm_output"), "eagle": ("layernorms", "add_para_norm")}
+FUSING_TENSORS = {"fc.weight", "model.fc.weight", "fusion_fc.weight"}  # no language model has one
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """The numbers of the head's one Llama layer, by transformers' names. vocab_size: the target's."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int | None
+    head_dim: int | None
+    vocab_size: int
+    rms_norm_eps: float
+    hidden_act: str
+    rope_theta: float | None
+    rope_scaling: Any
+    rope_parameters: Any
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """kind: "eagle" for EAGLE-1 and EAGLE-2, whose heads are alike, or "eagle3".
+    feature_layers: layer i means what enters layer i of the target; None: the ones that the kind takes by default.
+
+    norm_before_residual: see `EagleConfig`. target_hidden_size: of the features of one layer.
+    target_digest: of the target's weights, by those who state it.
+    """
+
+    kind: Literal["eagle", "eagle3"]
+    layer: LayerConfig
+    feature_layers: tuple[int, ...] | None
+    norm_before_residual: bool
+    target_hidden_size: int
+    target_digest: str | None
+
+
+def read_head_config(directory: Path, tensors: Iterable[str]) -> HeadConfig:
+    """tensors: their names in the checkpoint.
+
+    Raises `VocabtrimError` for a head that is not covered, or a config.json that lacks what is needed."""
+    where = directory / "config.json"
+    data = read(where)
+    inner = data.get("transformer_layer_config")
+    raw = inner if isinstance(inner, dict) else data
+    kind = eagle_kind(data, tensors)
+    if raw.get("num_hidden_layers", 1) != 1:
+        raise VocabtrimError(f"{directory} has several layers: only EAGLE heads of one can be exported")
+    for option in _UNCOVERED[kind]:
+        if data.get(option):
+            raise VocabtrimError(f"{where} sets {option}, which cannot be exported yet")
+    defaults = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    given = {field.name: raw.get(field.name, defaults.get(field.name)) for field in fields(LayerConfig)}
+    layer: LayerConfig = decode(LayerConfig, given, str(where))
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        if getattr(layer, name) == 0:
+            raise VocabtrimError(f"{where}: {name} is 0, which cannot be")
+    if layer.num_attention_heads % (layer.num_key_value_heads or 1):
+        raise VocabtrimError(f"{where}: num_attention_heads is no multiple of num_key_value_heads")
+    target_hidden = decode(int | None, data.get("target_hidden_size"), f"{where}: target_hidden_size")
+    return HeadConfig(
+        kind,
+        layer,
+        _feature_layers(data, str(where)) if kind == "eagle3" else None,
+        decode(bool, data.get("norm_before_residual", False), f"{where}: norm_before_residual"),
+        target_hidden or layer.hidden_size,
+        decode(str | None, data.get("target_digest"), f"{where}: target_digest"),
+    )
+
+
+def _feature_layers(data: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
+    """At the top they are counted as vLLM does: i is what enters layer i. In `eagle_config`, where SpecForge and
+    ModelOpt write them and SGLang reads them, i is what layer i gives."""
+    name = "eagle_aux_hidden_state_layer_ids"
+    nested = data.get("eagle_config")
+    top: tuple[int, ...] = decode(tuple[int, ...], data.get(name) or [], f"{where}: {name}")
+    if top or not isinstance(nested, dict):
+        return top or None
+    given: tuple[int, ...] = decode(tuple[int, ...], nested.get(name) or [], f"{where}: eagle_config.{name}")
+    return tuple(layer + 1 for layer in given) or None
+
+
+def eagle_kind(data: Mapping[str, Any], tensors: Iterable[str]) -> Literal["eagle", "eagle3"]:
+    is_third = any("eagle3" in name for name in stated_kinds(data))
+    return "eagle3" if is_third or any(name.endswith(".hidden_norm.weight") for name in tensors) else "eagle"
+
+
+def stated_kinds(data: Mapping[str, Any]) -> list[str]:
+    architectures = data.get("architectures")
+    names = [*(architectures if isinstance(architectures, list) else []), data.get("speculators_model_type")]
+    return [str(name).lower() for name in names]

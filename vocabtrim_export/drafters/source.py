@@ -1,0 +1,112 @@
+"""`HeadSource`: a head loaded for a given target, and how its model is put together from tensors."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from engines.bundle.manifest import Kind
+from engines.bundle.typed_json import brief
+from engines.errors import VocabtrimError
+from vocabtrim_export.sources.source import Source
+from vocabtrim_export.sources.weight_files import PICKLES, count_weights
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+NAMES: Mapping[Kind, str] = {
+    "eagle": "an EAGLE head",
+    "eagle3": "an EAGLE-3 head",
+    "medusa": "Medusa heads",
+    "mtp": "a multi-token-prediction layer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSource(Source):
+    """A head with its target's tokenizer. The digest covers the head's files and the target's.
+
+    row_token_ids: int64[rows], the token of each row of the LM head. feature_layers: of the target, that it reads.
+    notes: what a user should know about the checkpoint.
+    """
+
+    kind: Kind
+    row_token_ids: NDArray[np.int64]
+    feature_layers: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    def rows_of(self, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of these tokens, all of which have one."""
+        order = np.argsort(self.row_token_ids)
+        rows: NDArray[np.int64] = order[np.searchsorted(self.row_token_ids, token_ids, sorter=order)]
+        return rows
+
+
+def read_tensors(files: Mapping[Path, Mapping[str, str]]) -> dict[str, Tensor]:
+    """Of each .safetensors file the tensors that it maps from their names there to names of ours."""
+    tensors: dict[str, Tensor] = {}
+    for file, names in files.items():
+        count_weights(file)
+        try:
+            with safe_open(file, framework="pt") as weights:
+                tensors |= {ours: weights.get_tensor(theirs) for theirs, ours in names.items()}
+        except Exception as error:  # safetensors' own kinds, and torch's
+            raise VocabtrimError(f"cannot load {file}: {brief(error)}") from error
+    return tensors
+
+
+def own_ends(target: Source) -> tuple[Tensor, Tensor]:
+    """The target's embedding and LM head, [vocab, hidden] each: those of a head that has none."""
+    embedding: Any = target.model.get_input_embeddings()
+    head: Any = target.model.get_output_embeddings()
+    return embedding.weight.detach(), head.weight.detach()
+
+
+def weight_files(directory: Path, what: str) -> list[Path]:
+    """The .safetensors files of a head's checkpoint. Raises `VocabtrimError` where there is none. what: it holds."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        for pickle in sorted(file for file in directory.iterdir() if file.suffix in PICKLES):
+            raise VocabtrimError(
+                f"{pickle} is a pickle checkpoint, which can run code when opened: convert it on a machine that has "
+                'nothing to lose: python -c "import torch; from safetensors.torch import save_file; '
+                f"save_file(torch.load('{pickle.name}', weights_only=True), 'model.safetensors')\""
+            )
+        raise VocabtrimError(f"{directory} holds {what} without .safetensors weights")
+    return files
+
+
+def assemble(spec: str, kind: Kind, build: Callable[[], Model], tensors: Mapping[str, Tensor], target: Source) -> Model:
+    """What `build` makes, with these tensors, checked against what its configuration says, in the dtype of `target`."""
+    try:
+        with torch.device("meta"):
+            model = build()
+    except Exception as error:  # transformers raises many kinds
+        raise VocabtrimError(f"{spec}: its config.json describes no such head ({brief(error)})") from error
+    _check_tensors(spec, NAMES[kind], {name: tuple(value.shape) for name, value in model.state_dict().items()}, tensors)
+    dtype = target.model.dtype
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    if (rotary := getattr(model, "rotary_emb", None)) is not None:
+        model.rotary_emb = type(rotary)(model.config)  # it has computed tensors of its own
+    model.generation_config = target.model.generation_config
+    model.train(False)
+    return model
+
+
+def _check_tensors(spec: str, what: str, wanted: dict[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    if missing := sorted(set(wanted) - set(tensors)):
+        raise VocabtrimError(f"{spec} lacks tensors of {what}: {', '.join(missing[:4])}")
+    if unknown := sorted(set(tensors) - set(wanted)):
+        raise VocabtrimError(f"{spec} has tensors that cannot be exported yet: {', '.join(unknown[:4])}")
+    for name, shape in wanted.items():
+        found = tuple(tensors[name].shape)
+        if found != shape:
+            raise VocabtrimError(
+                f"{spec}: {name} is {list(found)}, by config.json and the target it must be {list(shape)}"
+            )

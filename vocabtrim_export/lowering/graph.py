@@ -1,0 +1,112 @@
+"""`DecoderGraph`: a traced decoder on its way to a runtime's operators, with the edits that every lowering shares."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
+from torch import Tensor
+
+from vocabtrim_export.lowering.weights import Weight
+from vocabtrim_export.tracing.composites import DOMAIN
+from vocabtrim_export.tracing.trace import Traced
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderGraph:
+    """An ONNX model under construction and the weights of its initializers by name. Passes change both in place."""
+
+    model: ir.Model
+    weights: dict[str, Weight]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, traced: Traced, dtype: torch.dtype, moments: Mapping[str, Tensor]) -> "DecoderGraph":
+        """A copy of `traced`, so that it can be lowered again. moments: of the inputs, by the weight's name."""
+        initializers = traced.graph.graph.initializers
+        weights = {
+            # a few stay in float32 whatever the model is in: frequencies of a rotation, for one
+            name: Weight.of(tensor, to_torch_dtype(value.dtype), moments.get(name))
+            for name, tensor in traced.weights.items()
+            if (value := initializers.get(name)) is not None and value.dtype is not None
+        }
+        return cls(traced.graph.clone(), weights, dtype)
+
+    @property
+    def graph(self) -> ir.Graph:
+        return self.model.graph
+
+    @property
+    def ir_dtype(self) -> ir.DataType:
+        return from_torch_dtype(self.dtype)
+
+    def composites(self, op: str) -> Iterator[ir.Node]:
+        """The composite nodes `op` there are now, in order; they may be replaced while iterating."""
+        yield from [node for node in self.graph if node.domain == DOMAIN and node.op_type == op]
+
+    def add_weight(self, name: str, weight: Weight) -> ir.Value:
+        """An initializer with the values of `weight`."""
+        self.weights[name] = weight
+        return self.initializer(name, weight.to_ir(name))
+
+    def constant(self, name: str, values: Sequence[int]) -> ir.Value:
+        """An int64 initializer."""
+        return self.initializer(name, ir.Tensor(np.array(values, np.int64), name=name))
+
+    def initializer(self, name: str, tensor: ir.Tensor[Any] | ir.LazyTensor) -> ir.Value:
+        """An initializer; one that is there already is given back."""
+        if name not in self.graph.initializers:
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self.graph.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        self.graph.outputs.append(value)
+
+    def replace(self, old: ir.Node, new: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:
+        """Put `new` nodes in the place of `old`, `outputs` in the places of its outputs."""
+        self.graph.insert_before(old, new)
+        for before, after in zip(old.outputs, outputs, strict=True):
+            after.shape, after.type = before.shape, before.type
+            after.name, before.name = before.name, None
+            before.replace_all_uses_with(after, replace_graph_outputs=True)
+        self.graph.remove(old, safe=True)
+
+    def finish(self) -> None:
+        """Drop what nothing uses, give every initializer its values and forget shapes that edits made untrue."""
+        RemoveUnusedNodesPass()(self.model)
+        RemoveUnusedOpsetsPass()(self.model)
+        self.model.functions.clear()
+        self.graph.metadata_props.clear()  # the exporter's notes on where values came from
+        for name, value in list(self.graph.initializers.items()):
+            if name in self.weights:
+                value.const_value = self.weights[name].to_ir(name)
+        for value in list(self.graph.inputs):
+            if not value.uses():
+                self.graph.inputs.remove(value)
+        outputs = set(self.graph.outputs)
+        for node in self.graph:
+            for value in node.outputs:
+                if value not in outputs:
+                    value.shape = value.type = None
+
+
+def attributes(node: ir.Node) -> dict[str, int | float]:
+    """The numbers that a composite carries."""
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def name_of(value: ir.Value | None) -> str:
+    assert value is not None
+    assert value.name is not None
+    return value.name

@@ -1,0 +1,71 @@
+"""`Lowered`: a finished graph, and what one decode step of it reads."""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.lowering.graph import DecoderGraph
+
+# of these inputs a step reads a few rows: an embedding or remap table, rotary tables
+_TABLES = {"Gather": (0,), "GroupQueryAttention": (7, 8), "RotaryEmbedding": (1, 2)}
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A finished model, and the bytes of weights that one decode step reads: in all, and of the head alone.
+
+    head_tensors: the initializers that the head reads.
+    """
+
+    model: ir.Model
+    weight_bytes_per_step: int
+    head_bytes: int
+    kv_bytes_per_token: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    head_tensors: tuple[str, ...]
+
+    @classmethod
+    def of(cls, decoder: DecoderGraph, head_weights: list[str]) -> "Lowered":
+        """head_weights: the initializers that the head reads."""
+        caches = [value for value in decoder.graph.inputs if str(value.name).startswith("past_key_values.")]
+        heads, head_dim = _cache_form(caches)
+        return cls(
+            decoder.model,
+            weight_bytes_per_step=_bytes_per_step(decoder.graph),
+            head_bytes=sum(_size(decoder.graph.initializers[name]) for name in head_weights),
+            kv_bytes_per_token=len(caches) * heads * head_dim * decoder.dtype.itemsize,
+            num_layers=len(caches) // 2,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            head_tensors=tuple(head_weights),
+        )
+
+
+def _bytes_per_step(graph: ir.Graph) -> int:
+    total = 0
+    for value in graph.initializers.values():
+        whole = any(use.idx not in _TABLES.get(use.node.op_type, ()) for use in value.uses())
+        total += _size(value) // (1 if whole else _dims(value)[0])
+    return total
+
+
+def _cache_form(caches: list[ir.Value]) -> tuple[int, int]:
+    """Heads and head size of the KV caches, which a bundle has of one form only; 0 and 0 where it has none."""
+    forms = {(shape[1], shape[3]) for shape in map(_dims, caches)} or {(0, 0)}
+    if len(forms) != 1:
+        raise VocabtrimError(f"the layers' KV caches differ in form ({sorted(forms)}), which bundles cannot hold")
+    return forms.pop()
+
+
+def _dims(value: ir.Value) -> list[int]:
+    """The dimensions of a value; 0 for one that is not known."""
+    assert value.shape is not None
+    return [dim if isinstance(dim, int) else 0 for dim in value.shape]
+
+
+def _size(value: ir.Value) -> int:
+    assert value.const_value is not None
+    return value.const_value.nbytes

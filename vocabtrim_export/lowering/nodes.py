@@ -1,0 +1,46 @@
+"""`Nodes`: makes operators one after another at one place of a graph; and names for all of a graph's operators."""
+
+import ast
+from collections import Counter
+
+import onnx_ir as ir
+
+from vocabtrim_export.lowering.graph import DecoderGraph
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+class Nodes:
+    """`nodes("Op", inputs…, attribute=…)` puts a node in front of `anchor`, as a part of the same model layer.
+
+    It has one output, which is the result.
+    """
+
+    def __init__(self, decoder: DecoderGraph, anchor: ir.Node) -> None:
+        self.decoder, self.anchor = decoder, anchor
+
+    def __call__(
+        self, op: str, *inputs: ir.Value | None, **attributes: int | float | str | tuple[int, ...]
+    ) -> ir.Value:
+        node = ir.node(op, inputs, attributes)
+        if _SCOPES in self.anchor.metadata_props:
+            node.metadata_props[_SCOPES] = self.anchor.metadata_props[_SCOPES]
+        self.decoder.graph.insert_before(self.anchor, node)
+        return node.outputs[0]
+
+    def ints(self, *values: int) -> ir.Value:
+        """A constant int64 vector."""
+        return self.decoder.constant("ints_" + "_".join(map(str, values)), values)
+
+
+def name_nodes(graph: ir.Graph) -> None:
+    """Name every node after the model's layer that it belongs to: what a compiler says about it can then be read."""
+    seen: Counter[str] = Counter()
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        # the last scope is the operator's own; the first ones are the whole model
+        layer = scopes[-2].removeprefix("model.") if len(scopes) > 1 and scopes[-2] else "model"
+        name = f"{layer}/{node.op_type}"
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        node.metadata_props.clear()

@@ -1,0 +1,78 @@
+"""The lowering for ONNX Runtime: composites become GroupQueryAttention, simplified layer norms and products."""
+
+import onnx_ir as ir
+
+from vocabtrim_export.lowering.graph import DecoderGraph, attributes, name_of
+
+CONTRIB = "com.microsoft"
+
+
+def lower_norms(decoder: DecoderGraph) -> None:
+    """RMSNorm → SimplifiedLayerNormalization, with a residual sum before it SkipSimplifiedLayerNormalization."""
+    for node in decoder.composites("RMSNorm"):
+        x, weight = node.inputs
+        assert x is not None
+        numbers = attributes(node)
+        scale = weight
+        if numbers["zero_centered"]:
+            name = name_of(weight)
+            scale = decoder.add_weight(f"{name}.plus_one", decoder.weights[name].plus(1))
+        add = x.producer()
+        if add is not None and add.op_type == "Add" and _same_shape(add) and x.shape is not None and len(x.shape) == 3:
+            _skip_norm(decoder, node, add, scale, float(numbers["epsilon"]))
+        else:
+            norm = ir.node(
+                "SimplifiedLayerNormalization",
+                [x, scale],
+                {"epsilon": float(numbers["epsilon"]), "axis": -1, "stash_type": 1},
+            )
+            decoder.replace(node, [norm], norm.outputs)
+
+
+def _same_shape(add: ir.Node) -> bool:
+    a, b = add.inputs
+    return a is not None and b is not None and a.shape is not None and a.shape == b.shape
+
+
+def _skip_norm(decoder: DecoderGraph, node: ir.Node, add: ir.Node, scale: ir.Value | None, epsilon: float) -> None:
+    fused = ir.node(
+        "SkipSimplifiedLayerNormalization", [*add.inputs, scale], {"epsilon": epsilon}, domain=CONTRIB, num_outputs=4
+    )
+    decoder.graph.insert_before(add, fused)
+    normed, _, _, total = fused.outputs
+    for unused in fused.outputs[1:3]:
+        unused.name = ""
+    decoder.replace(node, [], [normed])
+    decoder.replace(add, [], [total])
+
+
+def lower_attention(decoder: DecoderGraph) -> None:
+    """Attention → GroupQueryAttention over a cache whose past and present may be one buffer.
+
+    Adds the inputs seqlens_k: int32[1] (tokens in the cache after this step, less one), total_sequence_length:
+    int32[1], past_key_values.N.key|value: [1, kv_heads, capacity, head_dim], and the outputs present.N.key|value.
+    """
+    seqlens = decoder.input("seqlens_k", ir.DataType.INT32, [1])
+    total = decoder.input("total_sequence_length", ir.DataType.INT32, [1])
+    for node in decoder.composites("Attention"):
+        numbers = attributes(node)
+        layer, rotary = int(numbers["layer"]), node.inputs[3:5]
+        cache_shape: list[int | str] = [1, int(numbers["num_kv_heads"]), "capacity", int(numbers["head_dim"])]
+        past = [
+            decoder.input(f"past_key_values.{layer}.{part}", decoder.ir_dtype, cache_shape) for part in ("key", "value")
+        ]
+        options: dict[str, int | float] = {
+            "num_heads": int(numbers["num_heads"]),
+            "kv_num_heads": int(numbers["num_kv_heads"]),
+            "scale": float(numbers["scale"]),
+            "do_rotary": int(bool(rotary)),
+        }
+        if numbers["window"]:
+            options["local_window_size"] = int(numbers["window"])
+        if numbers["softcap"]:
+            options["softcap"] = float(numbers["softcap"])
+        inputs = [*node.inputs[:3], *past, seqlens, total, *rotary]
+        gqa = ir.node("GroupQueryAttention", inputs, options, domain=CONTRIB, num_outputs=3)
+        decoder.replace(node, [gqa], gqa.outputs[:1])
+        for part, present in zip(("key", "value"), gqa.outputs[1:], strict=True):
+            decoder.output(present, f"present.{layer}.{part}", decoder.ir_dtype, cache_shape)

@@ -1,0 +1,51 @@
+"""Weight-only quantisation: Linear and Head composites → MatMul, or MatMulNBits with int4 or int8 blocks."""
+
+from functools import cache
+
+import onnx_ir as ir
+import torch
+
+from vocabtrim_export.lowering.graph import DecoderGraph, name_of
+from vocabtrim_export.lowering.ort_operators import CONTRIB
+from vocabtrim_export.lowering.quantize import BITS, BLOCK, Quantization, quantize_blocks
+from vocabtrim_export.lowering.weights import Weight
+
+
+def lower_products(decoder: DecoderGraph, quantization: Quantization) -> list[str]:
+    """Turn every Linear and Head into `MatMul` or, quantised, `MatMulNBits`; a bias becomes an `Add`.
+
+    Returns the names of the initializers that the head, or all heads, read.
+    """
+    head_weights: list[str] = []
+    for node in [*decoder.composites("Linear"), *decoder.composites("Head")]:
+        x, weight, *bias = node.inputs
+        assert x is not None
+        name = name_of(weight)
+        dense = decoder.weights[name]
+        if "transposed" in node.attributes:
+            dense = dense.transposed()  # now [out, in]
+        if quantization == "none":
+            inputs = [x, decoder.add_weight(f"{name}.T", dense.transposed())]
+            product = ir.node("MatMul", inputs)
+        else:
+            product = _quantized_product(decoder, x, name, dense, BITS[quantization])
+        nodes = [product]
+        if node.op_type == "Head":
+            head_weights += [name_of(value) for value in [*product.inputs[1:], *bias] if value is not None]
+        if bias and bias[0] is not None:
+            nodes.append(ir.node("Add", [product.outputs[0], bias[0]]))
+        decoder.replace(node, nodes, nodes[-1].outputs)
+    return head_weights
+
+
+def _quantized_product(decoder: DecoderGraph, x: ir.Value, name: str, dense: Weight, bits: int) -> ir.Node:
+    rows, count = dense.shape[0], -(-dense.shape[1] // BLOCK)
+    compute = cache(lambda: quantize_blocks(dense.load(), bits, dense.moments if bits == 4 else None))
+    parts = {  # computed when they are written: graphs that share this weight need not
+        "quantized": Weight((rows, count, BLOCK * bits // 8), torch.uint8, lambda: compute().packed),
+        "scales": Weight((rows, count), dense.dtype, lambda: compute().scales),
+        "zero_points": Weight((rows, -(-count * bits // 8)), torch.uint8, lambda: compute().zero_points),
+    }
+    inputs = [decoder.add_weight(f"{name}.{part}", weight) for part, weight in parts.items()]
+    options = {"K": dense.shape[1], "N": dense.shape[0], "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
+    return ir.node("MatMulNBits", [x, *inputs], options, domain=CONTRIB)

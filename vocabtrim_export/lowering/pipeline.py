@@ -1,0 +1,139 @@
+"""One traced decoder → one graph for ONNX Runtime or TensorRT: the order of the passes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from engines.bundle.manifest import FEATURES_OUTPUT, HIDDEN_INPUT
+from engines.bundle.vocab_map import VocabMap
+from vocabtrim_export.lowering.graph import DecoderGraph, name_of
+from vocabtrim_export.lowering.lm_head import (
+    bake_token_ids,
+    keep_last_positions,
+    select_last_position,
+    select_positions,
+    trim_head,
+)
+from vocabtrim_export.lowering.lowered import Lowered
+from vocabtrim_export.lowering.nodes import name_nodes
+from vocabtrim_export.lowering.ort_operators import CONTRIB, lower_attention, lower_norms
+from vocabtrim_export.lowering.ort_products import lower_products
+from vocabtrim_export.lowering.quantize import HEAD, Quantization
+from vocabtrim_export.lowering.standard_operators import STANDARD_OPSET, CacheForm, standard_attention, standard_norms
+from vocabtrim_export.lowering.standard_products import standard_products
+from vocabtrim_export.lowering.tidy import pack_projections, tidy
+from vocabtrim_export.lowering.unroll import unroll
+from vocabtrim_export.lowering.weights import Weight
+from vocabtrim_export.tracing.composites import DOMAIN
+from vocabtrim_export.tracing.trace import OPSET, Traced
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What a graph's weights are to be.
+
+    vocab_map: the tokens of the head's rows, None for all. head_rows: int64[K], the model's rows for these tokens; None
+    where a token's row is its id. moments: of the linear layers' inputs, as `input_moments` measures them; int4 is
+    better with them.
+    """
+
+    dtype: torch.dtype
+    quantization: Quantization = "none"
+    vocab_map: VocabMap | None = None
+    moments: Mapping[str, Tensor] | None = None
+    head_rows: Tensor | None = None
+
+
+def lower(traced: Traced, weights: Weights) -> Lowered:
+    """Lower for ONNX Runtime. `traced` stays as it was."""
+    decoder = _start(traced, weights)
+    pack_projections(decoder)
+    keep_last_positions(decoder)
+    _finish_head(decoder, weights)
+    lower_norms(decoder)
+    lower_attention(decoder)
+    head_weights = lower_products(decoder, weights.quantization)
+    decoder.finish()
+    for node in decoder.graph:
+        node.metadata_props.clear()  # the lines that traced it, with the paths of this machine
+    decoder.graph.opset_imports.update({"": OPSET, CONTRIB: 1})
+    return Lowered.of(decoder, head_weights)
+
+
+def lower_features(linear: nn.Linear, weights: Weights) -> ir.Model:
+    """The product that makes a head's hidden state of its target's features, [1, S, features] → [1, S, hidden]."""
+    graph = ir.Graph([], [], nodes=[], name="features", opset_imports={"": OPSET, CONTRIB: 1})
+    decoder = DecoderGraph(ir.Model(graph, ir_version=10, producer_name="vocabtrim-export"), {}, weights.dtype)
+    moments = (weights.moments or {}).get("fc")
+    tensors = {"fc.weight": linear.weight, "fc.bias": linear.bias}
+    inputs = [
+        decoder.add_weight(name, Weight.of(tensor, weights.dtype, moments))
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    x = decoder.input(FEATURES_OUTPUT, decoder.ir_dtype, [1, "sequence_length", linear.in_features])
+    node = ir.node("Linear", [x, *inputs], domain=DOMAIN)
+    graph.append(node)
+    decoder.output(node.outputs[0], HIDDEN_INPUT, decoder.ir_dtype, [1, "sequence_length", linear.out_features])
+    lower_products(decoder, weights.quantization)
+    decoder.finish()
+    graph.opset_imports.update({"": OPSET, CONTRIB: 1})
+    return decoder.model
+
+
+def lower_standard(traced: Traced, weights: Weights, cache: CacheForm) -> Lowered:
+    """Lower to standard operators, for TensorRT. `traced` stays as it was.
+
+    Inputs input_ids, position_ids: int64[1, sequence_length]; logits_positions: int64[keep], which of these positions
+    the head reads; past_key_values.N.key|value: [1, kv_heads, slots, head_dim]; see `CacheForm` for attended_slots.
+    Outputs logits: [1, keep, rows], token_ids: int64[1, keep], present.N.key|value. Tokens are written to the cache
+    from slot `position_ids[0, 0]` on.
+    """
+    decoder = _start(traced, weights)
+    positions = next(value for value in decoder.graph.inputs if value.name == "position_ids")
+    for value in decoder.graph.inputs:
+        value.shape = ir.Shape([1, "sequence_length"])
+    select_positions(decoder)
+    _finish_head(decoder, weights)
+    return _finish_standard(decoder, weights, cache, [positions])
+
+
+def lower_unrolled(traced: Traced, weights: Weights, cache: CacheForm, steps: int) -> Lowered:
+    """As `lower_standard`, `steps` greedy steps at once: see `unroll` for what goes in and comes out."""
+    decoder = _start(traced, weights)
+    select_last_position(decoder)
+    _finish_head(decoder, weights)
+    return _finish_standard(decoder, weights, cache, unroll(decoder, steps))
+
+
+def _start(traced: Traced, weights: Weights) -> DecoderGraph:
+    moments = weights.moments or {}
+    decoder = DecoderGraph.of(traced, weights.dtype, {f"model.{name}.weight": value for name, value in moments.items()})
+    (head,) = decoder.composites("Head")
+    name = name_of(head.inputs[1])  # of a tied weight, whichever name it was traced under
+    decoder.weights[name] = replace(decoder.weights[name], moments=moments.get(HEAD))
+    decoder.model.producer_name, decoder.graph.name = "vocabtrim-export", "decoder"
+    tidy(decoder)
+    return decoder
+
+
+def _finish_head(decoder: DecoderGraph, weights: Weights) -> None:
+    if weights.vocab_map is not None:
+        rows = torch.from_numpy(weights.vocab_map.kept_token_ids.copy())
+        trim_head(decoder, rows if weights.head_rows is None else weights.head_rows)
+    bake_token_ids(decoder, weights.vocab_map)
+
+
+def _finish_standard(
+    decoder: DecoderGraph, weights: Weights, cache: CacheForm, positions: Sequence[ir.Value]
+) -> Lowered:
+    standard_norms(decoder)
+    standard_attention(decoder, cache, positions)
+    head_weights = standard_products(decoder, weights.quantization)
+    decoder.finish()
+    name_nodes(decoder.graph)
+    decoder.graph.opset_imports.update({"": STANDARD_OPSET})
+    return Lowered.of(decoder, head_weights)

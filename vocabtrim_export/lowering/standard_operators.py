@@ -1,0 +1,195 @@
+"""The lowering for TensorRT: composites become opset 24's standard operators, which ONNX Runtime's CPU runs as well."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from engines.trt.engine import SLOTS_INPUT
+from vocabtrim_export.lowering.graph import DecoderGraph, attributes, name_of
+from vocabtrim_export.lowering.nodes import Nodes
+
+STANDARD_OPSET = 24
+_NOWHERE = 1 << 40  # a position after all others
+
+
+def standard_norms(decoder: DecoderGraph) -> None:
+    """RMSNorm → RMSNormalization."""
+    for node in decoder.composites("RMSNorm"):
+        x, scale = node.inputs
+        numbers = attributes(node)
+        if numbers["zero_centered"]:
+            name = name_of(scale)
+            scale = decoder.add_weight(f"{name}.plus_one", decoder.weights[name].plus(1))
+        norm = Nodes(decoder, node)("RMSNormalization", x, scale, epsilon=float(numbers["epsilon"]), axis=-1)
+        decoder.replace(node, [], [norm])
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """The numbers of one Attention composite."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    size: int
+    scale: float
+    window: int
+    softcap: float
+
+    @classmethod
+    def of(cls, node: ir.Node) -> "_Form":
+        numbers = attributes(node)
+        layer, heads, kv_heads, size, window = (
+            int(numbers[name]) for name in ("layer", "num_heads", "num_kv_heads", "head_dim", "window")
+        )
+        return cls(layer, heads, kv_heads, size, float(numbers["scale"]), window, float(numbers["softcap"]))
+
+
+@dataclass(frozen=True, slots=True)
+class CacheForm:
+    """The KV cache of a graph: `slots` of them. spans: numbers of slots that attention is to read, `slots` the last.
+
+    With one span attention reads the whole cache. With more the graph has the input attended_slots: int64[span], the
+    numbers from 0 on: TensorRT refuses a cache whose size is not constant, but takes a part of it.
+    """
+
+    slots: int
+    spans: tuple[int, ...]
+
+
+def standard_attention(decoder: DecoderGraph, form: CacheForm, positions: Sequence[ir.Value]) -> None:
+    """Attention → TensorScatter into a linear cache and Attention over all of it under an explicit mask.
+
+    positions: int64[1, S] of the one step of the graph, or of each step of an unrolled graph. Unrolled steps attend to
+    the cache and to the keys of the steps before them, and the cache is written once at the end: TensorRT refuses
+    updates of updates.
+    Adds the inputs past_key_values.N.key|value: [1, kv_heads, slots, head_dim] and the outputs present.N.key|value.
+    The tokens are written from slot `positions[0][0, 0]` on.
+    """
+    layers: dict[int, list[ir.Node]] = {}
+    for node in decoder.composites("Attention"):
+        layers.setdefault(_Form.of(node).layer, []).append(node)
+    cache = _Cache(decoder, form, positions)
+    for layer, steps in sorted(layers.items()):
+        numbers = _Form.of(steps[0])
+        shape = [1, numbers.kv_heads, form.slots, numbers.size]
+        past = [decoder.input(f"past_key_values.{layer}.{part}", decoder.ir_dtype, shape) for part in ("key", "value")]
+        present = _lower_layer(decoder, steps, past, cache)
+        for part, value in zip(("key", "value"), present, strict=True):
+            decoder.output(value, f"present.{layer}.{part}", decoder.ir_dtype, shape)
+
+
+class _Cache:
+    """Where tokens are written, and which slots a step's tokens see: one mask a step and window, bool[1, 1, S, slots].
+
+    start: int64[1], the slot of the first new token.
+    """
+
+    def __init__(self, decoder: DecoderGraph, form: CacheForm, positions: Sequence[ir.Value]) -> None:
+        self.decoder, self.positions = decoder, positions
+        nodes = Nodes(decoder, decoder.graph[0])
+        self.start = nodes("Slice", nodes("Reshape", positions[0], nodes.ints(-1)), nodes.ints(0), nodes.ints(1))
+        self.span: ir.Value | None = None
+        if len(form.spans) > 1:
+            self.slots = decoder.input(SLOTS_INPUT, ir.DataType.INT64, ["span"])
+            self.span = nodes("Shape", self.slots)
+        else:
+            self.slots = decoder.initializer("slots", ir.Tensor(np.arange(form.slots), name="slots"))
+        if len(positions) > 1:  # what lies behind the first new token is not this sequence's
+            self.slots = nodes("Where", nodes("Less", self.slots, self.start), self.slots, nodes.ints(_NOWHERE))
+        self.made: dict[tuple[int, int], ir.Value] = {}
+
+    def read(self, nodes: Nodes, cache: ir.Value) -> ir.Value:
+        """The part of a layer's keys or values that attention reads."""
+        if self.span is None:
+            return cache
+        return nodes("Slice", cache, nodes.ints(0), self.span, nodes.ints(2))
+
+    def mask(self, step: int, window: int, anchor: ir.Node) -> ir.Value:
+        if (step, window) not in self.made:
+            self.made[step, window] = self._mask(step, window, Nodes(self.decoder, anchor))
+        return self.made[step, window]
+
+    def _mask(self, step: int, window: int, nodes: Nodes) -> ir.Value:
+        slots = self.slots
+        if len(self.positions) > 1:
+            new = [nodes("Reshape", position, nodes.ints(-1)) for position in self.positions[: step + 1]]
+            slots = nodes("Concat", slots, *new, axis=0)
+        at = nodes("Reshape", self.positions[step], nodes.ints(1, 1, -1, 1))
+        mask = nodes("LessOrEqual", slots, at)
+        if window:
+            mask = nodes("And", mask, nodes("Greater", slots, nodes("Sub", at, nodes.ints(window))))
+        return mask
+
+
+def _lower_layer(
+    decoder: DecoderGraph, steps: list[ir.Node], past: Sequence[ir.Value], cache: _Cache
+) -> list[ir.Value]:
+    """Lower one layer's attention in all steps; its written cache, keys and values."""
+    form = _Form.of(steps[0])
+    unrolled = len(steps) > 1
+    new: tuple[list[ir.Value], list[ir.Value]] = ([], [])
+    for step, node in enumerate(steps):
+        nodes = Nodes(decoder, node)
+        mask = cache.mask(step, form.window, node)
+        q, k, v = (
+            _split_heads(nodes, x, heads, form.size)
+            for x, heads in zip(node.inputs[:3], (form.heads, form.kv_heads, form.kv_heads), strict=True)
+        )
+        if len(node.inputs) > 3:
+            q, k = (_rotate(nodes, x, node.inputs[3:5], cache.positions[step], form.size) for x in (q, k))
+        new[0].append(k)
+        new[1].append(v)
+        if unrolled:
+            seen = [nodes("Concat", cache.read(nodes, x), *parts, axis=2) for x, parts in zip(past, new, strict=True)]
+        else:
+            present = _write(nodes, past, (k, v), cache.start)
+            seen = [cache.read(nodes, x) for x in present]
+        out = _attend(nodes, form, q, seen[0], seen[1], mask)
+        flat = nodes("Reshape", nodes("Transpose", out, perm=(0, 2, 1, 3)), nodes.ints(1, -1, form.heads * form.size))
+        if unrolled and node is steps[-1]:
+            present = _write(nodes, past, [nodes("Concat", *parts, axis=2) for parts in new], cache.start)
+        decoder.replace(node, [], [flat])
+    return present
+
+
+def _split_heads(nodes: Nodes, x: ir.Value | None, heads: int, size: int) -> ir.Value:
+    """[1, S, heads·size] → [1, heads, S, size]."""
+    return nodes("Transpose", nodes("Reshape", x, nodes.ints(1, -1, heads, size)), perm=(0, 2, 1, 3))
+
+
+def _rotate(nodes: Nodes, x: ir.Value, tables: Sequence[ir.Value | None], positions: ir.Value, size: int) -> ir.Value:
+    cos = tables[0]
+    assert cos is not None
+    assert cos.shape is not None
+    rotated = 2 * int(cos.shape[1])  # type: ignore[arg-type]
+    partial = {} if rotated == size else {"rotary_embedding_dim": rotated}
+    return nodes("RotaryEmbedding", x, *tables, positions, **partial)
+
+
+def _write(nodes: Nodes, past: Sequence[ir.Value], new: Sequence[ir.Value], start: ir.Value) -> list[ir.Value]:
+    return [nodes("TensorScatter", cache, x, start, axis=2, mode="linear") for cache, x in zip(past, new, strict=True)]
+
+
+def _attend(nodes: Nodes, form: _Form, q: ir.Value, keys: ir.Value, values: ir.Value, mask: ir.Value) -> ir.Value:
+    """q: [1, heads, S, size]; keys, values: [1, kv_heads, slots, size] → [1, heads, S, size]."""
+    if not form.softcap:
+        return nodes("Attention", q, keys, values, mask, scale=form.scale)
+    # TensorRT's parser refuses Attention's softcap: written out, the heads of one group as rows of one product
+    dtype = nodes.decoder.ir_dtype
+    group = nodes.ints(1, form.kv_heads, form.heads // form.kv_heads, -1, form.size)
+    keys, values = (nodes("Unsqueeze", x, nodes.ints(2)) for x in (keys, values))
+    scores = nodes("MatMul", nodes("Reshape", q, group), nodes("Transpose", keys, perm=(0, 1, 2, 4, 3)))
+    scores = nodes("Cast", scores, to=int(ir.DataType.FLOAT))
+    scores = nodes("Mul", scores, _number(nodes, form.scale / form.softcap))
+    scores = nodes("Mul", nodes("Tanh", scores), _number(nodes, form.softcap))
+    weights = nodes("Softmax", nodes("Where", mask, scores, _number(nodes, float("-inf"))), axis=-1)
+    out = nodes("MatMul", nodes("Cast", weights, to=int(dtype)), values)
+    return nodes("Reshape", out, nodes.ints(1, form.heads, -1, form.size))
+
+
+def _number(nodes: Nodes, value: float) -> ir.Value:
+    name = f"number_{value!r}"
+    return nodes.decoder.initializer(name, ir.Tensor(np.array(value, np.float32), name=name))

@@ -1,0 +1,124 @@
+"""Products in standard operators: Linear and Head composites → MatMul, weight-only quantised by DequantizeLinear."""
+
+from functools import cache
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.lowering.graph import DecoderGraph, name_of
+from vocabtrim_export.lowering.nodes import Nodes
+from vocabtrim_export.lowering.quantize import BLOCK, Quantization, pack, product_error
+from vocabtrim_export.lowering.weights import Weight
+
+_FP8_MAX = 448.0  # of float8_e4m3fn
+_INT4_TOP = 7
+_ROWS_AT_ONCE = 2048
+# as for asymmetric blocks: clipping a block's extremes costs less than it gains with 16 levels
+_SHRINKS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+
+
+def standard_products(decoder: DecoderGraph, quantization: Quantization) -> list[str]:
+    """Turn every Linear and Head into MatMul, with a DequantizeLinear behind its weight; a bias becomes an Add.
+
+    Weights stay [out, in] under a Transpose: so a compiler stores a tied embedding and head once, and finds one layout
+    for products of a few rows and of many. int8 and fp8: one scale a row; int4: one a block of inputs. TensorRT keeps
+    just these as they are: int8 and fp8 in blocks it turns into 16-bit weights when it builds.
+    Returns the names of the initializers that the head reads. Raises `VocabtrimError` for a layer int4 cannot divide.
+    """
+    columns: dict[str, tuple[ir.Value, list[str]]] = {}  # an unrolled graph uses every weight in every step
+    head_weights: list[str] = []
+    for node in [*decoder.composites("Linear"), *decoder.composites("Head")]:
+        x, weight, *bias = node.inputs
+        nodes = Nodes(decoder, node)
+        name = name_of(weight)
+        if name not in columns:
+            rows, read = _rows(nodes, name, "transposed" in node.attributes, quantization)
+            columns[name] = nodes("Transpose", rows, perm=(1, 0)), read
+        matrix, read = columns[name]
+        out = nodes("MatMul", x, matrix)
+        if bias and bias[0] is not None:
+            out = nodes("Add", out, bias[0])
+            read = [*read, name_of(bias[0])]
+        if node.op_type == "Head":
+            head_weights = read
+        decoder.replace(node, [], [out])
+    return head_weights
+
+
+def _rows(nodes: Nodes, name: str, transposed: bool, quantization: Quantization) -> tuple[ir.Value, list[str]]:
+    """The weight [out, in] of a product, and the names of the initializers behind it."""
+    decoder = nodes.decoder
+    dense = decoder.weights[name].transposed() if transposed else decoder.weights[name]
+    if quantization != "none":
+        return _quantized(nodes, name, dense, quantization)
+    if transposed:
+        name = f"{name}.T"
+        decoder.add_weight(name, dense)
+    return decoder.graph.initializers[name], [name]
+
+
+def _quantized(nodes: Nodes, name: str, dense: Weight, quantization: Quantization) -> tuple[ir.Value, list[str]]:
+    """A dequantised weight: [out, in], and the names of the initializers behind it."""
+    rows, size = dense.shape
+    values, scales = f"{name}.{quantization}", f"{name}.{quantization}_scales"
+    if quantization != "int4":
+        compute = cache(lambda: quantize_rows(dense.load(), quantization))
+        dtype = torch.int8 if quantization == "int8" else torch.float8_e4m3fn
+        weight = nodes.decoder.add_weight(values, Weight(dense.shape, dtype, lambda: compute()[0]))
+        scale = nodes.decoder.add_weight(scales, Weight((rows,), dense.dtype, lambda: compute()[1]))
+        return nodes("DequantizeLinear", weight, scale, axis=0), [values, scales]
+    if size % BLOCK:
+        raise VocabtrimError(f"{name} has {size} inputs, which int4 blocks of {BLOCK} do not divide: use int8")
+    block = 2 * BLOCK if size % (2 * BLOCK) == 0 else BLOCK
+    compute = cache(lambda: quantize_int4(dense.load(), block, dense.moments))
+    packed = ir.LazyTensor(
+        lambda: _int4_tensor(compute()[0], values), ir.DataType.INT4, ir.Shape(dense.shape), name=values
+    )
+    weight = nodes.decoder.initializer(values, packed)
+    scale = nodes.decoder.add_weight(scales, Weight((rows, size // block), dense.dtype, lambda: compute()[1]))
+    return nodes("DequantizeLinear", weight, scale, axis=1, block_size=block), [values, scales]
+
+
+def _int4_tensor(values: Tensor, name: str) -> ir.PackedTensor[NDArray[np.uint8]]:
+    nibbles = pack((values & 15).to(torch.uint8), 4).flatten().numpy()
+    return ir.PackedTensor(nibbles, ir.DataType.INT4, shape=ir.Shape(values.shape), name=name)
+
+
+def quantize_rows(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
+    """`weight: [out, in]` as int8 or float8_e4m3fn, symmetric, and its scales: [out] in the weight's dtype."""
+    top = 127.0 if quantization == "int8" else _FP8_MAX
+    scales = (weight.float().abs().amax(-1) / top).to(weight.dtype)
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    scaled = (weight.float() / scales.float()[:, None]).clamp(-top, top)
+    return (scaled.round().to(torch.int8) if quantization == "int8" else scaled.to(torch.float8_e4m3fn)), scales
+
+
+def quantize_int4(weight: Tensor, block: int, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`weight: [out, in]` in blocks of `block` inputs: int8[out, in] from −8 to 7, and scales: [out, in/block].
+
+    Symmetric, as TensorRT wants it; the best scale of some by the error of the product, as in `quantize_blocks`.
+    """
+    parts = [_int4_rows(rows, block, moments) for rows in weight.split(_ROWS_AT_ONCE)]
+    values, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+    return values, scales
+
+
+def _int4_rows(weight: Tensor, block: int, moments: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, size = weight.shape
+    blocks = weight.float().view(out, size // block, block)
+    extreme = blocks.abs().amax(-1, keepdim=True)
+    least = torch.full(extreme.shape, float("inf"), dtype=torch.float64)
+    best_q, best_scale = torch.zeros_like(blocks), torch.ones_like(extreme)
+    for shrink in _SHRINKS:
+        scale = (extreme * (shrink / _INT4_TOP)).to(weight.dtype).float()
+        scale = torch.where(scale == 0, 1.0, scale)
+        q = (blocks / scale).round_().clamp_(-_INT4_TOP - 1, _INT4_TOP)
+        error = product_error(q * scale - blocks, moments)
+        better = error < least
+        least = torch.where(better, error, least)
+        best_q, best_scale = torch.where(better, q, best_q), torch.where(better, scale, best_scale)
+    return best_q.to(torch.int8).view(out, size), best_scale[..., 0].to(weight.dtype)

@@ -1,0 +1,252 @@
+"""The main job: a drafter, a target and text in; two bundles out, the drafter's head cut to K rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from engines.bundle.read import Kind, Manifest, Role
+from engines.errors import VocabtrimError
+from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
+from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
+from vocabtrim_export.calibration import TokenCounts
+from vocabtrim_export.calibration.counting import CalibrationSettings, count_tokens, read_calibration
+from vocabtrim_export.calibration.moments import head_run, input_moments
+from vocabtrim_export.drafters.base import FeatureHead
+from vocabtrim_export.drafters.detect import head_kind
+from vocabtrim_export.drafters.eagle_checkpoint import load_head
+from vocabtrim_export.drafters.medusa import MedusaHeads, load_medusa
+from vocabtrim_export.drafters.mtp import find_mtp, load_mtp
+from vocabtrim_export.drafters.source import HeadSource
+from vocabtrim_export.formats import check_formats, write_formats
+from vocabtrim_export.formats.exported import Exported
+from vocabtrim_export.lowering.graph_files import Progress
+from vocabtrim_export.lowering.quantize import Quantization
+from vocabtrim_export.selection import Selection, check_k, select_vocab, structural_token_ids
+from vocabtrim_export.sources.source import DTYPES, Source, calibration_model, load_source
+from vocabtrim_export.tracing.trace import Traced, decoder_layers, trace
+from vocabtrim_export.trt.bundle import check_buildable
+from vocabtrim_export.trt.settings import TensorRTSettings
+
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSettings:
+    """How to export; the command line's options by the same names.
+
+    k: rows of the drafter's head: a number, or "coverage:0.95".
+    trt: how to build TensorRT plans; None exports for ONNX Runtime.
+    dtype: "fp32", "fp16" or "bf16", of both bundles; None: fp16 for TensorRT, fp32 for ONNX Runtime.
+    quantize_drafter: None does as `quantize` says.
+    max_length: tokens that the KV caches hold; None: what the models were made for, at most 4,096.
+    formats: of `vocabtrim_export.formats`, written beside the bundles.
+    """
+
+    k: str
+    trt: TensorRTSettings | None = None
+    dtype: str | None = None
+    quantize: Quantization = "none"
+    quantize_drafter: Quantization | None = None
+    max_length: int | None = None
+    formats: tuple[str, ...] = ()
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    force: bool = False
+
+    @property
+    def weights_dtype(self) -> str:
+        return self.dtype or ("fp16" if self.trt else "fp32")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """The bundles that were written (no target where none was asked for), the selection behind them, and the other
+    formats' directories.
+
+    notes: what the user should know about a head.
+    """
+
+    drafter: Path
+    target: Path | None
+    drafter_manifest: Manifest
+    target_manifest: Manifest | None
+    selection: Selection
+    formats: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def export(
+    drafter: str,
+    target: str | None,
+    output: Path,
+    settings: ExportSettings,
+    progress: Progress = lambda _task, _done, _total: None,
+) -> ExportResult:
+    """Calibrate, trim and export MODELs into `output/drafter` and, with a target, `output/target`; each of
+    `settings.formats` into `output/FORMAT`.
+
+    drafter: also the directory of an EAGLE head or of Medusa heads of `target`, or "mtp" for its multi-token-prediction
+    layer; `target` then gives the hidden states that the head reads.
+
+    The token counts stay in `output/token_counts.safetensors`: an interrupted calibration goes on from there, and
+    given as the calibration of another export they serve another K. progress: called with (task, done, total).
+    Raises `VocabtrimError` for everything that the user can mend; `output` is then as it was, but for the counts.
+    """
+    roles: list[Role] = ["drafter", "target"] if target else ["drafter"]
+    names = [*roles, *settings.formats]
+    check_output(output, names, settings.force)
+    check_k(settings.k)
+    kind = head_kind(drafter)
+    _check_format(settings, target is not None, kind or "language-model")
+    if kind:
+        _check_head(drafter, target, settings)
+    given = read_calibration(settings.calibration.calibration)
+    sources = _load(drafter, target, settings.weights_dtype, progress)
+    for source in sources.values():
+        context_length(source, settings.max_length)  # refuses before the long work
+    with reserved(output):
+        check_output(output, names, settings.force)  # again: a killed run's bundles may be whole by now
+        counts = count_tokens(
+            sources,
+            given,
+            settings.calibration,
+            output / COUNTS_NAME,
+            lambda done, total: progress("calibrate", done, total),
+        )
+        selection = _select(counts, sources, settings.k)
+        with placing([output / name for name in names]) as directories:
+            places = dict(zip(roles, directories, strict=False))
+            manifests = _write_bundles(places, sources, selection, counts, settings, progress)
+            vocab_map = None if selection.is_noop else selection.vocab_map
+            others = dict(zip(settings.formats, directories[len(roles) :], strict=True))
+            write_formats(others, Exported(places, manifests, sources, vocab_map), progress)
+    where = output / "target" if target else None
+    written = tuple(output / name for name in settings.formats)
+    notes = sources["drafter"].notes if isinstance(sources["drafter"], HeadSource) else ()
+    drafter_manifest, target_manifest = manifests["drafter"], manifests.get("target")
+    return ExportResult(output / "drafter", where, drafter_manifest, target_manifest, selection, written, notes)
+
+
+def _check_format(settings: ExportSettings, has_target: bool, kind: Kind) -> None:
+    """Refuse before the long work what a format cannot hold."""
+    check_formats(settings.formats, has_target, settings.trt is not None, kind, settings.weights_dtype)
+    if settings.trt is not None:
+        drafters = settings.quantize_drafter or settings.quantize
+        check_buildable(settings.trt, {settings.weights_dtype, settings.quantize, drafters})
+    elif "fp8" in (settings.quantize, settings.quantize_drafter):
+        raise VocabtrimError("ONNX Runtime has no fp8 products on the CPU: use int8 or int4, or --format trt")
+
+
+def _check_head(drafter: str, target: str | None, settings: ExportSettings) -> None:
+    if target is None:
+        raise VocabtrimError(f"{drafter} is a head, which reads its target's hidden states: give --target too")
+    if settings.trt is not None:
+        raise VocabtrimError("heads run on ONNX Runtime only so far: leave --format trt out")
+    if settings.calibration.calibration_source == "drafter":
+        raise VocabtrimError("a head generates nothing by itself: use --calibration-source target or text")
+
+
+def _write_bundles(
+    places: Mapping[Role, Path],
+    sources: Mapping[Role, Source],
+    selection: Selection,
+    counts: TokenCounts,
+    settings: ExportSettings,
+    progress: Progress,
+) -> dict[Role, Manifest]:
+    manifests: dict[Role, Manifest] = {}
+    traced: dict[str, Traced | None] = {}
+    moments: dict[str, Mapping[str, Tensor]] = {}
+    for role, directory in places.items():
+        source, plan = sources[role], _plan(role, sources, selection, counts, settings)
+        if source.name not in traced:  # a model that drafts for itself is traced and measured once
+            progress("trace", 0, 1)
+            traced = {source.name: _trace(plan)}
+            progress("trace", 1, 1)
+        if plan.quantization == "int4":
+            if source.name not in moments:
+                progress("measure inputs", 0, 1)
+                moments = {source.name: _moments(source, sources)}
+                progress("measure inputs", 1, 1)
+            plan = replace(plan, moments=moments[source.name])
+        manifests[role] = write_bundle(directory, traced[source.name], plan, progress)
+    return manifests
+
+
+def _trace(plan: BundlePlan) -> Traced | None:
+    """None for Medusa heads, which are no decoder."""
+    if isinstance(plan.source.model, MedusaHeads):
+        return None
+    return trace(plan.source.model, DTYPES[plan.dtype], plan.context_length, plan.features_given)
+
+
+def _moments(source: Source, sources: Mapping[Role, Source]) -> dict[str, Tensor]:
+    with calibration_model(source.model) as model:
+        if not isinstance(source, HeadSource) or not isinstance(model, FeatureHead | MedusaHeads):
+            return input_moments(model, source.tokenizer)
+        with calibration_model(sources["target"].model) as target:
+            return input_moments(model, source.tokenizer, head_run(model, target, source.feature_layers))
+
+
+def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> dict[Role, Source]:
+    progress("load", 0, 1)
+    if target and (kind := head_kind(drafter)):
+        layer = find_mtp(target) if kind == "mtp" else None
+        load = load_medusa if kind == "medusa" else load_head
+        read = load_source(target, DTYPES[dtype])
+        decoder_layers(read.model)  # refuses before the long work
+        head = load_mtp(layer, read) if layer else load(drafter, read)
+        progress("load", 1, 1)
+        return {"drafter": head, "target": read}
+    sources: dict[Role, Source] = {"drafter": load_source(drafter, DTYPES[dtype])}
+    if target:
+        same = target == drafter
+        sources["target"] = sources["drafter"] if same else load_source(target, DTYPES[dtype])
+        if sources["drafter"].tokenizer_digest != sources["target"].tokenizer_digest:
+            raise VocabtrimError(
+                f"{drafter} and {target} have different vocabularies: a drafter must share its target's tokenizer"
+            )
+    progress("load", 1, 1)
+    return sources
+
+
+def context_length(source: Source, max_length: int | None) -> int:
+    """Tokens that the KV cache of a bundle holds. Raises `VocabtrimError` for more than the model can take."""
+    config = source.model.config.get_text_config()
+    limit = int(getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        # these rotate differently beyond the length they were first trained at; a graph has one set of tables
+        limit = int(rope.get("original_max_position_embeddings") or limit)
+    if max_length is None:
+        return min(limit, DEFAULT_CONTEXT)
+    if not 0 < max_length <= limit:
+        raise VocabtrimError(f"--max-length {max_length} is not in the 1 to {limit} tokens that {source.name} takes")
+    return max_length
+
+
+def _select(counts: TokenCounts, sources: Mapping[Role, Source], k: str) -> Selection:
+    always: set[int] = set()
+    for source in sources.values():
+        always |= structural_token_ids(source.tokenizer, source.model.generation_config, source.tokenizer.chat_template)
+    limit = min(source.vocab_size for source in sources.values())
+    drafter = sources["drafter"]
+    available = drafter.row_token_ids if isinstance(drafter, HeadSource) else None
+    counts = counts.resized(drafter.vocab_size)
+    return select_vocab(counts, k, always_keep=always, vocab_limit=limit, available=available)
+
+
+def _plan(
+    role: Role, sources: Mapping[Role, Source], selection: Selection, counts: TokenCounts, settings: ExportSettings
+) -> BundlePlan:
+    source, drafter = sources[role], sources["drafter"]
+    context = context_length(source, settings.max_length)
+    if role == "target":
+        read = drafter.feature_layers if isinstance(drafter, HeadSource) else ()
+        plan = BundlePlan(role, source, settings.weights_dtype, settings.quantize, context, trt=settings.trt)
+        return replace(plan, features_given=read)
+    quantization = settings.quantize_drafter or settings.quantize
+    plan = BundlePlan(role, source, settings.weights_dtype, quantization, context, trt=settings.trt)
+    vocab_map = None if selection.is_noop else selection.vocab_map
+    return replace(plan, vocab_map=vocab_map, coverage=selection.coverage, calibration=counts.describe())

@@ -1,0 +1,201 @@
+"""Bundles of random weights in the shape of a known model: its latency, without its weights."""
+
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines.bundle.read import Role, read_bundle
+from engines.bundle.vocab_map import VocabMap
+from engines.errors import VocabtrimError
+from vocabtrim_export.bundles.output import replacing
+from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
+from vocabtrim_export.drafters.source import HeadSource
+from vocabtrim_export.lowering.graph_files import Progress
+from vocabtrim_export.lowering.quantize import Quantization
+from vocabtrim_export.pipeline import context_length
+from vocabtrim_export.random_weights.models import HEAD_SHAPES, SHAPES, random_head, random_source
+from vocabtrim_export.sources.source import DTYPES, Source
+from vocabtrim_export.tracing.trace import Traced, trace
+
+_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
+_QUANTIZED_BYTES = {"int8": 1.16, "int4": 0.67}  # a weight, with a scale and a zero point for each block of 32, fp32
+
+
+@dataclass(frozen=True, slots=True)
+class RandomSettings:
+    """shape: of `SHAPES`. drafter_shape: the same, or of `HEAD_SHAPES` for EAGLE-3 heads; None: the target's model.
+
+    drafter_rows: rows of each drafter's LM head, None for all. quantize_drafter: None does as `quantize` says.
+    """
+
+    shape: str
+    drafter_shape: str | None = None
+    drafter_rows: tuple[int | None, ...] = (None,)
+    dtype: str = "fp32"
+    quantize: Quantization = "none"
+    quantize_drafter: Quantization | None = None
+    max_length: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RandomBundles:
+    """drafters: by the rows that were asked for, "8192 rows" or "full"."""
+
+    target: Path
+    drafters: Mapping[str, Path]
+
+
+def random_bundles(settings: RandomSettings, directory: Path, progress: Progress) -> RandomBundles:
+    """Write a target and its drafters into `directory`; what an earlier call with these settings wrote is used.
+
+    Drafters of the target's model share its KV cache where both have one dtype. The target of an EAGLE-3 head gives the
+    features that it reads.
+    Raises `VocabtrimError` where a head has fewer rows than asked for, the drafter is not for this target, or disk or
+    memory cannot hold the bundles.
+    """
+    target, drafter = _sources(settings)
+    _check_rows(drafter, settings.drafter_rows)
+    for source in (target, drafter):
+        context_length(source, settings.max_length)
+    plans = _plans(target, drafter, settings)
+    missing = [name for name in plans if not _is_whole(directory / name)]
+    twins = _twins(plans, missing)
+    _check_room(settings.shape, directory, plans, missing, twins)
+    traced: dict[str, Traced] = {}
+    for name in missing:
+        plan = plans[name]
+        if plan.source.name not in traced:
+            progress("trace", 0, 1)
+            dtype = DTYPES[plan.dtype]
+            traced = {plan.source.name: trace(plan.source.model, dtype, plan.context_length, plan.features_given)}
+            progress("trace", 1, 1)
+        twin = directory / twins[name] if name in twins else None
+        with replacing([directory / name]) as (fresh,):
+            write_bundle(fresh, traced[plan.source.name], plan, progress, twin)
+    made, *drafters = (directory / name for name in plans)
+    labels = ["full" if rows is None else f"{rows} rows" for rows in settings.drafter_rows]
+    return RandomBundles(made, dict(zip(labels, drafters, strict=True)))
+
+
+def _sources(settings: RandomSettings) -> tuple[Source, Source]:
+    """The target and the drafter, which may be one."""
+    target = random_source(SHAPES[settings.shape])
+    name = settings.drafter_shape or settings.shape
+    if head := HEAD_SHAPES.get(name):
+        if head.target != settings.shape:
+            raise VocabtrimError(f"{name} is a head for {head.target}, not for {settings.shape}")
+        return target, random_head(head, target)
+    if name == settings.shape:
+        return target, target
+    drafter = random_source(SHAPES[name])
+    if drafter.vocab_size != target.vocab_size:
+        raise VocabtrimError(f"{name} cannot draft for {settings.shape}: their vocabularies differ")
+    return target, drafter
+
+
+def _check_rows(drafter: Source, wanted: tuple[int | None, ...]) -> None:
+    available = len(drafter.row_token_ids) if isinstance(drafter, HeadSource) else drafter.vocab_size
+    for rows in wanted:
+        if rows is not None and rows > available:
+            raise VocabtrimError(f"--k {rows} is more than the {available} rows that {_shape_of(drafter)} has")
+
+
+def _plans(target: Source, drafter: Source, settings: RandomSettings) -> dict[str, BundlePlan]:
+    """By the name of the bundle's directory, the target's first."""
+    dtype, context = settings.dtype, settings.max_length
+
+    def name(source: Source, role: Role, quantization: Quantization, what: str) -> str:
+        return "-".join([_shape_of(source), dtype, str(context), role, quantization]) + what
+
+    features = drafter.feature_layers if isinstance(drafter, HeadSource) else ()
+    plan = BundlePlan("target", target, dtype, settings.quantize, context, features_given=features)
+    plans = {name(target, "target", settings.quantize, f"-for-{_shape_of(drafter)}" if features else ""): plan}
+    quantization = settings.quantize_drafter or settings.quantize
+    for rows in settings.drafter_rows:
+        plan = BundlePlan("drafter", drafter, dtype, quantization, context, _kept(drafter, rows))
+        plans[name(drafter, "drafter", quantization, f"-{rows or 'full'}")] = plan
+    return plans
+
+
+def _kept(drafter: Source, rows: int | None) -> VocabMap | None:
+    """The first `rows` tokens that the drafter's LM head has; None for all of the vocabulary."""
+    if isinstance(drafter, HeadSource):
+        return VocabMap.from_ids(drafter.row_token_ids[:rows], drafter.vocab_size)
+    return None if rows is None else VocabMap.from_ids(range(rows), drafter.vocab_size)
+
+
+def _shape_of(source: Source) -> str:
+    return source.name.rpartition(" ")[2]
+
+
+def _is_whole(bundle: Path) -> bool:
+    """Whether it is there, undamaged and of this version's format."""
+    try:
+        read_bundle(bundle)
+    except VocabtrimError:
+        return False
+    return True
+
+
+def _twins(plans: Mapping[str, BundlePlan], missing: list[str]) -> dict[str, str]:
+    """For bundles that are to be written, one that is there by then and differs in its LM head alone."""
+    twins, there = {}, [name for name in plans if name not in missing]
+    for name in missing:
+        for other in there:
+            a, b = plans[name], plans[other]
+            if a.source is b.source and a.quantization == b.quantization:
+                twins[name] = other
+        there.append(name)
+    return twins
+
+
+def _check_room(
+    shape: str, directory: Path, plans: Mapping[str, BundlePlan], missing: list[str], twins: Collection[str]
+) -> None:
+    """Raise `VocabtrimError` where the disk cannot hold what is `missing`, or the memory what all `plans` read.
+
+    twins: those that take the place of their heads only.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    disk = sum(head_bytes(plans[name]) if name in twins else bundle_bytes(plans[name]) for name in missing)
+    memory = sum(bundle_bytes(plan) for plan in plans.values())
+    free = shutil.disk_usage(directory).free
+    checks = ("disk space", len(missing), disk, free), ("memory", len(plans), memory, available_memory())
+    for what, count, needed, room in checks:
+        if needed > room:
+            raise VocabtrimError(
+                f"{shape} needs {needed / 1e9:.1f} GB of {what} for {count} bundles and there are {room / 1e9:.1f}: "
+                "use --dtype fp16, --quantize int4 or fewer --k"
+            )
+
+
+def bundle_bytes(plan: BundlePlan) -> float:
+    """About what a bundle's weights take: the embedding in its dtype, the head and the layers as they are quantised."""
+    model: Any = plan.source.model
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    layers = sum(p.numel() for p in model.parameters()) - embedding.numel()
+    layers -= 0 if head is embedding else head.numel()
+    return float(embedding.numel() * _BYTES[plan.dtype] + layers * _bytes_of_product(plan) + head_bytes(plan))
+
+
+def head_bytes(plan: BundlePlan) -> float:
+    """What the rows of the LM head take of that."""
+    model: Any = plan.source.model
+    rows, size = model.get_output_embeddings().weight.shape
+    return float((len(plan.vocab_map) if plan.vocab_map else rows) * size * _bytes_of_product(plan))
+
+
+def _bytes_of_product(plan: BundlePlan) -> float:
+    return _QUANTIZED_BYTES.get(plan.quantization, _BYTES[plan.dtype])
+
+
+def available_memory() -> int:
+    """Bytes that can be used without swapping, where the system tells; else all there are."""
+    info = Path("/proc/meminfo")
+    for line in info.read_text("utf-8").splitlines() if info.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

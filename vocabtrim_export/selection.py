@@ -1,0 +1,162 @@
+"""Which rows a trimmed head keeps: token counts and K in, a `VocabMap` out."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.bundle.vocab_map import VocabMap
+from engines.errors import VocabtrimError
+from vocabtrim_export.calibration.corpus import Message
+from vocabtrim_export.calibration.counts import TokenCounts
+from vocabtrim_export.calibration.prompts import encode, eos_token_ids, render_chat
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+MULTIPLE = 64
+# Special tokens that models reserve and never learn: Llama 3 has 250 of them, Gemma 3 over 6,000.
+PLACEHOLDER = re.compile(r"unused|reserved", re.IGNORECASE)
+PROBE = "vocabtrim-probe"
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The chosen map and what is known about it.
+
+    coverage: share of the held-out tokens that are kept; None where nothing was held out.
+    requested_coverage: what K was to reach, if it was given so; only `vocab_limit` can keep `coverage` below it.
+    counted, always_kept, filler: rows seen in the counts that choose; rows of `always_keep`; rows that are neither,
+    there only because K asks for them. The first two may overlap.
+    is_noop: every token is kept, nothing is trimmed.
+    """
+
+    vocab_map: VocabMap
+    coverage: float | None
+    requested_coverage: float | None
+    counted: int
+    always_kept: int
+    filler: int
+    is_noop: bool
+
+
+def select_vocab(
+    counts: TokenCounts,
+    k: str | int,
+    *,
+    always_keep: Iterable[int],
+    vocab_limit: int | None = None,
+    available: NDArray[np.int64] | None = None,
+) -> Selection:
+    """Keep the K tokens counted most often.
+
+    k: rows, rounded up to a multiple of 64 but never beyond the vocabulary; or "coverage:0.95": the smallest such K
+    that keeps this share of the held-out tokens. Where the counted tokens do not suffice it reaches into the filler:
+    too short a calibration shows as a large K, not as a coverage that was asked for and not had.
+    always_keep: ids kept before all others. Then come counted ids, ties by the smaller id; then, as filler, the rest
+    by id: BPE numbers tokens in the order of its merges, so a smaller id is likely the more frequent one.
+    vocab_limit: ids from here up are never kept, nor is `always_keep` among them.
+    available: int64[n], the only ids that can be kept, where the head lacks rows already; None for all.
+    Raises `VocabtrimError` for a K that is no such number, or too small for `always_keep`.
+    """
+    limit = min(counts.full_vocab, counts.full_vocab if vocab_limit is None else vocab_limit)
+    if limit < 1:
+        raise VocabtrimError(f"the vocabulary limit must be positive, not {vocab_limit}")
+    always = np.unique(np.fromiter((token for token in always_keep if 0 <= token < limit), np.int64))
+    rank = _rank(counts.counts[:limit], always)
+    if available is not None:
+        rank, always = (ids[np.isin(ids, available)] for ids in (rank, always))
+    requested, rows = _parse_k(k)
+    if requested is not None:
+        rows = _rows_to_cover(counts, rank, requested, len(always))
+    kept_rows = min(_round_up(rows), len(rank))
+    if kept_rows < len(always):
+        raise VocabtrimError(
+            f"K = {rows} is too small: {len(always)} special and structural tokens are always kept; "
+            f"give at least {min(_round_up(len(always)), len(rank))}"
+        )
+    kept = rank[:kept_rows]
+    held_out = int(counts.held_out.sum())
+    seen = counts.counts[kept] > 0
+    return Selection(
+        vocab_map=VocabMap.from_ids(kept, counts.full_vocab),
+        coverage=int(counts.held_out[kept].sum()) / held_out if held_out else None,
+        requested_coverage=requested,
+        counted=int(seen.sum()),
+        always_kept=len(always),
+        filler=int((~seen[len(always) :]).sum()),
+        is_noop=kept_rows == counts.full_vocab,
+    )
+
+
+def structural_token_ids(
+    tokenizer: "PreTrainedTokenizerFast", generation_config: "GenerationConfig | None", chat_template: str | None
+) -> frozenset[int]:
+    """The ids that end or structure text, which a trimmed head must keep whatever was counted.
+
+    Every EOS of the generation config, the tokenizer's special and added tokens (but not reserved ones that no model
+    learns, unless one of them is an EOS), and what the chat template writes around the messages' contents.
+    tokenizer: a transformers fast tokenizer. generation_config: the model's, or None.
+    """
+    named = [(token, entry.content) for token, entry in tokenizer.added_tokens_decoder.items()]
+    named += zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    special = {token for token, name in named if not PLACEHOLDER.search(name)}
+    markers = _template_markers(tokenizer, chat_template) if chat_template else set()
+    return frozenset(special | markers | eos_token_ids(tokenizer, generation_config))
+
+
+def _template_markers(tokenizer: "PreTrainedTokenizerFast", chat_template: str) -> set[int]:
+    """The tokens of a rendered conversation that are not its contents'."""
+    chat = [Message(role, f"{PROBE}-{role}") for role in ("system", "user", "assistant", "user")]
+    rendered = render_chat(tokenizer, chat, chat_template)
+    between = re.split(rf"{PROBE}-(?:system|user|assistant)", rendered)
+    empty = "".join(between)  # where a message is empty, its markers meet and may be other tokens
+    return {token for ids in encode(tokenizer, [*between, empty], add_special_tokens=False) for token in ids}
+
+
+def _rank(counts: NDArray[np.int64], always: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64[limit]: all ids in the order in which they are kept."""
+    order = np.argsort(-counts, kind="stable")  # stable: ties, and the uncounted, by the smaller id
+    return np.concatenate([always, order[~np.isin(order, always)]])
+
+
+def check_k(k: str | int) -> None:
+    """Raise `VocabtrimError` for a K that could never be meant, before any long work begins."""
+    _parse_k(k)
+
+
+def _parse_k(k: str | int) -> tuple[float | None, int]:
+    """(coverage, 0) or (None, rows)."""
+    how = "give a number of rows such as 32000, or coverage:0.95"
+    text = str(k).strip()
+    try:
+        if text.startswith("coverage:"):
+            coverage = float(text.removeprefix("coverage:"))
+            if not 0 < coverage <= 1:
+                raise VocabtrimError(f"the coverage in {text!r} must be above 0 and at most 1")
+            return coverage, 0
+        rows = int(text)
+    except ValueError as error:
+        raise VocabtrimError(f"K = {text!r} is not understood: {how}") from error
+    if rows <= 0:
+        raise VocabtrimError(f"K = {rows} must be positive: {how}")
+    return None, rows
+
+
+def _rows_to_cover(counts: TokenCounts, rank: NDArray[np.int64], coverage: float, always: int) -> int:
+    """The fewest leading ids of `rank` that keep this share of the held-out tokens, `always` at least."""
+    total = int(counts.held_out.sum())
+    if total == 0:
+        raise VocabtrimError(
+            "coverage cannot be measured: nothing was held out; calibrate on several documents, or give K as a number"
+        )
+    covered = np.cumsum(counts.held_out[rank])
+    enough = int(np.searchsorted(covered, coverage * total * (1 - 1e-12)))  # less what multiplying rounded up
+    return min(max(always, enough + 1), len(rank))
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // MULTIPLE) * MULTIPLE

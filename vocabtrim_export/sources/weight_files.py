@@ -1,0 +1,66 @@
+"""Weight files before they are opened: which are never opened, and how much those that are claim to hold."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.bundle.typed_json import decode, parse
+from engines.errors import VocabtrimError
+from vocabtrim_export.sources.gguf_header import check_gguf
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MOST_DIMENSIONS = 16
+_MOST_HEADER = 100 << 20  # bytes; what the safetensors library itself allows
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What a .safetensors header says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, ...]
+
+
+def pickled(path: Path) -> VocabtrimError:
+    """The refusal of a pickle checkpoint, with the way to convert it."""
+    directory = path.parent
+    return VocabtrimError(
+        f"{path} is a pickle checkpoint, which can run code when opened: take a release with .safetensors, or convert "
+        'it on a machine that has nothing to lose: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{directory}', weights_only=True).save_pretrained('{directory}-safetensors')\", "
+        "and copy the tokenizer's files"
+    )
+
+
+def count_weights(path: Path) -> int:
+    """Numbers that a weight file holds, by its header alone. Raises `VocabtrimError` for a header that cannot be."""
+    if path.suffix == ".gguf":
+        return check_gguf(path)
+    return sum(map(math.prod, tensor_shapes(path).values()))
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors of a .safetensors file by its header alone. Raises `VocabtrimError` for a header that cannot be."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, _MOST_HEADER):
+            raise VocabtrimError(f"cannot load {path}: it is cut short or no .safetensors file; fetch it again")
+        data = file.read(length)
+    try:
+        header = parse(data.decode(), str(path))
+    except UnicodeDecodeError as error:
+        raise VocabtrimError(f"cannot load {path}: its header is no .safetensors header; fetch it again") from error
+    if isinstance(header, dict):
+        header.pop("__metadata__", None)
+    entries: Mapping[str, _Entry] = decode(Mapping[str, _Entry], header, f"cannot load {path}: its header")
+    if any(len(entry.shape) > _MOST_DIMENSIONS or len(entry.data_offsets) != 2 for entry in entries.values()):
+        raise VocabtrimError(f"cannot load {path}: its header is no .safetensors header; fetch it again")
+    end = max((entry.data_offsets[1] for entry in entries.values()), default=0)
+    if 8 + length + end != size:
+        raise VocabtrimError(
+            f"cannot load {path}: it has {size} bytes, its header says {8 + length + end}; fetch it again"
+        )
+    return {name: entry.shape for name, entry in entries.items()}
