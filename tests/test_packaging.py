@@ -76,3 +76,16 @@ def test_documents_name_only_files_that_exist():
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_contributing_names_only_modules_that_exist():
+    """The two lives in CONTRIBUTING.md: every word in code quotes that looks like a path is a module or a folder."""
+    import re
+
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    house = text[text.index("## The house") : text.index("## Rules")]
+    homes = [ROOT, *(ROOT / package for package in MAY_IMPORT), ROOT / "vocabtrim_export" / "lowering"]
+    homes.append(ROOT / "engines")
+    for name in re.findall(r"`([\w/]+)`", house):
+        found = any((home / name).is_dir() or (home / f"{name}.py").is_file() for home in homes)
+        assert found or name == "engine", name
