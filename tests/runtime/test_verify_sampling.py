@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 import runtime.accept
 import runtime.rules
 from engines.errors import VocabtrimError
-from runtime import SamplingParams, SpeculativeDecoder, chi_square, verify_sampling
+from runtime import SamplingParams, SpeculativeDecoder, verify_sampling
 from runtime.accept import Accepted, accept_sampled, residual
 from runtime.sampling import sample
+from runtime.verification import chi_square
 from runtime.verification.sampled import ALPHA, BINS, point_of, statistic_of
 
 SETTINGS = [SamplingParams(1.0), SamplingParams(1.3, top_k=10, top_p=0.9)]
