@@ -221,7 +221,7 @@ def test_without_cuda_no_random_weights_are_written_for_it(capsys, monkeypatch, 
     ("what", "needed"), [("memory", 64.2), ("disk space", 34.2)]
 )  # on disk, two heads and one rest
 def test_random_weights_that_do_not_fit_are_refused(capsys, monkeypatch, tmp_path, what, needed):
-    from vocabtrim_export import random_weights
+    from vocabtrim_export.random_weights import bundles as random_weights
 
     room = {"memory": 1 << 50, "disk space": 1 << 50} | {what: 1 << 30}
     monkeypatch.setattr(random_weights, "available_memory", lambda: room["memory"])

@@ -57,11 +57,11 @@ def test_long_prompts_run_in_chunks(directory, export_pair):
     prompt = np.random.default_rng(0).integers(2, 400, 240).tolist()
     result = export_pair(directory, max_length=256)
     with load_engine(result.target) as whole, load_engine(result.target) as parts:
-        from engines import onnxruntime_engine
+        from engines.ort import engine as ort_engine
 
         expected = whole.feed(prompt, keep=3).logits.copy()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(onnxruntime_engine, "CHUNK", 16)
+            patch.setattr(ort_engine, "CHUNK", 16)
             found = parts.feed(prompt, keep=3).logits
         np.testing.assert_allclose(found, expected, atol=1e-4)
 

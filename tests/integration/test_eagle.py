@@ -55,14 +55,14 @@ def pair(write_head, export_head):
 
 @pytest.mark.parametrize("accepted", range(GAMMA + 1))
 def test_drafts_are_the_recurrence_after_any_number_of_accepted_ones(accepted, pair, target_model):
-    from engines import onnxruntime_engine
+    from engines.ort import engine as ort_engine
 
     with (
         load_engine(pair.target) as target,
         load_engine(pair.drafter) as drafter,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(onnxruntime_engine, "CHUNK", 8)  # a prompt in several parts, in both engines
+        patch.setattr(ort_engine, "CHUNK", 8)  # a prompt in several parts, in both engines
         for prompt in PROMPTS:
             seen, _ = spied_rounds(target, drafter, prompt, max_new_tokens=18, force_accepted=accepted)
             for text, drafted in seen:

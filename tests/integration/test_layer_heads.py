@@ -47,7 +47,7 @@ def first_eagle(write_head, export_pair, target_dir):
 
 @pytest.mark.parametrize("accepted", range(GAMMA + 1))
 def test_an_eagle_1_head_drafts_its_recurrence(accepted, first_eagle, target_model):
-    from engines import onnxruntime_engine
+    from engines.ort import engine as ort_engine
 
     kept = torch.from_numpy(first_eagle.selection.vocab_map.kept_token_ids.copy())
     assert (first_eagle.drafter_manifest.kind, len(kept)) == ("eagle", 192)
@@ -57,7 +57,7 @@ def test_an_eagle_1_head_drafts_its_recurrence(accepted, first_eagle, target_mod
         load_engine(first_eagle.drafter) as drafter,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(onnxruntime_engine, "CHUNK", 8)  # a prompt in several parts, in both engines
+        patch.setattr(ort_engine, "CHUNK", 8)  # a prompt in several parts, in both engines
         for prompt in PROMPTS:
             seen, _ = spied_rounds(target, drafter, prompt, max_new_tokens=18, force_accepted=accepted)
             assert seen
