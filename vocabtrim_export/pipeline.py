@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engines.bundle.read import Kind, Manifest, Role
 from engines.errors import VocabtrimError
+from vocabtrim_export.bundles.notes import target_notes
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
 from vocabtrim_export.calibration import TokenCounts
@@ -64,7 +65,7 @@ class ExportResult:
     """The bundles that were written (no target where none was asked for), the selection behind them, and the other
     formats' directories.
 
-    notes: what the user should know about a head.
+    notes: what the user should know about a head or the target.
     """
 
     drafter: Path
@@ -123,8 +124,9 @@ def export(
             write_formats(others, Exported(places, manifests, sources, vocab_map), progress)
     where = output / "target" if target else None
     written = tuple(output / name for name in settings.formats)
-    notes = sources["drafter"].notes if isinstance(sources["drafter"], HeadSource) else ()
     drafter_manifest, target_manifest = manifests["drafter"], manifests.get("target")
+    head_notes = sources["drafter"].notes if isinstance(sources["drafter"], HeadSource) else ()
+    notes = (*head_notes, *target_notes(target_manifest))
     return ExportResult(output / "drafter", where, drafter_manifest, target_manifest, selection, written, notes)
 
 

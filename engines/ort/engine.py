@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,24 @@ from engines.ort.session import numpy_dtype, share
 
 CHUNK = MAX_KEEP
 CACHED_LENGTHS = 32  # step lengths (drafts, catch-ups, verifications) whose bindings are kept
+_NEVER_LONE = 16  # rows: no tile of attention is shorter than these, so that an odd number of them leaves none alone
+
+
+def padded(rows: int) -> int:
+    """`rows`, or one more where a kernel would compute one of them alone: a single row, and an odd number that may end
+    one row into a tile.
+
+    A lone row has kernels of its own, in attention and in products of 4-bit weights, which add in another order.
+    """
+    return rows + (rows == 1 or (rows > _NEVER_LONE and rows % 2 == 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Step(ABC):
     """One input length with its buffers: written by `feed`, read by the session, never allocated again.
 
-    input_ids, position_ids: int64[1, length]. seqlens_k: int32[1], tokens in the cache after the step, less one.
-    token_ids: int64[1, keep], what `run` gives.
+    input_ids, position_ids: int64[1, rows], as many rows as are computed: the length, or one more. seqlens_k: int32[1],
+    tokens in the cache after the step, less one. token_ids: int64[1, keep], what `run` gives for the length's last.
     """
 
     session: ort.InferenceSession
@@ -46,12 +56,20 @@ class Step(ABC):
 class HostStep(Step):
     """The session works on the arrays themselves. total: int32[1], of all steps of an engine.
 
-    hidden: what else goes in and comes out, by name: [1, length, size] each, in the bundle's dtype.
+    logits: [1, keep, head_rows]. hidden: what else goes in and comes out, by name: [1, length, size] each, in the
+    bundle's dtype. All without what a padding row gave.
     """
 
     total: NDArray[np.int32]
     logits: NDArray[Any]
     hidden: Mapping[str, NDArray[Any]]
+
+    def without_padding(self, length: int, keep: int) -> "HostStep":
+        """This step with views of what `length` tokens alone give, the last `keep` of them predicted after."""
+        last = self.token_ids.shape[1] - (self.input_ids.shape[1] - length)
+        asked = slice(last - keep, last)
+        hidden = {name: array[:, :length] for name, array in self.hidden.items()}
+        return replace(self, token_ids=self.token_ids[:, asked], logits=self.logits[:, asked], hidden=hidden)
 
     def run(self, end: int) -> None:
         self.total[0] = end
@@ -67,7 +85,14 @@ class OnnxRuntimeEngine(Engine):
 
     session: on the bundle's model. shared: an engine whose buffers to use instead of own ones; the two caches must be
     of one form and on one device.
+
+    A quantised target never computes a lone row (see `padded`): its products round their inputs to 8 bits, which makes
+    another order of additions, 1e-7 of a sum, a difference of several per cent of the logits. A row of padding, the
+    last token once more, makes a token's logits the same bit for bit in a step of any length. Its keys and values lie
+    after the cached tokens, where the next step overwrites them; the cache holds a token less for it.
     """
+
+    pads_lone_rows = True  # on the CPU; what runs elsewhere has other kernels
 
     def __init__(
         self, bundle: Bundle, session: ort.InferenceSession, shared: "OnnxRuntimeEngine | None" = None
@@ -76,6 +101,9 @@ class OnnxRuntimeEngine(Engine):
         self._source, self._session = bundle, session
         self._caches: dict[str, ort.OrtValue] = dict(shared._caches) if shared else self._allocate_caches()
         self.cache = shared.cache if shared else self.cache
+        is_quantized_target = bundle.manifest.role == "target" and bundle.manifest.quantization != "none"
+        self._is_padded = self.pads_lone_rows and is_quantized_target
+        self.capacity -= self._is_padded
         self._seqlens = np.zeros(1, np.int32)
         # What the kernels reserve for: the tokens so far on the CPU, on CUDA always all that fit.
         self._total = np.full(1, self.capacity, np.int32)
@@ -125,12 +153,13 @@ class OnnxRuntimeEngine(Engine):
         return self._execute(self._step(len(ids), keep), ids)
 
     def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
-        end = self.length + len(ids)
-        step.input_ids[0] = ids
+        end = self.length + step.input_ids.shape[1]
+        step.input_ids[0, : len(ids)] = ids
+        step.input_ids[0, len(ids) :] = ids[-1]
         step.position_ids[0] = np.arange(self.length, end)
         step.seqlens_k[0] = end - 1
         step.run(end)
-        self.length = end
+        self.length += len(ids)
         return StepOutput(step.token_ids[0], step.read_logits)
 
     def _step(self, length: int, keep: int) -> Step:
@@ -142,26 +171,29 @@ class OnnxRuntimeEngine(Engine):
         return step
 
     def _bind(self, length: int, keep: int) -> Step:
-        binding = self._bind_common(keep)
+        rows, kept = length, keep
+        if self._is_padded:
+            rows = padded(length)
+            kept = padded(keep + rows - length)  # rows of the head's product
         step = HostStep(
             self._session,
-            binding,
-            np.zeros((1, length), np.int64),
-            np.zeros((1, length), np.int64),
+            self._bind_common(kept),
+            np.zeros((1, rows), np.int64),
+            np.zeros((1, rows), np.int64),
             self._seqlens,
-            np.zeros((1, keep), np.int64),
+            np.zeros((1, kept), np.int64),
             self._total,
-            np.zeros((1, keep, self._head_rows), numpy_dtype(self.logits_type)),
-            {name: np.zeros((1, length, size), dtype) for name, (size, dtype) in self._hidden.items()},
+            np.zeros((1, kept, self._head_rows), numpy_dtype(self.logits_type)),
+            {name: np.zeros((1, rows, size), dtype) for name, (size, dtype) in self._hidden.items()},
         )
         for name in self._token_inputs:
-            binding.bind_ortvalue_input(name, share(getattr(step, name)))
+            step.binding.bind_ortvalue_input(name, share(getattr(step, name)))
         for name in ("logits", "token_ids"):
-            binding.bind_ortvalue_output(name, share(getattr(step, name)))
+            step.binding.bind_ortvalue_output(name, share(getattr(step, name)))
         for name, array in step.hidden.items():
-            bind = binding.bind_ortvalue_input if name == HIDDEN_INPUT else binding.bind_ortvalue_output
+            bind = step.binding.bind_ortvalue_input if name == HIDDEN_INPUT else step.binding.bind_ortvalue_output
             bind(name, share(array))
-        return step
+        return step.without_padding(length, keep)
 
     def _bind_common(self, keep: int) -> ort.IOBinding:
         """A binding of what all lengths have in common: the cache, and the numbers that kernels read on the host."""

@@ -65,6 +65,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     """
 
     lag = 0
+    pads_lone_rows = False
 
     def __init__(
         self,

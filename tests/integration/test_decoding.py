@@ -1,5 +1,7 @@
 """The oracle tests, on real engines: what the loop gives is what the target alone gives."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -9,6 +11,7 @@ from onnx.numpy_helper import to_array
 
 from engines import load_engine
 from runtime import SamplingParams, SpeculativeDecoder
+from vocabtrim_export.bundles.notes import target_notes
 
 PROMPTS = [[5, 17, 200, 33], list(range(40, 70)), [7]]
 
@@ -132,23 +135,50 @@ def test_half_precision_bundles(dtype, directory, export_pair):
     np.testing.assert_allclose(logits, wanted, atol=0.1 * wanted.std())
 
 
-@pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.15), ("int4", 0.5)])  # the inputs are int8, too
-def test_quantised_targets_are_near_the_model_and_still_lossless(quantize, tolerance, directory, export_pair):
-    result = export_pair(directory, quantize=quantize)
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def quantised(request, directory, export_pair):
+    return export_pair(directory, quantize=request.param)
+
+
+def test_quantised_targets_are_near_the_model_and_still_lossless(quantised, directory):
+    tolerance = {"int8": 0.15, "int4": 0.5}[quantised.target_manifest.quantization]  # the inputs are int8, too
     model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     with torch.no_grad():
         wanted = model(torch.tensor([PROMPTS[1]])).logits[0, -8:].numpy()
     with (
-        SpeculativeDecoder.load(result.target) as alone,
-        SpeculativeDecoder.load(result.target, result.drafter) as pair,
+        SpeculativeDecoder.load(quantised.target) as alone,
+        SpeculativeDecoder.load(quantised.target, quantised.drafter) as pair,
     ):
         found = alone.target.feed(PROMPTS[1], keep=8).logits
         assert np.abs(found - wanted).mean() < tolerance * wanted.std()
-        for prompt in PROMPTS:
-            assert (
-                pair.generate(prompt, max_new_tokens=30).token_ids
-                == alone.generate(prompt, max_new_tokens=30).token_ids
-            )
+        for prompt in PROMPTS:  # to the end of the context
+            expected, found = (each.generate(prompt, max_new_tokens=10_000) for each in (alone, pair))
+            assert found.token_ids == expected.token_ids
+            assert found.finish_reason == expected.finish_reason == "length"
+
+
+def test_a_quantised_target_is_one_model_in_steps_of_every_length(quantised):
+    """Bit for bit: its products round their inputs to 8 bits, which turns any difference into a large one."""
+    ids = np.random.default_rng(0).integers(2, 400, 120)
+    with load_engine(quantised.target) as engine:
+        wanted = engine.feed(ids, keep=120).logits.copy()
+        for length in (1, 2, 3, 5, 17, 33):
+            engine.rewind(0)
+            for start in range(0, 120, length):
+                part = ids[start : start + length]
+                for keep in sorted({1, len(part) // 2 or 1, len(part)}):
+                    engine.rewind(start)
+                    output, rows = engine.feed(part, keep), wanted[start : start + length][-keep:]
+                    np.testing.assert_array_equal(output.logits, rows)
+                    np.testing.assert_array_equal(output.token_ids, rows.argmax(axis=1))
+
+
+def test_a_quantised_target_whose_logits_depend_on_the_step_is_named_by_its_export(quantised, pair):
+    """Heads of more than 128 numbers."""
+    assert quantised.notes == ()
+    for head_dim, told in [(128, 0), (192, 1)]:
+        assert len(target_notes(replace(quantised.target_manifest, head_dim=head_dim))) == told
+        assert target_notes(replace(pair.target_manifest, head_dim=head_dim)) == ()
 
 
 def test_only_a_drafter_of_the_targets_weights_shares_its_cache(pair, directory, random_model, export_pair):
