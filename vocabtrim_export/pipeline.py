@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engines.bundle.read import Kind, Manifest, Role
 from engines.errors import VocabtrimError
-from vocabtrim_export.bundles.notes import target_notes
+from vocabtrim_export.bundles.notes import no_gain, target_notes
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
 from vocabtrim_export.calibration import TokenCounts
@@ -25,12 +25,11 @@ from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.lowering.quantize import Quantization
 from vocabtrim_export.selection import Selection, check_k, select_vocab, structural_token_ids
+from vocabtrim_export.sources.rotation import context_length, fix_long_tables
 from vocabtrim_export.sources.source import DTYPES, Source, calibration_model, load_source
 from vocabtrim_export.tracing.trace import Traced, decoder_layers, trace
 from vocabtrim_export.trt.bundle import check_buildable
 from vocabtrim_export.trt.settings import TensorRTSettings
-
-DEFAULT_CONTEXT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class ExportResult:
     """The bundles that were written (no target where none was asked for), the selection behind them, and the other
     formats' directories.
 
-    notes: what the user should know about a head or the target.
+    notes: what the user should know about the models and the pair.
     """
 
     drafter: Path
@@ -104,8 +103,7 @@ def export(
         _check_head(drafter, target, settings)
     given = read_calibration(settings.calibration.calibration)
     sources = _load(drafter, target, settings.weights_dtype, progress)
-    for source in sources.values():
-        context_length(source, settings.max_length)  # refuses before the long work
+    notes = _fit(sources, settings)  # refuses before the long work
     with reserved(output):
         check_output(output, names, settings.force)  # again: a killed run's bundles may be whole by now
         counts = count_tokens(
@@ -125,8 +123,7 @@ def export(
     where = output / "target" if target else None
     written = tuple(output / name for name in settings.formats)
     drafter_manifest, target_manifest = manifests["drafter"], manifests.get("target")
-    head_notes = sources["drafter"].notes if isinstance(sources["drafter"], HeadSource) else ()
-    notes = (*head_notes, *target_notes(target_manifest))
+    notes += (*target_notes(target_manifest), *no_gain(drafter_manifest, target_manifest))
     return ExportResult(output / "drafter", where, drafter_manifest, target_manifest, selection, written, notes)
 
 
@@ -213,19 +210,13 @@ def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> d
     return sources
 
 
-def context_length(source: Source, max_length: int | None) -> int:
-    """Tokens that the KV cache of a bundle holds. Raises `VocabtrimError` for more than the model can take."""
-    config = source.model.config.get_text_config()
-    limit = int(getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("longrope", "dynamic"):
-        # these rotate differently beyond the length they were first trained at; a graph has one set of tables
-        limit = int(rope.get("original_max_position_embeddings") or limit)
-    if max_length is None:
-        return min(limit, DEFAULT_CONTEXT)
-    if not 0 < max_length <= limit:
-        raise VocabtrimError(f"--max-length {max_length} is not in the 1 to {limit} tokens that {source.name} takes")
-    return max_length
+def _fit(sources: Mapping[Role, Source], settings: ExportSettings) -> tuple[str, ...]:
+    """Give every model the rotation of its bundle's length. Returns what the user should know about the models."""
+    notes: list[str] = []
+    for source in {id(source): source for source in sources.values()}.values():
+        context = context_length(source.name, source.model, settings.max_length)
+        notes += [*source.notes, *fix_long_tables(source.name, source.model, context)]
+    return tuple(notes)
 
 
 def _select(counts: TokenCounts, sources: Mapping[Role, Source], k: str) -> Selection:
@@ -243,7 +234,7 @@ def _plan(
     role: Role, sources: Mapping[Role, Source], selection: Selection, counts: TokenCounts, settings: ExportSettings
 ) -> BundlePlan:
     source, drafter = sources[role], sources["drafter"]
-    context = context_length(source, settings.max_length)
+    context = context_length(source.name, source.model, settings.max_length)
     if role == "target":
         read = drafter.feature_layers if isinstance(drafter, HeadSource) else ()
         plan = BundlePlan(role, source, settings.weights_dtype, settings.quantize, context, trt=settings.trt)

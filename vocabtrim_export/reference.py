@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from engines.bundle.read import Manifest
 from engines.errors import VocabtrimError
 from runtime.verification.teacher_forcing import Predict
+from vocabtrim_export.sources.rotation import fix_long_tables
 from vocabtrim_export.sources.source import load_source
 
 
@@ -24,6 +25,7 @@ def transformers_reference(spec: str, target: Manifest) -> Predict:
     if source.tokenizer_digest != target.tokenizer:
         raise VocabtrimError(f"{spec} has another tokenizer than the target: give the model that it was exported from")
     model = source.model
+    fix_long_tables(spec, model, target.context_length)
     can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.inference_mode()

@@ -175,7 +175,7 @@ def test_a_quantised_target_is_one_model_in_steps_of_every_length(quantised):
 
 def test_a_quantised_target_whose_logits_depend_on_the_step_is_named_by_its_export(quantised, pair):
     """Heads of more than 128 numbers."""
-    assert quantised.notes == ()
+    assert not any("attention heads" in note for note in quantised.notes)
     for head_dim, told in [(128, 0), (192, 1)]:
         assert len(target_notes(replace(quantised.target_manifest, head_dim=head_dim))) == told
         assert target_notes(replace(pair.target_manifest, head_dim=head_dim)) == ()

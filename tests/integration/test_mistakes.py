@@ -196,6 +196,7 @@ def test_a_k_that_covers_the_vocabulary_is_said_to_trim_nothing(attempt, tmp_pat
     code, message = attempt(k=10_000)
     assert code == 0
     assert "nothing is trimmed" in message
+    assert "the drafter reads 100% of what its target reads" in message
     assert not (tmp_path / "out" / "drafter" / "vocab_map.safetensors").exists()
 
 

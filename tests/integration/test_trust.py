@@ -158,7 +158,7 @@ def test_weights_outside_the_bundle_are_not_opened(location, drafter, monkeypatc
     entry.value = location
     path.write_bytes(graph.SerializeToString())
     sign(drafter)
-    monkeypatch.setattr("engines.ort.engine.open_session", lambda *_: pytest.fail("it was opened"))
+    monkeypatch.setattr("engines.ort.session.open_session", lambda *_: pytest.fail("it was opened"))
     with pytest.raises(VocabtrimError, match="which is not inside the bundle"):
         load_engine(drafter)
 

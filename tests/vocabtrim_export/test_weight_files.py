@@ -76,3 +76,13 @@ def test_a_models_own_code_does_not_run(tmp_path, monkeypatch):
     with pytest.raises(VocabtrimError):
         sources.load_source(str(tmp_path), torch.float32)
     assert not mark.exists()
+
+
+def test_a_known_architecture_with_code_of_its_own_says_so(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = {"auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}}
+    (tmp_path / "config.json").write_text(json.dumps(config | own))
+    (note,) = sources.load_source(str(tmp_path), torch.float32).notes
+    assert "auto_map" in note

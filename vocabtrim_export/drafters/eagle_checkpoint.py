@@ -49,7 +49,7 @@ def load_head(spec: str, target: Source) -> HeadSource:
         notes.append(f"{spec} has no d2t: its rows are taken for the tokens of t2d, in ascending order")
     parts = [*(file_digest(file) for file in names), target.digest]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return HeadSource(spec, model, target.tokenizer, digest, config.kind, ids, layers, tuple(notes))
+    return HeadSource(spec, model, target.tokenizer, digest, config.kind, ids, layers, notes=tuple(notes))
 
 
 def _array(tensor: Tensor | None) -> NDArray[np.generic] | None:

@@ -86,4 +86,4 @@ def load_medusa(spec: str, target: Source) -> HeadSource:
     model = assemble(spec, "medusa", lambda: MedusaHeads(MedusaConfig(**config, **sizes)), read_tensors(names), target)
     digest = hashlib.sha256("\n".join([*map(file_digest, files), target.digest]).encode()).hexdigest()
     rows, features = np.arange(target.vocab_size), (int(text.num_hidden_layers),)
-    return HeadSource(spec, model, target.tokenizer, digest, "medusa", rows, features, ())
+    return HeadSource(spec, model, target.tokenizer, digest, "medusa", rows, features)

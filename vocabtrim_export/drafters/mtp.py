@@ -89,7 +89,7 @@ def load_mtp(found: MtpTensors, target: Source) -> HeadSource:
     digest = hashlib.sha256(f"mtp\n{target.digest}".encode()).hexdigest()
     rows, features = np.arange(target.vocab_size), (int(text.num_hidden_layers),)
     name = f"{target.name}, multi-token-prediction layer"
-    return HeadSource(name, model, target.tokenizer, digest, "mtp", rows, features, notes)
+    return HeadSource(name, model, target.tokenizer, digest, "mtp", rows, features, notes=notes)
 
 
 def _renamed(style: re.Pattern[str], names: list[str]) -> dict[str, str]:

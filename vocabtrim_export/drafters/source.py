@@ -33,13 +33,11 @@ class HeadSource(Source):
     """A head with its target's tokenizer. The digest covers the head's files and the target's.
 
     row_token_ids: int64[rows], the token of each row of the LM head. feature_layers: of the target, that it reads.
-    notes: what a user should know about the checkpoint.
     """
 
     kind: Kind
     row_token_ids: NDArray[np.int64]
     feature_layers: tuple[int, ...]
-    notes: tuple[str, ...]
 
     def rows_of(self, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of these tokens, all of which have one."""

@@ -15,8 +15,8 @@ from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
 from vocabtrim_export.drafters.source import HeadSource
 from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.lowering.quantize import Quantization
-from vocabtrim_export.pipeline import context_length
 from vocabtrim_export.random_weights.models import HEAD_SHAPES, SHAPES, random_head, random_source
+from vocabtrim_export.sources.rotation import context_length
 from vocabtrim_export.sources.source import DTYPES, Source
 from vocabtrim_export.tracing.trace import Traced, trace
 
@@ -59,7 +59,7 @@ def random_bundles(settings: RandomSettings, directory: Path, progress: Progress
     target, drafter = _sources(settings)
     _check_rows(drafter, settings.drafter_rows)
     for source in (target, drafter):
-        context_length(source, settings.max_length)
+        context_length(source.name, source.model, settings.max_length)
     plans = _plans(target, drafter, settings)
     missing = [name for name in plans if not _is_whole(directory / name)]
     twins = _twins(plans, missing)

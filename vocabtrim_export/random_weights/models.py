@@ -128,7 +128,7 @@ def random_head(shape: HeadShape, target: Source) -> HeadSource:
     _fill(model)
     model.generation_config = target.model.generation_config
     ids = np.arange(shape.rows)
-    return HeadSource(_name(shape), model, target.tokenizer, _digest(shape), "eagle3", ids, shape.feature_layers, ())
+    return HeadSource(_name(shape), model, target.tokenizer, _digest(shape), "eagle3", ids, shape.feature_layers)
 
 
 def _name(shape: Shape | HeadShape) -> str:

@@ -4,29 +4,43 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
 from engines.bundle.read import file_digest
 from engines.bundle.tokenizer import tokenizer_digest
+from engines.bundle.typed_json import read
 from engines.errors import VocabtrimError
-from vocabtrim_export.drafters.detect import head_kind
 from vocabtrim_export.sources.gguf_extras import rope_parameters, without_additions
+from vocabtrim_export.sources.locate import locate
 from vocabtrim_export.sources.quantized_checkpoints import dense_weights, is_readable
-from vocabtrim_export.sources.weight_files import PICKLES, count_weights, pickled
+from vocabtrim_export.sources.refusals import check_architecture
+from vocabtrim_export.sources.text_models import (
+    is_multimodal,
+    multimodal_note,
+    text_config,
+    text_tensor_names,
+    text_weights,
+)
+from vocabtrim_export.sources.unread_tensors import check_unread
+from vocabtrim_export.sources.weight_files import count_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _MOST_RATIO = 16  # a checkpoint may pack several weights in a number
@@ -34,12 +48,13 @@ _MOST_RATIO = 16  # a checkpoint may pack several weights in a number
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A loaded model with its tokenizer. digest: sha256 over its weight files."""
+    """A loaded model with its tokenizer. digest: sha256 over its weight files. notes: what the user should know."""
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     digest: str
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def backend(self) -> Tokenizer:
@@ -66,45 +81,90 @@ def load_source(spec: str, dtype: torch.dtype) -> Source:
     """Load MODEL in `dtype`. Raises `VocabtrimError` with what is wrong with it."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    files, where, options = _locate(spec)
+    files, where, options = locate(spec)
     weights = sum(count_weights(file) for file in files)
     options["trust_remote_code"] = False  # never a question on the terminal, never a model's own code
+    notes: tuple[str, ...] = ()
     try:
-        if files and "gguf_file" not in options:
-            _check_size(spec, where, options, weights)
+        if "gguf_file" in options:
+            loaded: Any = _load_gguf(where, files[0], dtype, options)
+        else:
+            config = _read_config(spec, where)
+            text = text_config(spec, config)
+            check_architecture(spec, text)
+            _check_size(spec, text, weights)
+            loaded = _load(where, files, dtype, config, text)
+            notes = (multimodal_note(spec, text),) if is_multimodal(config, text) else ()
+            notes += _own_code_note(spec, config)
         tokenizer: Any = AutoTokenizer.from_pretrained(where, **options)
-        loaded: Any = _load(where, files, dtype, options)
     except VocabtrimError:
         raise
     except Exception as error:  # transformers and huggingface_hub raise many kinds
         raise VocabtrimError(f"cannot load {spec}: {_first_line(error)}") from error
     model, loading = loaded
     if "gguf_file" in options:
+        check_architecture(spec, model.config)
         tokenizer = without_additions(tokenizer, model.get_input_embeddings().weight.shape[0])
     _forget_quantization(model)
-    _check(spec, model, tokenizer)
     if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
         raise VocabtrimError(f"the weights of {spec} do not fit its config.json: no usable {missing[0]} among them")
-    return Source(spec, model.eval(), tokenizer, _digest(spec, files, model))
+    notes += check_unread(spec, loading["unexpected_keys"], int(model.config.num_hidden_layers))
+    _check(spec, model, tokenizer)
+    return Source(spec, model.eval(), tokenizer, _digest(files), notes=notes)
 
 
-def _load(where: str, files: list[Path], dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
-    """(model, what was missing), of a quantised checkpoint by its dense weights."""
+def _read_config(spec: str, where: str) -> PreTrainedConfig:
+    """The configuration in the directory `where`, of an architecture that transformers itself has."""
+    raw = read(Path(where) / "config.json")
+    stated = raw.get("model_type") if isinstance(raw, dict) else None
+    if stated and stated not in CONFIG_MAPPING:
+        if "auto_map" in raw:
+            raise VocabtrimError(f"{spec} ({stated}) brings its own code (auto_map in config.json), which is never run")
+        raise VocabtrimError(f"{spec}: transformers {transformers_version} has no architecture {stated!r}")
+    config: PreTrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    return config
+
+
+def _own_code_note(spec: str, config: PreTrainedConfig) -> tuple[str, ...]:
+    """A note where a checkpoint of a known architecture brings a model class of its own."""
+    if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        return ()
+    return (
+        f"{spec} brings its own code (auto_map in config.json), which is not run: it is read as transformers' own "
+        f"{config.model_type}",
+    )
+
+
+def _load_gguf(where: str, file: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
+    """(model, transformers' account of the tensors)."""
     how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    if "gguf_file" in options:
-        if turned := rope_parameters(files[0]):
-            how["config"] = AutoConfig.from_pretrained(where, **options)
-            how["config"].rope_parameters = turned
-        return AutoModelForCausalLM.from_pretrained(where, **how, **options)
-    config: Any = AutoConfig.from_pretrained(where, **options)
-    quantization = getattr(config, "quantization_config", None)
-    if not files or not isinstance(quantization, dict) or not is_readable(quantization):
-        return AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **how, **options)
-    del config.quantization_config
-    with torch.device("meta"):
-        kind: Any = type(AutoModelForCausalLM.from_config(config))
-    weights = dense_weights(files, quantization, dtype)
-    model, loading = kind.from_pretrained(None, config=config, state_dict=weights, **how)
+    if turned := rope_parameters(file):
+        how["config"] = AutoConfig.from_pretrained(where, **options)
+        how["config"].rope_parameters = turned
+    return AutoModelForCausalLM.from_pretrained(where, **how, **options)
+
+
+def _load(where: str, files: list[Path], dtype: torch.dtype, config: PreTrainedConfig, text: PreTrainedConfig) -> Any:
+    """(model, transformers' account of the tensors), of a quantised checkpoint by its dense weights and of a
+    multimodal one by its text model's."""
+    how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    quantization: Any = getattr(config, "quantization_config", None)
+    is_quantized = isinstance(quantization, dict) and is_readable(quantization)
+    multimodal = is_multimodal(config, text)
+    if not is_quantized and not multimodal:
+        return AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **how)
+    if is_quantized:
+        weights = dense_weights(files, quantization, dtype)
+        if multimodal:
+            weights = {name: weights[stored] for stored, name in text_tensor_names(weights).items()}
+    else:
+        weights = text_weights(files)
+    if hasattr(text, "quantization_config"):
+        del text.quantization_config
+    if "lm_head.weight" not in weights and getattr(config, "tie_word_embeddings", False):
+        text.tie_word_embeddings = True  # the whole's rule holds for a head that the whole has
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+    model, loading = kind.from_pretrained(None, config=text, state_dict=weights, **how)
     if (Path(where) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(where)
     return model, loading
@@ -135,46 +195,8 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _locate(spec: str) -> tuple[list[Path], str, dict[str, Any]]:
-    """The weight files of a local MODEL (none for a hub id), and how transformers is to open it."""
-    path = Path(spec).expanduser()
-    if path.is_file():
-        if path.suffix in PICKLES:
-            raise pickled(path)
-        if path.suffix != ".gguf":
-            raise VocabtrimError(f"{spec} is a file but no .gguf: give the directory that holds config.json")
-        return [path], str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        return _locate_directory(path)
-    if spec.count("/") > 1 or spec.startswith((".", "/", "~")) or spec.endswith(".gguf"):
-        raise VocabtrimError(f"no model at {spec}: the path does not exist")
-    return [], spec, {}
-
-
-def _locate_directory(path: Path) -> tuple[list[Path], str, dict[str, Any]]:
-    if head_kind(str(path.absolute())):
-        raise VocabtrimError(f"{path} is a head and no model: give it as --drafter, with its --target")
-    weights = sorted(path.glob("*.safetensors"))
-    if (path / "config.json").is_file() and weights:
-        return weights, str(path), {}
-    ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return ggufs, str(path), {"gguf_file": ggufs[0].name}
-    if ggufs:
-        raise VocabtrimError(f"{path} holds {len(ggufs)} .gguf files: name one of them")
-    for pickle in sorted(file for file in path.iterdir() if file.suffix in PICKLES):
-        raise pickled(pickle)
-    if any(path.glob("*.onnx")):
-        raise VocabtrimError(
-            f"{path} holds an ONNX model: as a --drafter it can be trimmed, here the original weights are needed"
-        )
-    missing = ".safetensors weights" if (path / "config.json").is_file() else "config.json"
-    raise VocabtrimError(f"{path} is not a model directory: it has no {missing}")
-
-
-def _check_size(spec: str, where: str, options: Mapping[str, Any], weights: int) -> None:
+def _check_size(spec: str, config: PreTrainedConfig, weights: int) -> None:
     """Refuse a config.json that asks for far more weights than there are, before they are allocated."""
-    config = AutoConfig.from_pretrained(where, **options)
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(config)
     wanted = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -208,10 +230,9 @@ def _check(spec: str, model: PreTrainedModel, tokenizer: Any) -> None:
         raise VocabtrimError(f"{spec} ({model.config.model_type}) has no linear LM head to trim")
 
 
-def _digest(spec: str, files: list[Path], model: PreTrainedModel) -> str:
-    """sha256 over the weight files' own digests; of a hub model, over its id and the commit it was fetched at."""
-    parts = [file_digest(file) for file in files] or [spec, str(getattr(model.config, "_commit_hash", None))]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+def _digest(files: list[Path]) -> str:
+    """sha256 over the weight files' own digests."""
+    return hashlib.sha256("\n".join(map(file_digest, files)).encode()).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -22,6 +22,7 @@ from engines.bundle.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
 from engines.errors import VocabtrimError
 from vocabtrim_export.drafters.base import FeatureHead
 from vocabtrim_export.tracing.composites import DOMAIN, Norm, Rope, composites, rotary_modules
+from vocabtrim_export.tracing.failure import untraceable
 
 OPSET = 20
 
@@ -55,8 +56,7 @@ def trace(
     except VocabtrimError:
         raise
     except Exception as error:  # whatever the model's own code or torch.export raises
-        cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise VocabtrimError(f"cannot trace a {model.config.model_type} model: {cause[0]}") from error
+        raise untraceable(model, error) from error
     _check_attention(graph, model)
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     weights |= {f"model.{name}": tensor for name, tensor in model.named_buffers()}
@@ -229,7 +229,9 @@ def _check_attention(graph: ir.Model, model: PreTrainedModel) -> None:
     layers = sorted(node.attributes["layer"].as_int() for node in nodes)
     expected = list(range(model.config.get_text_config().num_hidden_layers))
     if layers != expected:
+        how = "several times" if len(nodes) > len(expected) else "in code of its own"
         raise VocabtrimError(
-            f"a {model.config.model_type} model cannot be exported: {len(layers)} of its {len(expected)} layers use "
-            "transformers' attention interface once"
+            f"a {model.config.model_type} model cannot be exported: transformers computes the attention of its layers "
+            f"{how}, and the export replaces one call of the common attention interface per layer; give another "
+            "architecture"
         )

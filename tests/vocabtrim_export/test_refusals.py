@@ -1,0 +1,45 @@
+"""What cannot be exported is refused by its configuration, in words that name the kind of architecture."""
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.sources.refusals import check_architecture
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "cause"),
+    [
+        ("mamba", {}, "recurrent state"),
+        ("qwen3_next", {}, "recurrent state"),
+        ("mixtral", {}, "mixture of experts"),
+        ("qwen3_moe", {}, "mixture of experts"),
+        ("gpt_oss", {}, "mixture of experts"),
+        ("bloom", {}, "ALiBi"),
+        ("falcon", {"alibi": True}, "ALiBi"),
+        ("t5", {}, "encoder-decoder"),
+        ("bert", {}, "bidirectional"),
+        ("gemma3n_text", {}, "KV caches of earlier ones"),
+        ("vit", {}, "no language model"),
+    ],
+)
+def test_an_architecture_that_cannot_be_exported(architecture, changes, cause):
+    with pytest.raises(VocabtrimError, match=cause) as caught:
+        check_architecture("MODEL", CONFIG_MAPPING[architecture](**changes))
+    assert str(caught.value).startswith("MODEL")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("llama", {}),
+        ("qwen3", {}),
+        ("gemma3_text", {}),
+        ("bert", {"is_decoder": True}),
+        ("phi3", {}),
+        ("gpt2", {}),  # its is_decoder is false in every checkpoint
+    ],
+)
+def test_an_architecture_that_can(architecture, changes):
+    check_architecture("MODEL", CONFIG_MAPPING[architecture](**changes))

@@ -1,0 +1,72 @@
+"""The text model of a multimodal checkpoint computes the whole's logits for a text, in every family's layout."""
+
+import pytest
+import torch
+import transformers
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.sources.source import load_source
+from vocabtrim_export.sources.text_models import text_config
+
+TEXT = {
+    "vocab_size": 448,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+SIGHT = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+QWEN_SIGHT = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
+FAMILIES = {
+    "gemma3": {"text_config": TEXT, "vision_config": SIGHT, "mm_tokens_per_image": 4, "image_token_index": 440},
+    "llava": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": SIGHT | {"model_type": "clip_vision_model"},
+        "image_token_index": 440,
+    },
+    "mistral3": {
+        "text_config": TEXT | {"model_type": "mistral"},
+        "vision_config": SIGHT | {"model_type": "pixtral", "head_dim": 16},
+        "image_token_index": 440,
+    },
+    "qwen2_5_vl": {"text_config": TEXT | {"rope_parameters": SECTIONS}, "vision_config": QWEN_SIGHT},
+    "qwen3_vl": {
+        "text_config": TEXT | {"rope_parameters": SECTIONS},
+        "vision_config": QWEN_SIGHT | {"deepstack_visual_indexes": [0]},
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_model_of_a_multimodal_checkpoint(family, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[family](**FAMILIES[family])
+    whole = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    source = load_source(str(tmp_path), torch.float32)
+    assert "multimodal" in " ".join(source.notes)
+    ids = torch.randint(0, 400, (1, 24), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        wanted = whole(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        torch.testing.assert_close(source.model(ids).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_text_model_that_transformers_has_only_inside_the_whole():
+    with pytest.raises(VocabtrimError, match="multimodal model whose text model"):
+        text_config("MODEL", transformers.CONFIG_MAPPING["mllama"]())

@@ -1,0 +1,206 @@
+"""Architectures that cannot be exported, recognised by what their configuration says before any weight is read."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from engines.errors import VocabtrimError
+
+Config: TypeAlias = PreTrainedConfig
+ModelClass: TypeAlias = type[PreTrainedModel]
+
+_PLAIN_LAYERS = {"full_attention", "sliding_attention", "attention"}
+_OTHER_LAYERS = {"chunked_attention": "chunks", "indexed_attention": "index", "compressed_sparse_attention": "index"}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One kind of architecture. matches: whether a language model of this configuration and class is of the kind.
+
+    what: the kind, as it follows "is". why: what stands against its export. instead: what to give.
+    """
+
+    what: str
+    why: str
+    matches: Callable[[Config, ModelClass], bool]
+    instead: str = "give a decoder-only model with plain attention in every layer, such as Llama, Qwen3 or Gemma 3"
+
+
+def check_architecture(spec: str, config: PreTrainedConfig) -> None:
+    """Refuse what cannot be exported by its configuration alone.
+
+    Args:
+        spec: MODEL as the user gave it.
+        config: the language model's own configuration; of a multimodal checkpoint its text model's.
+
+    Raises:
+        VocabtrimError: one line that names the kind of architecture, why it cannot be exported and what to give.
+    """
+    if config.is_encoder_decoder:
+        raise _error(spec, config, _ENCODER_DECODER)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        raise VocabtrimError(
+            f"{spec} is no language model: transformers has none for {config.model_type}; give a causal language model"
+        )
+    for refusal in REFUSALS:
+        if refusal.matches(config, kind):
+            raise _error(spec, config, refusal)
+
+
+def _error(spec: str, config: PreTrainedConfig, refusal: Refusal) -> VocabtrimError:
+    return VocabtrimError(f"{spec} ({config.model_type}) is {refusal.what}: {refusal.why}; {refusal.instead}")
+
+
+def _layer_types(config: Config) -> set[str]:
+    return {str(kind) for kind in getattr(config, "layer_types", None) or ()}
+
+
+def _keeps_a_state(config: Config, kind: ModelClass) -> bool:
+    """transformers marks the classes whose cache it cannot rewind itself; a layer without attention is of them, too."""
+    others = _layer_types(config) - _PLAIN_LAYERS - _OTHER_LAYERS.keys()
+    return bool(getattr(kind, "_is_stateful", False) or others)
+
+
+def _is_bidirectional(config: Config, kind: ModelClass) -> bool:
+    """The classes that can be an encoder as well build either mask; others only inherit the flag."""
+    builds_either = "create_bidirectional_mask" in inspect.getsource(sys.modules[kind.__module__])
+    is_encoder = builds_either and getattr(config, "is_decoder", None) is False
+    return is_encoder or getattr(config, "use_bidirectional_attention", None) in (True, "all")
+
+
+def _has_experts(config: Config, kind: ModelClass) -> bool:
+    """A class that runs its experts through transformers' common interface or picks tokens by indices."""
+    modeling = sys.modules[kind.__module__]
+    if config.model_type in _TRACED_EXPERTS or getattr(config, "enable_moe_block", None) is False:
+        return False
+    configs = [config, getattr(config, "ffn_config", None)]
+    count = max((getattr(each, name, None) or 0 for each in configs for name in _EXPERTS), default=0)
+    return count > 1 or (hasattr(modeling, "use_experts_implementation") and "MoE" in kind.__name__)
+
+
+_TRACED_EXPERTS = {"jetmoe"}  # its experts are products of split rows, which a graph can hold
+
+
+def _has_latent_values(config: Config, _kind: ModelClass) -> bool:
+    if getattr(config, "kv_lora_rank", None) is None:
+        return False
+    keys = (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
+    return keys != getattr(config, "v_head_dim", None)
+
+
+def _has_alibi(config: Config, _kind: ModelClass) -> bool:
+    nested = getattr(config, "attn_config", None)
+    flags = (getattr(config, "alibi", None), getattr(nested, "alibi", None))
+    return any(flag is True for flag in flags) or config.model_type == "bloom"
+
+
+def _has_relative_bias(config: Config, _kind: ModelClass) -> bool:
+    names = ("position_bias_num_buckets", "relative_max_distance", "relative_attention_num_buckets", "clamp_len")
+    return any(getattr(config, name, None) is not None for name in names)
+
+
+def _has_sinks(_config: Config, kind: ModelClass) -> bool:
+    return "s_aux" in inspect.getsource(sys.modules[kind.__module__])
+
+
+def _shares_caches(config: Config, _kind: ModelClass) -> bool:
+    return bool(getattr(config, "num_kv_shared_layers", None))
+
+
+def _caches_differ(config: Config, _kind: ModelClass) -> bool:
+    changes: Any = config.to_dict().get("per_layer_config") or {}
+    sizes = {"head_dim", "num_key_value_heads"}
+    return any(not sizes.isdisjoint(changed) for changed in changes.values())
+
+
+def _owns_its_attention(_config: Config, kind: ModelClass) -> bool:
+    return not hasattr(sys.modules[kind.__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+_ENCODER_DECODER = Refusal(
+    "an encoder-decoder model",
+    "its decoder reads what an encoder makes of the prompt, and only a decoder by itself can be exported",
+    lambda config, _kind: bool(config.is_encoder_decoder),
+    "give a decoder-only model",
+)
+REFUSALS = (
+    Refusal(
+        "a byte-level model with patches",
+        "it has no tokens, so there is no vocabulary to trim",
+        lambda config, _kind: hasattr(config, "patcher_config"),
+    ),
+    Refusal(
+        "a speech model",
+        "its text is one stream beside those of its audio codes",
+        lambda config, _kind: getattr(config, "audio_vocab_size", None) is not None,
+        "give a language model",
+    ),
+    Refusal(
+        "a bidirectional encoder",
+        "each of its tokens sees those behind it (is_decoder is not true in config.json), so it cannot continue a text",
+        _is_bidirectional,
+        "give a model trained as a decoder",
+    ),
+    Refusal(
+        "a model with a recurrent state (state space, linear attention or convolution layers)",
+        "the state of its layers cannot be rewound when drafted tokens are rejected",
+        _keeps_a_state,
+    ),
+    Refusal(
+        "a mixture of experts",
+        "each token picks its own expert matrices, which the exported graphs cannot do yet",
+        _has_experts,
+        "give a dense model, such as the same family's without experts",
+    ),
+    Refusal(
+        "a model with attention sinks",
+        "the learned sink beside its keys is not part of the exported attention yet",
+        _has_sinks,
+    ),
+    Refusal(
+        "a model with multi-head latent attention",
+        "its keys and values have different sizes, which the bundles' KV cache cannot hold",
+        _has_latent_values,
+    ),
+    Refusal(
+        "a model with sparse or chunked attention",
+        "its layers choose which earlier tokens they attend to, which the exported attention cannot do",
+        lambda config, _kind: bool(_layer_types(config) & _OTHER_LAYERS.keys()),
+    ),
+    Refusal(
+        "a model with ALiBi positions",
+        "the exported attention has no bias that grows with distance",
+        _has_alibi,
+    ),
+    Refusal(
+        "a model with relative position biases",
+        "the exported attention has no bias that depends on distance",
+        _has_relative_bias,
+    ),
+    Refusal(
+        "a model whose last layers read the KV caches of earlier ones",
+        "every exported layer has a KV cache of its own",
+        _shares_caches,
+    ),
+    Refusal(
+        "a model whose layers have KV caches of different shapes",
+        "the bundles' KV cache has one shape for all layers",
+        _caches_differ,
+    ),
+    Refusal(
+        "a model with attention code of its own",
+        "transformers does not compute its attention through the interface that the export replaces",
+        _owns_its_attention,
+    ),
+    Refusal(
+        "a model that counts positions by itself",
+        "its code takes no position_ids, so it cannot continue from a KV cache outside of transformers",
+        lambda _config, kind: "position_ids" not in inspect.signature(kind.forward).parameters,
+    ),
+)

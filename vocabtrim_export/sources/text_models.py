@@ -1,0 +1,94 @@
+"""The language model inside a multimodal checkpoint: its configuration and its tensors, by the names it has alone."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+from engines.errors import VocabtrimError
+
+# Text models that transformers registers only inside a multimodal one, and the language model that they are: on text
+# alone their three-dimensional positions are the plain ones.
+_SAME_AS = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen2_5_omni_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+}
+_PREFIX = re.compile(r"^(?:thinker\.)?(?:model\.)?(?:language_model|text_model)\.(?:model\.)?")
+_HEAD = re.compile(r"^(?:thinker\.)?(?:model\.)?(?:language_model\.|text_model\.)?lm_head\.")
+_OTHER_PARTS = re.compile(
+    r"^(?:thinker\.)?(?:model\.)?(?:vision|visual|image|img|audio|multi_modal|mm_|connector|embed_vision|embed_audio"
+    r"|patch|aligner|vit|vqmodel|video|qformer|query_tokens|language_projection|perceiver|sam_|talker|token2wav|code2wav)"
+)
+
+
+def text_config(spec: str, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the language model in `config`: itself, or its text model's where it is multimodal.
+
+    Raises:
+        VocabtrimError: transformers cannot run that text model by itself.
+    """
+    try:
+        text = config.get_text_config(decoder=True)
+    except ValueError:  # several: an encoder-decoder of different models
+        return config
+    if text is config or text in (None, config):
+        return config
+    if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return text
+    if text.model_type in _SAME_AS:
+        return _as_language_model(text)
+    raise VocabtrimError(
+        f"{spec} ({config.model_type}) is a multimodal model whose text model ({text.model_type}) transformers cannot "
+        "run by itself: give a model whose text model is a known one, such as Llama, Qwen3 or Gemma 3"
+    )
+
+
+def is_multimodal(config: PreTrainedConfig, text: PreTrainedConfig) -> bool:
+    """Whether `text`, from `text_config`, is a part of `config`."""
+    return text is not config
+
+
+def multimodal_note(spec: str, text: PreTrainedConfig) -> str:
+    return f"{spec} is multimodal: its text model ({text.model_type}) is exported, for prompts of text alone"
+
+
+def text_tensor_names(names: Iterable[str]) -> dict[str, str]:
+    """The language model's tensors of a multimodal checkpoint: their names there → their names in the model alone.
+
+    Those of vision and audio towers and their projectors are left out; what is of neither kind keeps its name.
+    """
+    renamed = {}
+    for name in names:
+        if _HEAD.match(name):
+            renamed[name] = _HEAD.sub("lm_head.", name)
+        elif _PREFIX.match(name):
+            renamed[name] = _PREFIX.sub("model.", name)
+        elif not _OTHER_PARTS.match(name):
+            renamed[name] = name
+    return renamed
+
+
+def text_weights(files: Iterable[Path]) -> dict[str, Tensor]:
+    """The language model's tensors of the .safetensors `files`; the rest is not read."""
+    weights = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for stored, name in text_tensor_names(opened.keys()).items():
+                weights[name] = opened.get_tensor(stored)
+    return weights
+
+
+def _as_language_model(text: PreTrainedConfig) -> PreTrainedConfig:
+    kind: Any = CONFIG_MAPPING[_SAME_AS[text.model_type]]
+    settings = {name: value for name, value in text.to_dict().items() if name != "model_type"}
+    rope = dict(settings.get("rope_parameters") or {})
+    rope.pop("mrope_section", None)
+    rope.pop("mrope_interleaved", None)
+    rope["rope_type"] = "default" if rope.get("rope_type") in (None, "mrope") else rope["rope_type"]
+    return kind(**settings | {"rope_parameters": rope})  # type: ignore[no-any-return]
