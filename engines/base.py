@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
@@ -76,6 +77,7 @@ class Engine(ABC):
 
     cache: identifies the memory of the KV cache. Engines of one model may share it (see `load_engine`); then what one
     of them fed, the others can `adopt`.
+    tokenizer_file: the bundle's `tokenizer.json`, None where there is none.
     device: where it runs, "cpu" or "cuda".
     max_keep: positions that one run can predict after. unrolled: tokens that `draft` gives (γ), 0 if it gives none.
     max_draft: tokens that it can draft one after another; None: as many as the cache holds.
@@ -85,9 +87,10 @@ class Engine(ABC):
 
     device: Device = "cpu"
 
-    def __init__(self, manifest: Manifest, vocab_map: VocabMap | None) -> None:
+    def __init__(self, manifest: Manifest, vocab_map: VocabMap | None, tokenizer_file: Path | None = None) -> None:
         self.manifest = manifest
         self.vocab_map = vocab_map
+        self.tokenizer_file = tokenizer_file
         self.capacity = manifest.context_length
         self.length = 0
         self.cache: object = object()

@@ -141,8 +141,12 @@ class SpeculativeDecoder:
                 "shorten it, or export with a longer context"
             )
         vocab_size = self.target.manifest.vocab_size
-        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            raise VocabtrimError(f"the prompt has token ids outside the target's vocabulary of {vocab_size}")
+        if outside := [token for token in token_ids if not 0 <= token < vocab_size]:
+            token = self.tokenizer.backend.id_to_token(outside[0]) if self.tokenizer and outside[0] >= 0 else None
+            raise VocabtrimError(
+                f"the prompt has the token id {outside[0]}{f' ({token})' if token else ''}, for which the target has "
+                f"no row: its ids are 0 to {vocab_size - 1}; leave it out"
+            )
         return token_ids
 
     def close(self) -> None:

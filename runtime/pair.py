@@ -1,6 +1,9 @@
 """Whether two engines belong together, and how far one may draft for the other."""
 
+import numpy as np
+
 from engines.base import MAX_KEEP, Engine
+from engines.bundle.vocabulary import Vocabulary, shared_tokens
 from engines.errors import VocabtrimError
 
 DEFAULT_DRAFT_LENGTH = 4
@@ -33,13 +36,33 @@ def check_pair(target: Engine, drafter: Engine | None) -> None:
         return
     if drafter is target:
         raise VocabtrimError("target and drafter are one engine: load the bundle twice, each needs its own cache")
-    if drafter.manifest.tokenizer != manifest.tokenizer:
-        raise VocabtrimError("the drafter was made for another tokenizer than the target's: export it for this target")
+    _check_tokens(target, drafter)
     if drafter.features_read:
         _check_features(target, drafter)
     if drafter.vocab_map and drafter.vocab_map.kept_token_ids[-1] >= manifest.vocab_size:
         raise VocabtrimError(
             f"the drafter keeps token ids beyond the target's vocabulary of {manifest.vocab_size}: export it again"
+        )
+
+
+def _check_tokens(target: Engine, drafter: Engine) -> None:
+    """The tokens that both have must mean the same, and those that the drafter can propose must be the target's."""
+    if drafter.manifest.tokenizer == target.manifest.tokenizer:
+        return
+    if target.tokenizer_file is None or drafter.tokenizer_file is None:
+        raise VocabtrimError("the drafter was made for another tokenizer than the target's: export it for this target")
+    sides = [Vocabulary.load(side.tokenizer_file, side.manifest.vocab_size) for side in (target, drafter)]  # type: ignore
+    try:
+        shared = shared_tokens(*sides)
+    except VocabtrimError as error:
+        raise VocabtrimError(f"the drafter cannot draft for this target: {error}") from error
+    kept = np.fromiter(sides[1].tokens, np.int64)
+    if drafter.vocab_map is not None:
+        kept = drafter.vocab_map.kept_token_ids
+    if foreign := np.setdiff1d(kept, shared.token_ids).size:
+        raise VocabtrimError(
+            f"the drafter can propose {foreign} tokens that the target does not have or that mean something else to "
+            "it: export it for this target"
         )
 
 

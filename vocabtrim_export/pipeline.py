@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.bundle.read import Kind, Manifest, Role
@@ -19,6 +21,7 @@ from vocabtrim_export.drafters.detect import head_kind
 from vocabtrim_export.drafters.eagle_checkpoint import load_head
 from vocabtrim_export.drafters.medusa import MedusaHeads, load_medusa
 from vocabtrim_export.drafters.mtp import find_mtp, load_mtp
+from vocabtrim_export.drafters.shared_tokens import differing_note, proposable_tokens
 from vocabtrim_export.drafters.source import HeadSource
 from vocabtrim_export.formats import check_formats, write_formats
 from vocabtrim_export.formats.exported import Exported
@@ -103,7 +106,8 @@ def export(
         _check_head(drafter, target, settings)
     given = read_calibration(settings.calibration.calibration)
     sources = _load(drafter, target, settings.weights_dtype, progress)
-    notes = _fit(sources, settings)  # refuses before the long work
+    shared = proposable_tokens(sources["drafter"], sources.get("target", sources["drafter"]))
+    notes = (*_fit(sources, settings), *differing_note(shared))  # refuses before the long work
     with reserved(output):
         check_output(output, names, settings.force)  # again: a killed run's bundles may be whole by now
         counts = count_tokens(
@@ -113,7 +117,7 @@ def export(
             output / COUNTS_NAME,
             lambda done, total: progress("calibrate", done, total),
         )
-        selection = _select(counts, sources, settings.k)
+        selection = _select(counts, sources, settings.k, shared.token_ids)
         with placing([output / name for name in names]) as directories:
             places = dict(zip(roles, directories, strict=False))
             manifests = _write_bundles(places, sources, selection, counts, settings, progress)
@@ -202,10 +206,6 @@ def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> d
     if target:
         same = target == drafter
         sources["target"] = sources["drafter"] if same else load_source(target, DTYPES[dtype])
-        if sources["drafter"].tokenizer_digest != sources["target"].tokenizer_digest:
-            raise VocabtrimError(
-                f"{drafter} and {target} have different vocabularies: a drafter must share its target's tokenizer"
-            )
     progress("load", 1, 1)
     return sources
 
@@ -219,15 +219,11 @@ def _fit(sources: Mapping[Role, Source], settings: ExportSettings) -> tuple[str,
     return tuple(notes)
 
 
-def _select(counts: TokenCounts, sources: Mapping[Role, Source], k: str) -> Selection:
+def _select(counts: TokenCounts, sources: Mapping[Role, Source], k: str, available: NDArray[np.int64]) -> Selection:
     always: set[int] = set()
     for source in sources.values():
         always |= structural_token_ids(source.tokenizer, source.model.generation_config, source.tokenizer.chat_template)
-    limit = min(source.vocab_size for source in sources.values())
-    drafter = sources["drafter"]
-    available = drafter.row_token_ids if isinstance(drafter, HeadSource) else None
-    counts = counts.resized(drafter.vocab_size)
-    return select_vocab(counts, k, always_keep=always, vocab_limit=limit, available=available)
+    return select_vocab(counts, k, always_keep=always, full_vocab=sources["drafter"].vocab_size, available=available)
 
 
 def _plan(

@@ -12,7 +12,8 @@ from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.corpus import Message
 from vocabtrim_export.calibration.counts import TokenCounts
-from vocabtrim_export.calibration.prompts import encode, eos_token_ids, render_chat
+from vocabtrim_export.calibration.prompts import encode, render_chat
+from vocabtrim_export.sources.end_tokens import eos_token_ids
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -28,7 +29,7 @@ class Selection:
     """The chosen map and what is known about it.
 
     coverage: share of the held-out tokens that are kept; None where nothing was held out.
-    requested_coverage: what K was to reach, if it was given so; only `vocab_limit` can keep `coverage` below it.
+    requested_coverage: what K was to reach, if it was given so; only `available` can keep `coverage` below it.
     counted, always_kept, filler: rows seen in the counts that choose; rows of `always_keep`; rows that are neither,
     there only because K asks for them. The first two may overlap.
     is_noop: every token is kept, nothing is trimmed.
@@ -48,7 +49,7 @@ def select_vocab(
     k: str | int,
     *,
     always_keep: Iterable[int],
-    vocab_limit: int | None = None,
+    full_vocab: int | None = None,
     available: NDArray[np.int64] | None = None,
 ) -> Selection:
     """Keep the K tokens counted most often.
@@ -58,13 +59,14 @@ def select_vocab(
     too short a calibration shows as a large K, not as a coverage that was asked for and not had.
     always_keep: ids kept before all others. Then come counted ids, ties by the smaller id; then, as filler, the rest
     by id: BPE numbers tokens in the order of its merges, so a smaller id is likely the more frequent one.
-    vocab_limit: ids from here up are never kept, nor is `always_keep` among them.
-    available: int64[n], the only ids that can be kept, where the head lacks rows already; None for all.
+    full_vocab: rows of the drafter's embedding, where the counts are of a model with another number; None: that of the
+    counts. Ids from there up are never kept, nor is `always_keep` among them.
+    available: int64[n], the only ids that can be kept: those with a row in the head and a token that means the same to
+    the target; None for all.
     Raises `VocabtrimError` for a K that is no such number, or too small for `always_keep`.
     """
-    limit = min(counts.full_vocab, counts.full_vocab if vocab_limit is None else vocab_limit)
-    if limit < 1:
-        raise VocabtrimError(f"the vocabulary limit must be positive, not {vocab_limit}")
+    limit = counts.full_vocab if full_vocab is None else full_vocab
+    counts = counts.resized(max(limit, counts.full_vocab))
     always = np.unique(np.fromiter((token for token in always_keep if 0 <= token < limit), np.int64))
     rank = _rank(counts.counts[:limit], always)
     if available is not None:
@@ -82,13 +84,13 @@ def select_vocab(
     held_out = int(counts.held_out.sum())
     seen = counts.counts[kept] > 0
     return Selection(
-        vocab_map=VocabMap.from_ids(kept, counts.full_vocab),
+        vocab_map=VocabMap.from_ids(kept, limit),
         coverage=int(counts.held_out[kept].sum()) / held_out if held_out else None,
         requested_coverage=requested,
         counted=int(seen.sum()),
         always_kept=len(always),
         filler=int((~seen[len(always) :]).sum()),
-        is_noop=kept_rows == counts.full_vocab,
+        is_noop=kept_rows == limit,
     )
 
 

@@ -24,6 +24,7 @@ from engines.bundle.manifest import (
     Role,
     TensorRT,
 )
+from engines.bundle.tokenizer import TOKENIZER_NAME
 from engines.bundle.typed_json import MAX_BYTES
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
@@ -61,6 +62,11 @@ class Bundle:
     path: Path
     manifest: Manifest
     vocab_map: VocabMap | None
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """`tokenizer.json`, None where the bundle has none."""
+        return self.path / TOKENIZER_NAME if TOKENIZER_NAME in self.manifest.files else None
 
 
 def read_bundle(path: str | Path) -> Bundle:

@@ -97,7 +97,7 @@ class OnnxRuntimeEngine(Engine):
     def __init__(
         self, bundle: Bundle, session: ort.InferenceSession, shared: "OnnxRuntimeEngine | None" = None
     ) -> None:
-        super().__init__(bundle.manifest, bundle.vocab_map)
+        super().__init__(bundle.manifest, bundle.vocab_map, bundle.tokenizer_file)
         self._source, self._session = bundle, session
         self._caches: dict[str, ort.OrtValue] = dict(shared._caches) if shared else self._allocate_caches()
         self.cache = shared.cache if shared else self.cache

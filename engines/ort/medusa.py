@@ -19,7 +19,7 @@ class MedusaEngine(Engine):
     """
 
     def __init__(self, bundle: Bundle, session: ort.InferenceSession) -> None:
-        super().__init__(bundle.manifest, bundle.vocab_map)
+        super().__init__(bundle.manifest, bundle.vocab_map, bundle.tokenizer_file)
         self._source, self._session = bundle, session
         self.features_read = bundle.manifest.feature_size
         self._dtype = numpy_dtype(session.get_inputs()[0].type)

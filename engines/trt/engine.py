@@ -80,7 +80,7 @@ class StaticEngine(Engine):
     """
 
     def __init__(self, bundle: Bundle, executor: Executor) -> None:
-        super().__init__(bundle.manifest, bundle.vocab_map)
+        super().__init__(bundle.manifest, bundle.vocab_map, bundle.tokenizer_file)
         assert bundle.manifest.tensorrt is not None
         self._plans: TensorRT = bundle.manifest.tensorrt
         self._executor = executor

@@ -186,8 +186,8 @@ FILES = (
         "No model's own code runs",
         "remote code is allowed",
         "vocabtrim_export/sources/source.py",
-        'options["trust_remote_code"] = False',
-        'options["trust_remote_code"] = True',
+        '{"trust_remote_code": False}',
+        '{"trust_remote_code": True}',
         "tests/vocabtrim_export/test_weight_files.py -k own_code",
     ),
     Mutation(

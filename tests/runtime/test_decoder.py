@@ -102,8 +102,8 @@ def test_a_prompt_is_text_a_chat_or_ids(make_target, tokenizer):
     [
         ([], {}, "empty"),
         (range(16), {}, "16 tokens .* holds 16"),
-        ([48], {}, "outside"),
-        ([-1], {}, "outside"),
+        ([48], {}, "48, for which the target has no row"),
+        ([-1], {}, "-1, for which the target has no row"),
         ([3], {"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
 )

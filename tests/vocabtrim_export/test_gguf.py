@@ -41,22 +41,25 @@ def halves(weight):
 def gguf_file(tmp_path, tokenizer):
     """gguf_file(kind of a tensor's name, rope_factors, **metadata) → a file, and the weights that it stands for."""
 
-    def make(kind_of, rope_factors=None, scaling=None):
+    def make(kind_of, rope_factors=None, scaling=None, extra=(), heads=HEADS, says=lambda writer: None):
         generator = np.random.default_rng(0)
         path, wanted = tmp_path / "model.gguf", {}
         writer = gguf.GGUFWriter(path, "llama")
-        describe(writer, tokenizer)
+        describe(writer, tokenizer, heads)
+        says(writer)
+        for name, numbers in dict(extra).items():
+            writer.add_tensor(name, numbers)
         if scaling:
             writer.add_rope_scaling_type(scaling)
             writer.add_rope_scaling_factor(4.0)
         if rope_factors is not None:
             writer.add_tensor("rope_freqs.weight", rope_factors)
 
-        def matrix(name, there, rows, order=lambda weight: weight):
+        def matrix(name, there, rows, order=lambda weight: weight, columns=HIDDEN):
             kind = kind_of(name)
-            blocks = random_blocks(kind, rows, HIDDEN, generator)
+            blocks = random_blocks(kind, rows, columns, generator)
             writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
-            wanted[there] = order(dense(kind, blocks, HIDDEN))
+            wanted[there] = order(dense(kind, blocks, columns))
 
         def norm(name, there):
             wanted[there] = generator.normal(1, 0.2, HIDDEN).astype(np.float32)
@@ -68,7 +71,9 @@ def gguf_file(tmp_path, tokenizer):
         for layer in range(LAYERS):
             for name, (there, rows) in SHAPES.items():
                 order = halves if name in ("attn_q", "attn_k") else lambda weight: weight
-                matrix(f"blk.{layer}.{name}.weight", f"model.layers.{layer}.{there}.weight", rows, order)
+                rows = heads * HEAD if name == "attn_q" else rows
+                columns = heads * HEAD if name == "attn_output" else HIDDEN
+                matrix(f"blk.{layer}.{name}.weight", f"model.layers.{layer}.{there}.weight", rows, order, columns)
             for name, there in NORMS.items():
                 norm(f"blk.{layer}.{name}.weight", f"model.layers.{layer}.{there}.weight")
         for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
@@ -79,12 +84,12 @@ def gguf_file(tmp_path, tokenizer):
     return make
 
 
-def describe(writer, tokenizer):
+def describe(writer, tokenizer, heads=HEADS):
     writer.add_block_count(LAYERS)
     writer.add_context_length(256)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(HIDDEN)
-    writer.add_head_count(HEADS)
+    writer.add_head_count(heads)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_rope_dimension_count(HEAD)
     writer.add_rope_freq_base(10000.0)
@@ -178,3 +183,69 @@ def test_a_rotation_that_would_be_lost_is_refused(given, message, gguf_file):
     path, _ = gguf_file(lambda _: "Q8_0", **given)
     with pytest.raises(VocabtrimError, match=message):
         load_source(str(path), torch.float32)
+
+
+def biases(sizes):
+    return {
+        f"blk.{layer}.{name}.bias": np.linspace(-1, 1, size, dtype=np.float32)
+        for layer in range(LAYERS)
+        for name, size in sizes.items()
+    }
+
+
+def test_attention_biases_are_read_and_one_that_the_file_lacks_is_zero(gguf_file):
+    sizes = {"attn_q": HIDDEN, "attn_k": KV_HEADS * HEAD, "attn_v": KV_HEADS * HEAD}
+    path, _ = gguf_file(lambda _: "Q8_0", extra=biases(sizes))
+    layer = load_source(str(path), torch.float32).model.model.layers[1].self_attn
+    given = torch.linspace(-1, 1, KV_HEADS * HEAD)
+    torch.testing.assert_close(layer.v_proj.bias.detach(), given)
+    torch.testing.assert_close(layer.k_proj.bias.detach(), torch.from_numpy(halves(given.numpy())))
+    assert not layer.o_proj.bias.any()
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q_norm.weight", "blk.1.ffn_gate_inp.weight", "side.weight"])
+def test_a_tensor_that_nothing_reads_is_named(name, gguf_file):
+    path, _ = gguf_file(lambda _: "Q8_0", extra={name: np.ones(HEAD, np.float32)})
+    with pytest.raises(VocabtrimError, match=f"nothing reads {name} in "):
+        load_source(str(path), torch.float32)
+
+
+def test_a_head_of_another_size_than_the_models_width_over_its_heads(gguf_file):
+    """Eight heads of 64 numbers in a model that is 256 wide: the file says so by `attention.key_length`."""
+    path, wanted = gguf_file(
+        lambda _: "Q8_0", heads=8, says=lambda w: (w.add_key_length(HEAD), w.add_value_length(HEAD), turn(w, None))
+    )
+    found = load_source(str(path), torch.float32).model.state_dict()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=2e-6, atol=1e-7, msg=name)
+
+
+def turn(writer, size):
+    writer.kv_data[0].pop("llama.rope.dimension_count")
+    if size is not None:
+        writer.add_rope_dimension_count(size)
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        (lambda w: w.add_logit_scale(0.5), "scales by logit_scale"),
+        (lambda w: turn(w, 32), "does not fit its own metadata"),
+        (lambda w: (turn(w, 32), w.add_key_length(HEAD)), "rotates 32 of the numbers in a head"),
+        (lambda w: (w.add_key_length(64), w.add_value_length(32)), "keys of 64 numbers and values of 32"),
+    ],
+)
+def test_a_rule_of_the_file_that_would_be_lost_is_refused(says, message, gguf_file):
+    path, _ = gguf_file(lambda _: "Q8_0", says=says)
+    with pytest.raises(VocabtrimError, match=message):
+        load_source(str(path), torch.float32)
+
+
+def test_a_split_file_is_one_line_with_the_way_to_merge_it(gguf_file):
+    path, _ = gguf_file(lambda _: "Q8_0", says=lambda w: w.add_uint16("split.count", 2))
+    parts = [path.with_name(f"m-0000{number}-of-00002.gguf") for number in (1, 2)]
+    parts[1].write_bytes(path.read_bytes())
+    path.rename(parts[0])
+    for spec in (parts[0], parts[1], parts[0].parent):
+        with pytest.raises(VocabtrimError, match=r"llama-gguf-split --merge .*m-00001-of-00002\.gguf .*m\.gguf"):
+            load_source(str(spec), torch.float32)

@@ -223,6 +223,23 @@ def test_the_command_trims_a_directory(directory, count_file, tmp_path, capsys):
     assert (out / "drafter" / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize(("kind", "code"), [("added_tokens", 0), ("vocab", 2)])
+def test_an_added_token_alone_may_lack_a_column(kind, code, directory, tmp_path, capsys):
+    """As an image's does in the text model of a Gemma 3."""
+    path = directory / "tokenizer.json"
+    said = json.loads(path.read_text())
+    if kind == "vocab":
+        said["model"]["vocab"]["image"] = 448
+    else:
+        said["added_tokens"].append(said["added_tokens"][-1] | {"id": 448, "content": "<image>"})
+    path.write_text(json.dumps(said))
+    text = tmp_path / "text.txt"
+    text.write_text("a <image> b\n" * 20)
+    given = ["--calibration", str(text), "--calibration-source", "text", "--output", str(tmp_path / "out")]
+    assert main(["export", "--drafter", str(directory), "--k", "192", *given]) == code
+    assert ("has ids up to 448, its head 448 columns" in capsys.readouterr().err) == (code == 2)
+
+
 def test_mistakes_are_one_line(directory, count_file, tmp_path, capsys):
     given = ["export", "--drafter", str(directory), "--k", "192", "--output", str(tmp_path / "out")]
     for options, message in [

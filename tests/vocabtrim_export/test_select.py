@@ -28,7 +28,7 @@ def token_counts(counts, held_out=None):
 @given(tables, tables, ids, st.integers(1, 400), st.integers(100, FULL))
 def test_what_is_kept_beats_what_is_cut(counts, held_out, always, k, limit):
     always = frozenset(sorted(always)[:k])
-    chosen = select_vocab(token_counts(counts, held_out), k, always_keep=always, vocab_limit=limit)
+    chosen = select_vocab(token_counts(counts, held_out), k, always_keep=always, full_vocab=limit)
     kept = chosen.vocab_map.kept_token_ids.tolist()
     assert len(kept) == min(-(-k // 64) * 64, limit)
     assert max(kept) < limit
@@ -43,7 +43,8 @@ def test_what_is_kept_beats_what_is_cut(counts, held_out, always, k, limit):
     assert chosen.always_kept == len(kept_always)
     total = sum(held_out)
     assert chosen.coverage == (sum(held_out[token] for token in kept) / total if total else None)
-    assert chosen.is_noop == (len(kept) == FULL)
+    assert chosen.is_noop == (len(kept) == limit)
+    assert chosen.vocab_map.full_vocab == limit
 
 
 @settings(deadline=None, max_examples=60)

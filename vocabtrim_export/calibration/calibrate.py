@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.corpus import Corpus, Document
 from vocabtrim_export.calibration.counts import CalibrationRun, TokenCounts, is_held_out
-from vocabtrim_export.calibration.prompts import encode, encode_prompts, eos_token_ids
+from vocabtrim_export.calibration.prompts import encode, encode_prompts
+from vocabtrim_export.sources.end_tokens import eos_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -125,7 +126,7 @@ def _fresh_counts(
     from engines.bundle.tokenizer import tokenizer_digest
 
     run = CalibrationRun(source, corpus.digest, seed, corpus=corpus.source)
-    vocab_size = len(tokenizer)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
     if model is not None:
         vocab_size = model.config.get_text_config().vocab_size  # the head's rows, padding included
         run = replace(
@@ -206,12 +207,14 @@ def _sample(
     run: CalibrationRun,
     on_step: Callable[[int], None],
 ) -> list[NDArray[np.int64]]:
-    """The tokens that `model` continues each document's prompt with; none where the prompt has no token."""
+    """The tokens that `model` continues each document's prompt with; none where the prompt has no token, or one that
+    the model has no row for."""
     from vocabtrim_export.calibration.generate import NO_TOKEN, generate_batch
 
     prompts = [ids[-run.max_prompt_tokens :] for ids in encode_prompts(tokenizer, documents)]
     tokens = [np.empty(0, np.int64)] * len(documents)
-    rows = [row for row, prompt in enumerate(prompts) if prompt]
+    known = model.config.get_text_config().vocab_size  # an added token, as an image's, may have no row in the model
+    rows = [row for row, prompt in enumerate(prompts) if prompt and max(prompt) < known]
     if rows:
         generated = generate_batch(
             model,

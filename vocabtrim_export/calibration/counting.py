@@ -59,7 +59,7 @@ def count_tokens(
     """The sum of earlier counts, or a calibration that writes `checkpoint` as it goes."""
     if given.corpus is None:
         counts = reduce(add, given.counts)
-        if any(counts.tokenizer_digest != source.tokenizer_digest for source in sources.values()):
+        if counts.tokenizer_digest not in {source.tokenizer_digest for source in sources.values()}:
             raise VocabtrimError("the token counts were made with another tokenizer than the model's: calibrate again")
         return counts
     how = settings.calibration_source or ("target" if "target" in sources else "drafter")

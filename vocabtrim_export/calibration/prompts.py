@@ -7,7 +7,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.corpus import Document, Message
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 
 def encode_prompts(tokenizer: "PreTrainedTokenizerFast", documents: Sequence[Document]) -> list[list[int]]:
@@ -69,10 +69,3 @@ def render_chat(
             return render([Message(rest[0].role, f"{system.content}\n\n{rest[0].content}"), *rest[1:]])
     except TemplateError as error:
         raise VocabtrimError(f"the tokenizer's chat template cannot render a conversation: {error}") from error
-
-
-def eos_token_ids(tokenizer: "PreTrainedTokenizerFast", generation_config: "GenerationConfig | None") -> frozenset[int]:
-    """Every id that ends a generation: the generation config's (one, several or none) and the tokenizer's own."""
-    configured = getattr(generation_config, "eos_token_id", None)
-    listed = configured if isinstance(configured, list | tuple) else [configured]
-    return frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None)

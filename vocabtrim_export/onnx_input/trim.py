@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from engines.bundle.graph_file import GraphFile
 from engines.bundle.read import MODEL_NAME, VOCAB_MAP_NAME, file_digest
 from engines.bundle.tokenizer import tokenizer_digest
+from engines.bundle.vocabulary import Vocabulary
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.calibration import TokenCounts, calibrate
@@ -75,13 +76,13 @@ def trim_onnx(
     source = _open(Path(drafter).expanduser())
     model = ir.load(source.graph)
     head = find_head(model)
-    highest = max(source.tokenizer.get_vocab().values())
-    if highest >= head.vocab:
-        raise VocabtrimError(f"the tokenizer of {drafter} has ids up to {highest}, its head {head.vocab} columns")
+    beyond = Vocabulary.of(source.tokenizer.backend_tokenizer, head.vocab).beyond
+    if beyond is not None:
+        raise VocabtrimError(f"the tokenizer of {drafter} has ids up to {beyond}, its head {head.vocab} columns")
     with reserved(output):
         counts = _count(source, given, calibration, output / COUNTS_NAME, progress)
         always = structural_token_ids(source.tokenizer, source.generation_config, source.tokenizer.chat_template)
-        selection = select_vocab(counts.resized(head.vocab), k, always_keep=always)
+        selection = select_vocab(counts, k, always_keep=always, full_vocab=head.vocab)
         before = _bytes(head.product)
         cut_head(model, head, selection.vocab_map)
         after = _bytes(head.product)

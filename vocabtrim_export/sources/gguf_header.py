@@ -1,74 +1,163 @@
-"""The header of a `.gguf` file, walked before anybody allocates what it claims: counts, lengths, shapes and places."""
+"""The header of a `.gguf` file, read without believing what it claims: counts, lengths, shapes and places."""
 
 import math
+import mmap
+import re
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
+
+import numpy as np
 
 from engines.errors import VocabtrimError
 
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value by its type
-_UINT32, _STRING, _ARRAY = 4, 8, 9
-_SHAPE = ("block_count", "embedding_length", "feed_forward_length")  # below their product no decoder stays
+_NUMBERS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+_STRING, _ARRAY = 8, 9
+_SHAPE = ("block_count", "embedding_length", "feed_forward_length")  # a decoder has more weights than their product
 _MOST_RATIO = 16
 _MOST_VALUES = 1 << 16  # metadata keys, or tensors
-_MOST_NAME = 1 << 16
+_MOST_ITEMS = 1 << 24  # of a list: far beyond any tokenizer
+_MOST_NAME = 1 << 16  # bytes
 _MOST_DIMENSIONS = 4
 _ALIGNMENT = 32
+_LENGTH = struct.Struct("<Q")
+_FIRST_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
-def check_gguf(path: Path) -> int:
-    """Walk the header of `path`. Returns the number of weights that its tensors hold.
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """What a `.gguf` file says before its weights.
 
-    Raises `VocabtrimError` for a file that is no GGUF of version 2 or 3, and for one whose header claims what the
-    file is too short for.
+    metadata: values by key: numbers, booleans, strings, lists of strings and arrays of numbers.
+    tensors: number of weights by the tensor's name.
+    """
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, int]
+
+    @property
+    def weights(self) -> int:
+        """Numbers that all tensors hold together."""
+        return sum(self.tensors.values())
+
+    @property
+    def parts(self) -> int:
+        """Number of files that the model is split into."""
+        count = self.metadata.get("split.count", 1)
+        return count if isinstance(count, int) else 1
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture", ""))
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The values of the architecture's own keys, by what follows `ARCHITECTURE.`."""
+        start = f"{self.architecture}."
+        return {key.removeprefix(start): value for key, value in self.metadata.items() if key.startswith(start)}
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read the header of `path`.
+
+    Raises:
+        VocabtrimError: `path` is no GGUF of version 2 or 3, or its header claims more than the file holds.
     """
     try:
         with path.open("rb") as file:
-            return _Header(file, path).walk()
+            if file.read(4) != b"GGUF":
+                raise VocabtrimError(f"{path} is not a GGUF file: it does not begin with GGUF")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Reader(data, path).read()
     except OSError as error:
         raise VocabtrimError(f"cannot read {path}: {error.strerror}") from error
 
 
-class _Header:
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        self.file, self.path, self.size = file, path, path.stat().st_size
-        self.scalars: dict[str, int] = {}
+def check_gguf(path: Path) -> int:
+    """Returns the number of weights that the file at `path` holds.
 
-    def walk(self) -> int:
-        if self.file.read(4) != b"GGUF":
-            raise VocabtrimError(f"{self.path} is not a GGUF file: it does not begin with GGUF")
+    Raises:
+        VocabtrimError: See `read_header`; or the metadata describes a model that is far larger than the file.
+    """
+    header = read_header(path)
+    said = header.hyperparameters()
+    claimed = math.prod(value if isinstance(value := said.get(name, 0), int) else 0 for name in _SHAPE)
+    if claimed > _MOST_RATIO * header.weights and header.parts == 1:
+        raise _broken(path, f"its metadata describes a model of over {claimed} weights, it holds {header.weights}")
+    return header.weights
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file's name is that of a part of a split model."""
+    return _FIRST_PART.fullmatch(path.name) is not None
+
+
+def check_whole(header: GgufHeader) -> None:
+    """Raise `VocabtrimError`, with the way to merge them, for one of several parts of a model."""
+    if header.parts <= 1 and not is_part(header.path):
+        return
+    found = _FIRST_PART.fullmatch(header.path.name)
+    first = header.path.with_name(f"{found[1]}-00001-of-{found[3]}.gguf") if found else header.path
+    merged = header.path.with_name(f"{found[1]}.gguf") if found else header.path.with_name("merged.gguf")
+    raise VocabtrimError(
+        f"{header.path} is one part of a split model: merge the parts first, with llama.cpp's "
+        f"`llama-gguf-split --merge {first} {merged}`, and give the merged file"
+    )
+
+
+def _broken(path: Path, what: str) -> VocabtrimError:
+    return VocabtrimError(f"{path} is damaged or no GGUF file: {what}; fetch it again")
+
+
+class _Reader:
+    """A position in the mapped file, and what stands there."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data, self.path, self.size, self.at = data, path, len(data), 4
+
+    def read(self) -> GgufHeader:
         version = self.number("<I")
         if version not in (2, 3):
             raise VocabtrimError(f"{self.path} is GGUF version {version}, of which 2 and 3 can be read: convert it")
         tensors, keys = self.number("<Q"), self.number("<Q")
         if max(tensors, keys) > _MOST_VALUES:
             raise self.broken(f"it claims {tensors} tensors and {keys} metadata keys")
+        metadata: dict[str, Any] = {}
         for _ in range(keys):
             name, kind = self.text(_MOST_NAME), self.number("<I")
-            if kind == _UINT32:
-                self.scalars[name.decode("utf-8", "replace").split(".", 1)[-1]] = self.number("<I")
-            else:
-                self.skip_value(kind)
-        alignment = self.scalars.get("alignment", _ALIGNMENT)
-        if alignment < 1 or alignment & (alignment - 1):
-            raise self.broken(f"it claims an alignment of {alignment}")
+            metadata[name] = self.value(kind)
         infos = [self.tensor() for _ in range(tensors)]
-        start = -(-self.file.tell() // alignment) * alignment
+        header = GgufHeader(self.path, metadata, {name: weights for name, weights, _, _ in infos})
+        self.check_places(infos, metadata.get("general.alignment", _ALIGNMENT))
+        return header
+
+    def check_places(self, infos: list[tuple[str, int, int, int]], alignment: Any) -> None:
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self.broken(f"it claims an alignment of {alignment}")
+        start = -(-self.at // alignment) * alignment
         for tensor, _, offset, length in infos:
             if start + offset + length > self.size:
                 raise self.broken(f"the tensor {tensor} would end beyond the file")
-        weights = sum(count for _, count, _, _ in infos)
-        claimed = math.prod(self.scalars.get(name, 0) for name in _SHAPE)
-        if claimed > _MOST_RATIO * weights:
-            raise self.broken(f"its metadata describes a model of over {claimed} weights, it holds {weights}")
-        return weights
 
     def tensor(self) -> tuple[str, int, int, int]:
-        """Name, number of weights, offset and length in bytes."""
+        """Returns the name, the number of weights, and the offset and the length in bytes."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        name = self.text(_MOST_NAME).decode("utf-8", "replace")[:80]
+        name = self.text(_MOST_NAME)[:80]
         dimensions = self.number("<I")
         if dimensions > _MOST_DIMENSIONS:
             raise self.broken(f"the tensor {name} has {dimensions} dimensions")
@@ -79,45 +168,57 @@ class _Header:
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         return name, weights, offset, -(-weights // block) * block_bytes
 
-    def skip_value(self, kind: int) -> None:
+    def value(self, kind: int) -> Any:
         if kind == _STRING:
-            self.skip(self.number("<Q"))
-        elif kind == _ARRAY:
-            item, count = self.number("<I"), self.number("<Q")
-            if item == _STRING:
-                if count * 8 > self.left():
-                    raise self.broken(f"a list claims {count} strings")
-                for _ in range(count):
-                    self.skip(self.number("<Q"))
-            else:
-                self.skip(count * self.size_of(item))
-        else:
-            self.skip(self.size_of(kind))
+            return self.text(self.size)
+        if kind != _ARRAY:
+            return self.numbers(kind, 1)[0].item()
+        item, count = self.number("<I"), self.number("<Q")
+        if item != _STRING:
+            return self.numbers(item, count)
+        if count * 8 > self.left() or count > _MOST_ITEMS:
+            raise self.broken(f"a list claims {count} strings")
+        return self.texts(count)
 
-    def size_of(self, kind: int) -> int:
-        if kind not in _SIZES:  # lists of lists, which nobody writes, among them
+    def texts(self, count: int) -> list[str]:
+        """A vocabulary or its merges: hundreds of thousands of strings, each after its length."""
+        texts, data, at, last, length_at = [], self.data, self.at, self.size - 8, _LENGTH.unpack_from
+        for _ in range(count):
+            if at > last:
+                raise self.broken("it ends in the middle of a list")
+            start = at + 8
+            at = start + length_at(data, at)[0]
+            if at > last + 8:
+                raise self.broken("a string of a list would end beyond the file")
+            texts.append(data[start:at].decode("utf-8", "replace"))
+        self.at = at
+        return texts
+
+    def numbers(self, kind: int, count: int) -> Any:
+        if kind not in _NUMBERS:  # lists of lists, which nobody writes, among them
             raise self.broken(f"its metadata has a value of the unknown type {kind}")
-        return _SIZES[kind]
+        dtype = np.dtype(_NUMBERS[kind])
+        if count * dtype.itemsize > self.left() or count > _MOST_ITEMS:
+            raise self.broken(f"its metadata claims a value of {count * dtype.itemsize} bytes")
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
     def number(self, form: str) -> int:
-        data = self.file.read(struct.calcsize(form))
-        if len(data) < struct.calcsize(form):
+        if struct.calcsize(form) > self.left():
             raise self.broken("it ends in the middle of its header")
-        return int(struct.unpack(form, data)[0])
+        return int(struct.unpack(form, self.take(struct.calcsize(form)))[0])
 
-    def text(self, most: int) -> bytes:
+    def text(self, most: int) -> str:
         length = self.number("<Q")
         if length > min(most, self.left()):
             raise self.broken(f"it claims a name of {length} bytes")
-        return self.file.read(length)
+        return self.take(length).decode("utf-8", "replace")
 
-    def skip(self, length: int) -> None:
-        if length > self.left():
-            raise self.broken(f"its metadata claims a value of {length} bytes")
-        self.file.seek(length, 1)
+    def take(self, length: int) -> bytes:
+        self.at += length
+        return self.data[self.at - length : self.at]
 
     def left(self) -> int:
-        return self.size - self.file.tell()
+        return self.size - self.at
 
     def broken(self, what: str) -> VocabtrimError:
-        return VocabtrimError(f"{self.path} is damaged or no GGUF file: {what}; fetch it again")
+        return _broken(self.path, what)

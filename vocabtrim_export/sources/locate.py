@@ -1,23 +1,23 @@
 """Where a model's files are: a local directory, a `.gguf` file, or the hub."""
 
 from pathlib import Path
-from typing import Any
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.drafters.detect import head_kind
+from vocabtrim_export.sources.gguf_header import is_part
 from vocabtrim_export.sources.hub import fetch
 from vocabtrim_export.sources.unread_tensors import MERGE
 from vocabtrim_export.sources.weight_files import PICKLES, pickled
 
 
-def locate(spec: str) -> tuple[list[Path], str, dict[str, Any]]:
+def locate(spec: str) -> tuple[list[Path], str]:
     """Find the files of MODEL; a hub id's are fetched.
 
     Args:
         spec: MODEL as the user gave it: a directory, a `.gguf` file or a hub id.
 
     Returns:
-        The weight files, the directory they are in, and transformers' options for opening it.
+        The weight files and the directory they are in.
 
     Raises:
         VocabtrimError: there is no model at `spec`, or it is of a kind that is not read.
@@ -28,7 +28,7 @@ def locate(spec: str) -> tuple[list[Path], str, dict[str, Any]]:
             raise pickled(path)
         if path.suffix != ".gguf":
             raise VocabtrimError(f"{spec} is a file but no .gguf: give the directory that holds config.json")
-        return [path], str(path.parent), {"gguf_file": path.name}
+        return [path], str(path.parent)
     if path.is_dir():
         return _locate_directory(path)
     if spec.count("/") > 1 or spec.startswith((".", "/", "~")) or spec.endswith(".gguf"):
@@ -36,7 +36,7 @@ def locate(spec: str) -> tuple[list[Path], str, dict[str, Any]]:
     return _locate_directory(fetch(spec))
 
 
-def _locate_directory(path: Path) -> tuple[list[Path], str, dict[str, Any]]:
+def _locate_directory(path: Path) -> tuple[list[Path], str]:
     if head_kind(str(path.absolute())):
         raise VocabtrimError(f"{path} is a head and no model: give it as --drafter, with its --target")
     weights = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_"))
@@ -44,10 +44,10 @@ def _locate_directory(path: Path) -> tuple[list[Path], str, dict[str, Any]]:
         what = "an adapter beside full weights, which would be left out" if weights else "an adapter and no model"
         raise VocabtrimError(f"{path} holds {what}: {MERGE}")
     if (path / "config.json").is_file() and weights:
-        return weights, str(path), {}
+        return weights, str(path)
     ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return ggufs, str(path), {"gguf_file": ggufs[0].name}
+    if len(ggufs) == 1 or (ggufs and all(map(is_part, ggufs))):
+        return ggufs[:1], str(path)
     if ggufs:
         raise VocabtrimError(f"{path} holds {len(ggufs)} .gguf files: name one of them")
     for pickle in sorted(file for file in path.iterdir() if file.suffix in PICKLES):

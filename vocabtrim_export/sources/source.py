@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +27,12 @@ from transformers.utils import logging as transformers_logging
 from engines.bundle.read import file_digest
 from engines.bundle.tokenizer import tokenizer_digest
 from engines.bundle.typed_json import read
+from engines.bundle.vocabulary import Vocabulary
 from engines.errors import VocabtrimError
-from vocabtrim_export.sources.gguf_extras import rope_parameters, without_additions
+from vocabtrim_export.sources.end_tokens import add_end_tokens, eos_token_ids
+from vocabtrim_export.sources.gguf_header import check_whole, read_header
+from vocabtrim_export.sources.gguf_model import load_gguf
+from vocabtrim_export.sources.gguf_tokenizer import read_tokenizer
 from vocabtrim_export.sources.locate import locate
 from vocabtrim_export.sources.quantized_checkpoints import dense_weights, is_readable
 from vocabtrim_export.sources.refusals import check_architecture
@@ -43,6 +47,7 @@ from vocabtrim_export.sources.unread_tensors import check_unread
 from vocabtrim_export.sources.weight_files import count_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_NO_CODE = {"trust_remote_code": False}  # never a question on the terminal, never a model's own code
 _MOST_RATIO = 16  # a checkpoint may pack several weights in a number
 
 
@@ -70,47 +75,69 @@ class Source:
         return int(self.model.config.get_text_config().vocab_size)
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.of(self.backend, self.vocab_size)
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every id that ends a generation, by the generation config and the tokenizer."""
-        configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = configured if isinstance(configured, list) else [configured]
-        return tuple(sorted({int(i) for i in [*ids, self.tokenizer.eos_token_id] if i is not None}))
+        """Every id that ends a generation, ascending: `load_source` has put them all into the generation config."""
+        return tuple(sorted(eos_token_ids(self.tokenizer, self.model.generation_config)))
 
 
 def load_source(spec: str, dtype: torch.dtype) -> Source:
     """Load MODEL in `dtype`. Raises `VocabtrimError` with what is wrong with it."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    files, where, options = locate(spec)
+    files, where = locate(spec)
     weights = sum(count_weights(file) for file in files)
-    options["trust_remote_code"] = False  # never a question on the terminal, never a model's own code
-    notes: tuple[str, ...] = ()
     try:
-        if "gguf_file" in options:
-            loaded: Any = _load_gguf(where, files[0], dtype, options)
-        else:
-            config = _read_config(spec, where)
-            text = text_config(spec, config)
-            check_architecture(spec, text)
-            _check_size(spec, text, weights)
-            loaded = _load(where, files, dtype, config, text)
-            notes = (multimodal_note(spec, text),) if is_multimodal(config, text) else ()
-            notes += _own_code_note(spec, config)
-        tokenizer: Any = AutoTokenizer.from_pretrained(where, **options)
+        loaded = (
+            _load_file(files[0], dtype) if files[0].suffix == ".gguf" else _load(spec, where, files, weights, dtype)
+        )
     except VocabtrimError:
         raise
     except Exception as error:  # transformers and huggingface_hub raise many kinds
         raise VocabtrimError(f"cannot load {spec}: {_first_line(error)}") from error
-    model, loading = loaded
-    if "gguf_file" in options:
-        check_architecture(spec, model.config)
-        tokenizer = without_additions(tokenizer, model.get_input_embeddings().weight.shape[0])
+    model, tokenizer = loaded.model.eval(), loaded.tokenizer
     _forget_quantization(model)
+    _check(spec, model, tokenizer)
+    model.generation_config = model.generation_config or GenerationConfig()
+    add_end_tokens(model.generation_config, model.config.get_text_config(), tokenizer, loaded.end_token_ids)
+    return Source(spec, model, tokenizer, _digest(files), notes=loaded.notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """end_token_ids: those that a file names beside the configs' own."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    end_token_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _load_file(file: Path, dtype: torch.dtype) -> _Loaded:
+    header = read_header(file)
+    check_whole(header)
+    read = read_tokenizer(header)
+    model, notes = load_gguf(header, dtype)
+    return _Loaded(model, read.tokenizer, read.end_token_ids, (*read.notes, *notes))
+
+
+def _load(spec: str, where: str, files: list[Path], weights: int, dtype: torch.dtype) -> _Loaded:
+    """The model in the directory `where`."""
+    config = _read_config(spec, where)
+    text = text_config(spec, config)
+    check_architecture(spec, text)
+    _check_size(spec, text, weights)
+    tokenizer: Any = AutoTokenizer.from_pretrained(where, **_NO_CODE)
+    model, loading = _load_weights(where, files, dtype, config, text)
     if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
         raise VocabtrimError(f"the weights of {spec} do not fit its config.json: no usable {missing[0]} among them")
+    notes = (multimodal_note(spec, text),) if is_multimodal(config, text) else ()
+    notes += _own_code_note(spec, config)
     notes += check_unread(spec, loading["unexpected_keys"], int(model.config.num_hidden_layers))
-    _check(spec, model, tokenizer)
-    return Source(spec, model.eval(), tokenizer, _digest(files), notes=notes)
+    return _Loaded(model, tokenizer, notes=notes)
 
 
 def _read_config(spec: str, where: str) -> PreTrainedConfig:
@@ -121,7 +148,7 @@ def _read_config(spec: str, where: str) -> PreTrainedConfig:
         if "auto_map" in raw:
             raise VocabtrimError(f"{spec} ({stated}) brings its own code (auto_map in config.json), which is never run")
         raise VocabtrimError(f"{spec}: transformers {transformers_version} has no architecture {stated!r}")
-    config: PreTrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(where, **_NO_CODE)
     return config
 
 
@@ -135,16 +162,9 @@ def _own_code_note(spec: str, config: PreTrainedConfig) -> tuple[str, ...]:
     )
 
 
-def _load_gguf(where: str, file: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
-    """(model, transformers' account of the tensors)."""
-    how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    if turned := rope_parameters(file):
-        how["config"] = AutoConfig.from_pretrained(where, **options)
-        how["config"].rope_parameters = turned
-    return AutoModelForCausalLM.from_pretrained(where, **how, **options)
-
-
-def _load(where: str, files: list[Path], dtype: torch.dtype, config: PreTrainedConfig, text: PreTrainedConfig) -> Any:
+def _load_weights(
+    where: str, files: list[Path], dtype: torch.dtype, config: PreTrainedConfig, text: PreTrainedConfig
+) -> Any:
     """(model, transformers' account of the tensors), of a quantised checkpoint by its dense weights and of a
     multimodal one by its text model's."""
     how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -221,10 +241,9 @@ def _check(spec: str, model: PreTrainedModel, tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise VocabtrimError(f"{spec} has no tokenizer.json: a fast tokenizer is needed")
     rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= rows:
+    if (beyond := Vocabulary.of(tokenizer.backend_tokenizer, rows).beyond) is not None:
         raise VocabtrimError(
-            f"the tokenizer of {spec} does not match its weights: it has ids up to {highest}, the model {rows} rows"
+            f"the tokenizer of {spec} does not match its weights: it has ids up to {beyond}, the model {rows} rows"
         )
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
         raise VocabtrimError(f"{spec} ({model.config.model_type}) has no linear LM head to trim")

@@ -1,0 +1,50 @@
+"""Every id that ends a generation, whoever names it."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+_ANSWER = "vocabtrim-answer"
+_CONVERSATION = [{"role": "user", "content": "vocabtrim-question"}, {"role": "assistant", "content": _ANSWER}]
+
+
+def eos_token_ids(tokenizer: "PreTrainedTokenizerFast", *configs: Any) -> frozenset[int]:
+    """Returns what `eos_token_id` of the tokenizer and of each of `configs` names: an id, several or none."""
+    named = [tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)]
+    lists = [ids if isinstance(ids, list | tuple) else [ids] for ids in named]
+    return frozenset(int(token_id) for ids in lists for token_id in ids if token_id is not None)
+
+
+def add_end_tokens(
+    generation_config: "GenerationConfig", config: Any, tokenizer: "PreTrainedTokenizerFast", others: Iterable[int]
+) -> None:
+    """Put every id that ends a generation where calibration, selection and export look: into `generation_config`.
+
+    Args:
+        generation_config: changed in place.
+        config: the text model's; ids that its embedding has no row for are left out.
+        tokenizer: also gives the token with which its chat template ends an assistant's turn.
+        others: ids that the weight file names.
+    """
+    named = eos_token_ids(tokenizer, generation_config, config) | turn_end_token_ids(tokenizer) | frozenset(others)
+    generation_config.eos_token_id = sorted(token_id for token_id in named if token_id < config.vocab_size) or None
+
+
+def turn_end_token_ids(tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
+    """Returns the id of the special token that follows an assistant's words in a rendered conversation.
+
+    A model that was trained on such conversations says it when its answer is complete. The result is empty where no
+    special token follows, and where there is no template or it does not render a plain question and answer.
+    """
+    if not tokenizer.chat_template:
+        return frozenset()
+    try:
+        text = tokenizer.apply_chat_template(_CONVERSATION, tokenize=False)
+    except Exception:  # a template may raise anything; what it refuses here, the user's own conversation will show
+        return frozenset()
+    after = str(text).rpartition(_ANSWER)[2].lstrip()
+    first = tokenizer.encode(after, add_special_tokens=False)[:1] if after else []
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(special.intersection(first))

@@ -1,0 +1,126 @@
+"""A model from a `.gguf` file: transformers dequantises the weights; what it leaves out of the file is added here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.sources.gguf_header import GgufHeader
+from vocabtrim_export.sources.gguf_rotation import rope_parameters
+from vocabtrim_export.sources.refusals import check_architecture
+from vocabtrim_export.sources.unread_tensors import check_unread
+
+_BIASES = {"attn_q.bias": "attention_bias", "ffn_up.bias": "mlp_bias"}
+_ATTRIBUTES = ("attn_logit_softcapping", "final_logit_softcapping")
+# Gemma's 27B models divide their queries by another number than the smaller ones; the file does not say so.
+_QUERIES_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}
+# Factors that change what the model computes and that transformers does not read from a file.
+_FACTORS = ("logit_scale", "residual_scale", "embedding_scale", "attention.scale", "attention.clamp_kqv")
+
+
+def load_gguf(header: GgufHeader, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Load the weights of a file, dequantised.
+
+    Returns:
+        The model, and what the user should know about it.
+
+    Raises:
+        VocabtrimError: The file describes something that transformers would read as something else.
+    """
+    where, file = str(header.path.parent), {"gguf_file": header.path.name}
+    config: Any = AutoConfig.from_pretrained(where, **file)
+    check_architecture(str(header.path), config)
+    assumed = _correct(config, header)
+    how: dict[str, Any] = {"dtype": dtype, "config": config, "output_loading_info": True}
+    how["ignore_mismatched_sizes"] = True  # they are listed then, and refused below in one line
+    loaded: Any = AutoModelForCausalLM.from_pretrained(where, **how, **file)
+    model: PreTrainedModel = loaded[0]
+    loading: Mapping[str, Any] = loaded[1]
+    missing = [*loading["missing_keys"], *loading["mismatched_keys"]]
+    missing = [name for name in missing if not any(str(name).endswith(ending) for ending in assumed)]
+    if missing:
+        raise VocabtrimError(f"{header.path} does not fit its own metadata: no usable {missing[0]} in it")
+    _check_rotated(model, header)
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    return model, check_unread(str(header.path), _unread(model, header), layers)
+
+
+def _correct(config: Any, header: GgufHeader) -> tuple[str, ...]:
+    """Put into `config` what the file says beyond what transformers reads of it.
+
+    Returns the endings of the names of biases that the file may lack: they are zero then.
+    """
+    said = header.hyperparameters()
+    for name in _FACTORS:
+        if said.get(name, 1.0) not in (0, 1):
+            raise VocabtrimError(f"{header.path} scales by {name}, which is not read: give the original weights")
+    if rotation := rope_parameters(header):
+        config.rope_parameters = rotation
+    elif base := said.get("rope.freq_base"):
+        _turn(config, float(base))
+    _set_head_size(config, said, header)
+    for name in _ATTRIBUTES:
+        if name in said:
+            setattr(config, name, float(said[name]))
+    window = said.get("attention.sliding_window")
+    if isinstance(window, int) and 0 < window < config.max_position_embeddings and hasattr(config, "sliding_window"):
+        config.sliding_window = window
+    if (header.architecture, said.get("block_count")) in _QUERIES_BY_WIDTH:
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+    assumed: list[str] = []
+    for tensor, switch in _BIASES.items():
+        if f"blk.0.{tensor}" in header.tensors and getattr(config, switch, None) is False:
+            setattr(config, switch, True)
+            assumed += ["o_proj.bias"] if switch == "attention_bias" else []
+    return tuple(assumed)
+
+
+def _turn(config: Any, base: float) -> None:
+    """Some of transformers' tables of a file's keys lack the base of the rotation."""
+    rotation = getattr(config, "rope_parameters", None)
+    if isinstance(rotation, dict):
+        rotation = rotation.get("full_attention", rotation)
+        rotation["rope_theta"] = base
+
+
+def _set_head_size(config: Any, said: Mapping[str, Any], header: GgufHeader) -> None:
+    size, values = said.get("attention.key_length"), said.get("attention.value_length")
+    if size is None or header.architecture == "gemma4":
+        return
+    if values not in (None, size):
+        raise VocabtrimError(
+            f"{header.path} has keys of {size} numbers and values of {values}, which is not read: give the original "
+            "weights"
+        )
+    if getattr(config, "head_dim", config.hidden_size // config.num_attention_heads) != size:
+        config.head_dim = int(size)
+
+
+def _check_rotated(model: torch.nn.Module, header: GgufHeader) -> None:
+    wanted = header.hyperparameters().get("rope.dimension_count")
+    sizes = {2 * len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    if wanted and sizes and wanted not in sizes:
+        raise VocabtrimError(
+            f"{header.path} rotates {wanted} of the numbers in a head, transformers would rotate {max(sizes)}: "
+            "give the original weights"
+        )
+
+
+def _unread(model: PreTrainedModel, header: GgufHeader) -> list[str]:
+    """The file's tensors that are not in the model. Where their numbers add up, all of them are."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    held = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
+    read = {name: size for name, size in header.tensors.items() if not name.startswith("rope_")}
+    if sum(read.values()) <= sum(held.values()):
+        return []
+    architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == header.architecture)
+    names = get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    known = {"output.weight"} if header.architecture in ("falcon", "bloom") else set()  # the embedding once more
+    for name in model.state_dict():
+        start, _, ending = name.rpartition(".")
+        if there := names.get_name(start):
+            known.add(f"{there}.{ending}")
+    return sorted(read.keys() - known)

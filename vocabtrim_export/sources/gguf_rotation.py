@@ -1,0 +1,58 @@
+"""The rotation that a `.gguf` file describes, where transformers does not read it."""
+
+from typing import Any
+
+import numpy as np
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.sources.gguf_header import GgufHeader
+
+_FIRST_CONTEXT = 8192  # of Llama 3; with these three, one factor for each release says all of its rotation
+_LOW, _HIGH = 1.0, 4.0
+_BASE = 10000.0  # where a file states none
+
+
+def rope_parameters(header: GgufHeader) -> dict[str, Any] | None:
+    """The rotation of Llama 3.1 and later, which their files describe by a tensor of divisors.
+
+    Returns:
+        transformers' `rope_parameters`; None where the file has no such tensor.
+
+    Raises:
+        VocabtrimError: The file scales its rotation in another way, which transformers would not do.
+    """
+    from gguf import GGUFReader
+
+    stated = header.hyperparameters()
+    scaling = stated.get("rope.scaling.type", "none")
+    if scaling != "none":
+        raise VocabtrimError(
+            f"{header.path} scales its rotation ({scaling}), which is not read: give the original weights"
+        )
+    if not any(name.startswith("rope_") for name in header.tensors):
+        return None
+    tensors = [tensor for tensor in GGUFReader(header.path).tensors if tensor.name.startswith("rope_")]
+    base = float(stated.get("rope.freq_base", _BASE))
+    divisors = np.asarray(tensors[0].data, np.float32).ravel()
+    factor = float(divisors.max())
+    wanted = _divisors(len(divisors), base, factor)
+    if tensors[0].name != "rope_freqs.weight" or not np.allclose(divisors, wanted):
+        raise VocabtrimError(
+            f"{header.path} turns by {tensors[0].name}, not as Llama 3 does: give the original weights"
+        )
+    return {
+        "rope_type": "llama3",
+        "rope_theta": base,
+        "factor": factor,
+        "low_freq_factor": _LOW,
+        "high_freq_factor": _HIGH,
+        "original_max_position_embeddings": _FIRST_CONTEXT,
+    }
+
+
+def _divisors(half: int, base: float, factor: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Of each frequency: 1 where it turns more than `_HIGH` times in the first context, `factor` below `_LOW`."""
+    turns = _FIRST_CONTEXT / (2 * np.pi * base ** (np.arange(half) / half))
+    share = np.clip((turns - _LOW) / (_HIGH - _LOW), 0, 1)
+    made: np.ndarray[Any, np.dtype[np.float64]] = 1 / ((1 - share) / factor + share)
+    return made
