@@ -138,7 +138,8 @@ class Engine(ABC):
         """As the target: have `drafter` draft, and verify the draft, without the host in between.
 
         token_ids: what `drafter` has not been fed; the last of them is the one that the target has not been fed either.
-        sampling: None drafts greedily; else both sides sample, and the device decides what stays.
+        sampling: None drafts greedily; else both sides sample, and the device decides what stays. Rules on logits are
+        never applied: a generation that has any must not ask.
         The target then holds all of the draft, and the drafter all but its last token. An EAGLE head reads what the
         target's last call gave, where that lies. None, and nothing done, where the two cannot do this together.
         """

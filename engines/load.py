@@ -1,11 +1,15 @@
 """`load_engine`: the engine that a bundle and a device ask for."""
 
+import logging
 from pathlib import Path
 
 from engines.base import Engine
 from engines.bundle.read import FEATURES_NAME, MODEL_NAME, Bundle, Manifest, read_bundle
 from engines.errors import VocabtrimError
+from engines.generation_rules import UNSUPPORTED_NOTE
 from engines.trt.engine import StaticEngine
+
+_LOG = logging.getLogger("engines")
 
 
 def load_engine(
@@ -29,6 +33,8 @@ def load_engine(
         raise VocabtrimError(f"{path} is a bf16 bundle, which ONNX Runtime cannot run on the CPU: export it as fp32")
     if profile and (device != "cpu" or bundle.manifest.tensorrt is not None):
         raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
+    if bundle.manifest.rules.unsupported:
+        _LOG.warning("%s: %s: %s", path, UNSUPPORTED_NOTE, ", ".join(bundle.manifest.rules.unsupported))
     kind = bundle.manifest.kind
     if device == "cuda" and kind == "medusa":
         raise VocabtrimError(f"{path} holds Medusa heads, which run on the CPU only so far: use device 'cpu'")

@@ -1,27 +1,53 @@
 """`SamplingParams`: how a token is chosen, on the host as on a device."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from engines.errors import VocabtrimError
+from engines.generation_rules import GenerationRules
 
 MIN_TEMPERATURE = 1e-5  # below it float32 logits divide to infinity
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen: temperature, then top-k, then top-p, as Hugging Face's warpers apply them.
+    """How the next token is chosen: the rules on its logits, then temperature, top-k, top-p and min-p.
 
-    temperature: 0 is greedy, whatever the others say. top_k: 0 keeps all. top_p: 1 keeps all.
-    seed: of the one random generator of a generation; None takes a fresh one. Raises `VocabtrimError`.
+    The rules apply to greedy decoding as well. Their order, and that of the last four, is transformers'. Where a rule
+    is None, the model's generation config decides, as the target's bundle holds it.
+    Raises `VocabtrimError` for a value out of range.
+
+    Attributes:
+        temperature: 0 is greedy; top_k, top_p, min_p and seed then have no effect.
+        top_k: Keeps the k most likely tokens; 0 keeps all.
+        top_p: Keeps the fewest tokens that hold this probability; 1 keeps all.
+        seed: Seed of the generation's random generator; None takes a fresh one.
+        min_p: Keeps the tokens that are at least this times as likely as the most likely one; 0 keeps all.
+        repetition_penalty: See `GenerationRules`; 1 changes nothing.
+        presence_penalty: Subtracted from the logit of every token that the output (not the prompt) holds.
+        frequency_penalty: Subtracted from a token's logit for each time that the output holds it.
+        logit_bias: Added to the logits of these token ids, before the penalties.
+        no_repeat_ngram_size: See `GenerationRules`; 0 allows repetitions.
+        suppress_tokens: Token ids that are never chosen.
+        min_new_tokens: New tokens before which no EOS is chosen; replaces the config's `min_length` as well.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    no_repeat_ngram_size: int | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    min_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
@@ -34,10 +60,45 @@ class SamplingParams:
             raise VocabtrimError(f"top_p is {self.top_p}: give a probability above 0 and up to 1")
         if self.seed is not None and self.seed < 0:
             raise VocabtrimError(f"seed is {self.seed}: give 0 or more")
+        if not 0 <= self.min_p <= 1:
+            raise VocabtrimError(f"min_p is {self.min_p}: give a number from 0 (keep all tokens) to 1")
+        self._check_rules()
+        object.__setattr__(self, "logit_bias", {int(token): float(bias) for token, bias in self.logit_bias.items()})
+        if self.suppress_tokens is not None:
+            object.__setattr__(self, "suppress_tokens", tuple(int(token) for token in self.suppress_tokens))
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+    def rules(self, defaults: GenerationRules) -> GenerationRules:
+        """The rules of a target's bundle, with what is given here in their place."""
+        names = ("repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "min_new_tokens")
+        given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if "min_new_tokens" in given:  # transformers lets it override the config's min_length
+            given["min_length"] = 0
+        return replace(defaults, **given)
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raise `VocabtrimError` for a token id that a vocabulary of `vocab_size` lacks."""
+        for name, ids in (("logit_bias", self.logit_bias), ("suppress_tokens", self.suppress_tokens or ())):
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise VocabtrimError(f"{name} names token {token}: the target's ids go from 0 to {vocab_size - 1}")
+
+    def _check_rules(self) -> None:
+        self.rules(GenerationRules())  # checks what it is given
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise VocabtrimError(f"{name} is {getattr(self, name)}: give a finite number; 0 changes nothing")
+        for token, bias in self.logit_bias.items():
+            if not math.isfinite(bias):
+                raise VocabtrimError(
+                    f"logit_bias of token {token} is {bias}: give a finite number, or name it in suppress_tokens"
+                )
+        for name in ("no_repeat_ngram_size", "min_new_tokens"):
+            if (getattr(self, name) or 0) < 0:
+                raise VocabtrimError(f"{name} is {getattr(self, name)}: give 0 or more")
 
 
 @dataclass(frozen=True, slots=True)

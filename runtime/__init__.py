@@ -5,6 +5,7 @@ from engines.sampling_params import SamplingParams
 from runtime.accept import accept_forced, accept_greedy, accept_sampled
 from runtime.alarm import Collapse
 from runtime.decoder import SpeculativeDecoder
+from runtime.logprobs import TokenLogprob
 from runtime.loop import Round, decode_rounds
 from runtime.measure.bandwidth import read_bandwidth
 from runtime.measure.bench import TARGET_ONLY, bench
@@ -42,6 +43,7 @@ __all__ = [
     "SweepRow",
     "SweepSettings",
     "Token",
+    "TokenLogprob",
     "VerifyReport",
     "accept_forced",
     "accept_greedy",

@@ -95,15 +95,21 @@ class SpeculativeDecoder:
         sampling: SamplingParams = GREEDY,
         chat: bool = True,
         stop: Sequence[str] = (),
+        logprobs: int | bool | None = None,
     ) -> Generation:
         """Generate to an EOS, to a string of `stop`, to `max_new_tokens` or to the end of the context.
 
         prompt: a text becomes a user's message to the chat template if the tokenizer has one and `chat` is true, and
         is taken as it is otherwise; messages always go through the template; token ids are fed as they are.
+        sampling: how tokens are chosen; the rules of the model's generation config apply where it gives none.
+        logprobs: also return each token's log-probability under the model, see `TokenLogprob`, and those of this many
+        alternatives; True asks for no alternatives.
         Raises `VocabtrimError` for a prompt that is empty or leaves no room in the context, and for
         `max_new_tokens` below 1, and for stop strings that are empty or without a tokenizer.
         """
-        return self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, stop=stop).finish()
+        return self.stream(
+            prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, stop=stop, logprobs=logprobs
+        ).finish()
 
     def stream(
         self,
@@ -113,10 +119,16 @@ class SpeculativeDecoder:
         sampling: SamplingParams = GREEDY,
         chat: bool = True,
         stop: Sequence[str] = (),
+        logprobs: int | bool | None = None,
     ) -> Stream:
         """As `generate`, token by token: iterate over it, then ask it for `stats` or `finish()`, or let go of it."""
         if max_new_tokens < 1:
             raise VocabtrimError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
+        if isinstance(logprobs, bool):
+            logprobs = 0 if logprobs else None
+        if logprobs is not None and logprobs < 0:
+            raise VocabtrimError(f"logprobs is {logprobs}: give the number of alternatives, or 0 for none")
+        sampling.check_token_ids(self.target.manifest.vocab_size)
         if stop:
             self._require_tokenizer()
         token_ids = self.encode(prompt, chat=chat)
@@ -127,6 +139,7 @@ class SpeculativeDecoder:
             max_new_tokens=max_new_tokens,
             draft_length=self.draft_length,
             sampling=sampling,
+            logprobs=logprobs,
         )
         return Stream(self._exclusive(rounds), self.tokenizer, stop, lambda: self._alarm.collapse)
 

@@ -8,8 +8,9 @@ from typing import Literal
 from engines.base import Accepted, Engine, StepOutput
 from engines.sampling_params import SamplingParams
 from runtime.drafting import TokenReader, make_reader
+from runtime.logprobs import TokenLogprob, token_logprobs
 from runtime.profiling import DRAFTER, NO_PROFILER, TARGET, Profiler
-from runtime.rules import Forced, Greedy, Rule, Sampled
+from runtime.rules import make_rule
 
 FinishReason = Literal["stop", "length"]
 
@@ -25,6 +26,7 @@ class Round:
     prefill_seconds: reading the prompt: the target in the first round, the drafter when it first drafts.
     draft_seconds, verify_seconds: proposing tokens, and the target's call on them. seconds: the whole round.
     finish_reason: set on the last round: "stop" after an EOS, "length" at the tokens asked for or a full cache.
+    logprobs: of `tokens`, where they were asked for.
     """
 
     tokens: tuple[int, ...]
@@ -36,6 +38,7 @@ class Round:
     verify_seconds: float
     seconds: float
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 def decode_rounds(
@@ -46,6 +49,7 @@ def decode_rounds(
     max_new_tokens: int,
     draft_length: int,
     sampling: SamplingParams = GREEDY,
+    logprobs: int | None = None,
     force_accepted: int | None = None,
     profiler: Profiler = NO_PROFILER,
 ) -> Iterator[Round]:
@@ -61,7 +65,7 @@ def decode_rounds(
     """
     if force_accepted is not None and (not sampling.is_greedy or force_accepted < 0):
         raise ValueError("force_accepted is a number from 0 up, and goes with greedy decoding")
-    loop = _Loop(target, drafter, prompt, max_new_tokens, draft_length, sampling, force_accepted, profiler)
+    loop = _Loop(target, drafter, prompt, max_new_tokens, draft_length, sampling, logprobs, force_accepted, profiler)
     with profiler.span("round", length=0):
         entry = loop.prefill()
     yield entry  # never within a span: what the caller does meanwhile is not the round's
@@ -102,6 +106,7 @@ class _Loop:
         max_new_tokens: int,
         draft_length: int,
         sampling: SamplingParams,
+        logprobs: int | None,
         force_accepted: int | None,
         profiler: Profiler,
     ) -> None:
@@ -110,10 +115,8 @@ class _Loop:
         self.vocab_size = target.manifest.vocab_size
         # Forced runs have their full length: the EOS that they may meet is none that the target chose.
         self.stop = frozenset(target.manifest.eos_token_ids if force_accepted is None else ())
-        self.greedy = sampling.is_greedy
-        self.rule: Rule = Greedy() if self.greedy else Sampled(sampling, drafter, self.vocab_size)
-        if force_accepted is not None:
-            self.rule = Forced(force_accepted)
+        self.greedy, self.logprobs = sampling.is_greedy, logprobs
+        self.rule = make_rule(sampling, target, drafter, prompt, force_accepted)
         self.reader = make_reader(drafter, self.vocab_size) if drafter else None
         # A drafter of the target's own weights reads the target's keys and values: nothing to prefill or to catch up
         # on, and better ones than its own. What it writes ahead, the verification overwrites.
@@ -141,7 +144,8 @@ class _Loop:
         with self.profiler.span("accept", drafted=0):
             token = self.rule.accept([], output).next_token
         self.sequence.append(token)
-        return Round((token,), True, 0, 0, fed - start, 0.0, 0.0, perf_counter() - start, self.finish_reason)
+        times = fed - start, 0.0, 0.0, perf_counter() - start
+        return Round((token,), True, 0, 0, *times, self.finish_reason, self.logprobs_of([token], output))
 
     def round(self) -> Round:
         start = perf_counter()
@@ -168,7 +172,12 @@ class _Loop:
             move.verify_seconds,
             perf_counter() - start,
             self.finish_reason,
+            self.logprobs_of(tokens, output),
         )
+
+    def logprobs_of(self, tokens: Sequence[int], output: StepOutput) -> tuple[TokenLogprob, ...]:
+        """Nothing where none were asked for: an engine then need not hand its logits over."""
+        return () if self.logprobs is None else token_logprobs(output.logits, tokens, self.logprobs)
 
     def move(self) -> _Move:
         """Draft and verify: in one go of the device where the engines can, else one after the other."""
@@ -193,7 +202,7 @@ class _Loop:
 
     def speculate(self, reader: TokenReader, room: int) -> _Move | None:
         """One call for both engines. Not for a drafter's first tokens, which are a prompt."""
-        if reader.drafter.length == 0:
+        if reader.drafter.length == 0 or not self.rule.runs_on_device:
             return None
         unread = reader.unread(self.sequence)
         with self.profiler.span("speculate", TARGET, length=len(self.sequence)):
@@ -211,13 +220,15 @@ class _Loop:
         draft: list[int] = []
         drafter, unread = reader.drafter, reader.unread(self.sequence)
         start, is_first = perf_counter(), drafter.length == 0
-        at_once = self.greedy and not is_first and drafter.unrolled == room
+        at_once = self.greedy and self.rule.runs_on_device and not is_first and drafter.unrolled == room
         if at_once and (drafted := drafter.draft(unread)) is not None:
             return self.usable(drafted.tolist()), 0.0
         with self.profiler.span("prefill" if is_first else "catch_up", DRAFTER, tokens=len(unread)):
             output = reader.read(unread)
         prefill_seconds = perf_counter() - start if is_first else 0.0
-        while (token := self.rule.propose(output)) < self.vocab_size:  # a head padded further than the target's
+        while (token := self.rule.propose(draft, output)) is not None:
+            if token >= self.vocab_size:  # a head padded further than the target's
+                break
             draft.append(token)
             if len(draft) == room or token in self.stop:  # nothing after an EOS can be used
                 break

@@ -1,13 +1,16 @@
 """How a round proposes tokens and judges them: greedily, by sampling, or by a number given beforehand."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Accepted, Engine, StepOutput
+from engines.errors import VocabtrimError
 from engines.sampling_params import Sampling, SamplingParams
 from runtime.accept import accept_forced, accept_greedy, accept_sampled
+from runtime.logit_rules import FORBIDDEN, Columns, LogitRules, make_logit_rules
 from runtime.sampling import distribution, sample
 
 
@@ -15,22 +18,27 @@ class Rule(Protocol):
     """How a draft is proposed and judged."""
 
     @property
+    def runs_on_device(self) -> bool:
+        """Whether engines may draft and judge by themselves, as `sampling` says."""
+
+    @property
     def sampling(self) -> Sampling | None:
         """What a device needs to do both by itself; None where it takes the most likely tokens."""
 
-    def propose(self, output: StepOutput) -> int:
-        """The drafter's next token."""
+    def propose(self, draft: list[int], output: StepOutput) -> int | None:
+        """The drafter's next token after the text and `draft`; None where it has none that may be chosen."""
 
     def accept(self, draft: list[int], output: StepOutput) -> Accepted:
-        """The target's verdict; with an empty `draft`, its next token."""
+        """The target's verdict; with an empty `draft`, its next token. The text then goes on with what stays."""
 
 
 class Greedy:
     """Reads token ids only, so that an engine need not hand its logits over."""
 
+    runs_on_device = True
     sampling: Sampling | None = None
 
-    def propose(self, output: StepOutput) -> int:
+    def propose(self, draft: list[int], output: StepOutput) -> int | None:  # noqa: ARG002
         return int(output.token_ids[-1])
 
     def accept(self, draft: list[int], output: StepOutput) -> Accepted:
@@ -47,27 +55,114 @@ class Forced(Greedy):
         return accept_forced(draft, output.token_ids, self.count)
 
 
+class RuledGreedy:
+    """Takes the most likely token that `rules` leave, on both sides."""
+
+    runs_on_device = False
+    sampling: Sampling | None = None
+
+    def __init__(self, rules: LogitRules, drafter: Engine | None, vocab_size: int) -> None:
+        self.rules, self.columns = rules, Columns(vocab_size)
+        self.head = DrafterHead(drafter, vocab_size)
+
+    def propose(self, draft: list[int], output: StepOutput) -> int | None:
+        head = self.head
+        row = self.rules.apply(output.logits[-1, : head.columns.width], draft, head.columns)
+        best = int(row.argmax())
+        return None if row[best] == FORBIDDEN else head.token(best)
+
+    def accept(self, draft: list[int], output: StepOutput) -> Accepted:
+        logits, chosen = output.logits, list[int]()
+        for i in range(len(draft) + 1):
+            row = require_choice(self.rules.apply(logits[i], draft[:i], self.columns))
+            chosen.append(int(row.argmax()))
+            if draft[i : i + 1] != chosen[-1:]:  # nothing behind it is needed
+                break
+        accepted = accept_greedy(draft, np.array(chosen))
+        self.rules.extend([*draft[: accepted.count], accepted.next_token])
+        return accepted
+
+
 class Sampled:
     """Keeps the distribution behind each proposed token until the draft is judged."""
 
-    def __init__(self, params: SamplingParams, drafter: Engine | None, vocab_size: int) -> None:
+    def __init__(
+        self, params: SamplingParams, rules: LogitRules | None, drafter: Engine | None, vocab_size: int
+    ) -> None:
         self.sampling = Sampling(params, np.random.default_rng(params.seed))
-        self.vocab_map = drafter.vocab_map if drafter else None
-        # Head rows of tokens that the target lacks (padding) can never be accepted: leave them out of q.
-        kept = self.vocab_map.kept_token_ids if self.vocab_map else None
-        self.rows = vocab_size if kept is None else int(kept.searchsorted(vocab_size))
+        self.rules, self.runs_on_device = rules, rules is None
+        self.columns, self.head = Columns(vocab_size), DrafterHead(drafter, vocab_size)
         self.q: list[NDArray[np.float32]] = []
 
-    def propose(self, output: StepOutput) -> int:
-        q = self.warped(output.logits[-1, : self.rows])
+    def propose(self, draft: list[int], output: StepOutput) -> int | None:
+        row = output.logits[-1, : self.head.columns.width]
+        if self.rules:
+            row = self.rules.apply(row, draft, self.head.columns)
+            if row.max() == FORBIDDEN:
+                return None
+        q = self.warped(row)
         self.q.append(q)
-        row = sample(q, self.sampling.rng)
-        return int(self.vocab_map.kept_token_ids[row]) if self.vocab_map else row
+        return self.head.token(sample(q, self.sampling.rng))
 
     def accept(self, draft: list[int], output: StepOutput) -> Accepted:
         logits, q, self.q = output.logits, self.q, []
-        return accept_sampled(draft, q, lambda i: self.warped(logits[i]), self.vocab_map, self.sampling.rng)
+
+        def p(i: int) -> NDArray[np.float32]:
+            if self.rules is None:
+                return self.warped(logits[i])
+            return self.warped(require_choice(self.rules.apply(logits[i], draft[:i], self.columns)))
+
+        accepted = accept_sampled(draft, q, p, self.head.vocab_map, self.sampling.rng)
+        if self.rules:
+            self.rules.extend([*draft[: accepted.count], accepted.next_token])
+        return accepted
 
     def warped(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         probabilities: NDArray[np.float32] = distribution(logits[None], self.sampling.params)[0]
         return probabilities
+
+
+class DrafterHead:
+    """Which tokens the rows of a drafter's head are.
+
+    Rows of tokens that the target lacks (padding) can never be accepted: `columns` leaves them out.
+    """
+
+    def __init__(self, drafter: Engine | None, vocab_size: int) -> None:
+        self.vocab_map = drafter.vocab_map if drafter else None
+        kept = self.vocab_map.kept_token_ids if self.vocab_map else None
+        width = vocab_size if kept is None else int(kept.searchsorted(vocab_size))
+        self.columns = Columns(width, self.vocab_map)
+
+    def token(self, row: int) -> int:
+        return int(self.vocab_map.kept_token_ids[row]) if self.vocab_map else row
+
+
+def make_rule(
+    params: SamplingParams,
+    target: Engine,
+    drafter: Engine | None,
+    prompt: Sequence[int],
+    force_accepted: int | None = None,
+) -> Rule:
+    """The rule of one generation after `prompt`.
+
+    The rules on logits are those of the target's bundle, where `params` give none. Forced acceptance measures times
+    alone and applies none. Raises `VocabtrimError` for token ids that the target lacks.
+    """
+    if force_accepted is not None:
+        return Forced(force_accepted)
+    vocab_size = target.manifest.vocab_size
+    rules = make_logit_rules(params, target.manifest, prompt)
+    if not params.is_greedy:
+        return Sampled(params, rules, drafter, vocab_size)
+    return RuledGreedy(rules, drafter, vocab_size) if rules else Greedy()
+
+
+def require_choice(row: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`row` of logits, if it leaves a token to choose. Raises `VocabtrimError`."""
+    if row.max() == FORBIDDEN:
+        raise VocabtrimError(
+            "the rules forbid every token: relax suppress_tokens, no_repeat_ngram_size or bad_words_ids"
+        )
+    return row

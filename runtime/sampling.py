@@ -17,7 +17,8 @@ def distribution(logits: NDArray[np.float32], params: SamplingParams) -> NDArray
 
     The same set survives as in transformers' `TemperatureLogitsWarper`, `TopKLogitsWarper` (which keeps ties with the
     k-th logit) and `TopPLogitsWarper` (the fewest tokens that hold `top_p` of what top-k left; of equal ones the
-    smaller id). Raises `VocabtrimError` for logits that are not finite, `ValueError` for greedy `params`.
+    smaller id) and `MinPLogitsWarper`. A logit of −inf is a token that must not be chosen. Raises `VocabtrimError` for
+    logits that are not finite, `ValueError` for greedy `params`.
     """
     if params.is_greedy:
         raise ValueError("greedy decoding has no distribution: take the most likely token")
@@ -56,6 +57,9 @@ def _warp(row: NDArray[np.float32], params: SamplingParams, result: NDArray[np.f
     np.exp(weights, out=weights)
     if params.top_p < 1:
         inside = _top_p(weights, params.top_p)
+        kept, weights = inside if kept is None else kept[inside], weights[inside]
+    if params.min_p > 0:  # the highest weight is 1
+        inside = np.flatnonzero(weights >= params.min_p)
         kept, weights = inside if kept is None else kept[inside], weights[inside]
     weights /= float(weights.sum())
     if kept is not None:

@@ -7,6 +7,7 @@ from typing import Any
 from engines.bundle.tokenizer import Tokenizer
 from engines.errors import VocabtrimError
 from runtime.alarm import Collapse
+from runtime.logprobs import TokenLogprob
 from runtime.loop import FinishReason, Round
 from runtime.stats import Stats, summarize
 from runtime.stop_strings import StopStrings
@@ -17,10 +18,12 @@ class Token:
     """One generated token and the text that it completes.
 
     "" for a special one, within an unfinished character, and while a stop string may have begun.
+    logprob: None where none were asked for.
     """
 
     id: int
     text: str
+    logprob: TokenLogprob | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +33,14 @@ class Generation:
     text: without special tokens, and without the stop string; "" where the decoder has no tokenizer.
     token_ids: with the EOS, or up to the token that completes a stop string, if there is one.
     finish_reason: "stop" at an EOS or a stop string, "length" at `max_new_tokens` or at the end of the context.
+    logprobs: of `token_ids`, one each; None where none were asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     stats: Stats
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for `json.dumps`."""
@@ -80,7 +85,8 @@ class Stream(Iterator[Token]):
         if last is None or last.finish_reason is None:
             raise VocabtrimError("this generation broke off with an error: start another")
         token_ids = tuple(token for entry in self._past for token in entry.tokens)
-        return Generation(self._text, token_ids, last.finish_reason, self.stats)
+        logprobs = tuple(each for entry in self._past for each in entry.logprobs) or None
+        return Generation(self._text, token_ids, last.finish_reason, self.stats, logprobs)
 
     def _run(self, rounds: Iterator[Round]) -> Iterator[Token]:
         for entry in rounds:
@@ -90,10 +96,14 @@ class Stream(Iterator[Token]):
                 piece, stopped = self._stop.push(self._decode(token_id, is_last), is_last)
                 self._text += piece
                 if stopped:  # what the round gave beyond it never was
-                    kept = entry.tokens[:count]
-                    accepted = min(entry.accepted, count)
-                    self._past[-1] = replace(entry, tokens=kept, accepted=accepted, finish_reason="stop")
-                yield Token(token_id, piece)
+                    self._past[-1] = replace(
+                        entry,
+                        tokens=entry.tokens[:count],
+                        accepted=min(entry.accepted, count),
+                        finish_reason="stop",
+                        logprobs=entry.logprobs[:count],
+                    )
+                yield Token(token_id, piece, entry.logprobs[count - 1] if entry.logprobs else None)
                 if stopped:
                     return
 

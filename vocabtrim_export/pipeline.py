@@ -25,6 +25,7 @@ from vocabtrim_export.drafters.shared_tokens import differing_note, proposable_t
 from vocabtrim_export.drafters.source import HeadSource
 from vocabtrim_export.formats import check_formats, write_formats
 from vocabtrim_export.formats.exported import Exported
+from vocabtrim_export.generation_rules import rule_notes
 from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.lowering.quantize import Quantization
 from vocabtrim_export.selection import Selection, check_k, select_vocab, structural_token_ids
@@ -107,7 +108,8 @@ def export(
     given = read_calibration(settings.calibration.calibration)
     sources = _load(drafter, target, settings.weights_dtype, progress)
     shared = proposable_tokens(sources["drafter"], sources.get("target", sources["drafter"]))
-    notes = (*_fit(sources, settings), *differing_note(shared))  # refuses before the long work
+    notes = (*_fit(sources, settings), *differing_note(shared))  # refuses before the long work, as the next line does
+    notes += rule_notes(sources["target"].model.generation_config, settings.formats) if target else ()
     with reserved(output):
         check_output(output, names, settings.force)  # again: a killed run's bundles may be whole by now
         counts = count_tokens(

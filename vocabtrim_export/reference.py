@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from engines.bundle.read import Manifest
 from engines.errors import VocabtrimError
 from runtime.verification.teacher_forcing import Predict
+from vocabtrim_export.generation_rules import generation_rules
 from vocabtrim_export.sources.rotation import fix_long_tables
 from vocabtrim_export.sources.source import load_source
 
@@ -24,6 +25,10 @@ def transformers_reference(spec: str, target: Manifest) -> Predict:
     source = load_source(spec, torch.float32)
     if source.tokenizer_digest != target.tokenizer:
         raise VocabtrimError(f"{spec} has another tokenizer than the target: give the model that it was exported from")
+    if generation_rules(source.model.generation_config) != target.rules:
+        raise VocabtrimError(
+            f"the generation config of {spec} has other rules than the target's bundle: export the bundle again"
+        )
     model = source.model
     fix_long_tables(spec, model, target.context_length)
     can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters

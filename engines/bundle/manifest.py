@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from engines.bundle.typed_json import decode, parse
 from engines.bundle.vocab_map import MAX_VOCAB
 from engines.errors import VocabtrimError
+from engines.generation_rules import GenerationRules
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "vocabtrim.json"
@@ -92,6 +93,7 @@ class Manifest:
     feature_layers: the target's layers whose inputs, side by side, are the features: of a target those that it gives,
     of a head those that it reads; the number of all layers stands for the LM head. feature_size: numbers in these for
     one position.
+    rules: what the target's generation config does to its logits.
     """
 
     role: Role
@@ -123,6 +125,7 @@ class Manifest:
     kind: Kind = "language-model"
     feature_layers: tuple[int, ...] = ()
     feature_size: int = 0
+    rules: GenerationRules = field(default_factory=GenerationRules)
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -155,7 +158,7 @@ class Manifest:
 
 
 # what manifests of this format had not from the start
-_ADDED = {"kind": "language-model", "feature_layers": [], "feature_size": 0}
+_ADDED = {"kind": "language-model", "feature_layers": [], "feature_size": 0, "rules": asdict(GenerationRules())}
 
 
 def _digest(data: Mapping[str, Any]) -> str:

@@ -77,7 +77,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     ) -> None:
         self.device, self.stream, self._bundle = device, stream, bundle
         self._rounds: dict[tuple[Engine, int, DeviceSampler | int], CudaRound] = {}  # that this engine drafts in
-        self._samplers: dict[tuple[Engine, int, int, bool], DeviceSampler] = {}
+        self._samplers: dict[tuple[Engine, int, int, bool, bool], DeviceSampler] = {}
         try:
             super().__init__(bundle, session, shared)
         except Exception as error:
@@ -194,7 +194,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         sampler = None
         if sampling:
             params = sampling.params
-            chosen = self, draft_length, params.top_k, params.top_p < 1
+            chosen = self, draft_length, params.top_k, params.top_p < 1, params.min_p > 0
             if chosen not in drafter._samplers:
                 drafter._samplers[chosen] = DeviceSampler(self, drafter, *chosen[1:])
             sampler = drafter._samplers[chosen]

@@ -21,14 +21,16 @@ _TYPES = {
     "tensor(float16)": ir.DataType.FLOAT16,
     "tensor(bfloat16)": ir.DataType.BFLOAT16,
 }
+_PARAMETERS = 3  # values before the uniforms
 _Bound = Mapping[str, Place | ort.OrtValue]
 
 
 class DeviceSampler:
-    """Of one pair of engines, for drafts of γ tokens and one top-k; temperature and top-p may change with every round.
+    """Of one pair of engines, for drafts of γ tokens and one top-k; temperature, top-p and min-p may change with every
+    round.
 
-    chances: values of 8 bytes that a round gets from the host: temperature | top-p | a uniform for each drafted token,
-    float32 in the low half of each | float32[γ + 1], the uniforms of acceptance.
+    chances: values of 8 bytes that a round gets from the host: temperature | top-p | min-p | a uniform for each drafted
+    token, float32 in the low half of each | float32[γ + 1], the uniforms of acceptance.
     """
 
     def __init__(
@@ -38,33 +40,37 @@ class DeviceSampler:
         draft_length: int,
         top_k: int,
         has_top_p: bool,
+        has_min_p: bool,
     ) -> None:
         vocab, rows = target.manifest.head_rows, drafter.manifest.head_rows
         kept = drafter.vocab_map.kept_token_ids if drafter.vocab_map else None
         columns = np.arange(rows) if kept is None and rows < vocab else kept
-        self._device, self._has_top_p, self._draft_length = target.device, has_top_p, draft_length
-        self.chances = 2 + draft_length + (draft_length + 2) // 2
+        self._device, self._has_top_p, self._has_min_p = target.device, has_top_p, has_min_p
+        self._draft_length = draft_length
+        self.chances = _PARAMETERS + draft_length + (draft_length + 2) // 2
         self._options = run_options()
-        self._warp_draft = target.open_graph(warp_graph(rows, _TYPES[drafter.logits_type], top_k, has_top_p))
+        choice = top_k, has_top_p, has_min_p
+        self._warp_draft = target.open_graph(warp_graph(rows, _TYPES[drafter.logits_type], *choice))
         self._draw = target.open_graph(draw_graph(rows, kept))
-        self._warp_verified = target.open_graph(warp_graph(vocab, _TYPES[target.logits_type], top_k, has_top_p))
+        self._warp_verified = target.open_graph(warp_graph(vocab, _TYPES[target.logits_type], *choice))
         self._accept = target.open_graph(sampled_acceptance(vocab, columns))
         self._q = target.allocate((draft_length, rows), np.float32)
         self._p = target.allocate((draft_length + 1, vocab), np.float32)
 
     def write_chances(self, values: NDArray[np.int64], sampling: Sampling) -> None:
         """Fill what `propose` and `judge` read on the device."""
-        floats, steps = values.view(np.float32), self._draft_length
-        floats[0], floats[2] = sampling.params.temperature, sampling.params.top_p
+        floats, steps, params = values.view(np.float32), self._draft_length, sampling.params
+        first, last = 2 * _PARAMETERS, 2 * (_PARAMETERS + steps)
+        floats[:first:2] = params.temperature, params.top_p, params.min_p
         uniforms = sampling.rng.random(2 * steps + 1, np.float32)
-        floats[4 : 4 + 2 * steps : 2] = uniforms[:steps]
-        floats[4 + 2 * steps :][: steps + 1] = uniforms[steps:]
+        floats[first:last:2] = uniforms[:steps]
+        floats[last:][: steps + 1] = uniforms[steps:]
 
     def propose(self, step: int, logits: ort.OrtValue, chances: int, token: int) -> list[Run]:
         """Draw drafted token number `step`. chances, token: addresses of what it reads, and of where it is written."""
         rows = self._q.shape()[1]
         q = Place(np.float32, (1, rows), self._q.data_ptr() + 4 * rows * step)
-        uniform = Place(np.float32, (1,), chances + 8 * (2 + step))
+        uniform = Place(np.float32, (1,), chances + 8 * (_PARAMETERS + step))
         drawn = Place(np.int64, (1, 1), token)
         return [
             self._warp(self._warp_draft, logits, chances, q),
@@ -74,7 +80,7 @@ class DeviceSampler:
     def judge(self, logits: ort.OrtValue, chances: int, drafted: int, verdict: int) -> list[Run]:
         """Decide about the draft at address `drafted`: count and next token at address `verdict`."""
         steps = self._draft_length
-        uniforms = Place(np.float32, (steps + 1,), chances + 8 * (2 + steps))
+        uniforms = Place(np.float32, (steps + 1,), chances + 8 * (_PARAMETERS + steps))
         tokens = Place(np.int64, (1, steps), drafted)
         inputs: _Bound = {"draft_ids": tokens, "p": self._p, "q": self._q, "uniforms": uniforms}
         outputs = {"accepted": Place(np.int64, (1,), verdict), "next_token": Place(np.int64, (1,), verdict + 8)}
@@ -88,6 +94,8 @@ class DeviceSampler:
         }
         if self._has_top_p:
             inputs["top_p"] = Place(np.float32, (1,), chances + 8)
+        if self._has_min_p:
+            inputs["min_p"] = Place(np.float32, (1,), chances + 16)
         return self._bind(session, inputs, {"probabilities": written})
 
     def _bind(self, session: ort.InferenceSession, inputs: _Bound, outputs: Mapping[str, Place]) -> Run:

@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 from engines.base import Engine
 from engines.bundle.read import Manifest
 from engines.errors import VocabtrimError
+from engines.sampling_params import SamplingParams
 from runtime.decoder import SpeculativeDecoder
+from runtime.logit_rules import LogitRules, make_logit_rules, ruled_rows
+from runtime.loop import GREEDY
 from runtime.stream import Generation
 from runtime.verification.teacher_forcing import Predict, forced_logits, stepped_logits
 
@@ -90,6 +93,7 @@ def verify(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 128,
+    sampling: SamplingParams = GREEDY,
     predict: Predict | None = None,
     reference: str = "the target's own engine",
     progress: Callable[[int, int], None] | None = None,
@@ -97,31 +101,41 @@ def verify(
     """Generate greedily with target and drafter, then ask the reference what it would have chosen at every position.
 
     The reference reads the generated tokens themselves, so that one near-tie does not spoil what follows.
+    sampling: greedy, with rules beside those of the target's bundle; all apply to the reference's logits as well.
     prompts: token ids. predict: another reference than the target's engine, by the name `reference`.
     progress: called with the prompts done and their number. Raises `VocabtrimError` for input that cannot run.
     """
     if not prompts:
         raise VocabtrimError("there is nothing to verify: give at least one prompt")
+    if not sampling.is_greedy:
+        raise VocabtrimError("greedy output is compared token by token: give a temperature of 0")
     reports = []
     for done, prompt in enumerate(prompts, 1):
-        reports.append(_verify_one(decoder, prompt, max_new_tokens, predict))
+        reports.append(_verify_one(decoder, prompt, max_new_tokens, sampling, predict))
         if progress:
             progress(done, len(prompts))
     return VerifyReport(tuple(reports), reference, decoder.draft_length, max_new_tokens)
 
 
 def _verify_one(
-    decoder: SpeculativeDecoder, prompt: Sequence[int], max_new_tokens: int, predict: Predict | None
+    decoder: SpeculativeDecoder,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: SamplingParams,
+    predict: Predict | None,
 ) -> PromptReport:
     target = decoder.target
-    result = decoder.generate(prompt, max_new_tokens=max_new_tokens)
+    result = decoder.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling)
     tokens = result.token_ids
-    own = forced_logits(target, prompt, tokens)
+    rules = make_logit_rules(sampling, target.manifest, prompt)
+    own, deviation = forced_logits(target, prompt, tokens), None
     if predict is None:
-        found, deviation = _reconsidered(target, prompt, tokens, differences(own, tokens, target.manifest)), None
+        found = differences(ruled_rows(own, tokens, rules), tokens, target.manifest)
+        found = _reconsidered(target, prompt, tokens, rules, found)
     else:
         rows = predict(prompt, tokens)
-        found, deviation = differences(rows, tokens, target.manifest), _deviation(own, rows, target.manifest)
+        found = differences(ruled_rows(rows, tokens, rules), tokens, target.manifest)
+        deviation = _deviation(own, rows, target.manifest)
     return PromptReport(len(tokens), tuple(found), _ending(result, len(prompt), max_new_tokens, target), deviation)
 
 
@@ -154,12 +168,13 @@ def _difference(index: int, token: int, row: NDArray[np.float32], manifest: Mani
 
 
 def _reconsidered(
-    target: Engine, prompt: Sequence[int], tokens: Sequence[int], found: list[Difference]
+    target: Engine, prompt: Sequence[int], tokens: Sequence[int], rules: LogitRules | None, found: list[Difference]
 ) -> list[Difference]:
     """The same differences, each with the smaller gap of two calls: a token may come of a call on several or on one."""
     kinder = []
     for difference in reversed(found):
-        row = stepped_logits(target, prompt, tokens, difference.position)
+        rows = stepped_logits(target, prompt, tokens, difference.position)[None]
+        row = ruled_rows(rows, tokens, rules, first=difference.position)[0]
         again = _difference(difference.position, difference.found, row, target.manifest)
         kinder.append(replace(difference, gap=min(difference.gap, again.gap)))
     return kinder[::-1]

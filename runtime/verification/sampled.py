@@ -22,6 +22,7 @@ from engines.base import Engine
 from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from runtime.decoder import SpeculativeDecoder
+from runtime.logit_rules import make_logit_rules, ruled_rows
 from runtime.sampling import distribution
 from runtime.verification import chi_square
 from runtime.verification.teacher_forcing import forced_drafts, forced_logits
@@ -54,6 +55,7 @@ class SettingReport:
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
     draws: int
     statistics: tuple[float, float]
     p_value: float
@@ -166,11 +168,16 @@ def _points(
         length = 1 + run % decoder.draft_length
         drafting = SpeculativeDecoder(decoder.target, drafter, draft_length=length)
         tokens = drafting.generate(prompt, max_new_tokens=_NEW_TOKENS, sampling=drawn).token_ids
-        rows = forced_logits(decoder.target, prompt, tokens)
-        theirs = forced_drafts(decoder.target, drafter, prompt, tokens)
+        rules = make_logit_rules(params, decoder.target.manifest, prompt)
+        rows = ruled_rows(forced_logits(decoder.target, prompt, tokens), tokens, rules)
+        drafts = forced_drafts(decoder.target, drafter, prompt, tokens)
+        theirs = ruled_rows(drafts, tokens, rules, drafter.vocab_map, first=1) if len(drafts) else drafts
         for token, row, their_row in zip(tokens[1:], rows[1:], theirs, strict=True):
             p = distribution(row[None], params)[0]
-            q = _over_all(drafter, distribution(their_row[None], params)[0], len(p))
+            drafted = (
+                np.zeros_like(their_row) if np.isneginf(their_row).all() else distribution(their_row[None], params)[0]
+            )
+            q = _over_all(drafter, drafted, len(p))
             impossible = bool(p[token] == 0 and distribution(row[None], _wider(params))[0][token] == 0)
             uniform = rng.random()
             at = point_of(token, p, q, uniform), point_of(token, p, np.ones_like(p), uniform)
@@ -194,8 +201,10 @@ def _kept(drafter: Engine, width: int) -> NDArray[np.bool_]:
 
 
 def _wider(params: SamplingParams) -> SamplingParams:
-    """`params` that keep the tokens which rounding may push over the edge of top-k or top-p as well."""
-    return replace(params, top_k=params.top_k and params.top_k + 1, top_p=min(1.0, params.top_p + 1e-3))
+    """`params` that keep the tokens which rounding may push over the edge of top-k, top-p or min-p as well."""
+    return replace(
+        params, top_k=params.top_k and params.top_k + 1, top_p=min(1.0, params.top_p + 1e-3), min_p=params.min_p * 0.999
+    )
 
 
 def _report(params: SamplingParams, points: Sequence[_Point], limit: float) -> SettingReport:
@@ -204,6 +213,7 @@ def _report(params: SamplingParams, points: Sequence[_Point], limit: float) -> S
         params.temperature,
         params.top_k,
         params.top_p,
+        params.min_p,
         len(points),
         (first, second),
         min(1.0, 2 * chi_square.survival(max(first, second), _FREEDOM)),

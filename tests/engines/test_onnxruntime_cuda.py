@@ -208,10 +208,13 @@ SAMPLINGS = [
     SamplingParams(0.8, top_p=0.9),
     SamplingParams(1.3, top_k=20),
     SamplingParams(2.0, top_k=50, top_p=0.8),
+    SamplingParams(1.5, min_p=0.05),
 ]
 
 
-@pytest.mark.parametrize("params", SAMPLINGS, ids=str)
+@pytest.mark.parametrize(
+    "params", SAMPLINGS, ids=lambda params: f"{params.temperature}-{params.top_k}-{params.top_p}-{params.min_p}"
+)
 def test_a_sampled_round_on_the_device_is_the_hosts(params, pair):
     """Token for token where both take the same numbers; and no logits come back."""
     stream, counts = HostStream(), []
@@ -252,6 +255,26 @@ def test_a_sampled_generation_waits_once_a_round_and_stops_at_an_eos(pair):
             assert all(entry.accepted == entry.drafted for entry in rounds)  # it drafts for itself
             ends.append(rounds[-1].drafted)
         assert {1, 2, 3} & set(ends)  # an EOS amid a draft
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rules_and_logprobs_are_the_hosts(temperature, pair):
+    """The host applies the rules to the device's logits; log-probabilities alone leave the round on the device."""
+    stream = HostStream()
+    rules = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "logit_bias": {7: 2.0}}
+    with (
+        SpeculativeDecoder.load(pair.target, pair.drafter) as host,
+        device_engine(pair.target, stream) as target,
+        SpeculativeDecoder(target, device_engine(pair.drafter, stream)) as device,
+    ):
+        for given in (rules, {}) if temperature == 0 else (rules,):
+            sampling = SamplingParams(temperature, seed=3, **given)
+            found, wanted = (
+                each.generate(PROMPT, max_new_tokens=30, sampling=sampling, logprobs=2) for each in (device, host)
+            )
+            assert found.token_ids == wanted.token_ids
+            numbers = [[entry.logprob for entry in result.logprobs] for result in (found, wanted)]
+            np.testing.assert_allclose(*numbers, atol=1e-4)
 
 
 def test_another_top_k_is_another_round_and_another_temperature_is_not(pair):

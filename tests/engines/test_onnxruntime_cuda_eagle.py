@@ -254,7 +254,9 @@ def sampled_rounds(device, host, params, count):
         text = [*text[:40], made.accepted.next_token]
 
 
-@pytest.mark.parametrize("params", SAMPLINGS, ids=str)
+@pytest.mark.parametrize(
+    "params", SAMPLINGS, ids=lambda params: f"{params.temperature}-{params.top_k}-{params.top_p}-{params.min_p}"
+)
 def test_a_sampled_round_on_the_device_is_the_hosts(params, half):
     with on_host(half) as host, on_device(half) as (*device, _):
         made = list(sampled_rounds(device, host, params, 20))

@@ -20,8 +20,8 @@ def session(model: ir.Model) -> ort.InferenceSession:
 
 
 def warp(logits, params: SamplingParams, logits_type=ir.DataType.FLOAT):
-    graph = session(warp_graph(logits.shape[-1], logits_type, params.top_k, params.top_p < 1))
-    chances = {"temperature": params.temperature, "top_p": params.top_p}
+    graph = session(warp_graph(logits.shape[-1], logits_type, params.top_k, params.top_p < 1, params.min_p > 0))
+    chances = {"temperature": params.temperature, "top_p": params.top_p, "min_p": params.min_p}
     wanted = {value.name for value in graph.get_inputs()}
     inputs = {name: np.array([value], np.float32) for name, value in chances.items() if name in wanted}
     (probabilities,) = graph.run(None, {"logits": logits[None], **inputs})
@@ -30,10 +30,10 @@ def warp(logits, params: SamplingParams, logits_type=ir.DataType.FLOAT):
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, 5000])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-6, 0.9999])
-@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
-def test_warping_keeps_what_the_host_keeps(top_k, top_p, temperature):
+@pytest.mark.parametrize(("temperature", "min_p"), [(1.0, 0.0), (0.3, 0.0), (2.5, 0.0), (2.5, 0.11)])
+def test_warping_keeps_what_the_host_keeps(top_k, top_p, temperature, min_p):
     """Among them many equal logits, as half precision makes them."""
-    rng, params = np.random.default_rng(1), SamplingParams(temperature, top_k, top_p)
+    rng, params = np.random.default_rng(1), SamplingParams(temperature, top_k, top_p, min_p=min_p)
     for size in SIZES:
         for logits in (rng.normal(size=(3, size)) * 4, rng.integers(-3, 4, (3, size)), np.zeros((3, size))):
             wanted = distribution(logits.astype(np.float32), params)
@@ -60,7 +60,7 @@ def test_of_equal_weights_the_smaller_ids_stay():
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
-@pytest.mark.parametrize("params", [SamplingParams(1.0), SamplingParams(1.0, 3, 0.9)])
+@pytest.mark.parametrize("params", [SamplingParams(1.0), SamplingParams(1.0, 3, 0.9), SamplingParams(1.0, min_p=0.1)])
 def test_logits_that_are_not_finite_draw_no_token(wrong, params):
     logits = np.zeros((1, 50), np.float32)
     logits[0, 7] = wrong

@@ -144,7 +144,9 @@ def test_a_round_in_one_graph_is_the_stepwise_one(shared, draft_length, pair, mo
                 assert made[0] == made[1]
 
 
-@pytest.mark.parametrize("params", SAMPLINGS, ids=str)
+@pytest.mark.parametrize(
+    "params", SAMPLINGS, ids=lambda params: f"{params.temperature}-{params.top_k}-{params.top_p}-{params.min_p}"
+)
 def test_a_sampled_round_in_one_graph_is_the_hosts(params, pair):
     """Token for token where both take the same numbers, but for a sum that rounds to the other side of a border."""
     differing, counts, text = [], [], [*PROMPT]

@@ -128,7 +128,9 @@ def test_features_stay_on_the_gpu(pair, monkeypatch):
         print("host:", found, f"4 draft steps: {1e6 * rounds[-3].draft_seconds:.0f} µs")
 
 
-@pytest.mark.parametrize("params", SAMPLINGS, ids=str)
+@pytest.mark.parametrize(
+    "params", SAMPLINGS, ids=lambda params: f"{params.temperature}-{params.top_k}-{params.top_p}-{params.min_p}"
+)
 def test_a_sampled_round_in_one_graph_is_the_hosts(params, pair):
     """Token for token, but for a sum that rounds to the other side of a border."""
     with on_cuda(pair) as engines:

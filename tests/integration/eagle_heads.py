@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
+from runtime import SamplingParams, SpeculativeDecoder
 from runtime.loop import _Loop, decode_rounds
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, SIZE, INNER, LAYERS = 448, 64, 4, 2, 16, 96, (2, 4, 5)
@@ -101,3 +103,13 @@ def moves(target, head, prompt, **options):
         patch.setattr(_Loop, "move", lambda loop: made.append(move(loop)) or made[-1])
         rounds = list(decode_rounds(target, head, prompt, **{"max_new_tokens": 40, "draft_length": 4} | options))
     return [(entry.draft, entry_round.tokens) for entry, entry_round in zip(made, rounds[1:], strict=True)]
+
+
+def check_rules(decoder: SpeculativeDecoder, model: transformers.PreTrainedModel, prompt: list[int]) -> None:
+    """Greedy output under rules that change it is that of transformers' `generate`."""
+    rules = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+    with torch.no_grad():
+        wanted = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, **rules)[0].tolist()
+    found = decoder.generate(prompt, max_new_tokens=40, sampling=SamplingParams(**rules))
+    assert [*prompt, *found.token_ids] == wanted
+    assert found.token_ids != decoder.generate(prompt, max_new_tokens=40).token_ids

@@ -13,7 +13,7 @@ from runtime.verification.sampled import verify_sampling
 from vocabtrim_export.drafters.eagle_checkpoint import load_head
 from vocabtrim_export.sources.source import load_source
 
-from .eagle_heads import CONFIG, HIDDEN, LAYERS, VOCAB, make_tensors, permuted, sequential_drafts
+from .eagle_heads import CONFIG, HIDDEN, LAYERS, VOCAB, check_rules, make_tensors, permuted, sequential_drafts
 
 GAMMA = 4
 PROMPTS = [[5, 17, 200, 33], list(range(40, 70)), [7]]
@@ -75,6 +75,7 @@ def test_the_output_is_the_targets(pair, target_dir, target_model):
             with torch.no_grad():
                 wanted = target_model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)
             assert [*prompt, *decoder.generate(prompt, max_new_tokens=40).token_ids] == wanted[0].tolist()
+            check_rules(decoder, target_model, prompt)
             run = timed_run(decoder.target, decoder.drafter, prompt, 40, GAMMA)
             assert [*prompt, *run.tokens] == wanted[0].tolist()
         sampling = SamplingParams(temperature=1.5, seed=3)

@@ -13,6 +13,7 @@ from runtime import SamplingParams, SpeculativeDecoder
 from runtime.verification.sampled import verify_sampling
 from vocabtrim_export.drafters.detect import head_kind
 
+from .eagle_heads import check_rules
 from .test_eagle import PROMPTS, spied_rounds
 from .test_mistakes import assert_one_line, attempt  # noqa: F401
 
@@ -79,6 +80,7 @@ def test_the_output_is_the_targets(pair, target_model):
                 wanted = target_model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)
             for each in (decoder, other):
                 assert [*prompt, *each.generate(prompt, max_new_tokens=40).token_ids] == wanted[0].tolist()
+            check_rules(decoder, target_model, prompt)
         assert verify_sampling(decoder, PROMPTS, [SamplingParams(temperature=0.5, seed=1)], draws=300).passed
     with pytest.raises(VocabtrimError, match=r"draft_length is 4: the drafter's heads draft 3 tokens at most"):
         SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=4)

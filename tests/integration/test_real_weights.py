@@ -14,6 +14,8 @@ from runtime import SpeculativeDecoder
 from vocabtrim_export.cli.main import export_main, main
 from vocabtrim_export.trt.network import Network
 
+from .eagle_heads import check_rules
+
 MODEL = os.environ.get("VOCABTRIM_TEST_MODEL")
 pytestmark = [
     pytest.mark.slow,
@@ -57,6 +59,7 @@ def test_greedy_output_is_that_of_transformers(bundles):
             result = decoder.generate(question, max_new_tokens=48)
             assert list(result.token_ids) == ids.tolist()
             assert result.stats.block_efficiency > 1.5
+        check_rules(decoder, model, decoder.encode(MORE_QUESTIONS[0]))
 
 
 def test_the_target_as_its_own_drafter_accepts_everything(bundles):

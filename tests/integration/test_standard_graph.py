@@ -107,6 +107,8 @@ def test_greedy_output_is_the_plain_targets(pair, draft_length):
             result = decoder.generate(prompt, max_new_tokens=200)
             assert result.token_ids == expected.token_ids
             assert result.finish_reason == expected.finish_reason == "length"
+        rules = {"max_new_tokens": 40, "sampling": SamplingParams(repetition_penalty=1.3, no_repeat_ngram_size=2)}
+        assert decoder.generate([7], **rules).token_ids == alone.generate([7], **rules).token_ids
 
 
 def test_drafts_longer_than_the_target_verifies_are_refused(pair):

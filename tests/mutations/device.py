@@ -14,8 +14,8 @@ DEVICE = (
         "A sampled round on the device is the host's, number for number",
         "acceptance takes the uniforms that the drafts were drawn with",
         SAMPLER,
-        "floats[4 + 2 * steps :][: steps + 1] = uniforms[steps:]",
-        "floats[4 + 2 * steps :][: steps + 1] = uniforms[: steps + 1]",
+        "floats[last:][: steps + 1] = uniforms[steps:]",
+        "floats[last:][: steps + 1] = uniforms[: steps + 1]",
         f"{CUDA} -k sampled_round",
     ),
     Mutation(

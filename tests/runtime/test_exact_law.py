@@ -171,6 +171,59 @@ def test_the_law_of_whole_generations_is_the_targets(make_target, make_drafter, 
     assert total_variation(law, expected) < 1e-6
 
 
+RULES = {
+    "penalties": SamplingParams(1.0, repetition_penalty=1.7, presence_penalty=0.4, frequency_penalty=-0.3),
+    "bias": SamplingParams(0.8, logit_bias={0: 1.5, 2: -0.5}, repetition_penalty=1.3, min_p=0.2),
+    "ngrams": SamplingParams(1.0, no_repeat_ngram_size=2),
+    "forbidden": SamplingParams(1.5, suppress_tokens=(2,), min_new_tokens=2),
+}
+
+
+def ruled(row, prompt, output, params):
+    """The rules one by one, as their definitions say."""
+    row, text = row.copy(), [*prompt, *output]
+    for token, bias in params.logit_bias.items():
+        row[token] += bias
+    for token in set(text):
+        penalty = params.repetition_penalty or 1
+        row[token] = row[token] / penalty if row[token] > 0 else row[token] * penalty
+        row[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty * (token in output)
+    size = params.no_repeat_ngram_size or 0
+    for token in range(len(row)) if size else ():
+        ngrams = {tuple(text[i : i + size]) for i in range(len(text) - size + 1)}
+        row[token] = -np.inf if (*text[len(text) + 1 - size :], token) in ngrams else row[token]
+    row[list(params.suppress_tokens or ())] = -np.inf
+    if len(output) < (params.min_new_tokens or 0):
+        row[1] = -np.inf
+    return row
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), draft_length=st.integers(1, 3), kept=st.sampled_from(["full", "some"]))
+@pytest.mark.parametrize("rules", RULES)
+def test_the_law_under_rules_is_that_of_the_target_under_rules(
+    make_target, make_drafter, seed, draft_length, kept, rules
+):
+    """Each position has a law of its own: it depends on the whole text, drafted tokens included."""
+    rng, params, prompt, columns = np.random.default_rng(seed), RULES[rules], [0, 2], MAPS[kept]
+    mine, its = (2 * rng.standard_normal((3, 3)).astype(np.float32) for _ in range(2))
+    target, drafter = bare(make_target(rows=3), mine, None), bare(make_drafter(columns, rows=3), its, columns)
+    law, expected = defaultdict(float), defaultdict(float)
+    for way in every_way():
+        rounds = decode_rounds(target, drafter, prompt, max_new_tokens=4, draft_length=draft_length, sampling=params)
+        law[tuple(token for entry in rounds for token in entry.tokens)] += way.weight
+    stack = [((), 1.0)]
+    while stack:
+        output, chance = stack.pop()
+        if len(output) == 4 or 1 in output:
+            expected[output] += chance
+            continue
+        row = ruled(mine[(*prompt, *output)[-1]], prompt, output, params)
+        p = distribution(row[None], params)[0]
+        stack += [((*output, token), chance * float(p[token])) for token in range(3) if p[token] > 0]
+    assert total_variation(law, expected) < 1e-6
+
+
 NAN, INF = float("nan"), float("inf")
 
 

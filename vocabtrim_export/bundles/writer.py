@@ -26,9 +26,11 @@ from engines.bundle.read import (
     file_digest,
 )
 from engines.bundle.vocab_map import VocabMap
+from engines.generation_rules import GenerationRules
 from vocabtrim_export.drafters.base import FeatureHead
 from vocabtrim_export.drafters.medusa import MedusaHeads
 from vocabtrim_export.drafters.source import HeadSource
+from vocabtrim_export.generation_rules import generation_rules
 from vocabtrim_export.lowering.graph_files import Progress, save_graph, save_like, save_small, share, stamp_graph
 from vocabtrim_export.lowering.lowered import Lowered
 from vocabtrim_export.lowering.medusa import lower_medusa
@@ -162,6 +164,7 @@ def _manifest(plan: BundlePlan, lowered: Lowered) -> Manifest:
         vocab_map=plan.vocab_map.digest if plan.vocab_map else None,
         coverage=plan.coverage,
         calibration=plan.calibration,
+        rules=generation_rules(source.model.generation_config) if plan.role == "target" else GenerationRules(),
         **_features(plan),
     )
 

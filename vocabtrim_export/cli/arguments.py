@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engines.errors import VocabtrimError
 
@@ -43,6 +43,50 @@ def calibration_settings(options: argparse.Namespace) -> "CalibrationSettings":
         options.temperature,
         options.seed,
     )
+
+
+def add_rule_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "rules on logits", "greedy and sampled; without one, the model's generation config decides"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="above 1: tokens of prompt and output are less likely"
+    )
+    group.add_argument(
+        "--presence-penalty", type=float, default=0.0, metavar="X", help="subtracted from logits of the output's tokens"
+    )
+    group.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="X", help="the same, for each time that they occur"
+    )
+    group.add_argument(
+        "--logit-bias", nargs="+", default=[], metavar="ID=X", help="added to the logits of these token ids"
+    )
+    group.add_argument(
+        "--no-repeat-ngram-size", type=int, metavar="N", help="no sequence of N tokens twice; 0 allows it"
+    )
+    group.add_argument("--suppress-tokens", type=int, nargs="*", metavar="ID", help="token ids that are never chosen")
+    group.add_argument("--min-new-tokens", type=int, metavar="N", help="tokens before which no EOS is chosen")
+
+
+def rule_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_rule_arguments` parsed, as arguments of `SamplingParams`. Raises `VocabtrimError`."""
+    biases: dict[int, float] = {}
+    for text in options.logit_bias:
+        token, _, bias = text.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise VocabtrimError(f"--logit-bias {text}: give a token id and a number, such as 42=-5") from None
+    suppressed = options.suppress_tokens
+    return {
+        "repetition_penalty": options.repetition_penalty,
+        "presence_penalty": options.presence_penalty,
+        "frequency_penalty": options.frequency_penalty,
+        "logit_bias": biases,
+        "no_repeat_ngram_size": options.no_repeat_ngram_size,
+        "suppress_tokens": None if suppressed is None else tuple(suppressed),
+        "min_new_tokens": options.min_new_tokens,
+    }
 
 
 def add_format_argument(parser: argparse.ArgumentParser) -> None:

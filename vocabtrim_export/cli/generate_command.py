@@ -5,7 +5,12 @@ import json
 import sys
 from pathlib import Path
 
-from vocabtrim_export.cli.arguments import add_engine_arguments, add_json_argument
+from vocabtrim_export.cli.arguments import (
+    add_engine_arguments,
+    add_json_argument,
+    add_rule_arguments,
+    rule_options,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest that hold this mass")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="sample among tokens at least this times as likely as the likeliest"
+    )
     parser.add_argument("--seed", type=int, help="of the sampling (default: a fresh one)")
+    add_rule_arguments(parser)
+    parser.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json: each token's log-probability and N alternatives'"
+    )
     add_json_argument(parser)
 
 
@@ -28,7 +40,10 @@ def run(options: argparse.Namespace) -> None:
     from engines.errors import VocabtrimError
     from runtime import SamplingParams, SpeculativeDecoder
 
-    sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.seed)
+    chosen = options.temperature, options.top_k, options.top_p, options.seed, options.min_p
+    sampling = SamplingParams(*chosen, **rule_options(options))
+    if options.logprobs is not None and not options.json:
+        raise VocabtrimError("--logprobs is part of what --json prints: give --json as well")
     prompt = sys.stdin.read() if options.prompt is None else options.prompt
     if options.drafter_device and options.drafter is None:
         raise VocabtrimError("--drafter-device is for a drafter: give --drafter as well")
@@ -45,6 +60,7 @@ def run(options: argparse.Namespace) -> None:
             sampling=sampling,
             chat=not options.raw,
             stop=options.stop,
+            logprobs=options.logprobs,
         )
         if not options.json:
             for token in stream:

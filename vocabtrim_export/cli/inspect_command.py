@@ -181,6 +181,7 @@ def _facts(manifest: "Manifest") -> dict[str, str]:
         "coverage": "unknown" if manifest.coverage is None else f"{manifest.coverage:.2%} of held-out tokens",
         "context length": f"{manifest.context_length:,} tokens",
         "weights per step": f"{manifest.weight_bytes_per_step:,} bytes, of the head {manifest.head_bytes:,}",
+        "rules": _rules(manifest),
         "KV cache": f"{manifest.kv_bytes_per_token:,} bytes a token",
     }
     plans = manifest.tensorrt
@@ -213,3 +214,10 @@ def _shape(shape: list[Any]) -> str:
 def _tensors(tensors: list[Any]) -> str:
     """A parsed network knows the shape of each, a graph only the name."""
     return ", ".join(tensor if isinstance(tensor, str) else _shape(tensor["shape"]) for tensor in tensors)
+
+
+def _rules(manifest: "Manifest") -> str:
+    """What the bundle changes of the model's logits, and what of the generation config it does not apply."""
+    rules = manifest.rules
+    lacking = f"not applied: {', '.join(rules.unsupported)}" if rules.unsupported else ""
+    return "; ".join(filter(None, (rules.applied(), lacking))) or "none"

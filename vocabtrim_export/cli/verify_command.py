@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.cli.arguments import add_engine_arguments, add_json_argument
+from vocabtrim_export.cli.arguments import (
+    add_engine_arguments,
+    add_json_argument,
+    add_rule_arguments,
+    rule_options,
+)
 from vocabtrim_export.cli.console import progress_reporter
 
 if TYPE_CHECKING:
@@ -45,16 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, help="of one test instead of those of several settings")
     group.add_argument("--top-k", type=int, help="of that test")
     group.add_argument("--top-p", type=float, help="of that test")
+    group.add_argument("--min-p", type=float, help="of that test")
     group.add_argument("--draws", type=int, default=2000, metavar="N", help="tokens to test in each setting")
     group.add_argument("--seed", type=int, default=0, help="of the first generation")
+    add_rule_arguments(parser)
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """0, or 1 for a real difference."""
-    from runtime import SpeculativeDecoder, verify_sampling
+    from runtime import SamplingParams, SpeculativeDecoder, verify_sampling
 
-    settings = _settings(options)
+    settings, rules = _settings(options), SamplingParams(**rule_options(options))
     for name in ("num_prompts", "max_new_tokens"):
         if getattr(options, name) < 1:
             raise VocabtrimError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give 1 or more")
@@ -69,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         progress_reporter() as progress,
     ):
         prompts = _prompts(options, decoder)
-        greedy = _verify(options, decoder, prompts, progress)
+        greedy = _verify(options, decoder, prompts, rules, progress)
         sampled = None
         if settings:
             sampled = verify_sampling(
@@ -91,7 +98,7 @@ def _settings(options: argparse.Namespace) -> "Sequence[SamplingParams]":
     from engines.sampling_params import SamplingParams
     from runtime.verification.sampled import SETTINGS
 
-    given = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+    given = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     own = {name: value for name, value in given.items() if value is not None}
     if own and not options.sampling:
         raise VocabtrimError(
@@ -100,8 +107,8 @@ def _settings(options: argparse.Namespace) -> "Sequence[SamplingParams]":
     if not options.sampling:
         return ()
     if own:
-        return (SamplingParams(**{"temperature": 1.0, "seed": options.seed} | own),)
-    return [replace(params, seed=options.seed) for params in SETTINGS]
+        return (SamplingParams(**{"temperature": 1.0, "seed": options.seed} | own | rule_options(options)),)
+    return [replace(params, seed=options.seed, **rule_options(options)) for params in SETTINGS]
 
 
 def _prompts(options: argparse.Namespace, decoder: "SpeculativeDecoder") -> list[list[int]]:
@@ -117,6 +124,7 @@ def _verify(
     options: argparse.Namespace,
     decoder: "SpeculativeDecoder",
     prompts: Sequence[Sequence[int]],
+    rules: "SamplingParams",
     progress: Callable[[str, int, int], None],
 ) -> "VerifyReport":
     from runtime import verify
@@ -131,6 +139,7 @@ def _verify(
         decoder,
         prompts,
         max_new_tokens=options.max_new_tokens,
+        sampling=rules,
         progress=lambda *done: progress("verify", *done),
         **judge,
     )
@@ -160,7 +169,8 @@ def _show(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "Sp
             )
     for setting in sampled.settings if sampled else ():
         print(
-            f"sampled, temperature {setting.temperature:g}, top-k {setting.top_k}, top-p {setting.top_p:g}: "
+            f"sampled, temperature {setting.temperature:g}, top-k {setting.top_k}, top-p {setting.top_p:g}, "
+            f"min-p {setting.min_p:g}: "
             f"{'follows the target' if setting.passed else 'DIFFERS'}, p-value {setting.p_value:.2g} "
             f"(fails below {setting.limit:.2g}), {setting.impossible} impossible tokens\n"
             f"  {setting.draws} draws find a total variation of {setting.detectable:.3f} with a probability of 99%; "

@@ -1,8 +1,8 @@
 """From logits to probabilities to one token, as two small ONNX graphs: `runtime.sampling`'s rules on a device.
 
 They keep what the host's rule keeps: top-k with all ties of the k-th logit, top-p with the fewest tokens that hold it
-and, of equal ones, the smaller id. Arithmetic is float32; where sums round, a token on the very border may fall to
-either side.
+and, of equal ones, the smaller id, then min-p. Arithmetic is float32; where sums round, a token on the very border may
+fall to either side.
 """
 
 import numpy as np
@@ -14,10 +14,11 @@ from engines.ort_cuda.graphs.builder import FLOAT, INT64, GraphBuilder
 NO_TOKEN = -1  # what is drawn where the weights do not add up to a positive number
 
 
-def warp_graph(size: int, logits_type: ir.DataType, top_k: int, has_top_p: bool) -> ir.Model:
+def warp_graph(size: int, logits_type: ir.DataType, top_k: int, has_top_p: bool, has_min_p: bool) -> ir.Model:
     """Probabilities as `runtime.sampling.distribution` has them. top_k: 0 or `size` and more keep all.
 
-    Inputs: logits [1, rows, size]; temperature float32[1], above 0; top_p float32[1], read if `has_top_p`.
+    Inputs: logits [1, rows, size]; temperature float32[1], above 0; top_p float32[1], read if `has_top_p`;
+    min_p float32[1], above 0, read if `has_min_p`.
     Outputs: probabilities float32[rows, size], all NaN in a row whose logits are not finite.
     """
     graph = GraphBuilder("warp")
@@ -38,6 +39,10 @@ def warp_graph(size: int, logits_type: ir.DataType, top_k: int, has_top_p: bool)
         if has_top_p:
             top_p = graph.input("top_p", ir.DataType.FLOAT, [1])
             scores = _without(graph, scores, _outside_top_p(graph, scores, descending, size, top_p))
+    if has_min_p:
+        min_p = graph.input("min_p", ir.DataType.FLOAT, [1])
+        lowest = graph.op("Add", graph.highest(scores, 1), graph.op("Log", min_p))
+        scores = _without(graph, scores, graph.op("Less", scores, lowest))
     probabilities = graph.op("Softmax", scores, axis=1)
     return graph.finish({"probabilities": (probabilities, ir.DataType.FLOAT, ["rows", size])})
 

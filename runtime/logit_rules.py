@@ -1,0 +1,211 @@
+"""`LogitRules`: penalties, biases and forbidden tokens, applied to the logits after a text and any draft of it."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.bundle.manifest import Manifest
+from engines.bundle.vocab_map import NOT_KEPT, VocabMap
+from engines.generation_rules import GenerationRules
+from engines.sampling_params import SamplingParams
+
+FORBIDDEN = np.float32(-np.inf)
+
+
+class Columns:
+    """Where token ids stand in a head's logits: float32[width], column i is token i or `kept_token_ids[i]`."""
+
+    def __init__(self, width: int, vocab_map: VocabMap | None = None) -> None:
+        self.width, self._inverse = width, None if vocab_map is None else vocab_map.inverse
+
+    def find(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The columns of those of `ids` that the head has, and which these are: bool[len(ids)]."""
+        if self._inverse is None:
+            has = ids < self.width
+            return ids[has], has
+        columns = np.full(len(ids), NOT_KEPT, np.int64)
+        known = ids < len(self._inverse)
+        columns[known] = self._inverse[ids[known]]
+        has = (columns != NOT_KEPT) & (columns < self.width)
+        return columns[has], has
+
+
+class LogitRules:
+    """What a target's generation config and a generation's parameters do to logits.
+
+    Holds the text (prompt and output) and what the rules ask of it, so that one more token costs the same however long
+    the text is, and a row of logits is touched only where a rule says something of a token.
+    """
+
+    def __init__(self, params: SamplingParams, target: Manifest, prompt: Sequence[int]) -> None:
+        """Raises `VocabtrimError` where `params` name tokens that the target lacks."""
+        params.check_token_ids(target.vocab_size)
+        self._rules = rules = params.rules(target.rules)
+        self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
+        self._bias_ids = np.array([*params.logit_bias], np.int64)
+        self._biases = np.array([*params.logit_bias.values()], np.float32)
+        self._eos = np.array(target.eos_token_ids, np.int64)
+        words = [word for word in rules.bad_words_ids if not (len(word) == 1 and word[0] in target.eos_token_ids)]
+        self._never = np.array([*rules.suppress_tokens, *(word[0] for word in words if len(word) == 1)], np.int64)
+        self._words: dict[tuple[int, ...], list[int]] = defaultdict(list)  # by what comes before the last token
+        for *start, last in (word for word in words if len(word) > 1):
+            self._words[tuple(start)].append(last)
+        self._word_lengths = sorted({len(start) for start in self._words})
+        self._prompt_length = len(prompt)
+        self._text = _Text(rules.no_repeat_ngram_size)
+        self._text.extend(prompt, is_output=False)
+        self._length = len(prompt)  # of the text; a draft may lie behind it
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Append what was generated to the text."""
+        self._text.truncate(self._length)
+        self._text.extend(tokens, is_output=True)
+        self._length = len(self._text.tokens)
+
+    def apply(self, row: NDArray[np.float32], draft: Sequence[int], columns: Columns) -> NDArray[np.float32]:
+        """The logits after the text and `draft`, as the rules leave them.
+
+        Args:
+            row: float32[columns.width], as the model gives them.
+            draft: The tokens between the text and the one that `row` predicts.
+            columns: Which token each column is.
+
+        Returns:
+            A new float32[columns.width]; −inf for a token that must not be chosen.
+        """
+        self._read(draft)
+        row = row.copy()
+        rules, text = self._rules, self._text
+        if len(self._bias_ids):
+            at, has = columns.find(self._bias_ids)
+            row[at] += self._biases[has]
+        if rules.repetition_penalty != 1 or self._presence or self._frequency:
+            at, has = columns.find(text.ids)
+            values = row[at]
+            if (penalty := np.float32(rules.repetition_penalty)) != 1:
+                values = np.where(values < 0, values * penalty, values / penalty)
+            counts = text.output_counts[has]
+            row[at] = values - np.float32(self._frequency) * counts - np.float32(self._presence) * (counts > 0)
+        for forbidden in self._forbidden():
+            row[columns.find(np.asarray(forbidden, np.int64))[0]] = FORBIDDEN
+        return row
+
+    def _forbidden(self) -> Iterable[Sequence[int] | NDArray[np.int64]]:
+        rules, tokens = self._rules, self._text.tokens
+        if len(self._never):
+            yield self._never
+        if rules.no_repeat_ngram_size:
+            yield self._text.repeats()
+        for length in self._word_lengths:
+            if found := self._words.get(tuple(tokens[-length:])):
+                yield found
+        if len(tokens) < max(rules.min_length, self._prompt_length + rules.min_new_tokens):
+            yield self._eos
+        if rules.begin_suppress_tokens and len(tokens) == self._prompt_length:
+            yield rules.begin_suppress_tokens
+
+    def _read(self, draft: Sequence[int]) -> None:
+        """Let the text end in `draft`; what it has in common with the draft before stays."""
+        behind = self._text.tokens[self._length :]
+        same = next((i for i, pair in enumerate(zip(behind, draft, strict=False)) if pair[0] != pair[1]), None)
+        same = min(len(behind), len(draft)) if same is None else same
+        self._text.truncate(self._length + same)
+        self._text.extend(draft[same:], is_output=True)
+
+
+def make_logit_rules(params: SamplingParams, target: Manifest, prompt: Sequence[int]) -> LogitRules | None:
+    """None where nothing changes the logits. Raises as `LogitRules` does."""
+    given = params.presence_penalty, params.frequency_penalty, params.logit_bias
+    changes_nothing = GenerationRules(unsupported=target.rules.unsupported)
+    if params.rules(target.rules) == changes_nothing and not any(given):
+        return None
+    return LogitRules(params, target, prompt)
+
+
+def ruled_rows(
+    rows: NDArray[np.float32],
+    tokens: Sequence[int],
+    rules: LogitRules | None,
+    vocab_map: VocabMap | None = None,
+    first: int = 0,
+) -> NDArray[np.float32]:
+    """Rows of logits along a generation, as `rules` leave them.
+
+    Args:
+        rows: float32[n, width]; row i comes after the prompt and the first `first + i` of `tokens`.
+        tokens: What was generated after the prompt that `rules` hold.
+        rules: None changes nothing.
+        vocab_map: Of the head that gave `rows`, if it is trimmed.
+        first: How many tokens the first row comes after.
+    """
+    if rules is None:
+        return rows
+    columns = Columns(rows.shape[1], vocab_map)
+    return np.stack([rules.apply(row, tokens[: first + i], columns) for i, row in enumerate(rows)])
+
+
+class _Text:
+    """Tokens, appended and taken back at the end, with counts of them.
+
+    ids: int64[distinct], the distinct tokens by their first occurrence. output_counts: float32[distinct], how often
+    each is in the output.
+    """
+
+    def __init__(self, ngram_size: int) -> None:
+        self.tokens: list[int] = []
+        self._is_output: list[bool] = []
+        self._slots: dict[int, int] = {}
+        self._counts: list[int] = []  # in prompt and output
+        self._ids, self._output_counts = np.zeros(64, np.int64), np.zeros(64, np.float32)
+        self._ngram_size = ngram_size
+        self._followers: dict[tuple[int, ...], list[int]] = defaultdict(list)  # of each ngram_size - 1 tokens
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        return self._ids[: len(self._counts)]
+
+    @property
+    def output_counts(self) -> NDArray[np.float32]:
+        return self._output_counts[: len(self._counts)]
+
+    def extend(self, tokens: Iterable[int], *, is_output: bool) -> None:
+        for token in tokens:
+            slot = self._slots.setdefault(token, len(self._counts))
+            if slot == len(self._counts):
+                self._add(token)
+            self._counts[slot] += 1
+            self._output_counts[slot] += is_output
+            self.tokens.append(token)
+            self._is_output.append(is_output)
+            if self._ngram_size and len(self.tokens) >= self._ngram_size:
+                self._followers[self._key(len(self.tokens) - 1)].append(token)
+
+    def truncate(self, length: int) -> None:
+        while len(self.tokens) > length:
+            if self._ngram_size and len(self.tokens) >= self._ngram_size:
+                self._followers[self._key(len(self.tokens) - 1)].pop()
+            token = self.tokens.pop()
+            slot = self._slots[token]
+            self._counts[slot] -= 1
+            self._output_counts[slot] -= self._is_output.pop()
+            if not self._counts[slot]:  # then it was the last one to come in
+                self._counts.pop()
+                del self._slots[token]
+
+    def repeats(self) -> Sequence[int]:
+        """Tokens that would complete an n-gram which the text has already."""
+        if len(self.tokens) + 1 < self._ngram_size:
+            return ()
+        return self._followers.get(self._key(len(self.tokens)), ())
+
+    def _key(self, end: int) -> tuple[int, ...]:
+        return tuple(self.tokens[end + 1 - self._ngram_size : end])
+
+    def _add(self, token: int) -> None:
+        if len(self._counts) == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+            self._output_counts = np.concatenate([self._output_counts, np.zeros_like(self._output_counts)])
+        self._ids[len(self._counts)], self._output_counts[len(self._counts)] = token, 0
+        self._counts.append(0)
