@@ -109,7 +109,7 @@ def export(
     sources = _load(drafter, target, settings.weights_dtype, progress)
     shared = proposable_tokens(sources["drafter"], sources.get("target", sources["drafter"]))
     notes = (*_fit(sources, settings), *differing_note(shared))  # refuses before the long work, as the next line does
-    notes += rule_notes(sources["target"].model.generation_config, settings.formats) if target else ()
+    notes += tuple(rule_notes(sources["target"].model.generation_config, settings.formats)) if target else ()
     with reserved(output):
         check_output(output, names, settings.force)  # again: a killed run's bundles may be whole by now
         counts = count_tokens(
