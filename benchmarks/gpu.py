@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engines import Engine, load_engine
 from engines.ort_cuda.provider import require_provider
-from runtime import SamplingParams, SweepReport, SweepRow, SweepSettings, bench, decode_rounds, sweep
+from runtime import SamplingParams, decode_rounds
+from runtime.measure.bench import bench
+from runtime.measure.sweep import SweepReport, SweepRow, SweepSettings, sweep
 from vocabtrim_export.cli.bench_tables import show_sweep
 from vocabtrim_export.random_weights.bundles import RandomBundles, RandomSettings, random_bundles
 

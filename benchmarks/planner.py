@@ -10,8 +10,10 @@ from pathlib import Path
 
 from engines import load_engine
 from engines.bundle.tokenizer import Tokenizer
-from runtime import SpeculativeDecoder, SweepSettings, make_plan, sweep
+from runtime import SpeculativeDecoder
 from runtime.measure.environment import environment
+from runtime.measure.plan_measurement import make_plan
+from runtime.measure.sweep import SweepSettings, sweep
 from vocabtrim_export.calibration import read_corpus
 
 

@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--counts", type=Path, required=True)
-    parser.add_argument("--k", default="8192")
+    parser.add_argument("--k", type=int, default=8192)
     parser.add_argument("--compute-capability", nargs="+", default=["8.6", "8.9", "12.0"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -47,7 +47,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     trims = {
         name: {
             "trimmed": build(options, folder / f"{name}_trimmed", model, options.k, tuple(first), target=False),
-            "full": build(options, folder / f"{name}_full", model, "10000000", tuple(first), target=False),
+            "full": build(options, folder / f"{name}_full", model, 10_000_000, tuple(first), target=False),
         }
         for name, model in (("as_it_is", options.model), ("untied", untied))
     }
@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 
 def build(
-    options: argparse.Namespace, output: Path, model: str, k: str, capabilities: tuple[str, ...], target: bool
+    options: argparse.Namespace, output: Path, model: str, k: int, capabilities: tuple[str, ...], target: bool
 ) -> dict[str, object]:
     """Export; sizes and seconds of what was built."""
     began: dict[str, float] = {}

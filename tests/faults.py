@@ -132,7 +132,7 @@ def exports(work: Path, again: bool) -> None:
 
     def export(length: int, force: bool) -> None:
         calibration = CalibrationSettings(calibration=(counts,))
-        settings = pipeline.ExportSettings(k="192", max_length=length, calibration=calibration, force=force)
+        settings = pipeline.ExportSettings(k=192, max_length=length, calibration=calibration, force=force)
         pipeline.export(str(model), str(model), out, settings)
 
     def before() -> None:

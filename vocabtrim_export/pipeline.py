@@ -28,7 +28,7 @@ from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.generation_rules import rule_notes
 from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.lowering.quantize import Quantization
-from vocabtrim_export.selection import Selection, check_k, select_vocab, structural_token_ids
+from vocabtrim_export.selection import Coverage, Selection, check_k, select_vocab, structural_token_ids
 from vocabtrim_export.sources.rotation import context_length, fix_long_tables
 from vocabtrim_export.sources.source import DTYPES, Source, calibration_model, load_source
 from vocabtrim_export.tracing.trace import Traced, decoder_layers, trace
@@ -40,7 +40,7 @@ from vocabtrim_export.trt.settings import TensorRTSettings
 class ExportSettings:
     """How to export; the command line's options by the same names.
 
-    k: rows of the drafter's head: a number, or "coverage:0.95".
+    k: rows of the drafter's head: a number, or a `Coverage` of the held-out calibration tokens.
     trt: how to build TensorRT plans; None exports for ONNX Runtime.
     dtype: "fp32", "fp16" or "bf16", of both bundles; None: fp16 for TensorRT, fp32 for ONNX Runtime.
     quantize_drafter: None does as `quantize` says.
@@ -48,7 +48,7 @@ class ExportSettings:
     formats: of `vocabtrim_export.formats`, written beside the bundles.
     """
 
-    k: str
+    k: int | Coverage
     trt: TensorRTSettings | None = None
     dtype: str | None = None
     quantize: Quantization = "none"
@@ -83,7 +83,7 @@ class ExportResult:
 def export(
     drafter: str,
     target: str | None,
-    output: Path,
+    output: str | Path,
     settings: ExportSettings,
     progress: Progress = lambda _task, _done, _total: None,
 ) -> ExportResult:
@@ -97,6 +97,7 @@ def export(
     given as the calibration of another export they serve another K. progress: called with (task, done, total).
     Raises `VocabtrimError` for everything that the user can mend; `output` is then as it was, but for the counts.
     """
+    output = Path(output)
     roles: list[Role] = ["drafter", "target"] if target else ["drafter"]
     names = [*roles, *settings.formats]
     check_output(output, names, settings.force)
@@ -221,7 +222,9 @@ def _fit(sources: Mapping[Role, Source], settings: ExportSettings) -> tuple[str,
     return tuple(notes)
 
 
-def _select(counts: TokenCounts, sources: Mapping[Role, Source], k: str, available: NDArray[np.int64]) -> Selection:
+def _select(
+    counts: TokenCounts, sources: Mapping[Role, Source], k: int | Coverage, available: NDArray[np.int64]
+) -> Selection:
     always: set[int] = set()
     for source in sources.values():
         always |= structural_token_ids(source.tokenizer, source.model.generation_config, source.tokenizer.chat_template)

@@ -25,6 +25,20 @@ PROBE = "vocabtrim-probe"
 
 
 @dataclass(frozen=True, slots=True)
+class Coverage:
+    """Chooses the smallest K that keeps this share of the held-out calibration tokens.
+
+    Raises `VocabtrimError` for a share that is not above 0 and at most 1.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise VocabtrimError(f"a coverage of {self.share} cannot be: it must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
     """The chosen map and what is known about it.
 
@@ -46,7 +60,7 @@ class Selection:
 
 def select_vocab(
     counts: TokenCounts,
-    k: str | int,
+    k: int | Coverage,
     *,
     always_keep: Iterable[int],
     full_vocab: int | None = None,
@@ -54,7 +68,7 @@ def select_vocab(
 ) -> Selection:
     """Keep the K tokens counted most often.
 
-    k: rows, rounded up to a multiple of 64 but never beyond the vocabulary; or "coverage:0.95": the smallest such K
+    k: rows, rounded up to a multiple of 64 but never beyond the vocabulary; or a `Coverage`: the smallest such K
     that keeps this share of the held-out tokens. Where the counted tokens do not suffice it reaches into the filler:
     too short a calibration shows as a large K, not as a coverage that was asked for and not had.
     always_keep: ids kept before all others. Then come counted ids, ties by the smaller id; then, as filler, the rest
@@ -71,9 +85,8 @@ def select_vocab(
     rank = _rank(counts.counts[:limit], always)
     if available is not None:
         rank, always = (ids[np.isin(ids, available)] for ids in (rank, always))
-    requested, rows = _parse_k(k)
-    if requested is not None:
-        rows = _rows_to_cover(counts, rank, requested, len(always))
+    check_k(k)
+    rows = _rows_to_cover(counts, rank, k.share, len(always)) if isinstance(k, Coverage) else int(k)
     kept_rows = min(_round_up(rows), len(rank))
     if kept_rows < len(always):
         raise VocabtrimError(
@@ -86,7 +99,7 @@ def select_vocab(
     return Selection(
         vocab_map=VocabMap.from_ids(kept, limit),
         coverage=int(counts.held_out[kept].sum()) / held_out if held_out else None,
-        requested_coverage=requested,
+        requested_coverage=k.share if isinstance(k, Coverage) else None,
         counted=int(seen.sum()),
         always_kept=len(always),
         filler=int((~seen[len(always) :]).sum()),
@@ -125,27 +138,13 @@ def _rank(counts: NDArray[np.int64], always: NDArray[np.int64]) -> NDArray[np.in
     return np.concatenate([always, order[~np.isin(order, always)]])
 
 
-def check_k(k: str | int) -> None:
+def check_k(k: int | Coverage) -> None:
     """Raise `VocabtrimError` for a K that could never be meant, before any long work begins."""
-    _parse_k(k)
-
-
-def _parse_k(k: str | int) -> tuple[float | None, int]:
-    """(coverage, 0) or (None, rows)."""
-    how = "give a number of rows such as 32000, or coverage:0.95"
-    text = str(k).strip()
-    try:
-        if text.startswith("coverage:"):
-            coverage = float(text.removeprefix("coverage:"))
-            if not 0 < coverage <= 1:
-                raise VocabtrimError(f"the coverage in {text!r} must be above 0 and at most 1")
-            return coverage, 0
-        rows = int(text)
-    except ValueError as error:
-        raise VocabtrimError(f"K = {text!r} is not understood: {how}") from error
-    if rows <= 0:
-        raise VocabtrimError(f"K = {rows} must be positive: {how}")
-    return None, rows
+    how = "give a number of rows such as 32000, or a coverage such as 0.95"
+    if not isinstance(k, int | np.integer | Coverage) or isinstance(k, bool):
+        raise VocabtrimError(f"K = {k!r} is neither a whole number nor a Coverage: {how}")
+    if not isinstance(k, Coverage) and k <= 0:
+        raise VocabtrimError(f"K = {k} must be positive: {how}")
 
 
 def _rows_to_cover(counts: TokenCounts, rank: NDArray[np.int64], coverage: float, always: int) -> int:

@@ -45,14 +45,14 @@ def head_dir(write_head):
 
 @pytest.fixture(scope="module")
 def pair(head_dir, target_dir, export_pair):
-    return export_pair(head_dir, target_dir, k="100000")
+    return export_pair(head_dir, target_dir, k=100000)
 
 
 @pytest.fixture(scope="module")
 def first_pair(write_head, random_model, export_pair):
     """An EAGLE-1 head: its hidden states are the target's features."""
     head = write_head(layer_heads.safeailab(layer_heads.make_tensors()), layer_heads.CONFIG)
-    return export_pair(head, random_model("llama", num_hidden_layers=3), k="100000")
+    return export_pair(head, random_model("llama", num_hidden_layers=3), k=100000)
 
 
 class Spied(HostStream):
@@ -279,7 +279,7 @@ def test_a_sampled_generation_moves_no_features(pair):
 
 @pytest.fixture(scope="module")
 def half(head_dir, target_dir, export_pair):
-    return export_pair(head_dir, target_dir, k="128", dtype="fp16", quantize_drafter="int4")
+    return export_pair(head_dir, target_dir, k=128, dtype="fp16", quantize_drafter="int4")
 
 
 def test_fp16_with_a_trimmed_int4_head(half):

@@ -14,6 +14,7 @@ from engines.bundle.tokenizer import tokenizer_digest
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.calibration.counting import CalibrationSettings
 from vocabtrim_export.pipeline import ExportSettings, export
+from vocabtrim_export.selection import Coverage
 
 from .eagle_heads import CONFIG
 
@@ -106,9 +107,9 @@ def count_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def export_pair(tmp_path_factory, count_file):
-    """export_pair(model, target, k="192", …) → ExportResult; without a target, of the model as its own drafter."""
+    """export_pair(model, target, k=192, …) → ExportResult; without a target, of the model as its own drafter."""
 
-    def run(model: Path, target: Path | None = None, k: str = "192", **changes):
+    def run(model: Path, target: Path | None = None, k: int | Coverage = 192, **changes):
         calibration = CalibrationSettings(calibration=(count_file(target or model),))
         settings = ExportSettings(**{"k": k, "max_length": 128, "calibration": calibration} | changes)
         return export(str(model), str(target or model), tmp_path_factory.mktemp("out") / "bundles", settings)

@@ -17,7 +17,7 @@ SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "bench.schema.json").r
 def pair(random_model, export_pair):
     """The target's bundle, a trimmed drafter's, and its full one's."""
     model = random_model("llama")
-    trimmed, full = export_pair(model), export_pair(model, k="100000")
+    trimmed, full = export_pair(model), export_pair(model, k=100000)
     return trimmed.target, trimmed.drafter, full.drafter
 
 

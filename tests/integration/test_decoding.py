@@ -12,6 +12,7 @@ from onnx.numpy_helper import to_array
 from engines import load_engine
 from runtime import SamplingParams, SpeculativeDecoder
 from vocabtrim_export.bundles.notes import target_notes
+from vocabtrim_export.selection import Coverage
 
 PROMPTS = [[5, 17, 200, 33], list(range(40, 70)), [7]]
 
@@ -79,7 +80,7 @@ def test_a_full_context_ends_the_generation(pair):
 
 def test_a_drafter_of_another_model_still_gives_the_targets_output(directory, random_model, export_pair):
     other = random_model("llama", seed=1, hidden_size=32, num_hidden_layers=1)
-    result = export_pair(other, target=directory, k="coverage:0.5")
+    result = export_pair(other, target=directory, k=Coverage(0.5))
     with SpeculativeDecoder.load(result.target, result.drafter) as decoder:
         generated = decoder.generate(PROMPTS[1], max_new_tokens=40)
         assert list(generated.token_ids) == plain_greedy(directory, PROMPTS[1], 40)
@@ -94,7 +95,7 @@ def head_tensors(bundle):
 
 
 def test_rows_may_be_selected_before_or_after_quantisation(pair, directory, export_pair):
-    full = export_pair(directory, k="448", quantize_drafter="int4")
+    full = export_pair(directory, k=448, quantize_drafter="int4")
     assert full.selection.is_noop
     kept = pair.selection.vocab_map.kept_token_ids
     for trimmed, whole in zip(head_tensors(pair.drafter), head_tensors(full.drafter), strict=True):

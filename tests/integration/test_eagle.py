@@ -31,7 +31,7 @@ def target_model(target_dir):
 
 @pytest.fixture(scope="module")
 def export_head(export_pair, target_dir):
-    return lambda head, k="100000", **changes: export_pair(head, target_dir, k=k, **changes)
+    return lambda head, k=100000, **changes: export_pair(head, target_dir, k=k, **changes)
 
 
 def spied_rounds(target, drafter, prompt, **options):
@@ -137,7 +137,7 @@ def test_a_reduced_head_is_trimmed_further(write_head, export_head, target_model
     full, ids = make_tensors(bias=True), np.random.default_rng(2).permutation(VOCAB)[:300]
     tensors = {**full, "lm_head.weight": full["lm_head.weight"][ids], "d2t": permuted(ids)}
     head = write_head(tensors, eagle_aux_hidden_state_layer_ids=list(LAYERS), norm_before_residual=True)
-    whole, result = export_head(head), export_head(head, k="128")
+    whole, result = export_head(head), export_head(head, k=128)
     kept = result.selection.vocab_map.kept_token_ids
     assert len(kept) == result.drafter_manifest.head_rows == 128
     assert set(kept) < set(ids.tolist())
@@ -176,7 +176,7 @@ def test_only_a_target_that_gives_the_features_goes_with_a_head(pair, export_pai
 def test_a_head_that_was_trimmed_is_a_checkpoint_again(write_head, export_head):
     """`--format eagle3`: exported anew without a trim, it drafts what the trimmed bundle drafts."""
     head = write_head(make_tensors(), eagle_aux_hidden_state_layer_ids=list(LAYERS))
-    first = export_head(head, k="192", formats=("eagle3",))
+    first = export_head(head, k=192, formats=("eagle3",))
     (written,) = first.formats
     again = export_head(written)
     maps, texts = [], []

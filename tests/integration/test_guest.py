@@ -46,7 +46,7 @@ from vocabtrim_export.calibration.counting import CalibrationSettings
 from vocabtrim_export.pipeline import ExportSettings, export
 
 calibration = CalibrationSettings((text,), calibration_tokens=64)
-result = export(str(model), str(model), output, ExportSettings(k="192", max_length=64, calibration=calibration))
+result = export(str(model), str(model), output, ExportSettings(k=192, max_length=64, calibration=calibration))
 with runtime.SpeculativeDecoder.load(result.target, result.drafter) as decoder:
     assert len(decoder.generate([3, 4, 5], max_new_tokens=9).token_ids) > 1
     sessions.append(plain_session())

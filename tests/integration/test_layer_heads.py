@@ -242,7 +242,7 @@ def test_a_head_that_is_the_model_again_is_always_right(kind, random_model, writ
         tensors["norm.weight"] = weights["model.norm.weight"]
         add_tensors(directory, beside_the_model(tensors, "model.layers.1.", DEEPSEEK))
         drafter = "mtp"
-    pair = export_pair(drafter, directory, k="100000")
+    pair = export_pair(drafter, directory, k=100000)
     with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
         made = [decoder.generate(prompt, max_new_tokens=40).stats for prompt in PROMPTS]
         assert sum(stats.drafted for stats in made) > 40

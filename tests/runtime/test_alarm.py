@@ -6,9 +6,10 @@ import logging
 import numpy as np
 import pytest
 
-from runtime import SamplingParams, SpeculativeDecoder, bench
+from runtime import SamplingParams, SpeculativeDecoder
 from runtime.alarm import FALSE_ALARM, WINDOW, AcceptanceAlarm, find_collapse, is_collapse
 from runtime.loop import Round
+from runtime.measure.bench import bench
 
 ROUNDS = 2 * WINDOW  # hardly anything accepted: a round gives a token
 

@@ -3,8 +3,10 @@ import json
 import pytest
 
 from engines.errors import VocabtrimError
-from runtime import bench, mbsu, read_bandwidth
+from runtime import mbsu
 from runtime.loop import Round
+from runtime.measure.bandwidth import read_bandwidth
+from runtime.measure.bench import bench
 from runtime.measure.report import mode_report
 from runtime.measure.timing import Feed, Run
 from runtime.stats import summarize

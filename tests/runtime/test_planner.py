@@ -5,8 +5,9 @@ import json
 import pytest
 
 from engines.errors import VocabtrimError
-from runtime import SweepSettings, make_plan, plan, sweep
-from runtime.measure.planner import DrafterTimes, RoundTimes, expected_block_efficiency
+from runtime.measure.plan_measurement import make_plan
+from runtime.measure.planner import DrafterTimes, RoundTimes, expected_block_efficiency, plan
+from runtime.measure.sweep import SweepSettings, sweep
 
 LENGTHS = (1, 2, 4, 8)
 PROMPTS = [[3, 4], [5, 6, 7], [8]]

@@ -3,8 +3,7 @@ import json
 import pytest
 
 from engines.errors import VocabtrimError
-from runtime import SweepSettings, sweep
-from runtime.measure.sweep import at_context
+from runtime.measure.sweep import SweepSettings, at_context, sweep
 
 PROMPTS = [[3, 4], [5, 6, 7], [8]]
 

@@ -7,9 +7,9 @@ import pytest
 
 import runtime.rules
 from engines.errors import VocabtrimError
-from runtime import SamplingParams, SpeculativeDecoder, verify
+from runtime import SamplingParams, SpeculativeDecoder
 from runtime.accept import Accepted, accept_greedy
-from runtime.verification.greedy import differences, tolerance
+from runtime.verification.greedy import differences, tolerance, verify
 from runtime.verification.teacher_forcing import forced_logits, stepped_logits
 
 PROMPTS = [[5, 6, 7], [9]]
@@ -147,7 +147,7 @@ def test_generations_end_at_an_eos_or_at_the_end_of_the_context(make_target, mak
 
 
 def test_greedy_settings_are_no_distribution(decoder):
-    from runtime import verify_sampling
+    from runtime.verification.sampled import verify_sampling
 
     with pytest.raises(VocabtrimError, match="above 0"):
         verify_sampling(decoder, PROMPTS, [SamplingParams()])

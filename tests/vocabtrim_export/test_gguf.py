@@ -130,7 +130,7 @@ def test_a_mixed_file_runs_as_its_weights_do(gguf_file, tmp_path):
     digest, counts = load_source(str(path), torch.float32).tokenizer_digest, tmp_path / "counts.safetensors"
     TokenCounts(numbers, numbers, digest, ()).save(counts)
     calibration = CalibrationSettings(calibration=(counts,))
-    settings = ExportSettings(k="192", max_length=128, calibration=calibration)
+    settings = ExportSettings(k=192, max_length=128, calibration=calibration)
     result = export(str(path), str(path), tmp_path / "out", settings)
     model = LlamaForCausalLM(config()).eval()
     model.load_state_dict(wanted)

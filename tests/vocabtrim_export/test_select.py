@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration import CalibrationRun, TokenCounts
-from vocabtrim_export.selection import select_vocab, structural_token_ids
+from vocabtrim_export.cli.selection_text import parse_k
+from vocabtrim_export.selection import Coverage, select_vocab, structural_token_ids
 
 FULL = 300
 tables = st.lists(st.integers(0, 5), min_size=FULL, max_size=FULL)
@@ -52,7 +53,7 @@ def test_what_is_kept_beats_what_is_cut(counts, held_out, always, k, limit):
 def test_coverage_is_reached_by_the_smallest_k(counts, held_out, always, target):
     held_out[0] += 1
     table = token_counts(counts, held_out)
-    chosen = select_vocab(table, f"coverage:{target}", always_keep=always)
+    chosen = select_vocab(table, Coverage(target), always_keep=always)
     assert chosen.coverage >= target - 1e-9
     assert chosen.requested_coverage == target
     rows = len(chosen.vocab_map)
@@ -70,7 +71,7 @@ def test_the_held_out_part_does_not_choose():
 
 
 def test_a_k_of_the_whole_vocabulary_is_a_noop():
-    chosen = select_vocab(token_counts([1] * FULL), "1000", always_keep=())
+    chosen = select_vocab(token_counts([1] * FULL), 1000, always_keep=())
     assert chosen.is_noop
     assert chosen.vocab_map.kept_token_ids.tolist() == list(range(FULL))
 
@@ -79,19 +80,29 @@ def test_a_k_of_the_whole_vocabulary_is_a_noop():
     ("k", "message"),
     [
         (0, "K = 0 must be positive"),
-        ("-64", "K = -64 must be positive"),
-        ("many", "K = 'many' is not understood"),
-        ("3.5", "is not understood"),
-        ("coverage:x", "is not understood"),
-        ("coverage:nan", "must be above 0"),
-        ("coverage:95", "must be above 0 and at most 1"),
-        ("coverage:0.9", "nothing was held out"),
+        ("32000", "K = '32000' is neither a whole number nor a Coverage"),
+        (0.95, "K = 0.95 is neither"),
+        (Coverage(0.9), "nothing was held out"),
         (64, "K = 64 is too small: 65 special and structural tokens are always kept; give at least 128"),
     ],
 )
 def test_a_k_that_cannot_be_is_one_clear_line(k, message):
     with pytest.raises(VocabtrimError, match=message):
         select_vocab(token_counts([1] * FULL), k, always_keep=range(65))
+
+
+@pytest.mark.parametrize("text", ["many", "3.5", "coverage:x", "cover:0.5", ":0.5", ""])
+def test_a_k_on_the_command_line_is_a_number_or_a_coverage(text):
+    assert parse_k(" 32000 ") == 32000
+    assert parse_k("coverage:0.95") == Coverage(0.95)
+    with pytest.raises(VocabtrimError, match=f"K = '{text}' is not understood"):
+        parse_k(text)
+
+
+@pytest.mark.parametrize("share", [0, -1, 95, float("nan")])
+def test_a_coverage_is_a_share(share):
+    with pytest.raises(VocabtrimError, match="above 0 and at most 1"):
+        Coverage(share)
 
 
 def test_structure_is_kept_and_reserved_tokens_are_not(tokenizer):

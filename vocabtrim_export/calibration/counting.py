@@ -24,7 +24,7 @@ class CalibrationSettings:
     calibration_source: None takes the target where there is one, else the drafter.
     """
 
-    calibration: tuple[Path, ...] = ()
+    calibration: tuple[str | Path, ...] = ()
     calibration_source: CalibrationSource | None = None
     calibration_tokens: int = 100_000
     temperature: float = 1.0
@@ -39,8 +39,9 @@ class CalibrationInput:
     corpus: Corpus | None
 
 
-def read_calibration(paths: Sequence[Path]) -> CalibrationInput:
-    """Read all of `paths` before any long work begins. Raises `VocabtrimError`."""
+def read_calibration(names: Sequence[str | Path]) -> CalibrationInput:
+    """Read all of `names` before any long work begins. Raises `VocabtrimError`."""
+    paths = [Path(name) for name in names]
     counted = [path for path in paths if path.suffix == ".safetensors"]
     if counted and len(counted) < len(paths):
         raise VocabtrimError("--calibration takes either text to calibrate on or token counts, not both")

@@ -22,8 +22,10 @@ from vocabtrim_export.cli.console import progress_reporter
 
 if TYPE_CHECKING:
     from engines import Engine
-    from runtime import BenchReport, PlanReport, SweepReport, SweepSettings
     from runtime.measure.bench import Forced
+    from runtime.measure.plan_measurement import PlanReport
+    from runtime.measure.report import BenchReport
+    from runtime.measure.sweep import SweepReport, SweepSettings
     from vocabtrim_export.calibration.corpus import Document
     from vocabtrim_export.lowering.graph_files import Progress
 
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from engines import load_engine
-    from runtime import SweepReport
+    from runtime.measure.sweep import SweepReport
     from vocabtrim_export.cli.bench_tables import show
 
     check_options(options)
@@ -122,7 +124,7 @@ def _random_prompts(options: argparse.Namespace, target: "Engine") -> list[list[
 
 
 def _settings(options: argparse.Namespace, target: "Engine") -> "SweepSettings":
-    from runtime import SweepSettings
+    from runtime.measure.sweep import SweepSettings
 
     lengths = options.draft_length
     if options.plan and not lengths:
@@ -140,8 +142,9 @@ def _measure(
     prompts: Sequence[Sequence[int]],
     progress: Callable[[int, int], None],
 ) -> "BenchReport | PlanReport | SweepReport":
-    from runtime import bench, make_plan, sweep
-    from runtime.measure.sweep import prompts_at
+    from runtime.measure.bench import bench
+    from runtime.measure.plan_measurement import make_plan
+    from runtime.measure.sweep import prompts_at, sweep
 
     settings = _settings(options, target)
     if options.plan:

@@ -5,11 +5,15 @@ from typing import TYPE_CHECKING
 from vocabtrim_export.cli.console import print_table
 
 if TYPE_CHECKING:
-    from runtime import BenchReport, ModeReport, Percentiles, PlanReport, SweepReport, SweepRow
+    from runtime import Percentiles
+    from runtime.measure.plan_measurement import PlanReport
+    from runtime.measure.report import BenchReport, ModeReport
+    from runtime.measure.sweep import SweepReport, SweepRow
 
 
 def show(report: "BenchReport | PlanReport | SweepReport") -> None:
-    from runtime import BenchReport, PlanReport
+    from runtime.measure.plan_measurement import PlanReport
+    from runtime.measure.report import BenchReport
 
     if isinstance(report, BenchReport):
         show_bench(report)

@@ -15,7 +15,7 @@ from vocabtrim_export.cli.arguments import (
     add_tensorrt_arguments,
 )
 from vocabtrim_export.cli.console import progress_reporter
-from vocabtrim_export.cli.selection_text import kept, notes
+from vocabtrim_export.cli.selection_text import kept, notes, parse_k
 
 if TYPE_CHECKING:
     from vocabtrim_export.pipeline import ExportResult
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         run_onnx(options)
         return
     settings = ExportSettings(
-        k=options.k,
+        k=parse_k(options.k),
         trt=tensorrt_settings(options),
         dtype=options.dtype,
         quantize=options.quantize,

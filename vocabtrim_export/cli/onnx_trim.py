@@ -13,7 +13,7 @@ _NOT_FOR_ONNX = ("target", "dtype", "quantize_drafter", "max_length")
 def run_onnx(options: argparse.Namespace) -> None:
     """Trim it in place of an export. Raises `VocabtrimError`."""
     from vocabtrim_export.cli.arguments import calibration_settings
-    from vocabtrim_export.cli.selection_text import kept, notes
+    from vocabtrim_export.cli.selection_text import kept, notes, parse_k
     from vocabtrim_export.onnx_input.trim import trim_onnx
 
     given = [name for name in _NOT_FOR_ONNX if getattr(options, name)]
@@ -26,7 +26,7 @@ def run_onnx(options: argparse.Namespace) -> None:
         )
     with progress_reporter() as progress:
         made = trim_onnx(
-            options.drafter, options.output, options.k, calibration_settings(options), options.force, progress
+            options.drafter, options.output, parse_k(options.k), calibration_settings(options), options.force, progress
         )
     for note in notes(made.selection, builtin=not options.calibration):
         print(f"note: {note}", file=sys.stderr)

@@ -1,9 +1,24 @@
-"""What a selection means, in words for the terminal."""
+"""K and selections as words: read from the command line, and explained on the terminal."""
 
 from typing import TYPE_CHECKING
 
+from engines.errors import VocabtrimError
+
 if TYPE_CHECKING:
-    from vocabtrim_export.selection import Selection
+    from vocabtrim_export.selection import Coverage, Selection
+
+
+def parse_k(text: str) -> "int | Coverage":
+    """`--k` as `ExportSettings` takes it: "32000", or "coverage:0.95". Raises `VocabtrimError`."""
+    from vocabtrim_export.selection import Coverage
+
+    name, colon, share = text.strip().partition(":")
+    try:
+        return Coverage(float(share)) if colon and name == "coverage" else int(text)
+    except ValueError as error:
+        raise VocabtrimError(
+            f"K = {text!r} is not understood: give a number of rows such as 32000, or coverage:0.95"
+        ) from error
 
 
 def notes(selection: "Selection", builtin: bool) -> list[str]:

@@ -4,7 +4,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runtime import SweepReport, SweepRow
+    from runtime.measure.sweep import SweepReport, SweepRow
 
 _WIDTH, _HEIGHT = 420, 300  # of a panel
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 44, 44

@@ -21,7 +21,9 @@ from vocabtrim_export.cli.arguments import (
 from vocabtrim_export.cli.console import progress_reporter
 
 if TYPE_CHECKING:
-    from runtime import SamplingParams, SamplingReport, SpeculativeDecoder, VerifyReport
+    from runtime import SamplingParams, SpeculativeDecoder
+    from runtime.verification.greedy import VerifyReport
+    from runtime.verification.sampled import SamplingReport
 
 PROMPTS = (
     "Write a haiku about memory bandwidth.",
@@ -59,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """0, or 1 for a real difference."""
-    from runtime import SamplingParams, SpeculativeDecoder, verify_sampling
+    from runtime import SamplingParams, SpeculativeDecoder
+    from runtime.verification.sampled import verify_sampling
 
     settings, rules = _settings(options), SamplingParams(**rule_options(options))
     for name in ("num_prompts", "max_new_tokens"):
@@ -127,7 +130,7 @@ def _verify(
     rules: "SamplingParams",
     progress: Callable[[str, int, int], None],
 ) -> "VerifyReport":
-    from runtime import verify
+    from runtime.verification.greedy import verify
 
     judge: dict[str, Any] = {}
     if options.reference:

@@ -23,7 +23,7 @@ from vocabtrim_export.calibration.counting import CalibrationInput, CalibrationS
 from vocabtrim_export.lowering.graph_files import Progress, save_graph
 from vocabtrim_export.onnx_input.cut import cut_head
 from vocabtrim_export.onnx_input.head import find_head
-from vocabtrim_export.selection import Selection, check_k, select_vocab, structural_token_ids
+from vocabtrim_export.selection import Coverage, Selection, check_k, select_vocab, structural_token_ids
 
 _COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
@@ -59,7 +59,7 @@ def holds_onnx(spec: str) -> bool:
 def trim_onnx(
     drafter: str,
     output: Path,
-    k: str,
+    k: int | Coverage,
     calibration: CalibrationSettings,
     force: bool = False,
     progress: Progress = lambda _task, _done, _total: None,
