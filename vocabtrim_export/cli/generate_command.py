@@ -5,12 +5,14 @@ import json
 import sys
 from pathlib import Path
 
+from engines.errors import VocabtrimError
 from vocabtrim_export.cli.arguments import (
     add_engine_arguments,
     add_json_argument,
     add_rule_arguments,
     rule_options,
 )
+from vocabtrim_export.cli.streams import read_standard_input
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from engines.errors import VocabtrimError
     from runtime import SamplingParams, SpeculativeDecoder
 
     chosen = options.temperature, options.top_k, options.top_p, options.seed, options.min_p
     sampling = SamplingParams(*chosen, **rule_options(options))
     if options.logprobs is not None and not options.json:
         raise VocabtrimError("--logprobs is part of what --json prints: give --json as well")
-    prompt = sys.stdin.read() if options.prompt is None else options.prompt
+    prompt = read_standard_input() if options.prompt is None else options.prompt
+    if not prompt.strip() and not options.raw:
+        where = "standard input" if options.prompt is None else "--prompt"
+        raise VocabtrimError(f"the prompt is empty: {where} holds no text to answer")
     if options.drafter_device and options.drafter is None:
         raise VocabtrimError("--drafter-device is for a drafter: give --drafter as well")
     with SpeculativeDecoder.load(

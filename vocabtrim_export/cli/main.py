@@ -7,10 +7,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.cli.streams import BROKEN_PIPE, discard_output, prepare_output
+from vocabtrim_export.version import __version__
 
 COMMANDS = {
     "export": "calibrate, trim and export a drafter and its target (what `vocabtrim-export` does)",
@@ -43,11 +45,34 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def main(argv: Sequence[str] | None = None) -> int:
     """`vocabtrim COMMAND …`. Returns the exit code.
 
-    0; 1 where `verify` found a difference; 2 for a user's mistake; 130 after Ctrl-C.
+    0; 1 where `verify` found a difference; 2 for a user's mistake; 130 after Ctrl-C; 141 where the reader of the output
+    has gone, as after `| head`.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
+    return _in_one_line(lambda: _main(arguments))
+
+
+def export_main(argv: Sequence[str] | None = None) -> int:
+    """`vocabtrim-export …`, the main job by its own name."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    return _in_one_line(lambda: run_command("export", arguments, "vocabtrim-export"))
+
+
+def run_command(command: str, arguments: Sequence[str], prog: str) -> int:
+    """Parse `arguments` for `command` and run it. Returns the exit code. Raises what goes wrong."""
+    module = importlib.import_module(f"vocabtrim_export.cli.{command}_command")
+    parser = Parser(prog=prog, description=module.__doc__, formatter_class=HelpFormatter)
+    _add_version(parser)
+    module.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    _quiet_libraries()
+    return module.run(options) or 0
+
+
+def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="vocabtrim", description="Trim a drafter's LM head, export it, run it losslessly, measure it.")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    _add_version(parser)
     lines = [f"  {name:<11}{text}" for name, text in COMMANDS.items()]
     parser.epilog = "commands:\n" + "\n".join(lines) + "\n\n`vocabtrim COMMAND --help` lists a command's options."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -55,20 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(command, arguments[1:], f"vocabtrim {command}")
 
 
-def export_main(argv: Sequence[str] | None = None) -> int:
-    """`vocabtrim-export …`, the main job by its own name."""
-    return run_command("export", sys.argv[1:] if argv is None else list(argv), "vocabtrim-export")
+def _add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"vocabtrim-export {__version__}")
 
 
-def run_command(command: str, arguments: Sequence[str], prog: str) -> int:
-    """Parse `arguments` for `command`, run it, and turn what goes wrong into one line."""
-    module = importlib.import_module(f"vocabtrim_export.cli.{command}_command")
-    parser = Parser(prog=prog, description=module.__doc__, formatter_class=HelpFormatter)
-    module.add_arguments(parser)
-    options = parser.parse_args(arguments)
-    _quiet_libraries()
+def _in_one_line(run: Callable[[], int]) -> int:
+    """What `run` returns; what goes wrong in it becomes one line on standard error and an exit code."""
+    prepare_output()
     try:
-        return module.run(options) or 0
+        try:
+            return run()
+        finally:
+            sys.stdout.flush()  # where the reader of a pipe has gone, this must fail here and not when Python exits
     except VocabtrimError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -76,6 +99,9 @@ def run_command(command: str, arguments: Sequence[str], prog: str) -> int:
         return 130
     except MemoryError:
         return _fail("out of memory: lower --max-length, or use a smaller --dtype")
+    except BrokenPipeError:
+        discard_output()
+        return BROKEN_PIPE
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _fail(f"the disk is full: free some space and run it again ({error.filename or error.strerror})")
