@@ -164,8 +164,8 @@ LOAD = (
         "tests/integration/test_bench_command.py -k random_weights",
     ),
     Mutation(
-        "Random drafters of several K link one file of weights, and are what they would be alone",
-        "the head is linked, too",
+        "Random drafters of several K copy one file of weights, and are what they would be alone",
+        "the head is taken from the copy, too",
         "vocabtrim_export/lowering/graph_files.py",
         "        if name in own:\n",
         "        if name in own and name not in written:\n",

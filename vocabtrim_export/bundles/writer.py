@@ -31,7 +31,7 @@ from vocabtrim_export.drafters.base import FeatureHead
 from vocabtrim_export.drafters.medusa import MedusaHeads
 from vocabtrim_export.drafters.source import HeadSource
 from vocabtrim_export.generation_rules import generation_rules
-from vocabtrim_export.lowering.graph_files import Progress, save_graph, save_like, save_small, share, stamp_graph
+from vocabtrim_export.lowering.graph_files import Progress, clone_file, save_graph, save_like, save_small, stamp_graph
 from vocabtrim_export.lowering.lowered import Lowered
 from vocabtrim_export.lowering.medusa import lower_medusa
 from vocabtrim_export.lowering.pipeline import Weights, lower, lower_features
@@ -120,7 +120,7 @@ def _write_graphs(
         if twin:
             features = f"{FEATURES_NAME}.data"
             shutil.copyfile(twin / FEATURES_NAME, directory / FEATURES_NAME)  # will be stamped anew
-            share(twin / features, directory / features)
+            clone_file(twin / features, directory / features)
         else:
             save_small(lower_features(model.fuse, weights), directory / FEATURES_NAME)
     return lowered, None

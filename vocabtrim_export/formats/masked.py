@@ -12,7 +12,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from engines.bundle.manifest import MODEL_NAME, WEIGHTS_NAME
 from engines.errors import VocabtrimError
 from vocabtrim_export.formats.exported import Exported
-from vocabtrim_export.lowering.graph_files import share
+from vocabtrim_export.lowering.graph_files import clone_file
 
 _TABLE = "kept_token_ids"
 _OWN_INPUTS = ("seqlens_k", "total_sequence_length", "num_logits_to_keep")
@@ -29,7 +29,7 @@ def check_widths(exported: Exported, name: str) -> None:
 
 
 def write_masked(bundle: Path, directory: Path, vocab: int, width: int) -> None:
-    """Write the graph of `bundle`, changed, and its weights, shared with it, into the empty `directory`.
+    """Write the graph of `bundle`, changed, and a clone of its weights into the empty `directory`.
 
     Inputs input_ids: int64[1, S], attention_mask: int64[1, past + S], past_key_values.N.key|value as before, and
     position_ids where the model reads them. Outputs logits: [1, S, width], −inf for every token that a trimmed head
@@ -53,7 +53,7 @@ def write_masked(bundle: Path, directory: Path, vocab: int, width: int) -> None:
     used = {name for node in graph.node for name in node.input}
     _remove(graph.initializer, [tensor.name for tensor in graph.initializer if tensor.name not in used])
     onnx.save(model, directory / MODEL_NAME)
-    share(bundle / WEIGHTS_NAME, directory / WEIGHTS_NAME)
+    clone_file(bundle / WEIGHTS_NAME, directory / WEIGHTS_NAME)
 
 
 def _lengths(graph: GraphProto) -> list[NodeProto]:

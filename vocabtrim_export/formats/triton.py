@@ -11,7 +11,7 @@ import onnx
 
 from engines.bundle.manifest import MODEL_NAME, WEIGHTS_NAME, Manifest
 from vocabtrim_export.formats.exported import Exported, copy_tokenizer
-from vocabtrim_export.lowering.graph_files import share
+from vocabtrim_export.lowering.graph_files import clone_file
 
 CONFIG_NAME = "config.pbtxt"
 _TYPES: Mapping[int, str] = {
@@ -29,7 +29,7 @@ def write(exported: Exported, directory: Path) -> None:
         place = directory / role
         (place / "1").mkdir(parents=True)
         for name in (MODEL_NAME, WEIGHTS_NAME):
-            share(bundle / name, place / "1" / name)
+            clone_file(bundle / name, place / "1" / name)
         (place / "tokenizer").mkdir()
         copy_tokenizer(exported, role, place / "tokenizer")
         graph = onnx.load(bundle / MODEL_NAME, load_external_data=False).graph

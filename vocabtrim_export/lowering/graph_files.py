@@ -1,6 +1,6 @@
 """Graphs as files: weights beside the graph, and shared by the graphs of one bundle."""
 
-import os
+import fcntl
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -11,6 +11,7 @@ import onnx_ir as ir
 from engines.bundle.read import MODEL_NAME, WEIGHTS_NAME
 
 HEAD_WEIGHTS_NAME = "head.onnx.data"
+_FICLONE = 0x40049409  # from linux/fs.h, which the module fcntl has not
 Progress = Callable[[str, int, int], None]
 
 
@@ -25,11 +26,11 @@ def save_graph(model: ir.Model, directory: Path, task: str, progress: Progress) 
 
 
 def save_like(model: ir.Model, directory: Path, twin: Path, own: Collection[str]) -> None:
-    """Write `model.onnx` with the weights of the graph in `twin`, whose file is linked, and a file for what differs.
+    """Write `model.onnx` with a clone of the weights of the graph in `twin`, and a file for what differs.
 
     own: the initializers that do; all others have the names and the values of those in `twin`.
     """
-    share(twin / WEIGHTS_NAME, directory / WEIGHTS_NAME)
+    clone_file(twin / WEIGHTS_NAME, directory / WEIGHTS_NAME)
     written = ir.load(twin / MODEL_NAME).graph.initializers
     differing = []
     for name, value in model.graph.initializers.items():
@@ -44,11 +45,15 @@ def save_like(model: ir.Model, directory: Path, twin: Path, own: Collection[str]
     ir.save(model, directory / MODEL_NAME)
 
 
-def share(source: Path, place: Path) -> None:
-    """The file `source` at `place` too: a hard link, which takes no space, or a copy where there are none."""
+def clone_file(source: Path, place: Path) -> None:
+    """Copy a file. Btrfs, XFS and bcachefs let the copy share the blocks of `source`, which takes no space or time.
+
+    A hard link would do so everywhere, but the onnx package refuses external data that has more than one name.
+    """
     try:
-        os.link(source, place)
-    except OSError:
+        with source.open("rb") as original, place.open("wb") as copy:
+            fcntl.ioctl(copy.fileno(), _FICLONE, original.fileno())
+    except OSError:  # another file system, or two of them
         shutil.copyfile(source, place)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def random_bundles(settings: RandomSettings, directory: Path, progress: Progress
     plans = _plans(target, drafter, settings)
     missing = [name for name in plans if not _is_whole(directory / name)]
     twins = _twins(plans, missing)
-    _check_room(settings.shape, directory, plans, missing, twins)
+    _check_room(settings.shape, directory, plans, missing)
     traced: dict[str, Traced] = {}
     for name in missing:
         plan = plans[name]
@@ -152,15 +152,10 @@ def _twins(plans: Mapping[str, BundlePlan], missing: list[str]) -> dict[str, str
     return twins
 
 
-def _check_room(
-    shape: str, directory: Path, plans: Mapping[str, BundlePlan], missing: list[str], twins: Collection[str]
-) -> None:
-    """Raise `VocabtrimError` where the disk cannot hold what is `missing`, or the memory what all `plans` read.
-
-    twins: those that take the place of their heads only.
-    """
+def _check_room(shape: str, directory: Path, plans: Mapping[str, BundlePlan], missing: list[str]) -> None:
+    """Raise `VocabtrimError` where the disk cannot hold what is `missing`, or the memory what all `plans` read."""
     directory.mkdir(parents=True, exist_ok=True)
-    disk = sum(head_bytes(plans[name]) if name in twins else bundle_bytes(plans[name]) for name in missing)
+    disk = sum(bundle_bytes(plans[name]) for name in missing)
     memory = sum(bundle_bytes(plan) for plan in plans.values())
     free = shutil.disk_usage(directory).free
     checks = ("disk space", len(missing), disk, free), ("memory", len(plans), memory, available_memory())
