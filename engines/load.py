@@ -45,8 +45,8 @@ def load_engine(
     try:
         return _load_onnxruntime(bundle, device, share_cache_with, profile)
     except ImportError as error:
-        extra = "cpu" if device == "cpu" else "cuda"
-        raise VocabtrimError(f"ONNX Runtime is missing ({error}): pip install 'vocabtrim-export[{extra}]'") from error
+        package = "onnxruntime" if device == "cpu" else "'vocabtrim-export[cuda]'"
+        raise VocabtrimError(f"ONNX Runtime cannot be used on {device} ({error}): pip install {package}") from error
 
 
 def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None, profile: Path | None) -> Engine:

@@ -97,7 +97,7 @@ def why_no_provider(missing: tuple[str, ...] = ()) -> str:
     if not libraries:
         return (
             f"the installed onnxruntime {ort.__version__} is the CPU wheel, which has no CUDA: "
-            "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'vocabtrim-export[cuda]'"
+            "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
     problem = f"missing: {', '.join(missing)}" if missing else "no reason known"
     try:

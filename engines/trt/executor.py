@@ -33,7 +33,7 @@ class TensorRTExecutor(Executor):
         plans = bundle.manifest.tensorrt
         if plans is None or plans.flavor == "none":
             raise VocabtrimError(f"{bundle.path} holds no TensorRT plans: export it with --format trt")
-        library = load_library(plans.flavor)
+        library = load_library(plans.flavor, to_run=True)
         check_plans(plans, library.version, cuda.current_device().compute_capability, str(bundle.path))
         self._plans = plans
         self._bound: dict[tuple[Which, int], BoundProfile] = {}

@@ -1,12 +1,9 @@
 """TensorRT and TensorRT-RTX behind one door: how they load, where they differ, and what they log."""
 
-import ctypes
 import importlib
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 from engines.cuda import runtime as cuda
@@ -15,10 +12,8 @@ from engines.errors import VocabtrimError
 Flavor = Literal["tensorrt", "rtx"]
 NAMES: dict[str, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
 _EXTRAS: dict[str, str] = {"tensorrt": "[trt]", "rtx": "[trt-rtx]"}
-
-# The wheel that has TensorRT-RTX's shared libraries, and these, in the order that they need each other.
-_RTX_LIBRARIES = "onnxruntime_ep_nv_tensorrt_rtx"
-_RTX_FILES = ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so")
+_MODULES: dict[str, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+_LEAN_MODULE = "tensorrt_lean"
 
 _NOISE = re.compile(
     r"Make sure (input|output) \S+ has Int64 binding"  # every graph of token ids gets it
@@ -29,27 +24,42 @@ _KEPT_LINES = 100  # of errors and of warnings
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A loaded TensorRT. version: of the Python bindings, such as "1.7.1.116". api: the Python module."""
+    """A loaded TensorRT.
+
+    version: of the Python bindings, such as "1.7.1.116". api: the Python module. lean: it is TensorRT's lean runtime,
+    which builds and refits nothing and opens version-compatible plans of its own version only.
+    """
 
     flavor: Flavor
     version: str
     api: Any
+    lean: bool = False
 
     @property
     def name(self) -> str:
-        return NAMES[self.flavor]
+        return f"{NAMES[self.flavor]}'s lean runtime" if self.lean else NAMES[self.flavor]
 
 
-def load_library(flavor: Literal["auto", "tensorrt", "rtx"]) -> Library:
+def load_library(flavor: Literal["auto", "tensorrt", "rtx"], *, to_run: bool = False) -> Library:
     """Import a TensorRT library. "auto": TensorRT where there is a GPU to build with, else TensorRT-RTX, if installed.
 
-    Raises `VocabtrimError` if it is not installed or does not load.
+    Args:
+        flavor: The library to import.
+        to_run: Nothing will be built. TensorRT's lean runtime then does where TensorRT itself is not installed.
+
+    Returns:
+        The library.
+
+    Raises:
+        VocabtrimError: It is not installed, or it is and does not load.
     """
     order: tuple[Flavor, ...] = ("rtx", "tensorrt") if flavor == "auto" else (flavor,)
     if flavor == "auto" and cuda.has_device():
         order = ("tensorrt", "rtx")
     for name in order:
-        library = _load_tensorrt() if name == "tensorrt" else _load_rtx()
+        library = _load(name)
+        if library is None and name == "tensorrt" and to_run:
+            library = _load(name, lean=True)
         if library is not None:
             return library
     missing = " and ".join(NAMES[name] for name in sorted(order, reverse=True))
@@ -58,73 +68,21 @@ def load_library(flavor: Literal["auto", "tensorrt", "rtx"]) -> Library:
     raise VocabtrimError(f"{missing} {verb} not installed: pip install {extras}")
 
 
-def _load_tensorrt() -> Library | None:
-    api = _import("tensorrt", "tensorrt")
-    if api is None:
-        return None
-    if not hasattr(api.ICudaEngine, "get_aliased_input_tensor"):
-        raise VocabtrimError(f"TensorRT {api.__version__} has no KV cache update: install 10.15 or newer")
-    return Library("tensorrt", api.__version__, api)
-
-
-def _load_rtx() -> Library | None:
-    """NVIDIA's own package where it is installed, else the bindings and the libraries that PyPI has apart."""
-    api = _import("tensorrt_rtx", "rtx")
-    if api is not None:
-        return Library("rtx", api.__version__, api)
-    if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
-        return None
-    loaded = _preload_rtx()
-    api = _import("tensorrt_rtx_bindings", "rtx")
-    if api is None:
-        return None
-    if loaded is not None:
-        check_versions(api.__version__, loaded)
-    return Library("rtx", api.__version__, api)
-
-
-def _preload_rtx() -> str | None:
-    """Load TensorRT-RTX's libraries for the bindings to find; the version, None where PyPI's wheel is not installed.
-
-    Asking for the wheel's place runs none of its code, which would load more and write into its directory.
-    """
-    spec = importlib.util.find_spec(_RTX_LIBRARIES)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    home = Path(spec.submodule_search_locations[0])
-    handles = []
-    for stem in _RTX_FILES:
-        files = sorted(home.glob(f"{stem}.*.*.*"))
-        if not files:
-            raise VocabtrimError(f"{home} lacks {stem}: pip install --force-reinstall 'vocabtrim-export[trt-rtx]'")
-        try:
-            handles.append(ctypes.CDLL(str(files[-1]), ctypes.RTLD_GLOBAL))
-        except OSError as error:
-            raise VocabtrimError(f"{files[-1]} does not load: {one_line(str(error))}") from error
-    parts = ("Major", "Minor", "Patch")
-    return ".".join(str(getattr(handles[0], f"getInferLib{part}Version")()) for part in parts)
-
-
-def check_versions(bindings: str, libraries: str) -> None:
-    """Raise `VocabtrimError` unless bindings such as "1.7.1.116" belong to libraries such as "1.7.1"."""
-    if bindings.split(".")[:3] != libraries.split(".")[:3]:
-        raise VocabtrimError(
-            f"TensorRT-RTX's bindings are {bindings} and its libraries {libraries}, these must be equal: "
-            f"pip install 'tensorrt-rtx-cu13-bindings=={'.'.join(libraries.split('.')[:3])}.*'"
-        )
-
-
-def _import(module: str, flavor: Flavor) -> Any | None:
-    """The module, None if there is none. Raises `VocabtrimError` if there is one that does not load."""
+def _load(flavor: Flavor, lean: bool = False) -> Library | None:
+    module = _LEAN_MODULE if lean else _MODULES[flavor]
     try:
-        return importlib.import_module(module)
+        api = importlib.import_module(module)
     except (ImportError, OSError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             return None
+        extra = "[trt-lean]" if lean else _EXTRAS[flavor]
         raise VocabtrimError(
             f"{NAMES[flavor]} is installed but does not load ({one_line(str(error))}): "
-            f"pip install --force-reinstall 'vocabtrim-export{_EXTRAS[flavor]}'"
+            f"pip install --force-reinstall 'vocabtrim-export{extra}'"
         ) from error
+    if not hasattr(api.ICudaEngine, "get_aliased_input_tensor"):
+        raise VocabtrimError(f"TensorRT {api.__version__} has no KV cache update: install 10.15 or newer")
+    return Library(flavor, api.__version__, api, lean)
 
 
 def create_network(library: Library, builder: Any) -> Any:

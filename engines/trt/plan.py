@@ -44,8 +44,11 @@ def open_engine(library: Library, runtime: Any, log: Log, plan: Path, weights: P
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        raise VocabtrimError(f"{library.name} cannot open {plan}: {log.reason()}")
+        hint = " (it opens plans that were exported with --version-compatible)" if library.lean else ""
+        raise VocabtrimError(f"{library.name} cannot open {plan}{hint}: {log.reason()}")
     if weights is not None:
+        if library.lean:
+            raise VocabtrimError(f"{plan} takes its weights at load, which {library.name} cannot: install tensorrt")
         refitter = library.api.Refitter(engine, log)
         parser = library.api.OnnxParserRefitter(refitter, log)
         if not (parser.refit_from_file(str(weights)) and refitter.refit_cuda_engine()):

@@ -472,7 +472,7 @@ def test_the_cpu_wheel_is_named(wheel, pair):
         load_engine(pair.target, "cuda")
     message = str(caught.value)
     assert "is the CPU wheel" in message
-    assert "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'vocabtrim-export[cuda]'" in message
+    assert "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'onnxruntime-gpu[cuda,cudnn]'" in message
     assert "\n" not in message
 
 

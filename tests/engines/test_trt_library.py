@@ -1,7 +1,6 @@
 """TensorRT without a GPU: the libraries as they load, and the executor on a CUDA and an engine that are simulated."""
 
 import ctypes
-import importlib.util
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
 from engines.trt import executor
 from engines.trt.bound import to_float32
-from engines.trt.library import Library, check_versions, create_context, create_network, load_library, make_log
+from engines.trt.library import Library, create_context, create_network, load_library, make_log
 from engines.trt.plan import check_plans, open_engine
 
 bindings = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
@@ -25,13 +24,11 @@ bindings = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindi
 
 @pytest.fixture(scope="module")
 def rtx():
-    for package in ("tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}: pip install 'vocabtrim-export[trt-rtx]'")
+    pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'vocabtrim-export[trt-rtx]'")
     return load_library("rtx")
 
 
-def test_rtx_loads_from_the_wheels_of_pypi(rtx):
+def test_rtx_loads(rtx):
     assert (rtx.flavor, rtx.name) == ("rtx", "TensorRT-RTX")
     assert rtx.version == rtx.api.__version__
     assert rtx.api.OnnxParser
@@ -62,7 +59,7 @@ def test_auto_takes_tensorrt_where_there_is_a_gpu(monkeypatch):
     ],
 )
 def test_a_library_that_is_not_installed_is_named_with_its_extra(flavor, said, monkeypatch):
-    for module in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+    for module in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(VocabtrimError) as error:
         load_library(flavor)
@@ -90,10 +87,15 @@ def test_a_tensorrt_without_kv_cache_update_is_refused(monkeypatch):
         load_library("tensorrt")
 
 
-def test_bindings_and_libraries_of_different_versions_are_refused():
-    check_versions("1.7.1.116", "1.7.1")
-    with pytest.raises(VocabtrimError, match=r"bindings are 1\.8\.0\.2 and its libraries 1\.7\.1.*==1\.7\.1\.\*"):
-        check_versions("1.8.0.2", "1.7.1")
+def test_the_lean_runtime_does_for_running_where_there_is_no_tensorrt(monkeypatch):
+    lean = pytest.importorskip("tensorrt_lean", reason="needs pip install 'vocabtrim-export[trt-lean]'")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    library = load_library("tensorrt", to_run=True)
+    assert (library.lean, library.api, library.name) == (True, lean, "TensorRT's lean runtime")
+    with pytest.raises(VocabtrimError, match="TensorRT is not installed"):
+        load_library("tensorrt")  # it builds nothing
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt())
+    assert not load_library("tensorrt", to_run=True).lean
 
 
 def test_only_tensorrt_10_is_told_that_networks_are_strongly_typed():
@@ -104,25 +106,36 @@ def test_only_tensorrt_10_is_told_that_networks_are_strongly_typed():
     assert create_network(Library("rtx", "1.7.1.116", api), builder) == 0
 
 
-def test_what_the_executor_uses_exists(rtx):
+USES = {
+    "Runtime": "deserialize_cuda_engine",
+    "ICudaEngine": "create_execution_context device_memory_size_v2 get_aliased_input_tensor get_tensor_dtype "
+    "get_tensor_mode get_tensor_name get_tensor_profile_shape get_tensor_shape num_io_tensors",
+    "IExecutionContext": "execute_async_v3 get_tensor_shape infer_shapes is_stream_capturable set_device_memory "
+    "set_input_shape set_optimization_profile_async set_tensor_address",
+    "TensorIOMode": "INPUT OUTPUT",
+    "ExecutionContextAllocationStrategy": "USER_MANAGED",
+    "DataType": "INT64 HALF BF16 FLOAT",
+}
+RTX_USES = {
+    "Refitter": "refit_cuda_engine",
+    "OnnxParserRefitter": "refit_from_file",
+    "ICudaEngine": "create_runtime_config",
+    "IRuntimeConfig": "set_execution_context_allocation_strategy dynamic_shapes_kernel_specialization_strategy",
+}
+LEAN_USES = {"BuilderFlag": "VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME"}  # of the worker, by the names of TensorRT
+OPTIONAL = {"is_stream_capturable"}  # of TensorRT-RTX alone
+
+
+@pytest.mark.parametrize(("module", "more"), [("tensorrt_rtx", RTX_USES), ("tensorrt_lean", LEAN_USES)])
+def test_what_the_executor_uses_exists(module, more):
     """Nothing but a GPU would else show a wrong name."""
-    uses = {
-        "Runtime": "deserialize_cuda_engine",
-        "Refitter": "refit_cuda_engine",
-        "OnnxParserRefitter": "refit_from_file",
-        "ICudaEngine": "create_execution_context create_runtime_config device_memory_size_v2 get_aliased_input_tensor "
-        "get_tensor_dtype get_tensor_mode get_tensor_name get_tensor_profile_shape get_tensor_shape num_io_tensors",
-        "IRuntimeConfig": "set_execution_context_allocation_strategy dynamic_shapes_kernel_specialization_strategy",
-        "IExecutionContext": "execute_async_v3 get_tensor_shape infer_shapes is_stream_capturable set_device_memory "
-        "set_input_shape set_optimization_profile_async set_tensor_address",
-        "TensorIOMode": "INPUT OUTPUT",
-        "DataType": "INT64 HALF BF16 FLOAT",
-    }
+    api = pytest.importorskip(module, reason=f"needs {module}")
     missing = [
         f"{kind}.{name}"
+        for uses in (USES, more)
         for kind, names in uses.items()
         for name in names.split()
-        if not hasattr(getattr(rtx.api, kind), name)
+        if not hasattr(getattr(api, kind), name) and not (name in OPTIONAL and module == "tensorrt_lean")
     ]
     assert not missing
 
@@ -196,6 +209,18 @@ def test_a_file_that_is_no_plan_is_refused_with_the_librarys_reason(rtx, tmp_pat
     log = make_log(rtx)
     with pytest.raises(VocabtrimError, match=rf"TensorRT-RTX cannot open {plan}: .*kEXPECTED_MAGIC_TAG failed"):
         open_engine(rtx, rtx.api.Runtime(log), log, plan, None)
+
+
+def test_what_the_lean_runtime_cannot_open_is_said(rtx, tmp_path):
+    plan = tmp_path / "model.engine"
+    plan.write_bytes(b"a plan")
+    lean, log = replace(rtx, flavor="tensorrt", lean=True), make_log(rtx)
+    opens_nothing = SimpleNamespace(deserialize_cuda_engine=lambda data: None)
+    with pytest.raises(VocabtrimError, match=r"TensorRT's lean runtime cannot open .* exported with --version-compat"):
+        open_engine(lean, opens_nothing, log, plan, None)
+    opens_all = SimpleNamespace(deserialize_cuda_engine=lambda data: object())
+    with pytest.raises(VocabtrimError, match="takes its weights at load, which TensorRT's lean runtime cannot"):
+        open_engine(lean, opens_all, log, plan, tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("succeeds", [True, False])
@@ -501,7 +526,7 @@ def gpu(monkeypatch):
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
     )
     fake_library = Library("tensorrt", "1.7.1.116", api)
-    monkeypatch.setattr(executor, "load_library", lambda flavor: fake_library)
+    monkeypatch.setattr(executor, "load_library", lambda flavor, to_run: fake_library)
     monkeypatch.setattr(executor, "open_engine", lambda _library, _runtime, _log, plan, _weights: engines[plan.name])
     return SimpleNamespace(cuda=fake, engines=engines)
 

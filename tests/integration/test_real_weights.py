@@ -111,7 +111,7 @@ def test_generate_prints_the_text(bundles, capsys):
 
 def test_tensorrt_plans_for_three_gpus(bundles, tmp_path):
     """Both plans, as the README says; the drafter's last layers are of K columns. What they compute runs on the CPU."""
-    if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
+    if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("needs TensorRT-RTX: pip install '.[trt-rtx]'")
     output = tmp_path / "out"
     arguments = ["--drafter", MODEL, "--target", MODEL, "--k", "8192", "--max-length", "512", "--output", str(output)]

@@ -103,7 +103,7 @@ def write_graph(path, element_type=TensorProto.FLOAT16, **attention):
 
 @pytest.fixture(scope="module")
 def rtx():
-    if not any(importlib.util.find_spec(name) for name in ("tensorrt_rtx", "tensorrt_rtx_bindings")):
+    if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("TensorRT-RTX is not installed")
     return load_library("rtx")
 
@@ -301,6 +301,13 @@ def test_hopper_is_sent_to_tensorrt():
 def test_rtx_has_no_timing_cache(tmp_path):
     with pytest.raises(VocabtrimError, match="no timing cache"):
         target_capabilities(RTX, BuildOptions(timing_cache=tmp_path / "cache"))
+
+
+def test_version_compatible_plans_are_tensorrts_and_keep_their_weights():
+    with pytest.raises(VocabtrimError, match="TensorRT-RTX has no lean runtime: leave --version-compatible out"):
+        target_capabilities(RTX, BuildOptions(version_compatible=True))
+    with pytest.raises(VocabtrimError, match="lean runtime cannot refit"):
+        target_capabilities(FULL, BuildOptions(strip_weights=True, version_compatible=True))
 
 
 def test_rtx_strips_on_a_gpu_and_for_one_capability(monkeypatch):

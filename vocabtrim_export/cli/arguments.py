@@ -143,6 +143,11 @@ def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timing-cache", type=Path, metavar="FILE", help="kernel timings to reuse and to add to (tensorrt)"
     )
+    group.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="plans that the lean runtime of TensorRT opens as well, a tenth of its size (tensorrt)",
+    )
     group.add_argument("--verbose", action="store_true", help="show what TensorRT logs while it builds")
 
 
@@ -153,7 +158,8 @@ def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":
             "--format onnx and --format trt make the same bundles: give one here, the other its own --output"
         )
     if "trt" not in options.format:
-        for name in ("compute_capability", "unroll_draft", "span", "strip_weights", "timing_cache"):
+        switches = ("unroll_draft", "strip_weights", "version_compatible")
+        for name in ("compute_capability", "span", "timing_cache", *switches):
             if getattr(options, name):
                 raise VocabtrimError(f"--{name.replace('_', '-')} is for TensorRT: give --format trt as well")
         return None
@@ -168,6 +174,7 @@ def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":
         unroll=options.unroll_draft,
         strip_weights=options.strip_weights,
         timing_cache=options.timing_cache,
+        version_compatible=options.version_compatible,
     )
 
 

@@ -22,6 +22,8 @@ COMMANDS = {
     "verify": "check that a drafter leaves the target's output as it is, greedy and sampled",
     "bench": "measure what a drafter gains, against decoding with the target alone",
 }
+# what the extra `export` installs
+_EXPORT_PACKAGES = {"accelerate", "gguf", "onnx_ir", "onnxscript", "sentencepiece", "torch", "transformers"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,6 +96,10 @@ def _in_one_line(run: Callable[[], int]) -> int:
             sys.stdout.flush()  # where the reader of a pipe has gone, this must fail here and not when Python exits
     except VocabtrimError as error:
         return _fail(str(error))
+    except ModuleNotFoundError as error:
+        if (package := (error.name or "").partition(".")[0]) not in _EXPORT_PACKAGES:
+            raise
+        return _fail(f"this needs {package}, which is not installed: pip install 'vocabtrim-export[export]'")
     except KeyboardInterrupt:
         print("interrupted: nothing half-written was left behind", file=sys.stderr)
         return 130

@@ -31,11 +31,14 @@ class BuildOptions:
     compute_capabilities: such as "8.6", of the GPUs that are to run it. Empty: all from Ampere on that TensorRT-RTX
     knows; of TensorRT, this machine's. strip_weights: a plan without weights, to be refitted from its graph at load.
     timing_cache: file of kernel timings that TensorRT reads first and adds to; made if missing.
+    version_compatible: a plan that TensorRT's lean runtime of the same version opens, too. No runtime is packed into
+    it: opening a plan must run no code from it.
     """
 
     compute_capabilities: tuple[str, ...] = ()
     strip_weights: bool = False
     timing_cache: Path | None = None
+    version_compatible: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ def build_plan(
         "profiles": [dict(profile) for profile in profiles],
         "capabilities": capabilities if library.flavor == "rtx" else (),
         "strip_weights": options.strip_weights,
+        "version_compatible": options.version_compatible,
         "timing_cache": str(options.timing_cache) if options.timing_cache else None,
         "verbose": log_write is not None,
     }
@@ -89,10 +93,14 @@ def build_plan(
 def target_capabilities(library: Library, options: BuildOptions) -> tuple[str, ...]:
     """The compute capabilities that a plan of `options` is for, ascending. Raises `VocabtrimError` for those it cannot
     have, and for options that `library` does not offer."""
+    if options.version_compatible and options.strip_weights:
+        raise VocabtrimError("the lean runtime cannot refit a plan: give --strip-weights or --version-compatible")
     if library.flavor == "tensorrt":
         return _this_gpu(library, options.compute_capabilities)
     if options.timing_cache is not None:
         raise VocabtrimError("TensorRT-RTX has no timing cache: leave --timing-cache out")
+    if options.version_compatible:
+        raise VocabtrimError("TensorRT-RTX has no lean runtime: leave --version-compatible out")
     known = _known(library.api.ComputeCapability.__members__)
     if unknown := [asked for asked in options.compute_capabilities if asked not in known]:
         hopper = " (Hopper needs --trt-flavor tensorrt)" if "9.0" in unknown else ""

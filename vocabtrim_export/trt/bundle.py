@@ -103,4 +103,6 @@ class _Builder:
 
 
 def _options(settings: TensorRTSettings) -> BuildOptions:
-    return BuildOptions(settings.compute_capabilities, settings.strip_weights, settings.timing_cache)
+    return BuildOptions(
+        settings.compute_capabilities, settings.strip_weights, settings.timing_cache, settings.version_compatible
+    )

@@ -22,7 +22,7 @@ class TensorRTSettings:
     `BuildOptions`. draft_length: tokens drafted a round (γ). prefill_chunk: prompt tokens of one call.
     spans: tokens that attention reads, beside the full length, while a text is no longer: its time follows the span,
     not the text. unroll: draft γ tokens in one call. strip_weights: see `BuildOptions`.
-    timing_cache: of TensorRT, see `BuildOptions`.
+    timing_cache, version_compatible: of TensorRT, see `BuildOptions`.
     """
 
     flavor: Literal["auto"] | Flavor = "auto"
@@ -33,6 +33,7 @@ class TensorRTSettings:
     unroll: bool = False
     strip_weights: bool = False
     timing_cache: Path | None = None
+    version_compatible: bool = False
 
     def check(self) -> None:
         """Raise `VocabtrimError` for the first value that makes no sense."""

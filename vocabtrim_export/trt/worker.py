@@ -127,6 +127,9 @@ def _configure(library: Library, builder: Any, network: Any, request: Mapping[st
         config.set_flag(api.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if request["strip_weights"]:
         config.set_flag(api.BuilderFlag.STRIP_PLAN)
+    if request["version_compatible"]:
+        config.set_flag(api.BuilderFlag.VERSION_COMPATIBLE)
+        config.set_flag(api.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # it would be code in a file
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     for sizes in request["profiles"]:
         profile = builder.create_optimization_profile()
