@@ -31,7 +31,7 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 test: check $(MODEL)
-	VOCABTRIM_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest
+	VOCABTRIM_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 # an sdist, and the wheel that it builds
 build: $(VENV)/installed

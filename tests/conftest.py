@@ -1,7 +1,15 @@
 """A tiny language model and its tokenizer, made anew: two layers of Llama, a BPE of a few hundred tokens."""
 
+import os
+
 import pytest
 from hypothesis import Phase, settings
+
+# Threads only wait for each other in models of this size, and `make test` has a process for each core. This is set
+# before anything loads torch or numpy, and child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+pytest_plugins = ["tests.bundles"]
 
 # For `tests/mutations`: that a test fails is enough, its smallest example may take minutes to find.
 settings.register_profile("unshrunk", phases=(Phase.explicit, Phase.generate))
@@ -51,7 +59,4 @@ def model(tokenizer):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads only wait for each other in models of this size
-    yield LlamaForCausalLM(config).eval()
-    torch.set_num_threads(threads)
+    return LlamaForCausalLM(config).eval()

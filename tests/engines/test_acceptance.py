@@ -10,9 +10,6 @@ from engines.ort_cuda.graphs.acceptance import greedy_acceptance, sampled_accept
 from engines.ort_cuda.graphs.session import Acceptance
 from runtime import SamplingParams, SpeculativeDecoder, rules
 from runtime.accept import Accepted, accept_greedy, accept_sampled
-from tests.integration.conftest import count_file, export_pair, random_model
-
-__all__ = ["count_file", "export_pair", "random_model"]
 
 VOCAB = 448
 PROMPTS = [[5, 17, 200, 33], list(range(40, 70)), [7]]

@@ -30,11 +30,8 @@ from runtime import SamplingParams, SpeculativeDecoder
 from runtime.accept import accept_sampled
 from runtime.loop import decode_rounds
 from runtime.sampling import distribution, sample
-from tests.integration import conftest as bundles
 from vocabtrim_export.cli import main
 from vocabtrim_export.trt.settings import TensorRTSettings
-
-random_model, count_file, export_pair = bundles.random_model, bundles.count_file, bundles.export_pair
 
 PROMPT = [5, 17, 200, 33]
 

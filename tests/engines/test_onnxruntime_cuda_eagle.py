@@ -23,12 +23,8 @@ from engines.sampling_params import Sampling
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.loop import _Loop, decode_rounds
 from tests.engines.test_onnxruntime_cuda import SAMPLINGS, HostStream, host_round
-from tests.integration import conftest as bundles
 from tests.integration import eagle_heads, layer_heads
 from tests.integration.eagle_heads import LAYERS, make_tensors
-
-random_model, count_file, export_pair = bundles.random_model, bundles.count_file, bundles.export_pair
-write_head = bundles.write_head
 
 PROMPT = list(range(40, 62))
 

@@ -25,14 +25,6 @@ GAMMA = 4
 LENGTH = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory, tokenizer):
     """A random Llama of eight layers, grouped keys and norms that are not ones, saved as users have it."""

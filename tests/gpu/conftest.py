@@ -5,10 +5,7 @@ import pytest
 from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
 from engines.trt.library import load_library
-from tests.integration.conftest import count_file, export_pair, random_model
 from vocabtrim_export.trt.settings import TensorRTSettings
-
-__all__ = ["count_file", "export_pair", "random_model"]
 
 NEEDS = "needs an NVIDIA GPU and TensorRT or TensorRT-RTX"
 # Head sizes and group that the libraries have attention kernels for; two layers, so that a cache can be mixed up.

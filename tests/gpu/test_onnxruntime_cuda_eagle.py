@@ -18,10 +18,9 @@ from tests.engines.test_onnxruntime_cuda import SAMPLINGS
 from tests.engines.test_onnxruntime_cuda_eagle import sampled_rounds
 from tests.gpu import test_onnxruntime_cuda as plain
 from tests.gpu.test_onnxruntime_cuda import CALM, LLAMA, PROMPT, TIE, assert_same_choices, check_greedy, write_exact
-from tests.integration import conftest as bundles
 from tests.integration.eagle_heads import CONFIG, LAYERS, make_tensors, moves
 
-onnxruntime_cuda, write_head = plain.onnxruntime_cuda, bundles.write_head
+onnxruntime_cuda = plain.onnxruntime_cuda
 
 FEATURES = len(LAYERS) * LLAMA["hidden_size"]
 # Cut back to, fed to the head, positions kept: more than fit into one call, and what rounds feed.

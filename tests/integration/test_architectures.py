@@ -4,7 +4,9 @@ import pytest
 import torch
 import transformers
 
-from .conftest import ARCHITECTURES, check_logits
+from tests.bundles import ARCHITECTURES
+
+from .conftest import check_logits
 
 STEPS = [(24, 24), (1, 1), (5, 5), (1, 1), (17, 3)]  # tokens fed, positions kept
 

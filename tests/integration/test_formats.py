@@ -76,7 +76,7 @@ def test_every_graph_opens_in_other_tools(pair, random_model, export_pair, write
     results = [
         pair[1],
         export_pair(pair[0], trt=graphs, dtype="fp32"),
-        export_pair(head, random_model("llama", num_hidden_layers=8), k="100000"),
+        export_pair(head, random_model("llama", num_hidden_layers=8), k=100000),
     ]
     written = [path for result in results for path in sorted(result.drafter.parent.rglob("*.onnx"))]
     assert {path.name for path in written} == {"model.onnx", "draft.onnx", "features.onnx"}

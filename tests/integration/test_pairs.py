@@ -51,7 +51,7 @@ def distilled(member):
 @pytest.fixture(scope="module")
 def pair(distilled, export_pair):
     target, drafter = distilled
-    return export_pair(drafter, target, k="448")
+    return export_pair(drafter, target, k=448)
 
 
 def check_output(target, drafter, model):

@@ -9,9 +9,10 @@ import transformers
 
 from engines import VocabtrimError, load_engine
 from runtime import SamplingParams, SpeculativeDecoder
+from tests.bundles import ARCHITECTURES
 from vocabtrim_export.trt.settings import TensorRTSettings
 
-from .conftest import ARCHITECTURES, check_logits
+from .conftest import check_logits
 
 GRAPHS = TensorRTSettings(flavor="none", draft_length=3, prefill_chunk=16, spans=(40,), unroll=True)
 STEPS = [(24, 24), (1, 1), (5, 5), (1, 1), (17, 3), (20, 1), (4, 4)]  # tokens fed, positions kept

@@ -11,13 +11,12 @@ import pytest
 
 from engines import VocabtrimError, load_engine, read_bundle
 from engines.bundle.read import PLAN_NAME
+from tests.bundles import ARCHITECTURES
 from vocabtrim_export.cli.main import export_main, main
 from vocabtrim_export.trt.network import DRAFT_NETWORK_NAME, NETWORK_NAME, Network
 from vocabtrim_export.trt.settings import TensorRTSettings
 
-from .conftest import ARCHITECTURES
-
-if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
+if importlib.util.find_spec("tensorrt_rtx") is None:
     pytest.skip("needs TensorRT-RTX: pip install '.[trt-rtx]'", allow_module_level=True)
 RTX = TensorRTSettings(flavor="rtx", compute_capabilities=("8.9",), draft_length=3, prefill_chunk=16)
 LAYERS = 2  # of the random models

@@ -1,6 +1,6 @@
 """`make mutations`: break the code on purpose, one promise at a time, and see that a test notices.
 
-Each mutation is a row of data: the promise, the file, the text that is replaced (found exactly once), what replaces it,
+Each mutation is a row of data: the promise, the file, the code that is replaced (found exactly once), what replaces it,
 and the tests that must then fail. They run in a copy of the tree. The table of what failed is `docs/trust.md`, below
 its mark; `python -m tests.mutations NAME…` runs some and writes nothing. Exits with 1 if nothing noticed one of them.
 """
@@ -21,6 +21,7 @@ from tests.mutations.formats import FORMATS
 from tests.mutations.load import LOAD
 from tests.mutations.mutation import Mutation
 
+ALL = (*FILES, *DECODING, *LOAD, *FORMATS, *DEVICE)
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "trust.md"
 MARK = "<!-- written by `make mutations` -->\n"
@@ -35,10 +36,10 @@ def run(mutation: Mutation) -> str:
         tree = Path(name) / "tree"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*_LEFT_OUT))
         file = tree / mutation.file
-        text = file.read_text("utf-8")
-        if text.count(mutation.old) != 1:
-            return f"{NOT_NOTICED}: {mutation.file} has the text to replace {text.count(mutation.old)} times"
-        file.write_text(text.replace(mutation.old, mutation.new), "utf-8")
+        try:
+            file.write_text(mutation.apply(file.read_text("utf-8")), "utf-8")
+        except ValueError as error:
+            return f"{NOT_NOTICED}: {error}"
         path, _, expression = mutation.tests.partition(" -k ")
         command = [sys.executable, "-m", "pytest", "--tb=no", "-p", "no:cacheprovider"]
         command += ["--hypothesis-profile", "unshrunk", path]
@@ -58,7 +59,7 @@ def run(mutation: Mutation) -> str:
 
 def main() -> int:
     wanted = set(sys.argv[1:])
-    chosen = [each for each in (*FILES, *DECODING, *LOAD, *FORMATS, *DEVICE) if not wanted or each.name in wanted]
+    chosen = [each for each in ALL if not wanted or each.name in wanted]
     if unknown := wanted - {each.name for each in chosen}:
         print(f"no such mutation: {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2

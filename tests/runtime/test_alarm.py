@@ -30,6 +30,7 @@ def collapsing(make_target, make_drafter):
     return SpeculativeDecoder(make_target(context=512), drafter)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.2, seed=1)])
 def test_a_drafter_of_another_model_is_said_once(make_target, make_drafter, warnings, sampling):
     decoder = collapsing(make_target, make_drafter)
@@ -53,6 +54,7 @@ def test_a_bench_reports_it(make_target, make_drafter):
     assert report.modes["good"].collapse is report.modes["target_only"].collapse is None
 
 
+@pytest.mark.statistical
 def test_a_normal_pair_is_never_accused(make_target, make_drafter, warnings):
     """Half of the vocabulary, and noise as large as half of the logits: a first token is accepted in a third."""
     decoder = SpeculativeDecoder(make_target(context=512), make_drafter(range(0, 48, 2), noise=1.0, context=512))
@@ -62,6 +64,7 @@ def test_a_normal_pair_is_never_accused(make_target, make_drafter, warnings):
     assert (result.stats.collapse, warnings()) == (None, [])
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("coverage", [None, 0.95, 0.7, 0.3])
 def test_windows_are_accused_as_seldom_as_stated_and_found_as_often(coverage):
     """Exactly, by the binomial law of drafts that begin right with the least sound chance, coverage / 4."""

@@ -139,6 +139,7 @@ def test_a_seed_gives_the_same_tokens_again(make_target, make_drafter, kept):
     assert first == again != other
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(("kept", "rows"), [(None, 12), (range(0, 12, 2), 12), (None, 16), (None, 10)])
 def test_sampled_tokens_follow_the_targets_law(make_target, make_drafter, kept, rows):
     """Chi-square of three tokens, a prefill and a round or two of drafting, against their law by enumeration."""

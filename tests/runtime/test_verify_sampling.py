@@ -55,6 +55,7 @@ def test_the_parts_of_all_tokens_tile_the_unit_interval(size, seed):
     assert ratios == sorted(ratios)
 
 
+@pytest.mark.statistical
 def test_p_values_are_uniform_where_nothing_is_wrong():
     points = np.random.default_rng(1).random((4000, 400))
     values = np.sort([chi_square.survival(statistic_of(row), FREEDOM) for row in points])
@@ -62,6 +63,7 @@ def test_p_values_are_uniform_where_nothing_is_wrong():
     assert distance < 1.95 / np.sqrt(4000)  # Kolmogorov and Smirnov's, at 0.001
 
 
+@pytest.mark.statistical
 def test_the_stated_total_variation_is_found_as_often_as_stated():
     """Of the shape that is hardest to find: half of the bins too likely by as much, half too rare."""
     draws, distance = 1000, np.sqrt(chi_square.noncentrality_for(0.99, ALPHA, FREEDOM) / 4000)
@@ -78,6 +80,7 @@ def decoder(make_target, make_drafter):
     return SpeculativeDecoder(make_target(), make_drafter(range(0, 48, 3), noise=1.0), draft_length=3)
 
 
+@pytest.mark.statistical
 def test_the_right_rule_passes(decoder):
     report = verify_sampling(decoder, [[5, 6], [7]], SETTINGS, draws=600)
     assert report.passed
@@ -113,6 +116,7 @@ def keep_rejected(draft, q, p, vocab_map, rng):
 RULES = [wrong_ratio, accept_all, wrong_row, keep_rejected]
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("wrong", RULES)
 def test_a_wrong_rule_fails(decoder, monkeypatch, wrong):
     monkeypatch.setattr(runtime.rules, "accept_sampled", wrong)
@@ -124,6 +128,7 @@ def greedy_after_whole_drafts(draft, q, p, vocab_map, rng):
     return right if right.count < len(draft) else Accepted(right.count, int(p(right.count).argmax()))
 
 
+@pytest.mark.statistical
 def test_what_follows_a_whole_draft_is_tested(make_target, make_drafter, monkeypatch):
     decoder = SpeculativeDecoder(make_target(), make_drafter(noise=0.3), draft_length=8)
     monkeypatch.setattr(runtime.rules, "accept_sampled", greedy_after_whole_drafts)
@@ -144,6 +149,7 @@ def without_the_map(p, q, vocab_map):
     return residual(p, q, None)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("wrong", [target_itself, not_clipped, without_the_map])
 def test_a_wrong_residual_fails(decoder, monkeypatch, wrong):
     monkeypatch.setattr(runtime.accept, "residual", wrong)

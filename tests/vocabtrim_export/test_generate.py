@@ -84,6 +84,7 @@ def test_a_row_does_not_depend_on_the_batch_it_runs_in(model):
         assert alone[0].tolist() == together[row].tolist()
 
 
+@pytest.mark.statistical
 def test_samples_follow_the_softmax():
     from vocabtrim_export.calibration.generate import sample
 

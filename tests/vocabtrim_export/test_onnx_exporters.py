@@ -13,10 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from engines.bundle.vocab_map import VocabMap
 from engines.ort.session import open_session
-from tests.integration.conftest import count_file, random_model
 from vocabtrim_export.cli.main import main
-
-__all__ = ["count_file", "random_model"]
 
 CACHE = ["past_key_values.0.key", "past_key_values.0.value"]
 

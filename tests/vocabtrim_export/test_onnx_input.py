@@ -13,12 +13,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from engines.ort.session import new_session, open_session
-from tests.integration.conftest import count_file, random_model
 from vocabtrim_export.cli.main import main
 from vocabtrim_export.onnx_input.cut import cut_head
 from vocabtrim_export.onnx_input.head import find_head
-
-__all__ = ["count_file", "random_model"]
 
 VOCAB, HIDDEN = 96, 64
 KEPT = VocabMap.from_ids([0, 3, 4, 17, 31, 32, 60, 95], VOCAB)

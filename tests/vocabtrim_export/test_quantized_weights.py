@@ -8,10 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engines.errors import VocabtrimError
-from tests.integration.conftest import random_model
 from vocabtrim_export.sources.source import load_source
-
-__all__ = ["random_model"]
 
 GROUP = 16
 COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
