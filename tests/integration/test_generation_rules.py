@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from engines import VocabtrimError, load_engine
-from runtime import SamplingParams, SpeculativeDecoder, verify
+from runtime import SamplingParams, SpeculativeDecoder
+from runtime.verification.greedy import verify
 from vocabtrim_export.cli.main import main
 from vocabtrim_export.generation_rules import generation_rules, rule_notes
 from vocabtrim_export.reference import transformers_reference

@@ -12,10 +12,12 @@ from transformers.generation import logits_process as theirs
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from engines.generation_rules import GenerationRules
-from runtime import SamplingParams, SpeculativeDecoder, verify, verify_sampling
+from runtime import SamplingParams, SpeculativeDecoder
 from runtime.logit_rules import Columns, LogitRules
 from runtime.logprobs import token_logprobs
 from runtime.sampling import distribution
+from runtime.verification.greedy import verify
+from runtime.verification.sampled import verify_sampling
 
 EOS, VOCAB = 1, 48
 CONFIG = GenerationRules(
