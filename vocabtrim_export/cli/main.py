@@ -116,11 +116,6 @@ def _in_one_line(run: Callable[[], int]) -> int:
         raise
 
 
-def _add_version(parser: argparse.ArgumentParser) -> None:
-    version = f"vocabtrim-export {__version__}"
-    parser.add_argument("--version", action="version", version=version, help="show the toolkit's version and exit")
-
-
 def _fail(message: str) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2

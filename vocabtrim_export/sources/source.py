@@ -131,7 +131,7 @@ def _load(spec: str, where: str, files: list[Path], weights: int, dtype: torch.d
     model, loading = _load_weights(where, files, dtype, config, text)
     if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
         raise VocabtrimError(f"the weights of {spec} do not fit its config.json: no usable {missing[0]} among them")
-    notes = (multimodal_note(spec, text),) if is_multimodal(config, text) else ()
+    notes: tuple[str, ...] = (multimodal_note(spec, text),) if is_multimodal(config, text) else ()
     notes += _own_code_note(spec, config)
     notes += check_unread(spec, loading["unexpected_keys"], int(model.config.num_hidden_layers))
     return _Loaded(model, tokenizer, notes=notes)
