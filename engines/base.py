@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from engines.bundle.read import Manifest
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
+from engines.exclusive_use import ExclusiveUse
 from engines.sampling_params import Sampling
 
 MAX_KEEP = 256
@@ -76,6 +77,7 @@ class Engine(ABC):
 
     cache: identifies the memory of the KV cache. Engines of one model may share it (see `load_engine`); then what one
     of them fed, the others can `adopt`.
+    use: keeps a second generation from writing into the KV cache while one is unfinished.
     device: where it runs, "cpu" or "cuda".
     max_keep: positions that one run can predict after. unrolled: tokens that `draft` gives (γ), 0 if it gives none.
     max_draft: tokens that it can draft one after another; None: as many as the cache holds.
@@ -91,6 +93,7 @@ class Engine(ABC):
         self.capacity = manifest.context_length
         self.length = 0
         self.cache: object = object()
+        self.use = ExclusiveUse()
         self.max_keep = MAX_KEEP
         self.unrolled = 0
         self.max_draft: int | None = None
@@ -162,9 +165,14 @@ class Engine(ABC):
         """Take the first `length` tokens that an engine with the same `cache` has fed for this one's own."""
         self.length = length
 
-    @abstractmethod
     def close(self) -> None:
-        """Release the model and the cache. Calling it again does nothing."""
+        """Release the model and the cache, after the round that runs now. Calling it again does nothing."""
+        self.use.close()
+        self._release()
+
+    @abstractmethod
+    def _release(self) -> None:
+        """What `close` does. May be called again, and then does nothing."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,8 +1,8 @@
 """`SpeculativeDecoder`: prompts in, text out, with two engines and what was gained."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, cast
@@ -26,7 +26,9 @@ Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | NDArray[
 class SpeculativeDecoder:
     """A target and, if there is one, a drafter. What comes out is the target's own, only sooner.
 
-    Owns its engines: `close`, or leaving its `with` block, closes them. For one thread: each gets its own by `fork`.
+    Owns its engines: `close`, or leaving its `with` block, closes them. It holds one text at a time: the next
+    generation of a thread ends the thread's unfinished stream, and another thread is refused (`VocabtrimError`) until
+    the stream is finished, closed or dropped. Each thread or asyncio task gets a decoder of its own by `fork`.
     Where acceptance collapses, a warning is logged once, and `Stats.collapse` says so from then on.
     """
 
@@ -47,7 +49,6 @@ class SpeculativeDecoder:
         self.drafter = drafter
         self.tokenizer = tokenizer
         self.draft_length = resolve_draft_length(target, drafter, draft_length)
-        self._running: object = None  # identifies the generation that the engines' caches hold
         self._alarm = AcceptanceAlarm(drafter.manifest if drafter else None)
 
     @classmethod
@@ -82,6 +83,7 @@ class SpeculativeDecoder:
 
         Either may be closed first. Raises `VocabtrimError` where the engines cannot: ONNX Runtime's on the CPU can.
         """
+        self.target.use.check_open()
         target, drafter = self.target.fork(), None
         if self.drafter:
             drafter = self.drafter.fork(target if self.drafter.cache is self.target.cache else None)
@@ -114,7 +116,8 @@ class SpeculativeDecoder:
         chat: bool = True,
         stop: Sequence[str] = (),
     ) -> Stream:
-        """As `generate`, token by token: iterate over it, then ask it for `stats` or `finish()`, or let go of it."""
+        """As `generate`, token by token: iterate over it, by `for` or `async for` (see `Stream`)."""
+        self.target.use.check_open()
         if max_new_tokens < 1:
             raise VocabtrimError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
         if stop:
@@ -128,7 +131,7 @@ class SpeculativeDecoder:
             draft_length=self.draft_length,
             sampling=sampling,
         )
-        return Stream(self._exclusive(rounds), self.tokenizer, stop, lambda: self._alarm.collapse)
+        return Stream(self._watched(rounds), self.tokenizer, stop, lambda: self._alarm.collapse)
 
     def encode(self, prompt: Prompt, *, chat: bool = True) -> list[int]:
         """The token ids that `generate` feeds for `prompt`, checked to fit. Raises `VocabtrimError`."""
@@ -146,7 +149,7 @@ class SpeculativeDecoder:
         return token_ids
 
     def close(self) -> None:
-        """Close both engines. Calling it again does nothing."""
+        """Close both engines, after the round that runs now. Calling it again does nothing."""
         self.target.close()
         if self.drafter:
             self.drafter.close()
@@ -176,12 +179,10 @@ class SpeculativeDecoder:
             )
         return self.tokenizer
 
-    def _exclusive(self, rounds: Iterator[Round]) -> Iterator[Round]:
-        """Refuse to go on once another generation has overwritten the caches."""
-        running = self._running = object()
-        for entry in rounds:
-            if collapse := self._alarm.observe(entry):
-                logging.getLogger("runtime").warning("%s", collapse)
-            yield entry
-            if self._running is not running and entry.finish_reason is None:
-                raise VocabtrimError("another generation of this decoder has ended this stream")
+    def _watched(self, rounds: Generator[Round, None, None]) -> Generator[Round, None, None]:
+        """Pass `rounds` on, with a warning once acceptance collapses."""
+        with closing(rounds):
+            for entry in rounds:
+                if collapse := self._alarm.observe(entry):
+                    logging.getLogger("runtime").warning("%s", collapse)
+                yield entry

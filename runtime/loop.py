@@ -1,11 +1,12 @@
 """The draft/verify loop: one `Round` per call of the target."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
 from engines.base import Accepted, Engine, StepOutput
+from engines.exclusive_use import Claim
 from engines.sampling_params import SamplingParams
 from runtime.drafting import TokenReader, make_reader
 from runtime.profiling import DRAFTER, NO_PROFILER, TARGET, Profiler
@@ -48,13 +49,14 @@ def decode_rounds(
     sampling: SamplingParams = GREEDY,
     force_accepted: int | None = None,
     profiler: Profiler = NO_PROFILER,
-) -> Iterator[Round]:
+) -> Generator[Round, None, None]:
     """Generate after `prompt`: at least one token, at most `max_new_tokens`.
 
     The first round is the target's prefill and gives one token. Each further one drafts up to `draft_length` tokens,
     verifies them in one target call and gives one to `draft_length + 1`; with no `drafter`, one. Ends after an EOS of
     the target's manifest or when the target's cache is full; past the end of its own cache the drafter falls silent.
-    Both engines start from nothing (`rewind(0)`) and belong to this generator until it ends.
+    Both engines start from nothing (`rewind(0)`) and belong to this generator until it ends or is closed: a later
+    generation of the same thread ends this one, and one of another thread is refused (`VocabtrimError`).
     `prompt` has at least one token and fits in the target's cache.
     force_accepted: drafted tokens that every round accepts, or all if it drafted fewer, whatever the target says; no
     EOS ends generation. Greedy only. It shows latency; the tokens mean nothing.
@@ -62,13 +64,17 @@ def decode_rounds(
     if force_accepted is not None and (not sampling.is_greedy or force_accepted < 0):
         raise ValueError("force_accepted is a number from 0 up, and goes with greedy decoding")
     loop = _Loop(target, drafter, prompt, max_new_tokens, draft_length, sampling, force_accepted, profiler)
-    with profiler.span("round", length=0):
-        entry = loop.prefill()
-    yield entry  # never within a span: what the caller does meanwhile is not the round's
-    while not loop.finish_reason:
-        with profiler.span("round", length=len(loop.sequence)):
-            entry = loop.round()
-        yield entry
+    claim = Claim([engine.use for engine in (target, drafter) if engine])
+    try:
+        with claim, profiler.span("round", length=0):
+            entry = loop.prefill()
+        yield entry  # never within a span: what the caller does meanwhile is not the round's
+        while not loop.finish_reason:
+            with claim, profiler.span("round", length=len(loop.sequence)):
+                entry = loop.round()
+            yield entry
+    finally:
+        claim.release()
 
 
 @dataclass(frozen=True, slots=True)

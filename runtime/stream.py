@@ -1,8 +1,14 @@
 """What a generation gives: `Stream`, token by token, and `Generation`, all of it."""
 
-from collections.abc import Callable, Iterator, Sequence
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
+from weakref import ref
 
 from engines.bundle.tokenizer import Tokenizer
 from engines.errors import VocabtrimError
@@ -42,30 +48,69 @@ class Generation:
         return asdict(self) | {"stats": self.stats.to_dict()}
 
 
-class Stream(Iterator[Token]):
+class Stream(Iterator[Token], AsyncIterator[Token]):
     """The tokens of one generation as they come. Their texts, joined, are the text of `finish()`.
 
-    A decoder has one KV cache per engine, so that its next `generate` or `stream` ends this one. To cancel it, stop
-    iterating: nothing runs in between.
+    `for token in stream` runs the rounds in the caller's thread, `async for token in stream` in a thread of the
+    stream's own, so that the event loop goes on meanwhile. The decoder is free for other threads once the stream is
+    finished, closed, or no longer referenced. A cancelled `async for` closes the stream, after the round that runs.
     """
 
     def __init__(
         self,
-        rounds: Iterator[Round],
+        rounds: Generator[Round, None, None],
         tokenizer: Tokenizer | None,
         stop: Sequence[str] = (),
         collapse: Callable[[], Collapse | None] = lambda: None,
     ) -> None:
         """rounds: see `decode_rounds`. collapse: what the decoder's alarm has found by now."""
+        self._rounds = rounds
         self._past: list[Round] = []
         self._collapse = collapse
         self._decoded = tokenizer.stream() if tokenizer else None
         self._stop = StopStrings(stop)
-        self._text = ""  # given out so far
-        self._tokens = self._run(rounds)
+        self._ready: deque[Token] = deque()  # tokens of the last round that were not given out yet
+        self._text = ""  # of all rounds so far
+        self._is_closed = False
+        self._worker: ThreadPoolExecutor | None = None  # one thread, for `async for`
 
     def __next__(self) -> Token:
-        return next(self._tokens)
+        if not self._ready and not self._is_closed:
+            self._read_round()
+        if not self._ready or self._is_closed:
+            raise StopIteration
+        return self._ready.popleft()
+
+    async def __anext__(self) -> Token:
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, "vocabtrim-stream")
+        step = asyncio.wrap_future(self._worker.submit(_next_token, ref(self)))
+        try:
+            token = await asyncio.shield(step)
+        except asyncio.CancelledError:
+            self.close()
+            await asyncio.wait([step])  # the engines cannot be interrupted within a round
+            raise
+        if token is None:
+            self.close()
+            raise StopAsyncIteration
+        return token
+
+    def close(self) -> None:
+        """Cancel what is left and free the decoder; from any thread. A round that runs in another thread ends first."""
+        self._is_closed = True
+        with suppress(ValueError):  # raised where it runs in another thread, which closes it after the round
+            self._rounds.close()
+        if self._worker:
+            self._worker.shutdown(wait=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
     def stats(self) -> Stats:
@@ -73,32 +118,48 @@ class Stream(Iterator[Token]):
         return summarize(self._past, self._collapse())
 
     def finish(self) -> Generation:
-        """Generate what is left, and return all of it."""
+        """Generate what is left, and return all of it.
+
+        Raises `VocabtrimError` if the stream was closed before its end or broke off with an error.
+        """
         for _ in self:
             pass
         last = self._past[-1] if self._past else None
         if last is None or last.finish_reason is None:
-            raise VocabtrimError("this generation broke off with an error: start another")
+            raise VocabtrimError("this generation was closed or broke off with an error: start another")
         token_ids = tuple(token for entry in self._past for token in entry.tokens)
         return Generation(self._text, token_ids, last.finish_reason, self.stats)
 
-    def _run(self, rounds: Iterator[Round]) -> Iterator[Token]:
-        for entry in rounds:
-            self._past.append(entry)
-            for count, token_id in enumerate(entry.tokens, 1):
-                is_last = entry.finish_reason is not None and count == len(entry.tokens)
-                piece, stopped = self._stop.push(self._decode(token_id, is_last), is_last)
-                self._text += piece
-                if stopped:  # what the round gave beyond it never was
-                    kept = entry.tokens[:count]
-                    accepted = min(entry.accepted, count)
-                    self._past[-1] = replace(entry, tokens=kept, accepted=accepted, finish_reason="stop")
-                yield Token(token_id, piece)
-                if stopped:
-                    return
+    def _read_round(self) -> None:
+        """Run the next round, if there is one, and make its tokens ready."""
+        entry = next(self._rounds, None)
+        if entry is None:
+            return
+        for count, token_id in enumerate(entry.tokens, 1):
+            is_last = entry.finish_reason is not None and count == len(entry.tokens)
+            piece, stopped = self._stop.push(self._decode(token_id, is_last), is_last)
+            self._text += piece
+            self._ready.append(Token(token_id, piece))
+            if stopped:  # what the round gave beyond it never was
+                accepted = min(entry.accepted, count)
+                entry = replace(entry, tokens=entry.tokens[:count], accepted=accepted, finish_reason="stop")
+                break
+        self._past.append(entry)
+        if entry.finish_reason is not None or self._is_closed:
+            self._rounds.close()
 
     def _decode(self, token_id: int, is_last: bool) -> str:
         if self._decoded is None:
             return ""
         piece = self._decoded.push(token_id)
         return piece + self._decoded.finish() if is_last else piece
+
+
+def _next_token(stream: "ref[Stream]") -> Token | None:
+    """The next token, or None at the end.
+
+    stream: a weak reference, because the worker keeps its arguments for a moment after the result is out, and a stream
+    that is dropped then must free its decoder at once.
+    """
+    held = stream()
+    return None if held is None else next(held, None)

@@ -75,8 +75,8 @@ class EagleEngine(OnnxRuntimeEngine):
     def fork(self, share_cache_with: Engine | None = None) -> Engine:  # noqa: ARG002  (it shares with nobody)
         return EagleEngine(self._source, self._session, self._fuse)
 
-    def close(self) -> None:
-        super().close()
+    def _release(self) -> None:
+        super()._release()
         self._fuse = None
 
     def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:

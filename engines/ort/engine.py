@@ -143,7 +143,7 @@ class OnnxRuntimeEngine(Engine):
     def environment(self) -> dict[str, str]:
         return {"onnxruntime": ort.__version__}
 
-    def close(self) -> None:
+    def _release(self) -> None:
         self._steps.clear()
         self._caches.clear()
         if hasattr(self, "_session"):

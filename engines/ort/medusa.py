@@ -53,7 +53,7 @@ class MedusaEngine(Engine):
     def environment(self) -> dict[str, str]:
         return {"onnxruntime": ort.__version__}
 
-    def close(self) -> None:
+    def _release(self) -> None:
         if hasattr(self, "_session"):
             del self._session
 

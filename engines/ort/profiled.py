@@ -20,11 +20,11 @@ class ProfiledEngine(OnnxRuntimeEngine):
 
     traces: Mapping[Path, ort.InferenceSession] = {}
 
-    def close(self) -> None:
+    def _release(self) -> None:
         for path, session in self.traces.items():
             os.replace(session.end_profiling(), path)
         self.traces = {}
-        super().close()
+        super()._release()
 
 
 class _ProfiledTarget(ProfiledEngine, FeatureEngine):

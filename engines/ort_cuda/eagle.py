@@ -174,8 +174,8 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         run.binding.bind_output(HIDDEN_OUTPUT, self.device, 0, *hidden[HIDDEN_OUTPUT])
         return run
 
-    def close(self) -> None:
-        super().close()
+    def _release(self) -> None:
+        super()._release()
         if hasattr(self, "_fuse"):
             del self._fuse
 

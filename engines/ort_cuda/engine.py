@@ -152,7 +152,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     def environment(self) -> dict[str, str]:
         return super().environment() | cuda.environment()
 
-    def close(self) -> None:
+    def _release(self) -> None:
         for each in self._rounds.values():
             each.close()
         self._rounds.clear()
@@ -160,7 +160,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         for step in self._steps.values():
             if isinstance(step, DeviceStep):
                 step.work.close()
-        super().close()
+        super()._release()
 
     def allocate(self, shape: tuple[int, ...], element: Any) -> ort.OrtValue:
         """Memory of the device with anything in it. element: a NumPy dtype, or a number of ONNX's."""

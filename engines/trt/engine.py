@@ -147,7 +147,7 @@ class StaticEngine(Engine):
     def environment(self) -> dict[str, str]:
         return self._executor.environment()
 
-    def close(self) -> None:
+    def _release(self) -> None:
         self._executor.close()
 
     def _span(self, slots: int) -> int:

@@ -75,7 +75,7 @@ class TimedEngine(Engine):
         self.cache, self.device = engine.cache, engine.device
         self.max_keep, self.unrolled, self.max_draft = engine.max_keep, engine.unrolled, engine.max_draft
         self.features_given, self.features_read = engine.features_given, engine.features_read
-        self.engine = engine
+        self.engine, self.use = engine, engine.use
         self.feeds: list[Feed] = []
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
@@ -121,6 +121,8 @@ class TimedEngine(Engine):
 
     def close(self) -> None:
         """Nothing: the engine is not this one's."""
+
+    _release = close
 
     def _timed(self, feed: Callable[[], StepOutput], tokens: int, keep: int) -> StepOutput:
         start = perf_counter()

@@ -84,7 +84,7 @@ class FakeEngine(Engine):
         full[EOS] += self.eos_bias
         return full[:width] if self.vocab_map is None else full[self.vocab_map.kept_token_ids]
 
-    def close(self):
+    def _release(self):
         self.closed = True
 
 
