@@ -27,7 +27,7 @@ CAPACITY = 1024
 def genai_step(directory: Path, past: int) -> Callable[[], None]:
     """A step of one token after `past` cached ones, as the builder's graph wants it."""
     options = ort.SessionOptions()
-    options.use_per_session_threads = False
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # as the engines' sessions
     session = ort.InferenceSession(directory / "model.onnx", options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
 

@@ -14,7 +14,7 @@ from engines.bundle.read import Bundle
 from engines.cuda import runtime as cuda
 from engines.cuda.graph_replay import Replayed
 from engines.ort.engine import OnnxRuntimeEngine, Step
-from engines.ort.session import numpy_dtype, session_options
+from engines.ort.session import new_session, numpy_dtype
 from engines.ort_cuda.binding import CudaRun, Place, Work, element_type, run_options
 from engines.ort_cuda.provider import (
     can_be_captured,
@@ -134,7 +134,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         """A small model of ours on the engine's device and stream."""
         stored = ir.to_proto(model).SerializeToString()
         if self.device == "cpu":
-            return ort.InferenceSession(stored, session_options(), providers=["CPUExecutionProvider"])
+            return new_session(stored)
         return open_cuda_graph(stored, self.stream)
 
     def knows(self, target: "OnnxRuntimeCudaEngine", unread: int) -> bool:  # noqa: ARG002

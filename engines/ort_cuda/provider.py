@@ -11,7 +11,7 @@ import onnxruntime as ort
 from engines.bundle.read import MODEL_NAME, WEIGHTS_NAME, Bundle
 from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
-from engines.ort.session import reason, session_options
+from engines.ort.session import new_session, reason
 
 PROVIDER = "CUDAExecutionProvider"
 _OUT_OF_MEMORY = re.compile(r"out of memory|OUT_OF_MEMORY|Failed to allocate memory|bad allocation|ALLOC_FAILED")
@@ -75,7 +75,7 @@ def _open(model: Path | bytes, stream: cuda.Stream, cuda_graphs: bool) -> ort.In
         "arena_extend_strategy": "kSameAsRequested",  # else the weights take up to the next power of two
     }
     providers = [(PROVIDER, options), "CPUExecutionProvider"]
-    return ort.InferenceSession(model, session_options(), providers=providers, enable_fallback=0)
+    return new_session(model, providers)
 
 
 def preload_libraries() -> tuple[str, ...]:

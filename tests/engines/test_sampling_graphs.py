@@ -5,7 +5,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from engines.ort.session import session_options
+from engines.ort.session import new_session
 from engines.ort_cuda.graphs.builder import GraphBuilder
 from engines.ort_cuda.graphs.sampling import draw_graph, warp_graph
 from engines.sampling_params import SamplingParams
@@ -16,7 +16,7 @@ SIZES = [1, 2, 7, 64, 1000, 4099]
 
 def session(model: ir.Model) -> ort.InferenceSession:
     stored = ir.to_proto(model).SerializeToString()
-    return ort.InferenceSession(stored, session_options(), providers=["CPUExecutionProvider"])
+    return new_session(stored)
 
 
 def warp(logits, params: SamplingParams, logits_type=ir.DataType.FLOAT):

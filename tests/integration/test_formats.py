@@ -54,7 +54,7 @@ def test_the_graph_for_genai_has_a_full_row_for_every_token_and_no_logit_for_wha
     _, result = pair
     with load_engine(result.drafter) as engine:
         wanted = engine.feed(PROMPT, keep=len(PROMPT)).logits
-    session = _session(result.drafter.parent / "genai" / "drafter" / "model.onnx")
+    session = onnxruntime.InferenceSession(result.drafter.parent / "genai" / "drafter" / "model.onnx")
     empty = np.zeros((1, 2, len(PROMPT), 16), np.float32)
     feed = {value.name: empty for value in session.get_inputs() if value.name.startswith("past_key_values.")}
     feed |= {"input_ids": np.array([PROMPT]), "attention_mask": np.ones((1, len(PROMPT)), np.int64)}
@@ -119,7 +119,7 @@ def test_triton_keeps_the_cache_and_forgets_by_a_length(pair):
     _, result = pair
     repository = result.drafter.parent / "triton"
     config = _triton_config(repository / "drafter" / "config.pbtxt")
-    session = _session(repository / "drafter" / "1" / config.default_model_filename)
+    session = onnxruntime.InferenceSession(repository / "drafter" / "1" / config.default_model_filename)
     state = {x.input_name: np.zeros(list(x.initial_state[0].dims), np.float32) for x in config.sequence_batching.state}
     after = {x.output_name: x.input_name for x in config.sequence_batching.state}
     assert {x.name for x in config.input} | set(state) == {x.name for x in session.get_inputs()}
@@ -184,12 +184,6 @@ def test_a_format_whose_packages_are_absent_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(VocabtrimError, match=r"needs openvino: pip install 'vocabtrim-export\[openvino\]'"):
         check_formats(["openvino"], has_target=True, is_tensorrt=False, drafter="language-model", dtype="fp16")
-
-
-def _session(path):
-    options = onnxruntime.SessionOptions()
-    options.use_per_session_threads = False  # the engines have set up one pool for all
-    return onnxruntime.InferenceSession(path, options)
 
 
 def _triton_config(path):

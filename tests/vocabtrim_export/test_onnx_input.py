@@ -6,14 +6,13 @@ import shutil
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
-from engines.ort.session import open_session, session_options
+from engines.ort.session import new_session, open_session
 from tests.integration.conftest import count_file, random_model
 from vocabtrim_export.cli.main import main
 from vocabtrim_export.onnx_input.cut import cut_head
@@ -134,7 +133,7 @@ HEADS = {
 
 
 def run(model, names, ids):
-    session = ort.InferenceSession(model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
+    session = new_session(model.SerializeToString())
     return session.run(names, {"input_ids": ids})
 
 

@@ -93,8 +93,15 @@ def _quiet_libraries() -> None:
     """Keep other libraries' notes off the terminal: what a user must know, we say."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("torch.onnx._internal", "transformers", "onnxscript", "onnx_ir", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if "transformers" in sys.modules:  # it reads the environment when it is imported
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers import __version__ as transformers_version
-from transformers.utils import logging as transformers_logging
 
 from engines.bundle.read import file_digest
 from engines.bundle.tokenizer import tokenizer_digest
@@ -79,8 +78,6 @@ class Source:
 
 def load_source(spec: str, dtype: torch.dtype) -> Source:
     """Load MODEL in `dtype`. Raises `VocabtrimError` with what is wrong with it."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     files, where, options = locate(spec)
     weights = sum(count_weights(file) for file in files)
     options["trust_remote_code"] = False  # never a question on the terminal, never a model's own code

@@ -8,7 +8,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from engines.errors import VocabtrimError
-from engines.ort.session import reason, session_options
+from engines.ort.session import new_session, reason
 from engines.ort_cuda.provider import PROVIDER, require_provider, why_no_provider
 
 _CPU = "CPUExecutionProvider"
@@ -56,7 +56,7 @@ def _open(graph: Path | bytes, device: str) -> ort.InferenceSession:
     missing = require_provider() if device == "cuda" else ()
     providers = [PROVIDER, _CPU] if device == "cuda" else [_CPU]
     try:
-        session = ort.InferenceSession(graph, session_options(), providers=providers, enable_fallback=0)
+        session = new_session(graph, providers)
     except Exception as error:  # onnxruntime's exceptions have no common base
         name = graph if isinstance(graph, Path) else "the acceptance graph"
         raise VocabtrimError(f"ONNX Runtime cannot open {name} on {device}: {reason(error)}") from error
