@@ -36,15 +36,15 @@ def forced_drafts(target: Engine, drafter: Engine, prompt: Sequence[int], tokens
     return drafter.feed_features(fed[1:], features, keep=len(tokens) - 1).logits.copy()
 
 
-def stepped_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int], index: int) -> NDArray[np.float32]:
-    """Row `index` of `forced_logits`, which was called before, from a call on a single token: float32[columns].
+def stepped_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+    """The rows of `forced_logits` as the engine alone computes them, one token a call: float32[columns] each.
 
-    That is how a round without a draft runs, and how the kernels of some engines round otherwise: on the CPU, int4 and
-    int8 weights meet inputs of 8 bits there. Forgets what follows: for several indices, begin with the highest.
+    Whatever the cache held is forgotten. A row is valid until the next one is asked for.
     """
-    engine.rewind(len(prompt) + index - 1)
-    row: NDArray[np.float32] = engine.feed([[*prompt, *tokens][len(prompt) + index - 1]]).logits[-1].copy()
-    return row
+    engine.rewind(0)
+    yield engine.feed(prompt).logits[-1]
+    for token in tokens[:-1]:  # nothing is asked after the last one
+        yield engine.feed([token]).logits[-1]
 
 
 def _blocks(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:

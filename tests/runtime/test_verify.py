@@ -29,8 +29,9 @@ def test_forced_logits_are_those_after_each_prefix(make_target, max_keep, prompt
     engine.feed([1, 2, 3])
     expected = np.stack([engine.logits([*prompt, *tokens[:i]]) for i in range(new)])
     np.testing.assert_array_equal(forced_logits(engine, prompt, tokens), expected)
-    for index in (new - 1, 0):
-        np.testing.assert_array_equal(stepped_logits(engine, prompt, tokens, index), expected[index])
+    engine.fed.clear()
+    np.testing.assert_array_equal([row.copy() for row in stepped_logits(engine, prompt, tokens)], expected)
+    assert engine.fed == [len(prompt)] + [1] * (new - 1)
 
 
 def test_a_right_loop_is_equal(decoder):
@@ -39,7 +40,9 @@ def test_a_right_loop_is_equal(decoder):
     assert [prompt.tokens for prompt in report.prompts] == [30, 30]
     written = json.loads(json.dumps(report.to_dict()))
     assert written["passed"] is True
-    assert (written["prompts"][0]["differences"], written["prompts"][0]["deviation"]) == ([], None)
+    first = written["prompts"][0]
+    assert (first["differences"], first["target_only"], first["deviation"]) == ([], [], None)
+    assert (first["step_deviation"], first["is_one_model"], written["is_independent"]) == (0, True, False)
     with pytest.raises(VocabtrimError, match="at least one prompt"):
         verify(decoder, [])
 
@@ -54,7 +57,7 @@ def test_the_distance_of_a_references_logits_is_stated_in_roundings(decoder):
 
     report = verify(decoder, PROMPTS, max_new_tokens=9, predict=predict, reference="another")
     assert [prompt.deviation for prompt in report.prompts] == [pytest.approx(8, abs=1)] * 2
-    assert report.reference == "another"
+    assert (report.reference, report.is_independent, report.passed) == ("another", True, True)
 
 
 def one_more(draft, verified):
@@ -104,24 +107,63 @@ def test_what_rounding_explains_is_a_near_tie_and_is_listed(make_target):
     assert [(each.found, each.expected) for each in found[:2]] == [(3, 7)] * 2
 
 
-def test_a_token_of_a_call_on_one_token_is_judged_by_such_a_call(make_target, monkeypatch):
-    """Its kernel may round otherwise. The difference is listed all the same."""
-    decoder = SpeculativeDecoder(make_target(), None)
-    feed = decoder.target.feed
+@pytest.fixture
+def one_at_a_time_otherwise(monkeypatch):
+    """one_at_a_time_otherwise(engine, change): calls on one token give logits that `change(logits)` has changed."""
 
-    def otherwise(token_ids, keep=1):
-        output = feed(token_ids, keep)
-        if len(token_ids) == 1:
-            logits = output.logits
-            logits[0, 20] = logits[0].max() + 0.5
-            output.token_ids[0] = 20
-        return output
+    def install(engine, change):
+        feed = engine.feed
 
-    monkeypatch.setattr(decoder.target, "feed", otherwise)
-    (prompt,) = verify(decoder, PROMPTS[:1], max_new_tokens=6).prompts
-    assert prompt.verdict == "near-tie"
-    assert [each.found for each in prompt.differences] == [20] * 5
-    assert {each.gap for each in prompt.differences} == {0}
+        def otherwise(token_ids, keep=1):
+            output = feed(token_ids, keep)
+            if len(token_ids) == 1:
+                change(output.logits[0])
+                output.token_ids[0] = output.logits[0].argmax()
+            return output
+
+        monkeypatch.setattr(engine, "feed", otherwise)
+
+    return install
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_target_that_chooses_otherwise_one_token_at_a_time_is_different(
+    alone, decoder, make_target, one_at_a_time_otherwise
+):
+    """It is two models, and what it verifies is not what it generates alone. A loop without a drafter shows it, too."""
+
+    def favour(logits):
+        logits[20] = logits.max() + 0.5
+
+    decoder = SpeculativeDecoder(make_target()) if alone else decoder
+    one_at_a_time_otherwise(decoder.target, favour)
+    report = verify(decoder, PROMPTS[:1], max_new_tokens=30)
+    (prompt,) = report.prompts
+    assert not report.passed
+    assert prompt.verdict == "different"
+    found = prompt.differences if alone else prompt.target_only
+    assert {(each.found if alone else each.expected) for each in found} == {20}
+    assert all(each.verdict == "different" for each in found)
+    assert {each.position for each in found} <= set(range(1, 30))
+    assert not prompt.is_one_model
+
+
+def test_a_target_whose_logits_depend_on_the_tokens_at_once_is_different_though_no_token_is(
+    decoder, one_at_a_time_otherwise
+):
+    """Half of what the limit allows, and twice of it: 64 roundings a layer, of one layer."""
+    for share, verdict in [(0.5, "equal"), (2, "different")]:
+
+        def sink(logits, share=share):
+            least = logits.argmin()
+            logits[least] -= share * 64 * 2**-23 * abs(logits).max()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoder.target, "feed", decoder.target.feed)
+            one_at_a_time_otherwise(decoder.target, sink)
+            (prompt,) = verify(decoder, PROMPTS[:1], max_new_tokens=6).prompts
+        assert (prompt.verdict, prompt.differences, prompt.target_only) == (verdict, (), ())
+        assert prompt.step_limit == 64
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Check that speculation leaves the target's output as it is.
 
-Each greedy token is compared with what a reference predicts after the same tokens; with --sampling the law of sampled
-tokens is tested, too. Exit code 1 for a difference that rounding does not explain.
+Each greedy token is compared with what a reference predicts after the same tokens, and with what the target alone
+chooses there, one token at a time; with --sampling the law of sampled tokens is tested, too. Exit code 1 for a
+difference that rounding does not explain.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from vocabtrim_export.cli.arguments import add_engine_arguments, add_json_argume
 from vocabtrim_export.cli.console import progress_reporter
 
 if TYPE_CHECKING:
-    from runtime import SamplingParams, SamplingReport, SpeculativeDecoder, VerifyReport
+    from runtime import Difference, SamplingParams, SamplingReport, SpeculativeDecoder, VerifyReport
 
 PROMPTS = (
     "Write a haiku about memory bandwidth.",
@@ -140,7 +141,7 @@ def _data(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "Sp
     """Both reports, the tokens that differ with their texts."""
     judged = greedy.to_dict()
     for prompt in judged["prompts"]:
-        for each in prompt["differences"]:
+        for each in (*prompt["differences"], *prompt["target_only"]):
             each |= {f"{name}_text": _text(decoder, each[name]) for name in ("found", "expected")}
     return {"greedy": judged, "sampling": sampled.to_dict() if sampled else None}
 
@@ -152,12 +153,20 @@ def _show(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "Sp
         print(f"  prompt {index}: {prompt.verdict}, {prompt.tokens} tokens{deviation}")
         if prompt.ending:
             print(f"    {prompt.ending}")
-        for each in prompt.differences:
-            texts = [f"{token} {_text(decoder, token)!r}" for token in (each.found, each.expected)]
+        if not prompt.is_one_model:
             print(
-                f"    {each.verdict} at token {each.position}: {texts[0]} instead of {texts[1]}, "
-                f"gap {each.gap:.3g}, rounding explains {each.tolerance:.3g}"
+                f"    the target's logits after one token at a time and after several at once differ by "
+                f"{prompt.step_deviation:.0f} roundings, of which rounding explains {prompt.step_limit:.0f}: what it "
+                "chooses depends on how many tokens it verifies"
             )
+        for by, found in (("", prompt.differences), ("target alone, one token at a time: ", prompt.target_only)):
+            for each in found:
+                _show_difference(by, each, decoder)
+    if not greedy.is_independent:
+        print(
+            "compared with nothing but the target's own engine, which shows what speculation changes and not whether "
+            "the target computes what its model does: give --reference MODEL for that"
+        )
     for setting in sampled.settings if sampled else ():
         print(
             f"sampled, temperature {setting.temperature:g}, top-k {setting.top_k}, top-p {setting.top_p:g}: "
@@ -166,6 +175,14 @@ def _show(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "Sp
             f"  {setting.draws} draws find a total variation of {setting.detectable:.3f} with a probability of 99%; "
             f"the drafter lacks {setting.missed_mass:.1%} of the target's mass"
         )
+
+
+def _show_difference(by: str, each: "Difference", decoder: "SpeculativeDecoder") -> None:
+    found, expected = (f"{token} {_text(decoder, token)!r}" for token in (each.found, each.expected))
+    print(
+        f"    {by}{each.verdict} at token {each.position}: {found} instead of {expected}, "
+        f"gap {each.gap:.3g}, rounding explains {each.tolerance:.3g}"
+    )
 
 
 def _text(decoder: "SpeculativeDecoder", token: int) -> str:
