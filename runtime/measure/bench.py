@@ -11,6 +11,7 @@ from engines.errors import VocabtrimError
 from runtime.decoder import SpeculativeDecoder
 from runtime.measure.bandwidth import bandwidths
 from runtime.measure.environment import environment
+from runtime.measure.outputs import output_differences
 from runtime.measure.report import BenchReport, mode_report
 from runtime.measure.timing import Way, measure
 
@@ -50,15 +51,18 @@ def bench(
     ways = {mode: Way(drafter, length, token_ids, max_new_tokens, forced) for mode, drafter in modes.items()}
     speeds = bandwidths((target, *drafters.values()), bandwidth)
     runs = measure(target, ways, repeats, progress)
+    alone = runs[TARGET_ONLY]
+    judged = {} if forced is not None else runs
+    found = {mode: output_differences(target, token_ids, own, alone) for mode, own in judged.items()}
     reports = {
         mode: mode_report(
             runs[mode],
-            runs[TARGET_ONLY],
+            alone,
             target.manifest,
             drafter.manifest if drafter else None,
             length,
             speeds[(drafter or target).device],
-            forced=forced is not None,
+            differences=None if forced is not None else found[mode],
         )
         for mode, drafter in modes.items()
     }

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from engines.bundle.read import Manifest
 from runtime.alarm import Collapse, find_collapse
 from runtime.loop import Round
+from runtime.measure.outputs import OutputDifference
 from runtime.measure.timing import Run
 from runtime.stats import Percentiles, latency_speedup, mbsu, round_tokens_per_second, summarize
 
@@ -36,7 +37,8 @@ class ModeReport:
     predicted_tokens_per_second: what they and overhead_ms predict for decode_tokens_per_second.
     overhead: the share of the time spent outside the engines. overhead_ms: that time a round.
     equal_prompts: prompts whose tokens were those of target-only decoding in every repeat; None where acceptance was
-    forced. differing_prompts: the indices of the others.
+    forced. differing_prompts: the indices of the others. near_ties, differences: where these leave the target's choice,
+    by a gap that rounding explains and by a larger one.
     collapse: of the drafter's acceptance, if there was one and acceptance was not forced.
     """
 
@@ -62,6 +64,8 @@ class ModeReport:
     overhead_ms: float
     equal_prompts: int | None
     differing_prompts: tuple[int, ...]
+    near_ties: tuple[OutputDifference, ...]
+    differences: tuple[OutputDifference, ...]
     collapse: Collapse | None
 
 
@@ -84,10 +88,11 @@ class BenchReport:
 
     @property
     def lossless(self) -> bool | None:
-        """Every mode gave the tokens of target-only decoding on every prompt. None where acceptance was forced."""
-        return (
-            None if self.force_accepted is not None else not any(mode.differing_prompts for mode in self.modes.values())
-        )
+        """Every mode gave the tokens of target-only decoding on every prompt, but for near-ties.
+
+        None where acceptance was forced.
+        """
+        return None if self.force_accepted is not None else not any(mode.differences for mode in self.modes.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for `json.dumps`."""
@@ -102,17 +107,18 @@ def mode_report(
     draft_length: int,
     bandwidth: float,
     *,
-    forced: bool = False,
+    differences: Sequence[OutputDifference] | None = (),
 ) -> ModeReport:
     """Sum `runs` up. baseline: the runs of target-only decoding. drafter: None where `runs` are these.
 
-    forced: acceptance was, so that the tokens say nothing.
+    differences: see `output_differences`; None where acceptance was forced, so that the tokens say nothing.
     """
     flat, length = _flat(runs), draft_length if drafter else 0
     stats = summarize(entry for run in flat for entry in run.rounds)
     context = sum(run.target[0].tokens + len(run.tokens) / 2 for run in _flat(baseline)) / len(_flat(baseline))
     target_bytes, step_bytes = step_bytes_at(target, context), step_bytes_at(drafter or target, context)
     step = call_percentiles(flat, "drafter" if drafter else "target", 1)
+    forced = differences is None
     differing = () if forced else _differing(runs, baseline)
     return ModeReport(
         tokens_per_second=_rate(runs, _all),
@@ -128,6 +134,8 @@ def mode_report(
         coverage=drafter.coverage if drafter else None,
         equal_prompts=None if forced else len(runs) - len(differing),
         differing_prompts=differing,
+        near_ties=tuple(each for each in differences or () if each.verdict == "near-tie"),
+        differences=tuple(each for each in differences or () if each.verdict == "different"),
         collapse=find_collapse((e for run in flat for e in run.rounds), drafter) if drafter and not forced else None,
     )
 

@@ -10,6 +10,7 @@ from engines.errors import VocabtrimError
 from runtime.decoder import SpeculativeDecoder
 from runtime.measure.bandwidth import bandwidths
 from runtime.measure.bench import TARGET_ONLY, Forced, measured_on, resolve_forced
+from runtime.measure.outputs import output_differences
 from runtime.measure.report import ModeReport, mode_report
 from runtime.measure.timing import Way, measure
 
@@ -56,10 +57,13 @@ class SweepReport:
 
     @property
     def lossless(self) -> bool | None:
-        """Every row gave the tokens of target-only decoding on every prompt. None where acceptance was forced."""
+        """Every row gave the tokens of target-only decoding on every prompt, but for near-ties.
+
+        None where acceptance was forced.
+        """
         if self.settings.force_accepted is not None:
             return None
-        return not any(row.report.differing_prompts for row in self.rows)
+        return not any(row.report.differences for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for `json.dumps`."""
@@ -115,7 +119,8 @@ def sweep(
         drafter = drafters[name].manifest if name in drafters else None
         speed = speeds[drafters.get(name, target).device]
         own, alone = runs[_label(name, length, context)], runs[_label(TARGET_ONLY, 0, context)]
-        report = mode_report(own, alone, target.manifest, drafter, length, speed, forced=forced)
+        differences = None if forced else output_differences(target, given[context], own, alone)
+        report = mode_report(own, alone, target.manifest, drafter, length, speed, differences=differences)
         return SweepRow(name, (drafter or target.manifest).head_rows, length, context, report)
 
     rows = tuple(row(*key) for key in keys)

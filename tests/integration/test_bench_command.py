@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
+import runtime.rules
+from runtime.accept import Accepted, accept_greedy
 from vocabtrim_export.cli.main import main
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "bench.schema.json").read_text("utf-8"))
@@ -45,6 +47,24 @@ def validated(text):
     data = json.loads(text)
     jsonschema.validate(data, SCHEMA, cls=jsonschema.Draft202012Validator)
     return data
+
+
+@pytest.mark.parametrize("options", [[], ["--draft-length", "1,3"]])
+def test_an_output_that_is_not_the_targets_own_is_exit_code_1(options, pair, prompts, capsys, monkeypatch):
+    def drafted_instead(draft, verified):
+        right = accept_greedy(draft, verified)
+        return Accepted(right.count, draft[right.count]) if right.count < len(draft) else right
+
+    monkeypatch.setattr(runtime.rules, "accept_greedy", drafted_instead)
+    given = ["bench", "--target", str(pair[0]), "--drafter", str(pair[1]), "--prompts", str(prompts)]
+    given += ["--max-new-tokens", "16", "--repeats", "1", *options]
+    assert main(given) == 1
+    text = capsys.readouterr().out
+    assert "different at token" in text
+    assert text.splitlines()[-1] == "NOT LOSSLESS"
+    assert main([*given, "--json"]) == 1
+    data = validated(capsys.readouterr().out)
+    assert data["lossless"] is False
 
 
 def test_a_single_configuration(bench, pair):

@@ -3,8 +3,9 @@ import json
 import pytest
 
 from engines.errors import VocabtrimError
-from runtime import bench, mbsu, read_bandwidth
+from runtime import SpeculativeDecoder, bench, mbsu, read_bandwidth
 from runtime.loop import Round
+from runtime.measure.outputs import output_differences
 from runtime.measure.report import mode_report
 from runtime.measure.timing import Feed, Run
 from runtime.stats import summarize
@@ -55,7 +56,41 @@ def test_a_mode_whose_tokens_differ_is_reported(make_target, make_drafter):
     target.rewind = broken
     report = bench(target, {"trimmed_drafter": drafter}, PROMPTS, max_new_tokens=20, repeats=1, bandwidth=1e9)
     assert not report.lossless
-    assert report.modes["trimmed_drafter"].differing_prompts
+    trimmed = report.modes["trimmed_drafter"]
+    assert trimmed.differing_prompts == tuple(dict.fromkeys(each.prompt for each in trimmed.differences))
+    assert all(each.gap > each.tolerance > 0 for each in trimmed.differences)
+    assert report.modes["target_only"].differing_prompts == ()
+
+
+@pytest.mark.parametrize(("gap", "verdict"), [(0.0, "near-tie"), (1e-3, "different")])
+def test_a_near_tie_is_listed_and_is_no_difference(gap, verdict, make_target):
+    """A target that likes two tokens alike; a mode that takes the other one at position 3, and its text after that."""
+    target, start = make_target(), [3, 4]
+
+    def feed(token_ids, keep=1, feed=target.feed):
+        output = feed(token_ids, keep)
+        if target.length == len(start) + 3:
+            first, second = output.logits[-1].argsort()[:-3:-1]
+            output.logits[-1, second] = output.logits[-1, first] - gap
+            output.token_ids[-1] = first
+        return output
+
+    target.feed = feed
+
+    def run(tokens):
+        return [Run((Round(tuple(tokens), True, 0, 0, 0, 0, 0, 1, "length"),), (), (), 1.0)]
+
+    alone = list(SpeculativeDecoder(target).generate(start, max_new_tokens=8).token_ids)
+    second = int(target.logits([*start, *alone[:3]]).argsort()[-2])
+    other = [*alone[:3], second]
+    other += SpeculativeDecoder(make_target()).generate([*start, *other], max_new_tokens=4).token_ids
+    (found,) = output_differences(target, [start], [run(other)], [run(alone)])
+    assert (found.prompt, found.position, found.found, found.expected) == (0, 3, second, alone[3])
+    assert (found.verdict, found.gap) == (verdict, pytest.approx(gap, rel=0.1))
+    wrong = [*other[:5], (other[5] + 1) % 48, *other[6:]]  # after a near-tie a wrong token is still one
+    assert [each.position for each in output_differences(target, [start], [run(wrong)], [run(alone)])][:2] == [3, 5]
+    (short,) = output_differences(target, [start], [run(alone[:4])], [run(alone)])
+    assert (short.found, short.expected, short.verdict) == (-1, alone[4], "different")
 
 
 def test_steps_are_timed_by_their_kind_and_runs_by_their_median(make_target, make_drafter):

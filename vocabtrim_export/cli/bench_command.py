@@ -1,6 +1,7 @@
 """Measure what a drafter gains: all ways of decoding in one run, interleaved, warmed up, medians.
 
-Several drafters, draft lengths or contexts make a sweep of every combination; --plan says which is fastest here.
+Several drafters, draft lengths or contexts make a sweep of every combination; --plan says which is fastest here. Exit
+code 1 where an output differs from the target's own by more than near-ties.
 """
 
 import argparse
@@ -52,9 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
+    """0, or 1 where a mode's output differs from the target's own by more than near-ties."""
     from engines import load_engine
-    from runtime import SweepReport
+    from runtime import PlanReport, SweepReport
     from vocabtrim_export.cli.bench_tables import show
 
     check_options(options)
@@ -76,6 +78,7 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(report.to_dict(), indent=2))
     else:
         show(report)
+    return 0 if isinstance(report, PlanReport) or report.lossless in (None, True) else 1
 
 
 def _is_single(options: argparse.Namespace) -> bool:

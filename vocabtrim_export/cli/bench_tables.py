@@ -7,6 +7,8 @@ from vocabtrim_export.cli.console import print_table
 if TYPE_CHECKING:
     from runtime import BenchReport, ModeReport, Percentiles, PlanReport, SweepReport, SweepRow
 
+_LISTED = 8  # differences of a mode
+
 
 def show(report: "BenchReport | PlanReport | SweepReport") -> None:
     from runtime import BenchReport, PlanReport
@@ -50,6 +52,9 @@ def show_bench(report: "BenchReport") -> None:
     for name, mode in report.modes.items():
         if mode.collapse:
             print(f"warning, {name.replace('_', ' ')}: {mode.collapse}")
+        _show_differences(name.replace("_", " "), mode)
+    if report.lossless is False:
+        print("NOT LOSSLESS")
 
 
 def show_sweep(report: "SweepReport") -> None:
@@ -65,8 +70,10 @@ def show_sweep(report: "SweepReport") -> None:
     for row in report.rows:
         if row.report.collapse:
             print(f"warning, {row.drafter.replace('_', ' ')} with γ = {row.draft_length}: {row.report.collapse}")
+        _show_differences(f"{row.drafter.replace('_', ' ')}, γ = {row.draft_length}", row.report)
     if report.lossless is not None:
-        print("all outputs equal target only's" if report.lossless else "not all outputs equal target only's: --json")
+        near = " but for near-ties" if any(row.report.near_ties for row in report.rows) else ""
+        print(f"all outputs equal target only's{near}" if report.lossless else "NOT LOSSLESS")
 
 
 def show_plan(report: "PlanReport") -> None:
@@ -96,6 +103,17 @@ def show_plan(report: "PlanReport") -> None:
         print(f"{verdict}: the best trimmed drafter has {plan.trimming_gain:.2f}× the speed of the full one")
     for reason in plan.reasons:
         print(f"why not more: {reason}")
+
+
+def _show_differences(name: str, report: "ModeReport") -> None:
+    for verdict, found in (("different", report.differences), ("near-tie", report.near_ties)):
+        for each in found[:_LISTED]:
+            print(
+                f"{name}, prompt {each.prompt}: {verdict} at token {each.position}, {each.found} instead of "
+                f"{each.expected}, gap {each.gap:.3g}, rounding explains {each.tolerance:.3g}"
+            )
+        if len(found) > _LISTED:
+            print(f"{name}: {len(found) - _LISTED} more, {verdict}: --json lists them")
 
 
 def _sweep_row(row: "SweepRow") -> list[str]:

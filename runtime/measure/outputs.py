@@ -1,0 +1,55 @@
+"""Whether the outputs of a bench are those of the target alone, and where they are not, by how much."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from engines.base import Engine
+from runtime.measure.timing import Run
+from runtime.verification.greedy import Difference, difference_at, tolerance
+from runtime.verification.teacher_forcing import stepped_logits
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDifference(Difference):
+    """A token that target-only decoding does not choose after the very same tokens. prompt: its index.
+
+    found, expected: -1 where the output had ended.
+    """
+
+    prompt: int
+
+
+def output_differences(
+    target: Engine, prompts: Sequence[Sequence[int]], runs: Sequence[Sequence[Run]], baseline: Sequence[Sequence[Run]]
+) -> tuple[OutputDifference, ...]:
+    """Where the tokens of `runs` are not those of `baseline`, target-only decoding; both by prompt, then by repeat.
+
+    Asks the target alone, one token at a time, along every output that differs: so what follows a near-tie is judged as
+    well. Whatever the target's cache held is forgotten.
+    """
+    found: list[OutputDifference] = []
+    for index, (prompt, repeats, alone) in enumerate(zip(prompts, runs, baseline, strict=True)):
+        for tokens in dict.fromkeys(run.tokens for run in repeats):
+            if tokens != alone[0].tokens:
+                differences = _along(target, prompt, tokens, alone[0].tokens)
+                found += [OutputDifference(**asdict(each), prompt=index) for each in differences]
+    return tuple(found)
+
+
+def _along(target: Engine, prompt: Sequence[int], tokens: Sequence[int], alone: Sequence[int]) -> list[Difference]:
+    """Where `tokens` leave `alone`, and what the target would not have chosen after that."""
+    pairs = enumerate(zip(tokens, alone, strict=False))
+    departs = next((i for i, (token, other) in pairs if token != other), min(len(tokens), len(alone)))
+    if departs == min(len(tokens), len(alone)):  # one goes on where the other ended
+        ends = (tokens[departs] if len(tokens) > departs else -1, alone[departs] if len(alone) > departs else -1)
+        return [Difference(departs, *ends, gap=float(np.finfo(np.float32).max), tolerance=0.0)]  # JSON has no infinity
+    found: list[Difference] = []
+    for index, row in enumerate(stepped_logits(target, prompt, tokens)):
+        if index == departs:
+            gap = abs(float(row[alone[index]]) - float(row[tokens[index]]))
+            found.append(Difference(index, tokens[index], alone[index], gap, tolerance(row, target.manifest)))
+        elif index > departs and np.argmax(row) != tokens[index]:
+            found.append(difference_at(index, tokens[index], row, target.manifest))
+    return found
