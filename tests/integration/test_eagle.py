@@ -201,3 +201,19 @@ def test_formats_of_language_models_are_refused(name, message, write_head, expor
     head = write_head(make_tensors(), eagle_aux_hidden_state_layer_ids=list(LAYERS))
     with pytest.raises(VocabtrimError, match=message):
         export_head(head, formats=(name,))
+
+
+def test_a_quantised_target_gives_a_row_of_features_for_each_token_and_none_for_its_padding(write_head, export_head):
+    head = write_head(make_tensors(), eagle_aux_hidden_state_layer_ids=list(LAYERS))
+    result = export_head(head, quantize="int8")
+    with (
+        SpeculativeDecoder.load(result.target) as alone,
+        SpeculativeDecoder.load(result.target, result.drafter) as pair,
+    ):
+        wanted = alone.target.feed(PROMPTS[1]).features.copy()
+        alone.target.rewind(0)
+        single = [alone.target.feed([token]).features.copy() for token in PROMPTS[1]]
+        np.testing.assert_array_equal(np.concatenate(single), wanted)
+        for prompt in PROMPTS:
+            expected, found = (each.generate(prompt, max_new_tokens=40).token_ids for each in (alone, pair))
+            assert found == expected
