@@ -19,6 +19,7 @@ from vocabtrim_export.sources.refusals import check_architecture
         ("falcon", {"alibi": True}, "ALiBi"),
         ("t5", {}, "encoder-decoder"),
         ("bert", {}, "bidirectional"),
+        ("gemma", {"use_bidirectional_attention": True}, "bidirectional"),  # PaliGemma's text model
         ("gemma3n_text", {}, "KV caches of earlier ones"),
         ("vit", {}, "no language model"),
     ],

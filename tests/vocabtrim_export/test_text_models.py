@@ -6,7 +6,7 @@ import transformers
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources.source import load_source
-from vocabtrim_export.sources.text_models import text_config
+from vocabtrim_export.sources.text_models import text_config, text_tensor_names
 
 TEXT = {
     "vocab_size": 448,
@@ -70,3 +70,11 @@ def test_the_text_model_of_a_multimodal_checkpoint(family, tokenizer, tmp_path):
 def test_a_text_model_that_transformers_has_only_inside_the_whole():
     with pytest.raises(VocabtrimError, match="multimodal model whose text model"):
         text_config("MODEL", transformers.CONFIG_MAPPING["mllama"]())
+
+
+def test_only_the_text_models_tensors_are_read():
+    beside = ["model.vision_tower.a.weight", "encoder.layers.0.bias", "projector.weight"]
+    text = {"model.language_model.norm.weight": "model.norm.weight", "lm_head.weight": "lm_head.weight"}
+    assert text_tensor_names([*beside, *text]) == text
+    unprefixed = ["model.norm.weight", "model.layers.0.own.weight", "lm_head.weight"]  # each has to be read, then
+    assert text_tensor_names(["model.vision_embed_tokens.weight", *unprefixed]) == {name: name for name in unprefixed}

@@ -142,8 +142,9 @@ REFUSALS = (
         "give a language model",
     ),
     Refusal(
-        "a bidirectional encoder",
-        "each of its tokens sees those behind it (is_decoder is not true in config.json), so it cannot continue a text",
+        "a model with bidirectional attention",
+        "its tokens see those behind them (is_decoder, or use_bidirectional_attention, in config.json), so it cannot "
+        "continue a text token by token",
         _is_bidirectional,
         "give a model trained as a decoder",
     ),

@@ -61,15 +61,18 @@ def multimodal_note(spec: str, text: PreTrainedConfig) -> str:
 def text_tensor_names(names: Iterable[str]) -> dict[str, str]:
     """The language model's tensors of a multimodal checkpoint: their names there → their names in the model alone.
 
-    Those of vision and audio towers and their projectors are left out; what is of neither kind keeps its name.
+    Where the language model has a prefix of its own, everything else belongs to other parts. Where it has none, the
+    tensors of vision and audio towers and their projectors are left out by name.
     """
+    names = list(names)
+    has_prefix = any(map(_PREFIX.match, names))
     renamed = {}
     for name in names:
         if _HEAD.match(name):
             renamed[name] = _HEAD.sub("lm_head.", name)
         elif _PREFIX.match(name):
             renamed[name] = _PREFIX.sub("model.", name)
-        elif not _OTHER_PARTS.match(name):
+        elif not has_prefix and not _OTHER_PARTS.match(name):
             renamed[name] = name
     return renamed
 
