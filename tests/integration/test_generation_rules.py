@@ -130,7 +130,7 @@ def test_the_command_takes_rules_and_gives_logprobs(result, capsys):
     assert given["token_ids"] == list(wanted.token_ids)
     assert [each["token_id"] for each in given["logprobs"]] == given["token_ids"]
     assert [len(each["top"]) for each in given["logprobs"]] == [2] * len(given["token_ids"])
-    sampled = ["--sampling", "--temperature", "0.8", "--min-p", "0.1", "--draws", "60", "--repetition-penalty", "1.2"]
+    sampled = ["--sampling", "--temperature", "0.8", "--min-p", "0.1", "--draws", "90", "--repetition-penalty", "1.2"]
     assert main(["verify", *bundles, "--max-new-tokens", "8", "--num-prompts", "1", *sampled]) == 0
     assert "top-p 1, min-p 0.1: follows the target" in capsys.readouterr().out
 
