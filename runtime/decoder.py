@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, cast
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Engine
+from engines.bundle.chat_template import ChatOptions
 from engines.bundle.tokenizer import TOKENIZER_NAME, Tokenizer
 from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
@@ -19,7 +21,7 @@ from runtime.loop import GREEDY, Round, decode_rounds
 from runtime.pair import check_pair, resolve_draft_length
 from runtime.stream import Generation, Stream
 
-# Text, the messages of a conversation (`{"role": …, "content": …}`), or token ids.
+# Text, the messages of a conversation (`{"role": …, "content": …}`, or pydantic models of them), or token ids.
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | NDArray[np.int64]
 
 
@@ -96,21 +98,36 @@ class SpeculativeDecoder:
         max_new_tokens: int = 256,
         sampling: SamplingParams = GREEDY,
         chat: bool = True,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        continue_final_message: bool = False,
         logprobs: int | bool | None = None,
     ) -> Generation:
-        """Generate to an EOS, to a string of `stop`, to `max_new_tokens` or to the end of the context.
+        """Generate to an EOS, to a stop string, to `max_new_tokens` or to the end of the context.
 
         prompt: a text becomes a user's message to the chat template if the tokenizer has one and `chat` is true, and
-        is taken as it is otherwise; messages always go through the template; token ids are fed as they are.
+            is taken as it is otherwise; messages always go through the template; token ids are fed as they are.
         sampling: how tokens are chosen; the rules of the model's generation config apply where it gives none.
+        stop: one string or several, which are looked for in the text with its special tokens.
+        tools, template_args, chat_template, continue_final_message: see `ChatOptions`.
         logprobs: also return each token's log-probability under the model, see `TokenLogprob`, and those of this many
-        alternatives; True asks for no alternatives.
+            alternatives; True asks for no alternatives.
         Raises `VocabtrimError` for a prompt that is empty or leaves no room in the context, and for
         `max_new_tokens` below 1, and for stop strings that are empty or without a tokenizer.
         """
         return self.stream(
-            prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, stop=stop, logprobs=logprobs
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            chat=chat,
+            stop=stop,
+            tools=tools,
+            template_args=template_args,
+            chat_template=chat_template,
+            continue_final_message=continue_final_message,
+            logprobs=logprobs,
         ).finish()
 
     def stream(
@@ -120,7 +137,11 @@ class SpeculativeDecoder:
         max_new_tokens: int = 256,
         sampling: SamplingParams = GREEDY,
         chat: bool = True,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        continue_final_message: bool = False,
         logprobs: int | bool | None = None,
     ) -> Stream:
         """As `generate`, token by token: iterate over it, by `for` or `async for` (see `Stream`)."""
@@ -134,7 +155,14 @@ class SpeculativeDecoder:
         sampling.check_token_ids(self.target.manifest.vocab_size)
         if stop:
             self._require_tokenizer()
-        token_ids = self.encode(prompt, chat=chat)
+        token_ids = self.encode(
+            prompt,
+            chat=chat,
+            tools=tools,
+            template_args=template_args,
+            chat_template=chat_template,
+            continue_final_message=continue_final_message,
+        )
         rounds = decode_rounds(
             self.target,
             self.drafter,
@@ -146,9 +174,19 @@ class SpeculativeDecoder:
         )
         return Stream(self._watched(rounds), self.tokenizer, stop, lambda: self._alarm.collapse)
 
-    def encode(self, prompt: Prompt, *, chat: bool = True) -> list[int]:
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        chat: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """The token ids that `generate` feeds for `prompt`, checked to fit. Raises `VocabtrimError`."""
-        token_ids = self._token_ids(prompt, chat)
+        options = ChatOptions(chat_template, tools, template_args or {}, continue_final_message)
+        token_ids = self._token_ids(prompt, chat, options)
         if not token_ids:
             raise VocabtrimError("the prompt is empty: give at least one token")
         if len(token_ids) >= self.target.capacity:
@@ -179,15 +217,21 @@ class SpeculativeDecoder:
     ) -> None:
         self.close()
 
-    def _token_ids(self, prompt: Prompt, chat: bool) -> list[int]:
+    def _token_ids(self, prompt: Prompt, chat: bool, options: ChatOptions) -> list[int]:
         if isinstance(prompt, str):
             tokenizer = self._require_tokenizer()
             if chat and tokenizer.has_chat_template:
-                return tokenizer.encode_chat([{"role": "user", "content": prompt}])
-            return tokenizer.encode(prompt)
-        if len(prompt) and isinstance(prompt[0], Mapping):
-            return self._require_tokenizer().encode_chat(cast(Sequence[Mapping[str, Any]], prompt))
-        return [int(token) for token in cast(Sequence[int], prompt)]
+                return tokenizer.encode_chat([{"role": "user", "content": prompt}], options)
+        elif not isinstance(prompt, Mapping) and len(prompt) and not hasattr(prompt[0], "__index__"):
+            return self._require_tokenizer().encode_chat(cast(Sequence[Any], prompt), options)
+        if options != ChatOptions():
+            raise VocabtrimError("tools and template arguments are for messages that a chat template renders")
+        if isinstance(prompt, str):
+            return self._require_tokenizer().encode(prompt)
+        try:
+            return [index(token) for token in cast(Sequence[int], prompt)]
+        except TypeError as error:
+            raise VocabtrimError("a prompt is text, a list of messages, or token ids") from error
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

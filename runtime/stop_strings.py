@@ -8,27 +8,50 @@ from engines.errors import VocabtrimError
 class StopStrings:
     """Holds back the end of a text while it could still be the beginning of one of the strings `stop`.
 
-    Raises `VocabtrimError` for an empty string.
+    The strings are looked for in the text with its special tokens, so that one of them can be a special token; what is
+    given out is the text without them.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        if not all(stop):
-            raise VocabtrimError("a stop string is empty: give at least one character")
-        self._stop = tuple(stop)
-        self._held = ""
+    def __init__(self, stop: str | Sequence[str] | None) -> None:
+        """stop: one string or several. Raises `VocabtrimError` for one that is empty, or no string."""
+        self._stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        for string in self._stop:
+            if not isinstance(string, str):
+                raise VocabtrimError(f"a stop string is {type(string).__name__}, not text: give strings")
+            if not string:
+                raise VocabtrimError("a stop string is empty: give at least one character")
+        self._held: list[tuple[str, str]] = []  # pieces of the text: with special tokens, and without
 
-    def push(self, piece: str, is_last: bool) -> tuple[str, bool]:
-        """What may be given out now that `piece` has come, and whether a stop string has: the text then ends.
+    def push(self, piece: str, shown: str, is_last: bool) -> tuple[str, bool]:
+        """Return what may be given out now that one more piece has come, and whether a stop string has.
 
-        Of several strings in one piece, the one that begins first counts. is_last: no text follows, nothing is held.
+        The text then ends. Of several strings in one piece, the one that begins first counts.
+
+        Args:
+            piece: the new text, special tokens included. shown: the same without them.
+            is_last: no text follows, nothing is held.
         """
-        text = self._held + piece
+        self._held.append((piece, shown))
+        text = "".join(held for held, _ in self._held)
         found = [at for string in self._stop if (at := text.find(string)) >= 0]
         if found:
-            return text[: min(found)], True
-        held = 0 if is_last else self._beginning(text)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held], False
+            return self._release(min(found)), True
+        return self._release(len(text) if is_last else len(text) - self._beginning(text)), False
+
+    def _release(self, length: int) -> str:
+        """Take the first `length` characters of the held text, and return what of them is shown."""
+        given = ""
+        while self._held:
+            piece, shown = self._held[0]
+            if len(piece) > length:
+                # Within a piece both texts end alike: a decoder may have taken a space from the shown one's beginning.
+                cut = max(0, len(shown) - (len(piece) - length))
+                self._held[0] = piece[length:], shown[cut:]
+                return given + shown[:cut]
+            del self._held[0]
+            length -= len(piece)
+            given += shown
+        return given
 
     def _beginning(self, text: str) -> int:
         """How many characters at the end of `text` a stop string begins with."""

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 from weakref import ref
 
-from engines.bundle.tokenizer import Tokenizer
+from engines.bundle.tokenizer import TextStream, Tokenizer
 from engines.errors import VocabtrimError
 from runtime.alarm import Collapse
 from runtime.logprobs import TokenLogprob
@@ -65,7 +65,7 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
         self,
         rounds: Generator[Round, None, None],
         tokenizer: Tokenizer | None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         collapse: Callable[[], Collapse | None] = lambda: None,
     ) -> None:
         """rounds: see `decode_rounds`. collapse: what the decoder's alarm has found by now."""
@@ -73,6 +73,7 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
         self._past: list[Round] = []
         self._collapse = collapse
         self._decoded = tokenizer.stream() if tokenizer else None
+        self._decoded_whole = tokenizer.stream(skip_special_tokens=False) if tokenizer and stop else None
         self._stop = StopStrings(stop)
         self._ready: deque[Token] = deque()  # tokens of the last round that were not given out yet
         self._text = ""  # of all rounds so far
@@ -143,7 +144,9 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
             return
         for count, token_id in enumerate(entry.tokens, 1):
             is_last = entry.finish_reason is not None and count == len(entry.tokens)
-            piece, stopped = self._stop.push(self._decode(token_id, is_last), is_last)
+            shown = _decode(self._decoded, token_id, is_last)
+            whole = _decode(self._decoded_whole, token_id, is_last) if self._decoded_whole else shown
+            piece, stopped = self._stop.push(whole, shown, is_last)
             self._text += piece
             self._ready.append(Token(token_id, piece, entry.logprobs[count - 1] if entry.logprobs else None))
             if stopped:  # what the round gave beyond it never was
@@ -159,11 +162,12 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
         if entry.finish_reason is not None or self._is_closed:
             self._rounds.close()
 
-    def _decode(self, token_id: int, is_last: bool) -> str:
-        if self._decoded is None:
-            return ""
-        piece = self._decoded.push(token_id)
-        return piece + self._decoded.finish() if is_last else piece
+
+def _decode(stream: TextStream | None, token_id: int, is_last: bool) -> str:
+    if stream is None:
+        return ""
+    piece = stream.push(token_id)
+    return piece + stream.finish() if is_last else piece
 
 
 def _next_token(stream: "ref[Stream]") -> Token | None:

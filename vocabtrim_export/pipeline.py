@@ -13,7 +13,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.notes import no_gain, target_notes
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
-from vocabtrim_export.calibration import TokenCounts
+from vocabtrim_export.calibration import Skipped, TokenCounts, skipped_note
 from vocabtrim_export.calibration.counting import CalibrationSettings, count_tokens, read_calibration
 from vocabtrim_export.calibration.moments import head_run, input_moments
 from vocabtrim_export.drafters.base import FeatureHead
@@ -111,6 +111,7 @@ def export(
     shared = proposable_tokens(sources["drafter"], sources.get("target", sources["drafter"]))
     notes = (*_fit(sources, settings), *differing_note(shared))  # refuses before the long work, as the next line does
     notes += tuple(rule_notes(sources["target"].model.generation_config, settings.formats)) if target else ()
+    skipped: list[Skipped] = []
     with reserved(output):
         check_output(output, names, settings.force)  # again: a killed run's bundles may be whole by now
         counts = count_tokens(
@@ -119,6 +120,7 @@ def export(
             settings.calibration,
             output / COUNTS_NAME,
             lambda done, total: progress("calibrate", done, total),
+            skipped.append,
         )
         selection = _select(counts, sources, settings.k, shared.token_ids)
         with placing([output / name for name in names]) as directories:
@@ -130,7 +132,7 @@ def export(
     where = output / "target" if target else None
     written = tuple(output / name for name in settings.formats)
     drafter_manifest, target_manifest = manifests["drafter"], manifests.get("target")
-    notes += (*target_notes(target_manifest), *no_gain(drafter_manifest, target_manifest))
+    notes += (*target_notes(target_manifest), *no_gain(drafter_manifest, target_manifest), *skipped_note(skipped))
     return ExportResult(output / "drafter", where, drafter_manifest, target_manifest, selection, written, notes)
 
 
@@ -227,7 +229,7 @@ def _select(
 ) -> Selection:
     always: set[int] = set()
     for source in sources.values():
-        always |= structural_token_ids(source.tokenizer, source.model.generation_config, source.tokenizer.chat_template)
+        always |= structural_token_ids(source.tokenizer, source.model.generation_config)
     return select_vocab(counts, k, always_keep=always, full_vocab=sources["drafter"].vocab_size, available=available)
 
 

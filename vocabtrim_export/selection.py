@@ -1,19 +1,21 @@
 """Which rows a trimmed head keeps: token counts and K in, a `VocabMap` out."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.bundle.chat_template import ChatOptions, ChatTemplates
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration.corpus import Message
+from vocabtrim_export.calibration.calibrate import CALIBRATION_DATE
 from vocabtrim_export.calibration.counts import TokenCounts
-from vocabtrim_export.calibration.prompts import encode, render_chat
+from vocabtrim_export.calibration.prompts import encode
 from vocabtrim_export.sources.end_tokens import eos_token_ids
+from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -22,6 +24,8 @@ MULTIPLE = 64
 # Special tokens that models reserve and never learn: Llama 3 has 250 of them, Gemma 3 over 6,000.
 PLACEHOLDER = re.compile(r"unused|reserved", re.IGNORECASE)
 PROBE = "vocabtrim-probe"
+# Conversations to find out what a template writes: some know no system role, and some no second turn.
+_PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,28 +112,39 @@ def select_vocab(
 
 
 def structural_token_ids(
-    tokenizer: "PreTrainedTokenizerFast", generation_config: "GenerationConfig | None", chat_template: str | None
+    tokenizer: "PreTrainedTokenizerFast", generation_config: "GenerationConfig | None"
 ) -> frozenset[int]:
     """The ids that end or structure text, which a trimmed head must keep whatever was counted.
 
     Every EOS of the generation config, the tokenizer's special and added tokens (but not reserved ones that no model
-    learns, unless one of them is an EOS), and what the chat template writes around the messages' contents.
+    learns, unless one of them is an EOS), and what each chat template writes around the messages' contents.
     tokenizer: a transformers fast tokenizer. generation_config: the model's, or None.
     """
     named = [(token, entry.content) for token, entry in tokenizer.added_tokens_decoder.items()]
     named += zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     special = {token for token, name in named if not PLACEHOLDER.search(name)}
-    markers = _template_markers(tokenizer, chat_template) if chat_template else set()
+    markers = _template_markers(tokenizer)
     return frozenset(special | markers | eos_token_ids(tokenizer, generation_config))
 
 
-def _template_markers(tokenizer: "PreTrainedTokenizerFast", chat_template: str) -> set[int]:
-    """The tokens of a rendered conversation that are not its contents'."""
-    chat = [Message(role, f"{PROBE}-{role}") for role in ("system", "user", "assistant", "user")]
-    rendered = render_chat(tokenizer, chat, chat_template)
-    between = re.split(rf"{PROBE}-(?:system|user|assistant)", rendered)
-    empty = "".join(between)  # where a message is empty, its markers meet and may be other tokens
-    return {token for ids in encode(tokenizer, [*between, empty], add_special_tokens=False) for token in ids}
+def _template_markers(tokenizer: "PreTrainedTokenizerFast") -> set[int]:
+    """The tokens of rendered conversations that are not their contents'; a template that refuses them adds none."""
+    chat, markers = runtime_tokenizer(tokenizer).chat, set()
+    for name in chat.names:
+        options = ChatOptions(name, now=CALIBRATION_DATE)
+        rendered = next((text for roles in _PROBES if (text := _try_render(chat, roles, options))), "")
+        between = re.split(rf"{PROBE}-(?:system|user|assistant)", rendered)
+        texts = [*between, "".join(between)]  # where a message is empty, its markers meet and may be other tokens
+        markers |= {token for ids in encode(tokenizer, texts, add_special_tokens=False) for token in ids}
+    return markers
+
+
+def _try_render(chat: ChatTemplates, roles: Sequence[str], options: ChatOptions) -> str:
+    """A conversation of these roles, "" where the template refuses it."""
+    try:
+        return chat.render([{"role": role, "content": f"{PROBE}-{role}"} for role in roles], options)
+    except VocabtrimError:
+        return ""
 
 
 def _rank(counts: NDArray[np.int64], always: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -21,14 +21,14 @@ from engines.bundle.manifest import (
     FileDigest,
     Manifest,
 )
-from engines.bundle.tokenizer import CONFIG_NAME, TEMPLATE_NAME, TOKENIZER_NAME, Tokenizer
+from engines.bundle.tokenizer import CONFIG_NAME, TEMPLATE_NAME, TEMPLATES_NAME, TOKENIZER_NAME, Tokenizer
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 
 # what a load reads where it is there: none of them may appear beside the files that the manifest names
 _READ_IF_THERE = (
     *(MODEL_NAME, DRAFT_MODEL_NAME, FEATURES_NAME, PLAN_NAME, DRAFT_PLAN_NAME, VOCAB_MAP_NAME),
-    *(TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME),
+    *(TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME, TEMPLATES_NAME),
 )
 
 

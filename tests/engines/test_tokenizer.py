@@ -64,6 +64,25 @@ def test_a_chat_goes_through_the_template_as_in_transformers(bundle, where):
     assert tokenizer.has_chat_template
 
 
+def test_templates_in_files_of_their_own_come_first(bundle):
+    config = {"chat_template": [{"name": name, "template": "config"} for name in ("default", "rag")]}
+    (bundle / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.load(bundle).chat.names == ("default",)
+    (bundle / "additional_chat_templates").mkdir()
+    (bundle / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    assert Tokenizer.load(bundle).chat.names == ("default", "tool_use")
+    (bundle / "additional_chat_templates" / "tool_use.jinja").unlink()
+    (bundle / "chat_template.jinja").unlink()
+    assert Tokenizer.load(bundle).chat.names == ("default", "rag")
+
+
+def test_special_tokens_of_a_models_own_are_variables_of_the_template(bundle):
+    config = {"bos_token": {"content": "<s>"}, "image_token": "<i>", "extra_special_tokens": {"call_token": "<c>"}}
+    (bundle / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True, "pad_token": None}))
+    (bundle / "chat_template.jinja").write_text("{{ bos_token ~ image_token ~ call_token ~ pad_token }}")
+    assert Tokenizer.load(bundle).chat.render([{"role": "user", "content": ""}]) == "<s><i><c>"
+
+
 def test_a_template_that_refuses_is_one_line(bundle):
     with pytest.raises(VocabtrimError, match="refused the messages: no role bad"):
         Tokenizer.load(bundle).encode_chat([{"role": "bad", "content": ""}])

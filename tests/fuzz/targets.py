@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+from engines.bundle.chat_template import ChatTemplates
 from engines.bundle.graph_file import GraphFile
 from engines.bundle.manifest import FORMAT_VERSION, Manifest, _digest
 from engines.bundle.vocab_map import VocabMap
 from vocabtrim_export.calibration import TokenCounts, read_corpus
 from vocabtrim_export.sources.weight_files import count_weights
+
+_CHAT = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
 
 
 def manifest(path: Path) -> None:
@@ -58,6 +61,18 @@ def records(path: Path) -> None:
     read_corpus([path])
 
 
+def table(path: Path) -> None:
+    read_corpus([path])
+
+
+def compressed(path: Path) -> None:
+    read_corpus([path])
+
+
+def chat_template(path: Path) -> None:
+    ChatTemplates({"default": path.read_bytes().decode("utf-8", "replace")}, {"bos_token": "<s>"}).render(_CHAT)
+
+
 # name → (function, the file's name)
 TARGETS = {
     "manifest": (manifest, "vocabtrim.json"),
@@ -68,6 +83,9 @@ TARGETS = {
     "safetensors": (safetensors, "model.safetensors"),
     "jsonl": (jsonl, "prompts.jsonl"),
     "records": (records, "prompts.json"),
+    "table": (table, "prompts.csv"),
+    "compressed": (compressed, "prompts.jsonl.gz"),
+    "chat_template": (chat_template, "chat_template.jinja"),
 }
 JSON = {"manifest", "records"}
 JSON_LINES = {"jsonl"}

@@ -14,6 +14,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests.mutations.conversations import CONVERSATIONS
 from tests.mutations.decoding import DECODING
 from tests.mutations.device import DEVICE
 from tests.mutations.files import FILES
@@ -21,7 +22,7 @@ from tests.mutations.formats import FORMATS
 from tests.mutations.load import LOAD
 from tests.mutations.mutation import Mutation
 
-ALL = (*FILES, *DECODING, *LOAD, *FORMATS, *DEVICE)
+ALL = (*FILES, *DECODING, *LOAD, *FORMATS, *DEVICE, *CONVERSATIONS)
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "trust.md"
 MARK = "<!-- written by `make mutations` -->\n"

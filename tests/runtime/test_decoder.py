@@ -72,8 +72,32 @@ def test_a_stop_string_ends_the_text_wherever_a_block_ends(make_target, letters,
 
 
 def test_of_two_stop_strings_in_one_piece_the_one_that_begins_first_counts():
-    assert StopStrings(["b", "ab"]).push("xab", is_last=False) == ("x", True)
-    assert StopStrings(["ab", "b"]).push("xab", is_last=False) == ("x", True)
+    assert StopStrings(["b", "ab"]).push("xab", "xab", is_last=False) == ("x", True)
+    assert StopStrings(["ab", "b"]).push("xab", "xab", is_last=False) == ("x", True)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "at"),
+    [("</s>", "aba", 3), (["x", "</s>"], "aba", 3), ("s>b", "aba", 4), ("ba</s>b", "a", 4), ("a</", "ab", 3)],
+)
+def test_a_stop_string_meets_special_tokens_which_are_not_shown(letters, stop, text, at):
+    backend = letters.backend
+    ids = [backend.token_to_id(token) for token in ("a", "b", "a", "</s>", "b", "a")]
+    strings, shown, whole = StopStrings(stop), letters.stream(), letters.stream(skip_special_tokens=False)
+    given = [strings.push(whole.push(token), shown.push(token), is_last=False) for token in ids]
+    ends = next(index for index, (_, stopped) in enumerate(given) if stopped)
+    assert ("".join(text for text, _ in given[: ends + 1]), ends) == (text, at)
+
+
+def test_a_plain_string_is_one_stop(make_target, letters):
+    decoder = SpeculativeDecoder(make_target(), tokenizer=letters)
+    whole = decoder.generate([0], max_new_tokens=24)
+    string = whole.text[5:8]
+    assert decoder.generate([0], max_new_tokens=24, stop=string).text == whole.text[: whole.text.index(string)]
+    assert decoder.generate([0], max_new_tokens=24, stop=None).text == whole.text
+    for stop, message in (("", "empty"), ([""], "empty"), ([3], "int, not text")):
+        with pytest.raises(VocabtrimError, match=message):
+            decoder.stream([0], stop=stop)
 
 
 def test_text_that_only_begins_like_a_stop_string_is_given_out(make_target, letters):

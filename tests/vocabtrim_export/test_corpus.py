@@ -1,12 +1,15 @@
 """Every form of calibration data is read; everything else is one clear line."""
 
+import bz2
+import gzip
 import json
+import lzma
 
 import pytest
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration import Document, Message, builtin_corpus, read_corpus
-from vocabtrim_export.calibration.corpus import MAX_PIECE, split_text
+from vocabtrim_export.calibration import Document, Message, builtin_corpus, describe_skipped, read_corpus
+from vocabtrim_export.calibration.document import MAX_PIECE, split_text
 
 USER = Message("user", "Hi")
 SYSTEM = Message("system", "Be brief.")
@@ -42,6 +45,23 @@ def records(tmp_path, *items, name="data.jsonl"):
         ),
         (
             {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": []}]},
+            Document("Hi", (USER,)),
+        ),
+        ("Hi", Document("Hi", (USER,))),
+        ([{"role": "user", "content": "Hi"}], Document("Hi", (USER,))),
+        ({"prompt": "Hi", "completion": "Yes."}, Document("Hi\n\nYes.", (USER,))),
+        ({"question": "Hi", "answer": "Yes."}, Document("Hi\n\nYes.", (USER,))),
+        ({"instruction": "Hi", "input": "", "output": "Yes."}, Document("Hi\n\nYes.", (USER,))),
+        (
+            {"instruction": "Add.", "input": "1, 2", "output": "3"},
+            Document("Add.\n\n1, 2\n\n3", (Message("user", "Add.\n\n1, 2"),)),
+        ),
+        (
+            {
+                "custom_id": "1",
+                "method": "POST",
+                "body": {"model": "m", "messages": [{"role": "user", "content": "Hi"}]},
+            },
             Document("Hi", (USER,)),
         ),
     ],
@@ -89,18 +109,29 @@ def test_the_built_in_corpus_stands_in():
     [
         ("a.txt", b"", "a.txt: no usable text"),
         ("a.txt", b" \n", "a.txt: no usable text"),
-        ("a.txt", b"\xff\xfe\x00", "a.txt is not UTF-8 text"),
+        ("a.txt", b"\xff\xfe\x00", "a.txt is not UTF-16 as its first bytes say"),
+        ("a.txt", "na\u00efve".encode("latin1"), r"a.txt is not UTF-8 text \(byte 2\): convert it \(iconv"),
+        ("a.txt", "text".encode("utf-16-le"), "a.txt is not text, it holds NUL bytes"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}', "a.jsonl, line 2 is not UTF-8 text"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": ', "a.jsonl, line 3 is not valid JSON"),
         ("a.jsonl", b'\n{"text": ""}', "a.jsonl, line 2: no usable text"),
-        ("a.jsonl", b'{"text": "x"}\n{"output": "y"}', "a.jsonl, line 2: a record needs one of the fields"),
+        ("a.jsonl", b'{"output": "y"}', "a.jsonl, line 1: a record needs one of the fields .* it has output"),
+        ("a.csv", b"sentence,label\nHi,1\n", "a.csv, line 2: a record needs one of the fields .* sentence, label"),
+        ("a.txt.zst", b"\x28\xb5\x2f\xfd\x00", "a.txt.zst is compressed with zstd, which is not read: decompress"),
+        ("a.parquet", b"PAR1\x00", "a.parquet is a Parquet table"),
+        ("a.txt", b"PAR1\x00", "a.txt is a Parquet table"),
+        ("a.gz", gzip.compress(b"PK\x03\x04 "), "a.gz is a zip archive"),
+        ("a.gz", b"text", "a.gz is not .gz data"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99)[:-12], "a.jsonl.gz is damaged"),
+        ("a.txt.xz", lzma.compress(b"x" * 999)[:40], "a.txt.xz is damaged"),
+        ("a.txt.bz2", b"BZh9" + bytes(20), "a.txt.bz2"),
         ("a.jsonl", b'{"text": 3}', "line 1, text: expected text, got int"),
-        ("a.jsonl", b'["x"]', "line 1: expected an object"),
+        ("a.jsonl", b"3", "line 1: expected an object"),
         ("a.jsonl", b'{"turns": "x"}', "line 1: `turns` must be a list"),
         ("a.jsonl", b'{"messages": [{"content": "x"}]}', r"line 1, messages\[0\]: a message needs `role`"),
         ("a.jsonl", b'{"messages": [3]}', r"line 1, messages\[0\]: expected a message"),
-        ("a.json", b'{"text": "x"}', "a.json must hold a JSON list"),
         ("a.json", b'[{"text": "x"},\n{]', r"a.json is not valid JSON \(at line 2\)"),
-        ("a.json", b'[{"text": "x"}, {}]', "a.json, record 2: a record needs"),
+        ("a.json", b"[{}]", "a.json, record 1: a record needs"),
         ("a.json", b"[" * 100_000, "a.json is not valid JSON"),
     ],
 )
@@ -119,8 +150,49 @@ def test_a_missing_path_and_an_empty_directory_are_named(tmp_path):
 
 
 def test_a_line_of_absurd_length_is_refused_by_its_number(tmp_path, monkeypatch):
-    monkeypatch.setattr("vocabtrim_export.calibration.corpus.MAX_LINE", 1000)
+    monkeypatch.setattr("vocabtrim_export.calibration.data_files.MAX_LINE", 1000)
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"text": "short"}\n{"text": "' + "x" * 1000 + '"}\n')
     with pytest.raises(VocabtrimError, match="line 2 is longer than"):
         read_corpus([path])
+
+
+def test_a_record_of_no_known_form_is_left_out_and_named(tmp_path):
+    corpus = read_corpus([records(tmp_path, {"text": "x"}, {"output": "y"}, 3, {"prompt": "z"})])
+    assert [document.text for document in corpus.documents] == ["x", "z"]
+    assert [each.where.rpartition("/")[2] for each in corpus.skipped] == ["data.jsonl, line 2", "data.jsonl, line 3"]
+    line = describe_skipped(corpus.skipped)
+    assert line.startswith("2 records were skipped: ")
+    assert "line 2: a record needs one of" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"prompt": "né\u2028"}\n{"prompt": "b"}\n'),
+        ("a.json", '[{"prompt": "né\u2028"}, {"prompt": "b"}]'),
+        ("a.json", '{"prompt": "né\u2028"}\n{"prompt": "b"}\n'),
+        ("a.csv", 'id,prompt\n1,"né\u2028"\n2,b\n'),
+        ("a.csv", 'id;prompt\r\n1;"né\u2028"\r\n2;b\r\n'),
+        ("a.tsv", "id\tprompt\n1\tné\u2028\n2\tb\n"),
+    ],
+)
+def test_every_format_compression_and_encoding_reads_alike(tmp_path, name, text, encoding, compress):
+    suffix = {gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".xz"}.get(compress, "")
+    (tmp_path / (name + suffix)).write_bytes(compress(text.encode(encoding)))
+    found = read_corpus([tmp_path / (name + suffix)]).documents
+    assert [document.prompt for document in found] == [(Message("user", "né\u2028"),), (Message("user", "b"),)]
+
+
+def test_a_cell_of_a_table_may_hold_a_conversation(tmp_path):
+    (tmp_path / "a.csv").write_text('messages\n"[{""role"": ""user"", ""content"": ""Hi""}]"\n')
+    assert read_corpus([tmp_path / "a.csv"]).documents == (Document("Hi", (USER,)),)
+
+
+def test_a_file_may_hold_one_conversation(tmp_path):
+    path = tmp_path / "chat.json"
+    path.write_text('[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]')
+    assert read_corpus([path]).documents == (Document("Hi\n\nYes.", (USER,)),)

@@ -1,12 +1,22 @@
 """Token counts: saved whole or not at all, added with care, resumed to the same end."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
+from engines.bundle.chat_template import ChatOptions
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration import BatchLimits, CalibrationRun, Corpus, Document, TokenCounts, calibrate
+from vocabtrim_export.calibration import (
+    BatchLimits,
+    CalibrationRun,
+    Corpus,
+    Document,
+    Message,
+    TokenCounts,
+    calibrate,
+    read_corpus,
+)
 from vocabtrim_export.calibration.counts import is_held_out
 
 RUN = CalibrationRun("target", "corpus-digest", seed=0, tokens=6, documents_done=3)
@@ -109,15 +119,27 @@ def test_a_resumed_calibration_ends_as_an_uninterrupted_one(tmp_path, model, tok
     assert 0 < begun.total < whole.total
     assert same(calibrate(model, tokenizer, documents, **settings, checkpoint=path), whole)
     assert whole.runs[0].documents_done > 20
-    assert whole.runs[0].tokens == whole.total == pytest.approx(900, abs=400)
+    assert whole.runs[0].tokens == whole.total == 900
     assert whole.held_out.sum() > 0
     # A finished one returns at once.
     assert same(calibrate(model, tokenizer, documents, **settings, checkpoint=path, progress=pytest.fail), whole)
 
 
+@pytest.mark.parametrize("source", ["target", "text"])
+def test_a_limit_that_is_raised_goes_on_within_the_document_it_cut(tmp_path, model, tokenizer, source):
+    path, documents = tmp_path / "checkpoint", corpus(60)
+    settings = {"source": source, "seed": 3, "limits": LIMITS}
+    whole = calibrate(model, tokenizer, documents, **settings, max_tokens=137)
+    for limit in (1, 2, 50, 51, 137):
+        found = calibrate(model, tokenizer, documents, **settings, max_tokens=limit, checkpoint=path)
+        assert found.total == found.runs[0].tokens == limit
+    assert same(found, whole)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        ({"chat": ChatOptions(template_args={"enable_thinking": False})}, "chat"),
         ({"seed": 4}, "seed"),
         ({"temperature": 0.5}, "temperature"),
         ({"source": "drafter"}, "source"),
@@ -144,6 +166,47 @@ def test_text_counts_its_tokens_in_one_pass(tokenizer):
     expected = [tokenizer(document.text, add_special_tokens=False)["input_ids"] for document in corpus(10).documents]
     assert found.total == sum(map(len, expected))
     assert found.held_out.tolist() == np.bincount(expected[7], minlength=len(tokenizer)).tolist()
+
+
+FORMS = {
+    "a.jsonl": (
+        '{"text": "quick fox."}\n{"prompt": "of ", "completion": " fox"}\n"dog"\n',
+        ["quick fox.", "of ", " fox", "dog"],
+    ),
+    "a.json": (
+        '[{"messages": [{"role": "user", "content": "fox."}, {"role": "assistant", "content": "\\n\\ndog"}]},'
+        ' {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b c"}]},'
+        ' {"turns": ["x", "y"]}]',
+        ["fox.", "\n\ndog", "a", "b c", "x", "y"],
+    ),
+    "a.csv": ('instruction,input,output\nAdd.,"1, 2",3\n', ["Add.\n\n1, 2", "3"]),
+    "a.tsv": ("question\tanswer\nhow?\tso.\n", ["how?", "so."]),
+    "a.txt": ("the lazy dog", ["the lazy dog"]),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("limit", [3, 10**6])
+def test_counts_equal_a_plain_loop_over_the_texts_of_every_form(tmp_path, tokenizer, name, limit):
+    content, texts = FORMS[name]
+    (tmp_path / name).write_text(content, "utf-8")
+    found = calibrate(None, tokenizer, read_corpus([tmp_path / name]), source="text", max_tokens=limit)
+    ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert found.total == min(limit, len(ids))
+    if limit > len(ids):
+        assert (found.counts + found.held_out).tolist() == np.bincount(ids, minlength=len(tokenizer)).tolist()
+
+
+def test_a_prompt_that_the_model_cannot_take_is_left_out_and_named(model, tokenizer, monkeypatch):
+    strict = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}{{ messages[0].content }}"
+    monkeypatch.setattr(tokenizer, "chat_template", strict)
+    chats = [Document("", (Message("user", text),), f"file, line {text}") for text in ("fox", "no", "dog")]
+    skipped = []
+    settings = {"source": "target", "max_tokens": 60, "limits": LIMITS, "on_skip": skipped.append}
+    assert calibrate(model, tokenizer, Corpus.of(chats, "test"), **settings).total == 60
+    assert [each.where for each in skipped] == ["file, line no"]  # once, though it comes round again
+    with pytest.raises(VocabtrimError, match=r"counted no token: 1 record was skipped: file, line no: .* not this"):
+        calibrate(model, tokenizer, Corpus.of(chats[1:2], "test"), **settings)
 
 
 def test_settings_that_cannot_work_are_refused(model, tokenizer):
@@ -177,3 +240,13 @@ def test_counts_of_the_first_format_are_still_read(tmp_path):
     metadata = {"format": "vocabtrim-token-counts-1", "tokenizer_digest": "tokenizer-digest", "runs": "[]"}
     save_file({"counts": np.array([1, 2]), "held_out": np.array([0, 1])}, tmp_path / "old", metadata)
     assert TokenCounts.load(tmp_path / "old").total == 4
+
+
+def test_counts_of_a_run_with_fewer_fields_are_still_read(tmp_path, monkeypatch):
+    path = tmp_path / "counts.safetensors"
+    fewer = asdict(RUN)
+    del fewer["chat"], fewer["next_done"]
+    monkeypatch.setattr("vocabtrim_export.calibration.counts.asdict", lambda _run: fewer)
+    counts(1, 5).save(path)
+    monkeypatch.undo()
+    assert same(TokenCounts.load(path), counts(1, 5))

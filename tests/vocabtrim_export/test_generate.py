@@ -5,7 +5,8 @@ import pytest
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration import BatchLimits, Corpus, Document, Message, calibrate
-from vocabtrim_export.calibration.prompts import encode_prompts
+from vocabtrim_export.calibration.prompts import encode_document
+from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
 
 torch = pytest.importorskip("torch")
 
@@ -121,7 +122,7 @@ def test_only_generated_tokens_count_and_the_eos_does(model, tokenizer):
 
 def test_prompts_follow_the_template_and_text_does_not(tokenizer):
     chat, raw = Document("", (Message("system", "of"), Message("user", "fox"))), Document("fox")
-    ids = encode_prompts(tokenizer, [chat, raw])
+    ids = [encode_document(runtime_tokenizer(tokenizer), document) for document in (chat, raw)]
     assert tokenizer.decode(ids[0]) == "<|system|>\nof<|end|>\n<|user|>\nfox<|end|>\n<|assistant|>\n"
     assert tokenizer.decode(ids[1]) == "<|bos|>fox"
 
@@ -132,7 +133,7 @@ def test_a_template_without_a_system_role_gets_its_text(tokenizer, monkeypatch):
     )
     monkeypatch.setattr(tokenizer, "chat_template", strict)
     chat = Document("", (Message("system", "of"), Message("user", "fox")))
-    assert tokenizer.decode(encode_prompts(tokenizer, [chat])[0]) == "[of\n\nfox]"
+    assert tokenizer.decode(encode_document(runtime_tokenizer(tokenizer), chat)) == "[of\n\nfox]"
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('never') }}")
-    with pytest.raises(VocabtrimError, match="chat template cannot render a conversation: never"):
-        encode_prompts(tokenizer, [chat])
+    with pytest.raises(VocabtrimError, match="chat template refused the messages: never"):
+        encode_document(runtime_tokenizer(tokenizer), chat)

@@ -107,7 +107,7 @@ def test_a_coverage_is_a_share(share):
 
 def test_structure_is_kept_and_reserved_tokens_are_not(tokenizer):
     config = SimpleNamespace(eos_token_id=[7, 9])
-    kept = structural_token_ids(tokenizer, config, tokenizer.chat_template)
+    kept = structural_token_ids(tokenizer, config)
     names = set(tokenizer.convert_ids_to_tokens(sorted(kept)))
     # "system" has no special token here: the template writes it as plain text, which must be kept all the same.
     assert {"<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "Ċ", "<", "|"} <= names
@@ -117,7 +117,7 @@ def test_structure_is_kept_and_reserved_tokens_are_not(tokenizer):
     assert set(written) <= kept
     assert not set(tokenizer("quick fox", add_special_tokens=False)["input_ids"]) & kept
     reserved = tokenizer.convert_tokens_to_ids("<|unused_0|>")
-    assert reserved in structural_token_ids(tokenizer, SimpleNamespace(eos_token_id=reserved), None)
+    assert reserved in structural_token_ids(tokenizer, SimpleNamespace(eos_token_id=reserved))
 
 
 def test_selecting_needs_no_torch():

@@ -128,7 +128,9 @@ def _write_graphs(
 
 def _save_tokenizer(source: Source, directory: Path) -> None:
     try:
-        source.tokenizer.save_pretrained(directory)
+        # Several named templates stay in tokenizer_config.json: their own files would lie in a directory.
+        is_single = not isinstance(source.tokenizer.chat_template, dict)
+        source.tokenizer.save_pretrained(directory, save_jinja_files=is_single)
     except Exception as error:  # bare in the library, whatever the system said
         found = re.search(r"os error (\d+)", str(error))
         if found is None:

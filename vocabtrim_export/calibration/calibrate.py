@@ -1,7 +1,9 @@
 """`calibrate`: count the tokens that a model generates on a corpus, or that its text holds; resumable."""
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -9,11 +11,17 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.bundle.chat_template import ChatOptions
+from engines.bundle.messages import plain_data
+from engines.bundle.tokenizer import Tokenizer, tokenizer_digest
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration.corpus import Corpus, Document
+from vocabtrim_export.calibration.batches import BatchLimits, draws, next_batch
+from vocabtrim_export.calibration.corpus import Corpus
 from vocabtrim_export.calibration.counts import CalibrationRun, TokenCounts, is_held_out
-from vocabtrim_export.calibration.prompts import encode, encode_prompts
+from vocabtrim_export.calibration.document import Document, Skipped, describe_skipped
+from vocabtrim_export.calibration.prompts import encode, encode_document
 from vocabtrim_export.sources.end_tokens import eos_token_ids
+from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -21,27 +29,8 @@ if TYPE_CHECKING:
 Source = Literal["drafter", "target", "text"]
 Progress = Callable[[int, int], None]
 
-# Batches are formed within windows of this many: prompts of like length together, yet no window far from the average.
-BATCHES_A_WINDOW = 8
-MIN_BATCH = 8
-TEXT_BATCH = 64
-
-
-@dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """Prompts sampled at once, tokens kept of a prompt (its end), tokens generated for each."""
-
-    batch_size: int = 64
-    max_prompt_tokens: int = 128
-    max_new_tokens: int = 128
-
-    def within(self, model: "PreTrainedModel") -> "BatchLimits":
-        """The same, made to fit the model's context."""
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if context is None:
-            return self
-        new = min(self.max_new_tokens, context // 2)
-        return replace(self, max_new_tokens=new, max_prompt_tokens=min(self.max_prompt_tokens, context - new))
+# What templates that write the date are told: the result must not depend on the day.
+CALIBRATION_DATE = datetime(2024, 7, 26)
 
 
 def calibrate(
@@ -57,46 +46,62 @@ def calibrate(
     progress: Progress = lambda _done, _total: None,
     model_digest: str = "",
     limits: BatchLimits | None = None,
+    chat: ChatOptions | None = None,
+    on_skip: Callable[[Skipped], None] = lambda _skipped: None,
 ) -> TokenCounts:
-    """Count tokens: about `max_tokens` that `model` samples on the corpus ("drafter", "target"), or its text's.
+    """Count tokens: `max_tokens` that `model` samples on the corpus ("drafter", "target"), or its text's.
 
     model: a transformers causal LM in evaluation mode; ignored, and may be None, for "text". On a CPU with bfloat16
     instructions a model loaded in bfloat16 samples two to three times as fast. tokenizer: its fast tokenizer.
-    Only generated tokens count, EOS included, never a prompt's. Sampling stops with the batch that reaches
-    `max_tokens`; where documents run out first, the next pass over them draws other random numbers (but not at
-    temperature 0, which would only repeat itself). "text" makes one pass.
+    Only generated tokens count, EOS included, never a prompt's. Counting stops at `max_tokens`, within a document if
+    need be; where documents run out first, the next pass over them draws other random numbers (but not at temperature
+    0, which would only repeat itself). "text" makes one pass, and counts fewer where there is less.
     checkpoint: file rewritten after every batch. Where it exists the run goes on from there, and ends where it would
     have ended uninterrupted; raising `max_tokens` carries a finished one on.
     progress: called with (tokens so far, max_tokens) as tokens come in.
     model_digest: identifies the weights, so that a checkpoint of other ones is refused.
+    chat: which chat template renders prompts, and its arguments.
+    on_skip: called at the end for each document that cannot be a prompt of this model.
     Raises `VocabtrimError` for a checkpoint of other settings and for a corpus that yields no token.
     """
     _check(model, source, max_tokens, seed, temperature)
     if source == "text":
         model = None
-    fresh = _fresh_counts(model, tokenizer, corpus, source, seed, temperature, model_digest, limits or BatchLimits())
+    chat = replace(chat or ChatOptions(), now=CALIBRATION_DATE)
+    fresh = _fresh_counts(
+        model, tokenizer, corpus, source, seed, temperature, model_digest, limits or BatchLimits(), chat
+    )
+    runtime = runtime_tokenizer(tokenizer)
+    skipped: list[Skipped] = []
     counts = fresh if checkpoint is None or not checkpoint.exists() else _resume(checkpoint, fresh)
-    while batch := _next_batch(corpus.documents, counts, max_tokens):
+    while batch := next_batch(corpus.documents, counts, max_tokens):
         pass_number, indices = batch
         documents = [corpus.documents[index] for index in indices]
         tokens: Sequence[Sequence[int] | NDArray[np.int64]]
         if model is None:
-            tokens = encode(tokenizer, [document.text for document in documents], add_special_tokens=False)
+            tokens = _text_tokens(tokenizer, documents)
         else:
+            prompts, left_out = _prompts(runtime, documents, chat, counts.runs[0], counts.full_vocab)
+            skipped += left_out if pass_number == 0 else []
             on_step = partial(_report, progress, counts.total, max_tokens)
-            draws = _draws(counts.runs[0], pass_number, indices)
-            tokens = _sample(model, tokenizer, documents, draws, counts.runs[0], on_step)
-        counts = _count(counts, tokens, [is_held_out(index, len(corpus.documents)) for index in indices])
+            numbers = draws(counts.runs[0], pass_number, indices)
+            eos = eos_token_ids(tokenizer, model.generation_config)
+            tokens = _sample(model, prompts, numbers, counts.runs[0], eos, on_step)
+        held = [is_held_out(index, len(corpus.documents)) for index in indices]
+        counts = _count(counts, tokens, held, max_tokens)
         if checkpoint is not None:
             counts.save(checkpoint)
         progress(counts.total, max_tokens)
     if counts.total == 0:
-        raise VocabtrimError(f"calibration on {corpus.source} counted no token: give it text or prompts with content")
+        why = describe_skipped(skipped) if skipped else "give it text or prompts with content"
+        raise VocabtrimError(f"calibration on {corpus.source} counted no token: {why}")
+    for each in skipped:
+        on_skip(each)
     return counts
 
 
 def _report(progress: Progress, before: int, max_tokens: int, in_batch: int) -> None:
-    progress(before + in_batch, max_tokens)
+    progress(min(before + in_batch, max_tokens), max_tokens)
 
 
 def _check(model: "PreTrainedModel | None", source: str, max_tokens: int, seed: int, temperature: float) -> None:
@@ -121,10 +126,9 @@ def _fresh_counts(
     temperature: float,
     model_digest: str,
     limits: BatchLimits,
+    chat: ChatOptions,
 ) -> TokenCounts:
     """No tokens yet, of the settings that a checkpoint must have been made with."""
-    from engines.bundle.tokenizer import tokenizer_digest
-
     run = CalibrationRun(source, corpus.digest, seed, corpus=corpus.source)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     if model is not None:
@@ -134,10 +138,18 @@ def _fresh_counts(
             model_digest=model_digest,
             dtype=str(model.dtype).removeprefix("torch."),
             temperature=float(temperature),
+            chat=_describe(chat),
             **asdict(limits.within(model)),
         )
     empty = np.zeros(vocab_size, np.int64)
     return TokenCounts(empty, empty, tokenizer_digest(tokenizer.backend_tokenizer), (run,))
+
+
+def _describe(chat: ChatOptions) -> str:
+    """What a run says of its template's name and arguments; "" for the usual ones."""
+    if chat.template is None and not chat.template_args:
+        return ""
+    return json.dumps({"template": chat.template, "arguments": plain_data(chat.template_args)}, sort_keys=True)
 
 
 def _resume(checkpoint: Path, fresh: TokenCounts) -> TokenCounts:
@@ -156,72 +168,54 @@ def _resume(checkpoint: Path, fresh: TokenCounts) -> TokenCounts:
     return found
 
 
-def _next_batch(documents: Sequence[Document], counts: TokenCounts, max_tokens: int) -> tuple[int, list[int]] | None:
-    """The pass over the corpus and the documents (by index) that come next, or None when the counting is done.
+def _text_tokens(tokenizer: "PreTrainedTokenizerFast", documents: Sequence[Document]) -> list[list[int]]:
+    """The tokens of each document's texts, each text encoded by itself."""
+    texts = [text for document in documents for text in document.counted_texts]
+    encoded = iter(encode(tokenizer, texts, add_special_tokens=False))
+    return [[token for _ in document.counted_texts for token in next(encoded)] for document in documents]
 
-    A function of the counts alone, so that it does not matter how often the work was interrupted.
+
+def _prompts(
+    tokenizer: Tokenizer, documents: Sequence[Document], chat: ChatOptions, run: CalibrationRun, rows: int
+) -> tuple[list[list[int]], list[Skipped]]:
+    """The end of each document's prompt, empty where it cannot be one, and those that cannot.
+
+    rows: of the model's embedding; an added token, as an image's, may have an id beyond them.
     """
-    run = counts.runs[0]
-    if not documents or counts.total >= max_tokens:
-        return None
-    pass_number, start = divmod(run.documents_done, len(documents))
-    repeats = run.source != "text" and run.temperature > 0 and counts.total > 0
-    if pass_number > 0 and not repeats:
-        return None
-    size = TEXT_BATCH
-    if run.source != "text":  # the last batch is no larger than what is missing needs
-        size = min(run.batch_size, max(MIN_BATCH, -(-(max_tokens - counts.total) // run.max_new_tokens)))
-    return pass_number, _order(documents, run, pass_number)[start : start + size]
-
-
-def _order(documents: Sequence[Document], run: CalibrationRun, pass_number: int) -> list[int]:
-    """A random order of the documents in which neighbours are of like length, to limit padding.
-
-    Windows of a shuffled corpus are sorted by length and their batches shuffled, so that stopping early still leaves
-    short and long prompts.
-    """
-    random = np.random.default_rng([run.seed, pass_number])
-    shuffled = random.permutation(len(documents)).tolist()
-    size = run.batch_size or TEXT_BATCH
-    order: list[int] = []
-    for start in range(0, len(shuffled), BATCHES_A_WINDOW * size):
-        window = sorted(
-            shuffled[start : start + BATCHES_A_WINDOW * size], key=lambda index: documents[index].prompt_length
-        )
-        batches = [window[at : at + size] for at in range(0, len(window), size)]
-        order += [index for batch in random.permutation(len(batches)) for index in batches[batch]]
-    return order
-
-
-def _draws(run: CalibrationRun, pass_number: int, indices: Sequence[int]) -> NDArray[np.float64]:
-    """float64[B, max_new_tokens] in [0, 1): each document has numbers of its own, whatever batch it falls into."""
-    seeds = ([run.seed, pass_number, index] for index in indices)
-    return np.array([np.random.default_rng(seed).random(run.max_new_tokens) for seed in seeds])
+    prompts: list[list[int]] = []
+    skipped: list[Skipped] = []
+    for document in documents:
+        try:
+            prompt = encode_document(tokenizer, document, chat)[-run.max_prompt_tokens :]
+            if max(prompt, default=0) >= rows:
+                raise VocabtrimError(f"the model has no row for token {max(prompt)} of the prompt")
+        except VocabtrimError as error:
+            prompt = []
+            skipped.append(Skipped(document.where, str(error)))
+        prompts.append(prompt)
+    return prompts, skipped
 
 
 def _sample(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerFast",
-    documents: Sequence[Document],
-    draws: NDArray[np.float64],
+    prompts: Sequence[Sequence[int]],
+    numbers: NDArray[np.float64],
     run: CalibrationRun,
+    eos: frozenset[int],
     on_step: Callable[[int], None],
 ) -> list[NDArray[np.int64]]:
-    """The tokens that `model` continues each document's prompt with; none where the prompt has no token, or one that
-    the model has no row for."""
+    """The tokens that `model` continues each prompt with; none where the prompt has no token."""
     from vocabtrim_export.calibration.generate import NO_TOKEN, generate_batch
 
-    prompts = [ids[-run.max_prompt_tokens :] for ids in encode_prompts(tokenizer, documents)]
-    tokens = [np.empty(0, np.int64)] * len(documents)
-    known = model.config.get_text_config().vocab_size  # an added token, as an image's, may have no row in the model
-    rows = [row for row, prompt in enumerate(prompts) if prompt and max(prompt) < known]
+    tokens = [np.empty(0, np.int64)] * len(prompts)
+    rows = [row for row, prompt in enumerate(prompts) if prompt]
     if rows:
         generated = generate_batch(
             model,
             [prompts[row] for row in rows],
-            draws[rows],
+            numbers[rows],
             temperature=run.temperature,
-            eos_token_ids=eos_token_ids(tokenizer, model.generation_config),
+            eos_token_ids=eos,
             on_step=on_step,
         )
         for row, line in zip(rows, generated, strict=True):
@@ -230,13 +224,26 @@ def _sample(
 
 
 def _count(
-    counts: TokenCounts, tokens: Sequence[Sequence[int] | NDArray[np.int64]], held: Sequence[bool]
+    counts: TokenCounts,
+    tokens: Sequence[Sequence[int] | NDArray[np.int64]],
+    held: Sequence[bool],
+    max_tokens: int,
 ) -> TokenCounts:
-    """`counts` and one more batch: the tokens of each document, and whether it is held out."""
+    """`counts` and one more batch, up to `max_tokens`: the tokens of each document, and whether it is held out."""
+    run, left = counts.runs[0], max_tokens - counts.total
+    begun, done, parts = run.next_done, 0, []
+    for ids in tokens:
+        if len(ids) - begun > left:
+            parts.append(ids[begun : begun + left])
+            begun += left
+            break
+        parts.append(ids[begun:])
+        left -= len(parts[-1])
+        begun, done = 0, done + 1
     sums = []
     for part, before in ((False, counts.counts), (True, counts.held_out)):
-        mine = [np.empty(0, np.int64), *(ids for ids, is_held in zip(tokens, held, strict=True) if is_held is part)]
+        mine = [np.empty(0, np.int64), *(ids for ids, is_held in zip(parts, held, strict=False) if is_held is part)]
         sums.append(before + np.bincount(np.concatenate(mine).astype(np.int64), minlength=counts.full_vocab))
-    run = counts.runs[0]
-    done = replace(run, documents_done=run.documents_done + len(tokens), tokens=run.tokens + sum(map(len, tokens)))
-    return TokenCounts(sums[0], sums[1], counts.tokenizer_digest, (done,))
+    total = run.tokens + sum(map(len, parts))
+    run = replace(run, documents_done=run.documents_done + done, next_done=begun, tokens=total)
+    return TokenCounts(sums[0], sums[1], counts.tokenizer_digest, (run,))

@@ -1,17 +1,19 @@
 """Token counts for an export: read from earlier calibrations, or counted with the right one of the loaded models."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from engines.bundle.chat_template import ChatOptions
 from engines.bundle.read import Role
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import alone
-from vocabtrim_export.calibration import Corpus, TokenCounts, builtin_corpus, calibrate, read_corpus
+from vocabtrim_export.calibration import Corpus, Skipped, TokenCounts, builtin_corpus, calibrate, read_corpus
 from vocabtrim_export.calibration import Source as CalibrationSource
 from vocabtrim_export.sources.source import Source, calibration_model, load_source
 
@@ -22,6 +24,7 @@ class CalibrationSettings:
 
     calibration: text files and directories, or files of token counts; none: a corpus that comes with Python.
     calibration_source: None takes the target where there is one, else the drafter.
+    chat_template, template_args: how prompts are rendered, see `ChatOptions`.
     """
 
     calibration: tuple[str | Path, ...] = ()
@@ -29,6 +32,8 @@ class CalibrationSettings:
     calibration_tokens: int = 100_000
     temperature: float = 1.0
     seed: int = 0
+    chat_template: str | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,12 @@ def count_tokens(
     settings: CalibrationSettings,
     checkpoint: Path,
     progress: Callable[[int, int], None],
+    on_skip: Callable[[Skipped], None],
 ) -> TokenCounts:
-    """The sum of earlier counts, or a calibration that writes `checkpoint` as it goes."""
+    """The sum of earlier counts, or a calibration that writes `checkpoint` as it goes.
+
+    on_skip: called for each record of the data that is left out.
+    """
     if given.corpus is None:
         counts = reduce(add, given.counts)
         if counts.tokenizer_digest not in {source.tokenizer_digest for source in sources.values()}:
@@ -68,6 +77,8 @@ def count_tokens(
     if role not in sources:
         raise VocabtrimError(f"--calibration-source {role} needs a --{role} to generate with")
     source = sources[role]
+    for skipped in given.corpus.skipped:
+        on_skip(skipped)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     run = partial(
         calibrate,
@@ -80,6 +91,8 @@ def count_tokens(
         checkpoint=checkpoint,
         progress=progress,
         model_digest=source.digest,
+        chat=ChatOptions(settings.chat_template, template_args=settings.template_args),
+        on_skip=on_skip,
     )
     if how == "text":
         return run(None)
@@ -93,8 +106,12 @@ def calibrate_models(
     output: Path,
     settings: CalibrationSettings,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
+    on_skip: Callable[[Skipped], None] = lambda _skipped: None,
 ) -> TokenCounts:
-    """Load the MODEL that counts and count into the file `output`, which a run that was interrupted goes on from."""
+    """Load the MODEL that counts and count into the file `output`, which a run that was interrupted goes on from.
+
+    on_skip: called for each record of the data that is left out.
+    """
     if drafter is None and target is None:
         raise VocabtrimError("nothing to calibrate: give --target or --drafter")
     if output.suffix != ".safetensors":
@@ -111,4 +128,4 @@ def calibrate_models(
         raise VocabtrimError("--calibration-source drafter needs a --drafter to generate with")
     source = load_source(spec, torch.float32)
     with alone(output):
-        return count_tokens({role: source}, given, settings, output, progress)
+        return count_tokens({role: source}, given, settings, output, progress, on_skip)

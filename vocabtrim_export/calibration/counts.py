@@ -19,6 +19,7 @@ FORMAT = "vocabtrim-token-counts-2"
 FIRST_FORMAT = "vocabtrim-token-counts-1"  # without a digest of its own
 _MOST = 1 << 48  # of one token: sums stay far from overflow
 HELD_OUT_EVERY = 8
+_ADDED = {"chat": "", "next_done": 0}  # fields of a run that older files lack
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,9 @@ class CalibrationRun:
 
     source: "drafter" or "target" (tokens sampled from that model), or "text". `temperature`, `dtype`, `model_digest`
     and the limits (prompts a batch, tokens a prompt, tokens a continuation) are 0 or empty for "text".
+    chat: the chat template's name and arguments as JSON, "" for the usual ones.
     documents_done: documents counted so far, the second and later passes over the corpus included.
+    next_done: tokens counted of the document after these, which the limit cut.
     """
 
     source: str
@@ -39,8 +42,10 @@ class CalibrationRun:
     batch_size: int = 0
     max_prompt_tokens: int = 0
     max_new_tokens: int = 0
+    chat: str = ""
     corpus: str = field(default="", compare=False)
     documents_done: int = field(default=0, compare=False)
+    next_done: int = field(default=0, compare=False)
     tokens: int = field(default=0, compare=False)
 
 
@@ -136,8 +141,9 @@ class TokenCounts:
 
         Raises `VocabtrimError` where it cannot be written.
         """
-        said = {"tokenizer_digest": self.tokenizer_digest, "runs": [asdict(run) for run in self.runs]}
-        text = json.dumps(said | {"sha256": self._sha256()}, sort_keys=True)  # safetensors writes keys in any order
+        runs = [asdict(run) for run in self.runs]
+        said = {"tokenizer_digest": self.tokenizer_digest, "runs": runs, "sha256": _sha256(self.digest, runs)}
+        text = json.dumps(said, sort_keys=True)  # safetensors writes keys in any order
         write_whole(Path(path), save({"counts": self.counts, "held_out": self.held_out}, {FORMAT: text}))
 
     @classmethod
@@ -156,15 +162,19 @@ class TokenCounts:
             said["runs"] = parse(metadata.get("runs", ""), str(path))
         else:
             said = parse(metadata[FORMAT], str(path))
+        written = said.get("runs") if isinstance(said, dict) else None
+        if isinstance(written, list):
+            said["runs"] = [_ADDED | run if isinstance(run, dict) else run for run in written]
         provenance: _Provenance = decode(_Provenance, said, str(path))
         counts = cls(*arrays, provenance.tokenizer_digest, provenance.runs)
-        if FORMAT in metadata and provenance.sha256 != counts._sha256():
+        if FORMAT in metadata and provenance.sha256 != _sha256(counts.digest, written):
             raise VocabtrimError(f"{path} does not match its own digest, it was changed: calibrate again")
         return counts
 
-    def _sha256(self) -> str:
-        runs = json.dumps([asdict(run) for run in self.runs], sort_keys=True)
-        return hashlib.sha256(f"{self.digest}{runs}".encode()).hexdigest()
+
+def _sha256(digest: str, runs: object) -> str:
+    """Over the counts' own digest and what a file says of their runs."""
+    return hashlib.sha256(f"{digest}{json.dumps(runs, sort_keys=True)}".encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

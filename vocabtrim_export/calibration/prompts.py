@@ -1,71 +1,68 @@
 """Documents turned into token ids: chats rendered by the tokenizer's template, raw text as it is."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+from engines.bundle.chat_template import ChatOptions
+from engines.bundle.tokenizer import Tokenizer
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration.corpus import Document, Message
+from vocabtrim_export.calibration.document import Document, Skipped, describe_skipped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from runtime import SpeculativeDecoder
 
-def encode_prompts(tokenizer: "PreTrainedTokenizerFast", documents: Sequence[Document]) -> list[list[int]]:
-    """The token ids that a model is to continue, for each document.
 
-    A chat is rendered with the generation prompt where the tokenizer has a template; otherwise, and for raw text, the
-    plain text is taken, with the special tokens that the tokenizer adds to text.
+def encode_document(tokenizer: Tokenizer, document: Document, options: ChatOptions | None = None) -> list[int]:
+    """The token ids that a model is to continue.
+
+    A chat is rendered up to where an answer begins; a template that knows no system role finds the system's text
+    before the user's. Raw text, and a prompt for a tokenizer without a template, are taken as they are, with the
+    special tokens that the tokenizer adds to text.
+    Raises `VocabtrimError` where the template refuses the messages.
     """
+    options = options or ChatOptions()
+    if not document.prompt:
+        return tokenizer.encode(document.text)
+    if not tokenizer.has_chat_template:
+        return tokenizer.encode("\n\n".join(message.content for message in document.prompt))
+    messages = [asdict(message) for message in document.prompt]
+    try:
+        return tokenizer.encode_chat(messages, options)
+    except VocabtrimError:
+        if messages[0]["role"] != "system":
+            raise
+    system, user = messages
+    return tokenizer.encode_chat([user | {"content": f"{system['content']}\n\n{user['content']}"}], options)
 
-    def encode_one(document: Document) -> list[int]:
-        is_chat = bool(document.prompt and tokenizer.chat_template)
-        return encode(tokenizer, [prompt_text(tokenizer, document)], add_special_tokens=not is_chat)[0]
 
-    return [encode_one(document) for document in documents]  # a template writes its special tokens itself
+def prompts_that_fit(
+    decoder: "SpeculativeDecoder", documents: Sequence[Document], most: int, options: ChatOptions
+) -> tuple[list[list[int]], list[Skipped]]:
+    """The token ids of the first `most` documents that the decoder can run, and what was left out on the way.
+
+    Raises `VocabtrimError` where none fits, or for a decoder without a tokenizer.
+    """
+    tokenizer = decoder.tokenizer
+    if tokenizer is None:
+        raise VocabtrimError("the target's bundle has no tokenizer, which prompts need: export it again")
+    prompts: list[list[int]] = []
+    skipped: list[Skipped] = []
+    for document in documents:
+        if len(prompts) == most:
+            break
+        try:
+            prompts.append(decoder.encode(encode_document(tokenizer, document, options)))
+        except VocabtrimError as error:
+            skipped.append(Skipped(document.where, str(error)))
+    if not prompts:
+        raise VocabtrimError(f"no prompt can be used: {describe_skipped(skipped) if skipped else 'there is none'}")
+    return prompts, skipped
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
     """Token ids of each text, whole: neither padded nor truncated."""
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     return ids
-
-
-def prompt_text(tokenizer: "PreTrainedTokenizerFast", document: Document) -> str:
-    """The text that a model is to continue."""
-    if not document.prompt:
-        return document.text
-    if not tokenizer.chat_template:
-        return "\n\n".join(message.content for message in document.prompt)
-    return render_chat(tokenizer, document.prompt)
-
-
-def render_chat(
-    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], chat_template: str | None = None
-) -> str:
-    """Render with `chat_template`, else the tokenizer's own, up to where an answer begins.
-
-    A template that knows no system role finds the system's text before the user's. The date that some templates write
-    is left empty: the result must not depend on the day. Raises `VocabtrimError` where the template fails.
-    """
-    from jinja2 import TemplateError
-
-    def render(chat: Sequence[Message]) -> str:
-        text = tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.content} for message in chat],
-            tokenize=False,
-            chat_template=chat_template,
-            add_generation_prompt=True,
-            strftime_now=lambda _format: "",
-        )
-        return cast(str, text)  # as `tokenize=False` says
-
-    system, *rest = messages
-    try:
-        try:
-            return render(messages)
-        except TemplateError:
-            if system.role != "system":
-                raise
-            return render([Message(rest[0].role, f"{system.content}\n\n{rest[0].content}"), *rest[1:]])
-    except TemplateError as error:
-        raise VocabtrimError(f"the tokenizer's chat template cannot render a conversation: {error}") from error

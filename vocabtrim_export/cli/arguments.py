@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.cli.prompt_arguments import add_template_arguments, template_args
 
 if TYPE_CHECKING:
     from vocabtrim_export.calibration.counting import CalibrationSettings
@@ -18,8 +19,9 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="text files, .jsonl or .json files of prompts, conversations or texts, directories of these; or token "
-        "counts (.safetensors) of earlier calibrations. Without it a corpus that comes with Python stands in",
+        help="text files, .jsonl, .json, .csv or .tsv files of prompts, conversations or texts (see "
+        "docs/conversations.md), also compressed (.gz, .bz2, .xz), directories of these; or token counts "
+        "(.safetensors) of earlier calibrations. Without it a corpus that comes with Python stands in",
     )
     parser.add_argument(
         "--calibration-source",
@@ -30,6 +32,7 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration-tokens", type=int, default=100_000, metavar="N", help="tokens to count")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling that calibrates")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling that calibrates")
+    add_template_arguments(parser)
 
 
 def calibration_settings(options: argparse.Namespace) -> "CalibrationSettings":
@@ -42,6 +45,8 @@ def calibration_settings(options: argparse.Namespace) -> "CalibrationSettings":
         options.calibration_tokens,
         options.temperature,
         options.seed,
+        options.chat_template,
+        template_args(options),
     )
 
 

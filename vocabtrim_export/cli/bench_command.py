@@ -20,6 +20,12 @@ from vocabtrim_export.cli.bench_options import (
     check_options,
 )
 from vocabtrim_export.cli.console import progress_reporter
+from vocabtrim_export.cli.prompt_arguments import (
+    add_prompts_argument,
+    add_template_arguments,
+    chat_options,
+    print_skipped,
+)
 
 if TYPE_CHECKING:
     from engines import Engine
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
     from runtime.measure.plan_measurement import PlanReport
     from runtime.measure.report import BenchReport
     from runtime.measure.sweep import SweepReport, SweepSettings
-    from vocabtrim_export.calibration.corpus import Document
+    from vocabtrim_export.calibration import Corpus
     from vocabtrim_export.lowering.graph_files import Progress
 
 DEFAULT_PROMPTS = 8
@@ -43,9 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline-drafter", type=Path, metavar="DIR", help="a bundle of the same drafter with its full head"
     )
-    parser.add_argument(
-        "--prompts", type=Path, nargs="+", default=[], metavar="PATH", help="files as --calibration takes them"
-    )
+    add_prompts_argument(parser)
+    add_template_arguments(parser)
     parser.add_argument(
         "--num-prompts", type=int, metavar="N", help="prompts to use, from the first on (default: 8; 1 random one)"
     )
@@ -60,10 +65,11 @@ def run(options: argparse.Namespace) -> int:
     from engines import load_engine
     from runtime.measure.plan_measurement import PlanReport
     from runtime.measure.sweep import SweepReport
+    from vocabtrim_export.calibration import read_corpus
     from vocabtrim_export.cli.bench_tables import show
 
     check_options(options)
-    documents = [] if options.random_weights else _documents(options)
+    corpus = None if options.random_weights else read_corpus(options.prompts)
     with ExitStack() as stack, progress_reporter() as progress:
         bundles = _bundles(options, stack, progress)
         target = stack.enter_context(load_engine(bundles.target, options.device))
@@ -71,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         drafters = {
             name: stack.enter_context(load_engine(path, device, target)) for name, path in bundles.drafters.items()
         }
-        prompts = _encode(bundles.target, target, documents) if documents else _random_prompts(options, target)
+        prompts = _encode(options, target, corpus) if corpus else _random_prompts(options, target)
         report = _measure(options, target, drafters, prompts, lambda done, total: progress("bench", done, total))
         if options.profile:
             _profile(options, bundles, target, drafters, prompts[0])
@@ -102,19 +108,16 @@ def _bundles(options: argparse.Namespace, stack: ExitStack, progress: "Progress"
     return Bundles(options.target, {str(path): path for path in several})
 
 
-def _documents(options: argparse.Namespace) -> "Sequence[Document]":
-    from vocabtrim_export.calibration import read_corpus
-
-    return read_corpus(options.prompts).documents[: options.num_prompts or DEFAULT_PROMPTS]
-
-
-def _encode(path: Path, target: "Engine", documents: "Sequence[Document]") -> list[list[int]]:
+def _encode(options: argparse.Namespace, target: "Engine", corpus: "Corpus") -> list[list[int]]:
     from engines.bundle.tokenizer import Tokenizer
     from runtime import SpeculativeDecoder
+    from vocabtrim_export.calibration.prompts import prompts_that_fit
 
-    decoder = SpeculativeDecoder(target, tokenizer=Tokenizer.load(path))
-    messages = [[{"role": m.role, "content": m.content} for m in document.prompt] for document in documents]
-    return [decoder.encode(chat or document.text) for chat, document in zip(messages, documents, strict=True)]
+    decoder = SpeculativeDecoder(target, tokenizer=Tokenizer.load(options.target))
+    most = options.num_prompts or DEFAULT_PROMPTS
+    prompts, skipped = prompts_that_fit(decoder, corpus.documents, most, chat_options(options))
+    print_skipped([*corpus.skipped, *skipped])
+    return prompts
 
 
 def _random_prompts(options: argparse.Namespace, target: "Engine") -> list[list[int]]:

@@ -3,9 +3,13 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vocabtrim_export.cli.arguments import add_calibration_arguments, add_json_argument
 from vocabtrim_export.cli.console import progress_reporter
+
+if TYPE_CHECKING:
+    from vocabtrim_export.calibration import Skipped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from vocabtrim_export.calibration.counting import calibrate_models
     from vocabtrim_export.cli.arguments import calibration_settings
+    from vocabtrim_export.cli.prompt_arguments import print_skipped
 
+    skipped: list[Skipped] = []
     with progress_reporter({"calibrate": "tokens"}) as progress:
         counts = calibrate_models(
             options.drafter,
@@ -27,7 +33,9 @@ def run(options: argparse.Namespace) -> None:
             options.output,
             calibration_settings(options),
             lambda done, total: progress("calibrate", done, total),
+            skipped.append,
         )
+    print_skipped(skipped)
     distinct = int(((counts.counts + counts.held_out) > 0).sum())
     if options.json:
         print(json.dumps({"output": str(options.output), "distinct": distinct} | counts.describe(), indent=2))

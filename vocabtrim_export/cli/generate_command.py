@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.cli.arguments import (
@@ -12,6 +13,7 @@ from vocabtrim_export.cli.arguments import (
     add_rule_arguments,
     rule_options,
 )
+from vocabtrim_export.cli.prompt_arguments import add_template_arguments, read_json, template_args
 from vocabtrim_export.cli.streams import read_standard_input
 
 
@@ -20,6 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter", type=Path, metavar="DIR", help="the drafter's bundle; without, the target alone")
     parser.add_argument("--prompt", help="what to answer (default: read standard input)")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    parser.add_argument(
+        "--messages",
+        type=Path,
+        metavar="FILE",
+        help="answer a conversation instead: a JSON list of messages, or the body of an OpenAI request with its tools",
+    )
+    parser.add_argument("--tools", type=Path, metavar="FILE", help="a JSON list of the schemas of tools to offer")
+    parser.add_argument(
+        "--continue-final-message", action="store_true", help="go on with the last message instead of answering it"
+    )
+    add_template_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to generate at most")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
@@ -45,10 +58,7 @@ def run(options: argparse.Namespace) -> None:
     sampling = SamplingParams(*chosen, **rule_options(options))
     if options.logprobs is not None and not options.json:
         raise VocabtrimError("--logprobs is part of what --json prints: give --json as well")
-    prompt = read_standard_input() if options.prompt is None else options.prompt
-    if not prompt.strip() and not options.raw:
-        where = "standard input" if options.prompt is None else "--prompt"
-        raise VocabtrimError(f"the prompt is empty: {where} holds no text to answer")
+    prompt, tools = _prompt(options)
     if options.drafter_device and options.drafter is None:
         raise VocabtrimError("--drafter-device is for a drafter: give --drafter as well")
     with SpeculativeDecoder.load(
@@ -65,6 +75,10 @@ def run(options: argparse.Namespace) -> None:
             chat=not options.raw,
             stop=options.stop,
             logprobs=options.logprobs,
+            tools=tools,
+            template_args=template_args(options),
+            chat_template=options.chat_template,
+            continue_final_message=options.continue_final_message,
         )
         if not options.json:
             for token in stream:
@@ -80,3 +94,23 @@ def run(options: argparse.Namespace) -> None:
             f"block efficiency {stats.block_efficiency:.2f}{', acceptance collapsed' if stats.collapse else ''}]",
             file=sys.stderr,
         )
+
+
+def _prompt(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The text or the messages to answer, and the tools to offer; None for none."""
+    tools = read_json(options.tools, "--tools") if options.tools else None
+    if options.messages is None:
+        prompt = read_standard_input() if options.prompt is None else options.prompt
+        if not prompt.strip() and not options.raw:
+            where = "standard input" if options.prompt is None else "--prompt"
+            raise VocabtrimError(f"the prompt is empty: {where} holds no text to answer")
+        return prompt, tools
+    if options.prompt is not None or options.raw:
+        raise VocabtrimError("--messages is the whole prompt: leave out --prompt and --raw")
+    messages = read_json(options.messages, "--messages")
+    if isinstance(messages, dict):
+        body = messages["body"] if isinstance(messages.get("body"), dict) else messages
+        messages, tools = body.get("messages"), tools if tools is not None else body.get("tools")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise VocabtrimError(f"--messages {options.messages} holds no list of messages: see docs/conversations.md")
+    return messages, tools

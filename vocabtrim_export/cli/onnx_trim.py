@@ -28,7 +28,7 @@ def run_onnx(options: argparse.Namespace) -> None:
         made = trim_onnx(
             options.drafter, options.output, parse_k(options.k), calibration_settings(options), options.force, progress
         )
-    for note in notes(made.selection, builtin=not options.calibration):
+    for note in (*made.notes, *notes(made.selection, builtin=not options.calibration)):
         print(f"note: {note}", file=sys.stderr)
     before, after = made.head_bytes
     if options.json:

@@ -8,7 +8,6 @@ difference that rounding does not explain.
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,13 @@ from vocabtrim_export.cli.arguments import (
     rule_options,
 )
 from vocabtrim_export.cli.console import progress_reporter
+from vocabtrim_export.cli.prompt_arguments import (
+    add_prompts_argument,
+    add_template_arguments,
+    chat_options,
+    print_skipped,
+    template_args,
+)
 
 if TYPE_CHECKING:
     from runtime import SamplingParams, SpeculativeDecoder
@@ -43,9 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the model that judges, in transformers and float32: a hub id, a local directory or a .gguf file "
         "(default: the target's own engine)",
     )
-    parser.add_argument(
-        "--prompts", type=Path, nargs="+", default=[], metavar="PATH", help="files as --calibration takes them"
-    )
+    add_prompts_argument(parser)
+    add_template_arguments(parser)
     parser.add_argument("--num-prompts", type=int, default=8, metavar="N", help="prompts to use, from the first on")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most")
     group = parser.add_argument_group("sampling")
@@ -117,11 +122,15 @@ def _settings(options: argparse.Namespace) -> "Sequence[SamplingParams]":
 
 def _prompts(options: argparse.Namespace, decoder: "SpeculativeDecoder") -> list[list[int]]:
     if not options.prompts:
-        return [decoder.encode(prompt) for prompt in PROMPTS[: options.num_prompts]]
+        asked = {"template_args": template_args(options), "chat_template": options.chat_template}
+        return [decoder.encode(prompt, **asked) for prompt in PROMPTS[: options.num_prompts]]
     from vocabtrim_export.calibration import read_corpus
+    from vocabtrim_export.calibration.prompts import prompts_that_fit
 
-    documents = read_corpus(options.prompts).documents[: options.num_prompts]
-    return [decoder.encode([asdict(m) for m in document.prompt] or document.text) for document in documents]
+    corpus = read_corpus(options.prompts)
+    prompts, skipped = prompts_that_fit(decoder, corpus.documents, options.num_prompts, chat_options(options))
+    print_skipped([*corpus.skipped, *skipped])
+    return prompts
 
 
 def _verify(

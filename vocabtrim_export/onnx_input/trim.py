@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from engines.bundle.graph_file import GraphFile
 from engines.bundle.read import MODEL_NAME, VOCAB_MAP_NAME, file_digest
-from engines.bundle.tokenizer import tokenizer_digest
+from engines.bundle.tokenizer import TEMPLATES_NAME, tokenizer_digest
 from engines.bundle.vocabulary import Vocabulary
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
-from vocabtrim_export.calibration import TokenCounts, calibrate
+from vocabtrim_export.calibration import TokenCounts, calibrate, skipped_note
 from vocabtrim_export.calibration.counting import CalibrationInput, CalibrationSettings, read_calibration
 from vocabtrim_export.lowering.graph_files import Progress, save_graph
 from vocabtrim_export.onnx_input.cut import cut_head
@@ -33,12 +33,16 @@ _COPIED = (
 
 @dataclass(frozen=True, slots=True)
 class OnnxTrim:
-    """What was written. product: the operator that was cut. head_bytes: of its constants, before and after."""
+    """What was written. product: the operator that was cut. head_bytes: of its constants, before and after.
+
+    notes: what the user should know.
+    """
 
     drafter: Path
     product: str
     head_bytes: tuple[int, int]
     selection: Selection
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ def trim_onnx(
         raise VocabtrimError(f"the tokenizer of {drafter} has ids up to {beyond}, its head {head.vocab} columns")
     with reserved(output):
         counts = _count(source, given, calibration, output / COUNTS_NAME, progress)
-        always = structural_token_ids(source.tokenizer, source.generation_config, source.tokenizer.chat_template)
+        always = structural_token_ids(source.tokenizer, source.generation_config)
         selection = select_vocab(counts, k, always_keep=always, full_vocab=head.vocab)
         before = _bytes(head.product)
         cut_head(model, head, selection.vocab_map)
@@ -93,7 +97,11 @@ def trim_onnx(
             for name in _COPIED:
                 if (source.graph.parent / name).is_file():
                     shutil.copyfile(source.graph.parent / name, fresh / name)
-    return OnnxTrim(output / "drafter", head.product.op_type, (before, after), selection)
+            if (source.graph.parent / TEMPLATES_NAME).is_dir():
+                shutil.copytree(source.graph.parent / TEMPLATES_NAME, fresh / TEMPLATES_NAME)
+    skipped = given.corpus.skipped if given.corpus else ()
+    notes = skipped_note(skipped)
+    return OnnxTrim(output / "drafter", head.product.op_type, (before, after), selection, notes)
 
 
 def _open(directory: Path) -> OnnxSource:

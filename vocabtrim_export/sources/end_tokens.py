@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from engines.errors import VocabtrimError
+from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
-
-_ANSWER = "vocabtrim-answer"
-_CONVERSATION = [{"role": "user", "content": "vocabtrim-question"}, {"role": "assistant", "content": _ANSWER}]
 
 
 def eos_token_ids(tokenizer: "PreTrainedTokenizerFast", *configs: Any) -> frozenset[int]:
@@ -38,13 +38,11 @@ def turn_end_token_ids(tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
     A model that was trained on such conversations says it when its answer is complete. The result is empty where no
     special token follows, and where there is no template or it does not render a plain question and answer.
     """
-    if not tokenizer.chat_template:
-        return frozenset()
     try:
-        text = tokenizer.apply_chat_template(_CONVERSATION, tokenize=False)
-    except Exception:  # a template may raise anything; what it refuses here, the user's own conversation will show
+        chat = runtime_tokenizer(tokenizer).chat
+    except VocabtrimError:  # a template that does not parse is an error of the first conversation, not of the model
         return frozenset()
-    after = str(text).rpartition(_ANSWER)[2].lstrip()
-    first = tokenizer.encode(after, add_special_tokens=False)[:1] if after else []
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [chat.assistant_end(name).lstrip() for name in chat.names]
+    first = {token for end in ends if end for token in tokenizer.encode(end, add_special_tokens=False)[:1]}
     return frozenset(special.intersection(first))

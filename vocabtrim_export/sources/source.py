@@ -35,6 +35,7 @@ from vocabtrim_export.sources.gguf_tokenizer import read_tokenizer
 from vocabtrim_export.sources.locate import locate
 from vocabtrim_export.sources.quantized_checkpoints import dense_weights, is_readable
 from vocabtrim_export.sources.refusals import check_architecture
+from vocabtrim_export.sources.runtime_tokenizer import template_note
 from vocabtrim_export.sources.text_models import (
     is_multimodal,
     multimodal_note,
@@ -100,7 +101,7 @@ def load_source(spec: str, dtype: torch.dtype) -> Source:
     _check(spec, model, tokenizer)
     model.generation_config = model.generation_config or GenerationConfig()
     add_end_tokens(model.generation_config, model.config.get_text_config(), tokenizer, loaded.end_token_ids)
-    return Source(spec, model, tokenizer, _digest(files), notes=loaded.notes)
+    return Source(spec, model, tokenizer, _digest(files), notes=loaded.notes + template_note(tokenizer))
 
 
 @dataclass(frozen=True, slots=True)

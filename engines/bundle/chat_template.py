@@ -1,0 +1,173 @@
+"""`ChatTemplates`: conversations rendered by a model's own templates as transformers' `apply_chat_template` does it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+
+from engines.bundle.messages import MessageForms, fit_messages, plain_data, plain_messages, plain_tools
+from engines.bundle.template_sandbox import CompiledTemplate
+from engines.errors import VocabtrimError
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+_OPEN_END = "VOCABTRIM_OPEN_END "  # the space tells whether the template trims what ends with it
+_PROBE, _ARGUMENT = "vocabtrim probe", "vocabtrim_argument"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How a conversation becomes a prompt.
+
+    template: which of a model's named templates; None: "tool_use" where `tools` are given and there is one, else
+        "default".
+    tools: the JSON schemas of tools that the model may call, as OpenAI and transformers have them.
+    template_args: the template's own variables, such as `enable_thinking` or `documents`; plain JSON data.
+    continue_final_message: the prompt ends within the last message, which the model continues.
+    now: what `strftime_now` tells a template; None: the time of the rendering.
+    """
+
+    template: str | None = None
+    tools: Sequence[Any] | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    continue_final_message: bool = False
+    now: datetime | None = None
+
+
+class ChatTemplates:
+    """The chat templates of one tokenizer."""
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        """sources: jinja2 source by name, see `named_templates`. special_tokens: their texts as `bos_token` and so on.
+
+        Raises `VocabtrimError` for a template that does not parse.
+        """
+        self._special_tokens = dict(special_tokens)
+        self._templates = {name: CompiledTemplate(source) for name, source in sources.items()}
+        self._forms: dict[str, MessageForms] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._templates))
+
+    def render(self, messages: Sequence[Any], options: ChatOptions = ChatOptions()) -> str:
+        """The text of a conversation up to where the assistant's answer begins, or to the end of the last message.
+
+        messages: `{"role": …, "content": …}` each, as OpenAI or transformers have them: text parts, tool calls and
+            contents that are None included.
+        Raises `VocabtrimError` where there is no such template, for messages that it refuses and for any error of it.
+        """
+        name = self._choose(options)
+        _check_arguments(options.template_args)
+        if isinstance(messages, str | Mapping) or not len(messages):
+            raise VocabtrimError("the conversation is empty: give a list of at least one message")
+        plain = fit_messages(plain_messages(messages), self._forms_of(name))
+        if options.continue_final_message:
+            return self._render_open(name, plain, options)
+        return self._render(name, plain, options)
+
+    def assistant_end(self, name: str) -> str:
+        """What the template writes after an assistant's message that ends a conversation; "" where it cannot say."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+        text = self._try(name, messages, add_generation_prompt=False)
+        return text.rpartition(_PROBE)[2]
+
+    def _choose(self, options: ChatOptions) -> str:
+        if not self._templates:
+            raise VocabtrimError("this tokenizer has no chat template: give the prompt as plain text")
+        wants_tools = options.tools is not None and TOOL_USE in self._templates
+        name = options.template or (TOOL_USE if wants_tools else DEFAULT)
+        if name not in self._templates:
+            raise VocabtrimError(f"no chat template is named {name}: choose one of {', '.join(self.names)}")
+        return name
+
+    def _render(self, name: str, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
+        variables = {
+            "messages": messages,
+            "tools": plain_tools(options.tools),
+            "documents": None,
+            "add_generation_prompt": True,
+            "strftime_now": lambda form: (options.now or datetime.now()).strftime(form),
+        }
+        return self._templates[name].render(self._special_tokens | variables | plain_data(options.template_args))
+
+    def _render_open(self, name: str, messages: Sequence[dict[str, Any]], options: ChatOptions) -> str:
+        """Render with a mark at the end of the last message, and cut there."""
+        arguments = {"add_generation_prompt": False, **options.template_args}
+        if arguments["add_generation_prompt"]:
+            raise VocabtrimError("add_generation_prompt starts a new message: it cannot go with continue_final_message")
+        *before, last = messages
+        said, marked = _open_content(last.get("content"))
+        last = last | {"content": marked}
+        text = self._render(name, [*before, last], replace(options, template_args=arguments))
+        kept, mark, _ = text.rpartition(_OPEN_END.strip())
+        if not mark or said.strip() not in text:
+            raise VocabtrimError("the chat template changes or leaves out the final message: it cannot be continued")
+        return kept if text[len(kept) :].startswith(_OPEN_END) else kept.rstrip()
+
+    def _forms_of(self, name: str) -> MessageForms:
+        """What this template reads, found out by giving it each form once."""
+        if name not in self._forms:
+            self._forms[name] = self._probe(name)
+        return self._forms[name]
+
+    def _probe(self, name: str) -> MessageForms:
+        user = {"role": "user", "content": _PROBE}
+        as_text = self._try(name, [user])
+        as_parts = self._try(name, [user | {"content": [{"type": "text", "text": _PROBE}]}])
+        parts = _PROBE in as_parts and (as_parts == as_text or not _shows_keys(as_parts))
+        if _PROBE not in as_text and not parts:  # it refuses a lone user for reasons of its own
+            return MessageForms()
+        arguments = {_ARGUMENT: 1}
+        as_string = self._try(name, [user, _tool_call(json.dumps(arguments))])
+        as_object = self._try(name, [user, _tool_call(arguments)])
+        argument_text = json.dumps(arguments) in as_string or _ARGUMENT not in as_object
+        return MessageForms(_PROBE in as_text, parts, argument_text)
+
+    def _try(self, name: str, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:
+        """The rendered text, "" where the template fails."""
+        try:
+            return self._render(name, messages, ChatOptions(template_args=arguments))
+        except VocabtrimError:
+            return ""
+
+
+def named_templates(value: Any) -> dict[str, str]:
+    """jinja2 sources by name from what a tokenizer's config or transformers calls `chat_template`.
+
+    value: one source, which is the default; a mapping or a list of `{"name": …, "template": …}`; or None.
+    """
+    if isinstance(value, str):
+        return {DEFAULT: value}
+    if isinstance(value, list | tuple):
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, Mapping)}
+    named = value.items() if isinstance(value, Mapping) else ()
+    return {name: source for name, source in named if isinstance(name, str) and isinstance(source, str)}
+
+
+def _check_arguments(template_args: Mapping[str, Any]) -> None:
+    if not isinstance(template_args, Mapping) or not all(isinstance(name, str) for name in template_args):
+        raise VocabtrimError("template_args must map names of the template's variables to values")
+    if reserved := sorted({"messages", "tools", "continue_final_message"} & set(template_args)):
+        raise VocabtrimError(f"{reserved[0]} is no template argument: it is given by itself")
+
+
+def _open_content(content: Any) -> tuple[str, Any]:
+    """The last text of a message's content, and the content with the mark behind that text."""
+    if isinstance(content, str):
+        return content, content + _OPEN_END
+    for at in reversed(range(len(content)) if isinstance(content, list) else ()):
+        part = content[at]
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            return part["text"], [*content[:at], part | {"text": part["text"] + _OPEN_END}, *content[at + 1 :]]
+    raise VocabtrimError("the final message has no text to continue")
+
+
+def _shows_keys(text: str) -> bool:
+    """Whether a list of parts was written as it is, as Python or JSON."""
+    return any(f"{quote}type{quote}" in text for quote in "'\"")
+
+
+def _tool_call(arguments: Any) -> dict[str, Any]:
+    function = {"name": "probe", "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"id": "call12345", "type": "function", "function": function}]}

@@ -1,0 +1,135 @@
+"""Messages as users have them, made into what a chat template reads: plain JSON data in the form that it expects."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from engines.errors import VocabtrimError
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file")
+
+
+@dataclass(frozen=True, slots=True)
+class MessageForms:
+    """What a chat template can read.
+
+    text, parts: message contents that are strings, and lists of `{"type": "text", "text": …}`.
+    argument_text: the arguments of tool calls as strings of JSON, as OpenAI has them; otherwise they must be objects.
+    """
+
+    text: bool = True
+    parts: bool = True
+    argument_text: bool = True
+
+
+def plain_data(value: Any) -> Any:
+    """A copy of `value` made of JSON's types alone, so that a template meets no object with methods of its own.
+
+    Mappings, sequences, numpy scalars, dataclasses and pydantic models are converted; anything else becomes its type's
+    name, as in transformers.
+    """
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):  # an enum, say
+            return kind.__str__(value) if kind is str else kind(value)
+    if isinstance(value, np.generic):
+        return plain_data(value.item())
+    if isinstance(value, Mapping):
+        return {plain_data(key): plain_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain_data, value)) if type(value) in (list, tuple) else [*map(plain_data, value)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain_data(getattr(value, field.name)) for field in fields(value)}
+    if callable(dump := getattr(value, "model_dump", None)):
+        return plain_data(dump())
+    return f"<{type(value).__name__}>"
+
+
+def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """The messages as plain data without keys whose value is None, their reasoning under each name that templates read.
+
+    Raises `VocabtrimError` for something that is no message, and for images and other media.
+    """
+    plain = [plain_data(message) for message in messages]
+    for index, message in enumerate(plain):
+        if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
+            raise VocabtrimError(f'messages[{index}] is no message: give {{"role": …, "content": …}}')
+        _refuse_media(message.get("content"), index)
+    return [_with_reasoning({key: value for key, value in message.items() if value is not None}) for message in plain]
+
+
+def plain_tools(tools: Sequence[Any] | None) -> list[Any] | None:
+    """The JSON schemas of tools as plain data. Raises `VocabtrimError` for a tool that is none."""
+    if tools is None:
+        return None
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+        raise VocabtrimError("tools must be a list of JSON schemas, one for each tool")
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, Mapping):
+            how = "; transformers.utils.get_json_schema makes one of a function" if callable(tool) else ""
+            raise VocabtrimError(f"tools[{index}] is no JSON schema (an object){how}")
+    return [plain_data(tool) for tool in tools]
+
+
+def fit_messages(messages: Sequence[dict[str, Any]], forms: MessageForms) -> list[dict[str, Any]]:
+    """The messages with contents and tool-call arguments in a form that the template reads; as they are where it does.
+
+    Text parts are joined without anything between them, as templates that read parts write them.
+    """
+    return [_fit_arguments(_fit_content(message, forms), forms) for message in messages]
+
+
+def _refuse_media(content: Any, index: int) -> None:
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, dict) and part.get("type") in _MEDIA:
+            raise VocabtrimError(f"messages[{index}] has a part of type {part['type']!r}: only text can be read")
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    reasoning = next((message[name] for name in _REASONING if name in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _fit_content(message: dict[str, Any], forms: MessageForms) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, str) and not forms.text:
+        return message | {"content": [{"type": "text", "text": content}]}
+    if not isinstance(content, list):
+        return message
+    texts = [_part_text(part) for part in content]
+    if None in texts:
+        return message
+    if forms.parts:
+        return message | {"content": [{"type": "text", "text": text} for text in texts]}
+    return message | {"content": "".join(text for text in texts if text is not None)}
+
+
+def _part_text(part: Any) -> str | None:
+    """The text of one part of a content, None where it is something else."""
+    if isinstance(part, dict) and part.get("type") in _TEXT_PARTS:
+        part = part.get("text")
+    return part if isinstance(part, str) else None
+
+
+def _fit_arguments(message: dict[str, Any], forms: MessageForms) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    if forms.argument_text or not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [_parse_arguments(call) for call in calls]}
+
+
+def _parse_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call  # what a model called a tool with may be no JSON
+    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call

@@ -1,0 +1,160 @@
+"""Chat templates compiled as transformers compiles them, in a sandbox: they come with models, from anyone."""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from threading import Lock
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from engines.errors import VocabtrimError
+
+MAX_SECONDS = 5.0  # processor time of one rendering, which takes less than a millisecond
+_MAX_PRODUCT = 1 << 20  # elements of a repeated sequence, bits of a product or power
+_MAX_MESSAGE = 500
+_METER = "vocabtrim_meter"
+
+
+class CompiledTemplate:
+    """A template of a model, ready to render; threads may share it. Raises `VocabtrimError` where it does not parse."""
+
+    def __init__(self, source: str) -> None:
+        self._environment = _Sandbox()
+        self._lock = Lock()  # one rendering at a time: the environment holds its deadline
+        try:
+            self._template = self._environment.from_string(source)
+        except Exception as error:  # jinja2's own errors, and Python's for what nests too deeply to compile
+            raise VocabtrimError(f"the chat template does not parse: {one_line(error)}") from error
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Render with `variables`. Raises `VocabtrimError` for any error of the template and for its refusals."""
+        try:
+            with self._lock:
+                self._environment.deadline = time.thread_time() + MAX_SECONDS
+                return self._template.render(variables)
+        except Exception as error:  # a template may fail in any way that Python does
+            raise VocabtrimError(f"the chat template refused the messages: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, without line breaks and control characters, in bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(letter if letter.isprintable() else "?" for letter in text[:_MAX_MESSAGE])
+    return text if len(text) < _MAX_MESSAGE else f"{text}…"
+
+
+class _MeteredCode(CodeGenerator):
+    """Makes every loop ask the environment before each iteration."""
+
+    def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
+        for loop in list(node.find_all(nodes.For)):
+            loop.iter = nodes.Filter(loop.iter, _METER, [], [], None, None, lineno=loop.lineno)
+            loop.iter.set_environment(self.environment)
+        super().visit_Template(node, frame)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """transformers' environment (`utils/chat_template_utils.py`), in which no template runs for long.
+
+    Each iteration of a loop and each call looks at the time; products and powers of absurd size are refused.
+    """
+
+    code_generator_class = _MeteredCode
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
+        self.deadline = math.inf
+        self.filters |= {"tojson": _tojson, _METER: self._metered}
+        del self.globals["lipsum"]  # random text, of any length
+        self.globals |= {"raise_exception": _raise_exception, "dict": _Dict(), "namespace": _Namespace}
+
+    def call(self, context: Context, callee: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self._check_time()
+        return super().call(context, callee, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if _size(operator, left, right) > _MAX_PRODUCT:
+            raise SecurityError(f"a result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+    def _metered(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self._check_time()
+            yield value
+
+    def _check_time(self) -> None:
+        if time.thread_time() > self.deadline:
+            raise SecurityError(f"it runs for more than {MAX_SECONDS:g} seconds")
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks the assistant's words for training; here it only groups."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _Dict:
+    """`dict` for templates: makes dictionaries, without the attributes of Python's class."""
+
+    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*args, **values)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
+
+
+class _Namespace(Namespace):
+    """`namespace` for templates; as in transformers, no name in it begins with an underscore."""
+
+    def __init__(*args: Any, **values: Any) -> None:  # `self` may be one of the names
+        self, *given = args
+        Namespace.__init__(self, {_public(name): value for name, value in dict(*given, **values).items()})
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(_public(name), value)
+
+
+def _public(name: str) -> str:
+    if name.startswith("_"):
+        raise SecurityError(f"a namespace cannot hold {name!r}: names with an underscore in front are refused")
+    return name
+
+
+def _size(operator: str, left: Any, right: Any) -> int:
+    """Elements of a repeated sequence, or bits of an integer product or power, at most; 0 for other operands."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+    for sequence, times in ((left, right), (right, left)):
+        if isinstance(sequence, str | list | tuple) and isinstance(times, int):
+            return len(sequence) * abs(times)
+    return 0
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """jinja2's own filter escapes HTML, which no model was trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

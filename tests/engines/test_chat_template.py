@@ -1,0 +1,213 @@
+"""Conversations are rendered as transformers renders them, and a hostile template ends in one line."""
+
+import time
+from datetime import datetime
+from types import SimpleNamespace
+
+import pytest
+
+from engines.bundle import template_sandbox
+from engines.bundle.chat_template import ChatOptions, ChatTemplates, named_templates
+from engines.errors import VocabtrimError
+from tests.engines.chat_templates import PARTS_ONLY, TEMPLATES
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+DESCRIPTION = "The <weather> & more é\nof a town"
+PROPERTIES = {"town": {"type": "string"}, "days": {"type": "array", "items": {"type": "integer"}}}
+PARAMETERS = {"type": "object", "properties": PROPERTIES | {"at": {"type": "object", "properties": PROPERTIES}}}
+TOOL = {"type": "function", "function": {"name": "weather", "description": DESCRIPTION, "parameters": PARAMETERS}}
+
+
+def message(role, content, **more):
+    return {"role": role, "content": content} | more
+
+
+def call(arguments):
+    function = {"name": "weather", "arguments": arguments}
+    return message("assistant", None, tool_calls=[{"id": "abcdefghi", "type": "function", "function": function}])
+
+
+SYSTEM = message("system", " Be <brief> & kind. /no_think ")
+RESULT = message("tool", '{"sun": true}', tool_call_id="abcdefghi")
+CHATS = {
+    "user": [message("user", "Hi é 你好 <&> ")],
+    "system": [SYSTEM, message("user", "Hi")],
+    "turns": [message("user", "a"), message("assistant", "<think>\nhm\n</think>\n\nb "), message("user", "c")],
+    "tool": [SYSTEM, message("user", "How?"), call({"town": "Ulm", "days": [1, 2]}), RESULT, RESULT],
+    "reasoning": [message("user", "a"), message("assistant", "b", reasoning="because", refusal=None)],
+    "alike": [message("user", "a"), message("user", "b")],
+    "critic": [message("critic", "no")],
+}
+ARGUMENTS = {
+    "enable_thinking": False,
+    "date_string": "1 Jan",
+    "controls": {"citations": True},
+    "documents": [{"title": "t", "text": "d é", "id": 3}],
+}
+OPTIONS = {
+    "plain": {},
+    "tools": {"tools": [TOOL]},
+    "no tools": {"tools": []},
+    "arguments": {"template_args": ARGUMENTS},
+    "open": {"continue_final_message": True},
+    "no answer": {"template_args": {"add_generation_prompt": False}},
+}
+
+
+def templates(source):
+    return ChatTemplates(named_templates(source), SPECIAL)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What transformers makes of it; None where it raises."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
+
+    def render(source, chat, template_args=None, continue_final_message=False, tools=None):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=source, **SPECIAL)
+        arguments = {"add_generation_prompt": not continue_final_message} | (template_args or {})
+        how = {"tools": tools, "continue_final_message": continue_final_message, "tokenize": False}
+        try:
+            return tokenizer.apply_chat_template(chat, **how, **arguments)
+        except Exception:
+            return None
+
+    return render
+
+
+def rendered(source, chat, **options):
+    try:
+        return templates(source).render(chat, ChatOptions(**options))
+    except VocabtrimError:
+        return None
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "parts_only"])
+def test_a_conversation_is_rendered_as_transformers_renders_it(expected, name, options):
+    source, given = TEMPLATES[name], OPTIONS[options]
+    found = {chat: rendered(source, messages, **given) for chat, messages in CHATS.items()}
+    wanted = {chat: expected(source, messages, **given) for chat, messages in CHATS.items()}
+    assert found == wanted
+    assert found["user"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_parts_and_strings_are_read_whatever_the_template_takes(expected, name):
+    source, parts = TEMPLATES[name], [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    reads_parts = name in ("gemma", "mistral", "vision", "parts_only")
+    wanted = expected(source, [message("user", parts if reads_parts else "ab")])
+    assert rendered(source, [message("user", parts)]) == wanted
+    text = [{"type": "text", "text": "ab"}] if name == "parts_only" else "ab"
+    wanted = expected(source, [message("user", text)])
+    assert rendered(source, [message("user", "ab")]) == wanted
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen", "mistral", "deepseek", "command"])
+def test_arguments_of_tool_calls_are_read_as_openai_has_them(expected, name):
+    """A string stays one where the template takes strings, and is an object where it would be quoted once more."""
+    as_text, as_object = [[message("user", "a"), call(given)] for given in ('{"town":"Ulm"}', {"town": "Ulm"})]
+    wanted = expected(TEMPLATES[name], as_text if name in ("qwen", "deepseek") else as_object)
+    assert rendered(TEMPLATES[name], as_text) == wanted
+
+
+def test_objects_are_read_as_plain_data(expected):
+    chat = [SimpleNamespace(model_dump=lambda: message("user", "a", name=None)), message("assistant", "b")]
+    assert rendered(TEMPLATES["qwen"], chat) == expected(TEMPLATES["qwen"], [message("user", "a"), chat[1]])
+    assert (
+        rendered("{{ x.y }}{{ x.z }}", CHATS["user"], template_args={"x": {"y": object, "z": (1, 2)}}) == "<type>(1, 2)"
+    )
+
+
+def test_the_date_is_todays_or_the_one_given():
+    template = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
+    assert rendered(template, CHATS["user"], now=datetime(2024, 7, 26)) == "26 Jul 2024"
+    assert rendered(template, CHATS["user"]) == datetime.now().strftime("%d %b %Y")
+
+
+def test_named_templates_are_chosen_as_transformers_chooses(expected):
+    named = {"default": "D", "tool_use": "T", "rag": "R"}
+    for given, wanted in (({}, "D"), ({"tools": [TOOL]}, "T"), ({"tools": []}, "T")):
+        assert rendered(named, CHATS["user"], **given) == wanted == expected(named, CHATS["user"], **given)
+    assert (
+        rendered([{"name": name, "template": text} for name, text in named.items()], CHATS["user"], template="rag")
+        == "R"
+    )
+    for source, options, message_ in [
+        ({"rag": "R", "tool_use": "T"}, {}, "no chat template is named default: choose one of rag, tool_use"),
+        ("D", {"template": "x"}, "no chat template is named x: choose one of default"),
+        (None, {}, "no chat template"),
+    ]:
+        with pytest.raises(VocabtrimError, match=message_):
+            templates(source).render(CHATS["user"], ChatOptions(**options))
+
+
+def test_how_an_assistants_turn_ends():
+    ends = {name: templates(source).assistant_end("default") for name, source in TEMPLATES.items()}
+    assert (ends["llama"], ends["qwen"], ends["mistral"], ends["deepseek"]) == (
+        "<|eot|>",
+        "<|im_end|>\n",
+        "</s>",
+        "<|end|>",
+    )
+    assert templates("{{ raise_exception('never') }}").assistant_end("default") == ""
+
+
+@pytest.mark.parametrize(
+    ("chat", "options", "error"),
+    [
+        ([], {}, "conversation is empty"),
+        ("text", {}, "conversation is empty"),
+        ([3], {}, r"messages\[0\] is no message"),
+        ([message("user", [{"type": "image_url", "image_url": {}}])], {}, r"messages\[0\] .* 'image_url': only text"),
+        (CHATS["user"], {"tools": [print]}, r"tools\[0\] is no JSON schema .*get_json_schema"),
+        (CHATS["user"], {"tools": TOOL}, "tools must be a list"),
+        (CHATS["user"], {"template_args": {"messages": []}}, "messages is no template argument"),
+        (CHATS["user"], {"template_args": [1]}, "template_args must map"),
+        ([message("user", None)], {"continue_final_message": True}, "no text to continue"),
+        (
+            CHATS["user"],
+            {"continue_final_message": True, "template_args": {"add_generation_prompt": True}},
+            "cannot go with continue_final_message",
+        ),
+    ],
+)
+def test_what_is_no_conversation_is_one_clear_line(chat, options, error):
+    with pytest.raises(VocabtrimError, match=error):
+        templates(PARTS_ONLY).render(chat, ChatOptions(**options))
+
+
+HOSTILE = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% for x in [[1, 2]] recursive %}{{ loop([[1, 2], [1, 2]]) }}{% endfor %}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "{{ 99999999 ** 99999999 }}",
+    "{{ 'a' * 10 ** 10 }}",
+    "{{ lipsum.__globals__['os'].popen('id').read() }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ '{0.__class__.__mro__}'.format(1) }}",
+    "{{ dict.__init__.__globals__ }}",
+    "{{ namespace(__class__=1) }}",
+    "{{ messages.append(1) }}",
+    "{% include '/etc/passwd' %}",
+    "{{ 1 / 0 }}",
+    "{{ raise_exception('a\nb\x1b[31m' * 900) }}",
+    "{{ " + "(" * 300 + "1" + ")" * 300 + " }}",
+    "{% for a in b %}" * 30 + "{% endfor %}" * 30,
+]
+
+
+@pytest.mark.parametrize("source", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_template_ends_soon_and_in_one_line(source, monkeypatch):
+    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.05)
+    began = time.thread_time()
+    with pytest.raises(VocabtrimError, match="chat template") as error:
+        templates(source).render(CHATS["user"])
+    assert time.thread_time() - began < 3
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 600

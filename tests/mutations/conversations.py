@@ -1,0 +1,102 @@
+"""Promises about conversations, prompts and calibration data."""
+
+from tests.mutations.mutation import Mutation
+
+TEMPLATE, SANDBOX, MESSAGES = (
+    "engines/bundle/chat_template.py",
+    "engines/bundle/template_sandbox.py",
+    "engines/bundle/messages.py",
+)
+CHAT_TESTS, CORPUS_TESTS = "tests/engines/test_chat_template.py", "tests/vocabtrim_export/test_corpus.py"
+COUNT_TESTS = "tests/vocabtrim_export/test_counts.py"
+
+CONVERSATIONS = (
+    Mutation(
+        "A conversation is rendered as transformers renders it",
+        "keys without a value are kept",
+        MESSAGES,
+        "for key, value in message.items() if value is not None})",
+        "for key, value in message.items()})",
+        f"{CHAT_TESTS} -k as_transformers_renders",
+    ),
+    Mutation(
+        "Text parts are read where a template takes strings",
+        "parts are given as they are",
+        TEMPLATE,
+        "parts = _PROBE in as_parts and (as_parts == as_text or not _shows_keys(as_parts))",
+        "parts = True",
+        f"{CHAT_TESTS} -k parts",
+    ),
+    Mutation(
+        "Arguments of tool calls are objects where a template takes no strings",
+        "arguments stay what they are",
+        TEMPLATE,
+        "return MessageForms(_PROBE in as_text, parts, argument_text)",
+        "return MessageForms(_PROBE in as_text, parts, True)",
+        f"{CHAT_TESTS} -k openai",
+    ),
+    Mutation(
+        "With tools the template for tools is chosen",
+        "the default one is",
+        TEMPLATE,
+        "name = options.template or (TOOL_USE if wants_tools else DEFAULT)",
+        "name = options.template or DEFAULT",
+        f"{CHAT_TESTS} -k named_templates",
+    ),
+    Mutation(
+        "No template runs for long",
+        "loops are not metered",
+        SANDBOX,
+        "        for value in values:\n            self._check_time()\n",
+        "        for value in values:\n",
+        f"{CHAT_TESTS} -k hostile",
+    ),
+    Mutation(
+        "A stop string can be a special token",
+        "stop strings meet the text without them",
+        "runtime/stop_strings.py",
+        "self._held.append((piece, shown))",
+        "self._held.append((shown, shown))",
+        "tests/runtime/test_decoder.py -k meets_special",
+    ),
+    Mutation(
+        "A plain stop string is one",
+        "each of its letters is one",
+        "runtime/stop_strings.py",
+        "(stop,) if isinstance(stop, str) else tuple(stop or ())",
+        "tuple(stop or ())",
+        "tests/runtime/test_decoder.py -k plain_string",
+    ),
+    Mutation(
+        "A calibration counts as many tokens as were asked for",
+        "the last batch counts whole",
+        "vocabtrim_export/calibration/calibrate.py",
+        "if len(ids) - begun > left:",
+        "if False:",
+        f"{COUNT_TESTS} -k limit",
+    ),
+    Mutation(
+        "A calibration goes on within the document that its limit cut",
+        "the document's first tokens are counted again",
+        "vocabtrim_export/calibration/calibrate.py",
+        "next_done=begun",
+        "next_done=0",
+        f"{COUNT_TESTS} -k raised",
+    ),
+    Mutation(
+        "Compressed and binary files are never counted as text",
+        "first bytes are not looked at",
+        "vocabtrim_export/calibration/data_files.py",
+        "if begin.startswith(magic) or (begin and suffix in suffixes):",
+        "if False:",
+        f"{CORPUS_TESTS} -k one_clear_line",
+    ),
+    Mutation(
+        "A record that cannot be a prompt is left out, and named",
+        "nothing is said",
+        "vocabtrim_export/calibration/calibrate.py",
+        "        on_skip(each)\n",
+        "        pass\n",
+        f"{COUNT_TESTS} -k left_out",
+    ),
+)

@@ -1,0 +1,79 @@
+"""Which documents a calibration counts next: a function of what it has counted, however often it was interrupted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vocabtrim_export.calibration.counts import CalibrationRun, TokenCounts
+from vocabtrim_export.calibration.document import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Batches are formed within windows of this many: prompts of like length together, yet no window far from the average.
+BATCHES_A_WINDOW = 8
+MIN_BATCH = 8
+TEXT_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """Prompts sampled at once, tokens kept of a prompt (its end), tokens generated for each."""
+
+    batch_size: int = 64
+    max_prompt_tokens: int = 128
+    max_new_tokens: int = 128
+
+    def within(self, model: "PreTrainedModel") -> "BatchLimits":
+        """The same, made to fit the model's context."""
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context is None:
+            return self
+        new = min(self.max_new_tokens, context // 2)
+        return replace(self, max_new_tokens=new, max_prompt_tokens=min(self.max_prompt_tokens, context - new))
+
+
+def next_batch(documents: Sequence[Document], counts: TokenCounts, max_tokens: int) -> tuple[int, list[int]] | None:
+    """The pass over the corpus and the documents (by index) that come next, or None when the counting is done.
+
+    A function of the counts alone, so that it does not matter how often the work was interrupted.
+    """
+    run = counts.runs[0]
+    if not documents or counts.total >= max_tokens:
+        return None
+    pass_number, start = divmod(run.documents_done, len(documents))
+    repeats = run.source != "text" and run.temperature > 0 and counts.total > 0
+    if pass_number > 0 and not repeats:
+        return None
+    size = TEXT_BATCH
+    if run.source != "text":  # the last batch is no larger than what is missing needs
+        size = min(run.batch_size, max(MIN_BATCH, -(-(max_tokens - counts.total) // run.max_new_tokens)))
+    return pass_number, _order(documents, run, pass_number)[start : start + size]
+
+
+def _order(documents: Sequence[Document], run: CalibrationRun, pass_number: int) -> list[int]:
+    """A random order of the documents in which neighbours are of like length, to limit padding.
+
+    Windows of a shuffled corpus are sorted by length and their batches shuffled, so that stopping early still leaves
+    short and long prompts.
+    """
+    random = np.random.default_rng([run.seed, pass_number])
+    shuffled = random.permutation(len(documents)).tolist()
+    size = run.batch_size or TEXT_BATCH
+    order: list[int] = []
+    for start in range(0, len(shuffled), BATCHES_A_WINDOW * size):
+        window = sorted(
+            shuffled[start : start + BATCHES_A_WINDOW * size], key=lambda index: documents[index].prompt_length
+        )
+        batches = [window[at : at + size] for at in range(0, len(window), size)]
+        order += [index for batch in random.permutation(len(batches)) for index in batches[batch]]
+    return order
+
+
+def draws(run: CalibrationRun, pass_number: int, indices: Sequence[int]) -> NDArray[np.float64]:
+    """float64[B, max_new_tokens] in [0, 1): each document has numbers of its own, whatever batch it falls into."""
+    seeds = ([run.seed, pass_number, index] for index in indices)
+    return np.array([np.random.default_rng(seed).random(run.max_new_tokens) for seed in seeds])

@@ -1,0 +1,105 @@
+"""One record of a data file made into documents: the known forms of prompts, conversations and texts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.calibration.document import Document, Message, split_text
+
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+# A question's field, and the fields that may hold its answer: plain prompts, GSM8K, Alpaca.
+_ANSWERS = {
+    "prompt": ("completion", "response"),
+    "question": ("answer", "response"),
+    "instruction": ("output", "response"),
+}
+FIELDS = (*_CONVERSATIONS, "turns", *_ANSWERS, "text")
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "developer": "system"}
+
+
+def parse_record(record: object, where: str) -> Iterator[Document]:
+    """The documents of one record: one, several for a long text, or none where the record is empty.
+
+    record: a string, which is a prompt; a list, which is a conversation; or an object with OpenAI's `messages` (in a
+        batch: `body.messages`), ShareGPT's `conversations`, `turns` (the user's), `prompt` with `completion`,
+        `question` with `answer`, `instruction` with `input` and `output`, or `text`; the first of these is read.
+    where: the record's place, which errors begin with.
+    Raises `VocabtrimError` for another form.
+    """
+    if not isinstance(record, str | list | dict):
+        raise VocabtrimError(f"{where}: expected an object with one of {', '.join(FIELDS)}; got {_kind(record)}")
+    fields = record if isinstance(record, dict) else {"prompt" if isinstance(record, str) else "messages": record}
+    body = fields.get("body")
+    if _field(fields) is None and isinstance(body, dict):
+        fields = body
+    field = _field(fields)
+    if field is None:
+        has = ", ".join(str(name)[:40] for name in list(fields)[:8]) or "none"
+        raise VocabtrimError(f"{where}: a record needs one of the fields {', '.join(FIELDS)}; it has {has}")
+    if field == "text":
+        for piece in split_text(_content(fields[field], f"{where}, {field}")):
+            yield Document(piece, where=where)
+        return
+    messages = _messages(fields, field, where)
+    if prompt := _first_prompt(messages):
+        parts = tuple(message.content for message in messages if message.content.strip())
+        yield Document("\n\n".join(parts), prompt, where, parts)
+
+
+def _field(record: Mapping[str, object]) -> str | None:
+    return next((name for name in FIELDS if record.get(name) is not None), None)
+
+
+def _messages(record: Mapping[str, object], field: str, where: str) -> list[Message]:
+    value = record[field]
+    if field in _ANSWERS and isinstance(value, str):
+        more = record.get("input") if field == "instruction" else None
+        value = [f"{value}\n\n{more}" if isinstance(more, str) and more.strip() else value]
+    if not isinstance(value, list):
+        raise VocabtrimError(f"{where}: `{field}` must be a list, not {_kind(value)}")
+    messages = [_message(item, f"{where}, {field}[{index}]") for index, item in enumerate(value)]
+    answer = next((record[name] for name in _ANSWERS.get(field, ()) if record.get(name) is not None), None)
+    if isinstance(answer, str):
+        messages.append(Message("assistant", _clean(answer)))
+    elif isinstance(answer, list) and all(isinstance(item, Mapping) for item in answer):
+        messages += [_message(item, f"{where}, answer[{index}]") for index, item in enumerate(answer)]
+    return messages
+
+
+def _message(item: object, where: str) -> Message:
+    """A message in OpenAI's form, in ShareGPT's, or a plain string, which is the user's."""
+    if isinstance(item, str):
+        return Message("user", _content(item, where))
+    if not isinstance(item, Mapping):
+        raise VocabtrimError(f"{where}: expected a message, got {_kind(item)}")
+    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    if not isinstance(role, str):
+        raise VocabtrimError(f"{where}: a message needs `role` and `content` (or `from` and `value`)")
+    # A tool call has no content.
+    return Message(_ROLES.get(role, role), "" if content is None else _content(content, where))
+
+
+def _content(value: object, where: str) -> str:
+    """A string, or the text parts of a list of content parts."""
+    if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
+        value = "".join(str(part.get("text", "")) for part in value if part.get("type") == "text")
+    if not isinstance(value, str):
+        raise VocabtrimError(f"{where}: expected text, got {_kind(value)}")
+    return _clean(value)
+
+
+def _clean(text: str) -> str:
+    """The text with "?" for lone surrogates, which JSON can escape and no tokenizer can read."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _first_prompt(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The first user message that says something, with the system text before it; empty where no user speaks."""
+    for index, message in enumerate(messages):
+        if message.role == "user" and message.content.strip():
+            before = [each.content for each in messages[:index] if each.role == "system" and each.content.strip()]
+            return (Message("system", "\n\n".join(before)), message) if before else (message,)
+    return ()
+
+
+def _kind(value: object) -> str:
+    return {dict: "object", list: "list", str: "string", type(None): "null"}.get(type(value), type(value).__name__)
