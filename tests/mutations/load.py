@@ -118,9 +118,9 @@ LOAD = (
         "Collapsed acceptance is said, once",
         "it forgets with each generation",
         "runtime/decoder.py",
-        "            if collapse := self._alarm.observe(entry):\n",
-        "            if entry.is_prefill:\n                self._alarm = AcceptanceAlarm(self.target.manifest)\n"
-        "            if collapse := self._alarm.observe(entry):\n",
+        "self._alarm.observe(entry)",
+        '(setattr(self, "_alarm", AcceptanceAlarm(self.target.manifest)) if entry.is_prefill else None)'
+        " or self._alarm.observe(entry)",
         ALARM_TESTS,
     ),
     Mutation(
