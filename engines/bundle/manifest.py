@@ -151,14 +151,16 @@ class Manifest:
             )
         if data.pop("digest", None) != _digest(data):
             raise VocabtrimError(f"{where} was edited, it does not match its own digest: export the bundle again")
-        manifest: Manifest = decode(cls, _ADDED | data, where)
+        manifest: Manifest = decode(cls, {**_ADDED, **data}, where)
         if not 0 < manifest.head_rows <= manifest.vocab_size <= MAX_VOCAB or not manifest.context_length:
             raise VocabtrimError(f"{where} describes no model: a vocabulary, a head or a context of an impossible size")
         return manifest
 
 
-# what manifests of this format had not from the start
-_ADDED = {"kind": "language-model", "feature_layers": [], "feature_size": 0, "rules": asdict(GenerationRules())}
+# what manifests of this format had not from the start, as JSON has it
+_ADDED: Mapping[str, Any] = json.loads(
+    json.dumps({"kind": "language-model", "feature_layers": [], "feature_size": 0, "rules": asdict(GenerationRules())})
+)
 
 
 def _digest(data: Mapping[str, Any]) -> str:

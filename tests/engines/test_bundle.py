@@ -8,6 +8,7 @@ import pytest
 from engines import VocabMap, VocabtrimError, read_bundle
 from engines.bundle.manifest import _digest
 from engines.bundle.read import FileDigest, Manifest, file_digest
+from engines.generation_rules import GenerationRules
 
 
 def state(path):
@@ -46,6 +47,17 @@ def test_a_bundle_comes_back_as_it_was_written(bundle):
     found = read_bundle(bundle)
     assert found.vocab_map.kept_token_ids.tolist() == [1, 2]
     assert found.manifest.eos_token_ids == (1,)
+
+
+def test_a_bundle_from_before_a_field_was_added_has_its_default(bundle):
+    path = bundle / "vocabtrim.json"
+    data = json.loads(path.read_text())
+    for name in ("kind", "feature_layers", "feature_size", "rules"):
+        del data[name]
+    path.write_text(json.dumps(data))
+    edit(bundle)
+    found = read_bundle(bundle).manifest
+    assert (found.kind, found.feature_layers, found.rules) == ("language-model", (), GenerationRules())
 
 
 def test_another_valid_map_is_refused(bundle):

@@ -262,7 +262,7 @@ def test_rules_and_logprobs_are_the_hosts(temperature, pair):
     with (
         SpeculativeDecoder.load(pair.target, pair.drafter) as host,
         device_engine(pair.target, stream) as target,
-        SpeculativeDecoder(target, device_engine(pair.drafter, stream)) as device,
+        SpeculativeDecoder(target, device_engine(pair.drafter, stream, target)) as device,
     ):
         for given in (rules, {}) if temperature == 0 else (rules,):
             sampling = SamplingParams(temperature, seed=3, **given)
