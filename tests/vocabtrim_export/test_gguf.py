@@ -14,6 +14,7 @@ from tests.integration.conftest import check_logits
 from tests.vocabtrim_export.gguf_blocks import SCALES, dense, random_blocks
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.calibration.counting import CalibrationSettings
+from vocabtrim_export.drafters.shared_tokens import proposable_tokens
 from vocabtrim_export.pipeline import ExportSettings, export
 from vocabtrim_export.sources.source import load_source
 
@@ -96,11 +97,11 @@ def describe(writer, tokenizer, heads=HEADS):
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(VOCAB)
     words = {number: word for word, number in tokenizer.get_vocab().items()}
-    tokens = [words.get(number, f"<|pad_{number}|>") for number in range(VOCAB)]
+    tokens = [words.get(number, f"[PAD{number}]") for number in range(VOCAB)]  # as llama.cpp's converter writes them
     special = set(tokenizer.all_special_tokens) | {word for word in tokens if word.startswith("<|")}
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if word in special else 1 for word in tokens])
+    writer.add_token_types([3 if word in special else 5 if word.startswith("[PAD") else 1 for word in tokens])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(0)
@@ -139,6 +140,19 @@ def test_a_mixed_file_runs_as_its_weights_do(gguf_file, tmp_path):
         logits = model(ids).logits[0].numpy()
     for bundle in (result.target, result.drafter):
         check_logits(bundle, ids[0].numpy(), logits, [(24, 24), (1, 1), (5, 5), (1, 1), (17, 3)])
+
+
+def test_a_file_and_a_directory_draft_for_each_other(gguf_file, tokenizer, tmp_path):
+    """Whatever the one calls its rows without a token, and however many the other has."""
+    path, _ = gguf_file(lambda _: "Q8_0")
+    shape = config()
+    shape.vocab_size = VOCAB + 64
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    sides = [load_source(str(place), torch.float32) for place in (path, tmp_path / "dense")]
+    for drafter, target in (sides, sides[::-1]):
+        shared = proposable_tokens(drafter, target)
+        assert (shared.token_ids.tolist(), shared.differing) == (list(range(VOCAB)), 0)
 
 
 def config(**rotation):
