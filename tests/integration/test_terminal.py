@@ -43,7 +43,7 @@ def start(*arguments, **environment):
 def test_a_reader_that_has_gone_is_no_error(command, bundle):
     """As after `| head`, whose pipe is closed before the first character or with the last one."""
     options = ["--target", bundle, "--prompt", "the fox", "--max-new-tokens", "90"] if command == "generate" else []
-    running = start(command, *options)
+    running = start(command, *options, PYTHONUNBUFFERED="")  # else argparse itself passes over the error
     running.stdout.close()
     assert running.stderr.read() == b""
     assert running.wait(60) == 141
@@ -66,7 +66,7 @@ def test_an_ascii_terminal_shows_what_it_can(bundle):
         (b" \n", [], "the prompt is empty: standard input holds no text"),
         (None, [], "standard input is closed: give --prompt"),
         (b"", ["--prompt", ""], "the prompt is empty: --prompt holds no text"),
-        (b"", ["--prompt", os.fsdecode(b"caf\xe9")], "cannot be encoded"),
+        (b"", ["--prompt", os.fsdecode(b"caf\xe9")], "--prompt is not UTF-8 (byte 0xe9 at position 3)"),
     ],
 )
 def test_input_that_is_no_prompt_is_one_line(bundle, standard_input, data, options, message, capsys):

@@ -14,7 +14,7 @@ from vocabtrim_export.cli.arguments import (
     rule_options,
 )
 from vocabtrim_export.cli.prompt_arguments import add_template_arguments, read_json, template_args
-from vocabtrim_export.cli.streams import read_standard_input
+from vocabtrim_export.cli.streams import read_prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,11 +100,7 @@ def _prompt(options: argparse.Namespace) -> tuple[Any, Any]:
     """The text or the messages to answer, and the tools to offer; None for none."""
     tools = read_json(options.tools, "--tools") if options.tools else None
     if options.messages is None:
-        prompt = read_standard_input() if options.prompt is None else options.prompt
-        if not prompt.strip() and not options.raw:
-            where = "standard input" if options.prompt is None else "--prompt"
-            raise VocabtrimError(f"the prompt is empty: {where} holds no text to answer")
-        return prompt, tools
+        return read_prompt(options.prompt), tools
     if options.prompt is not None or options.raw:
         raise VocabtrimError("--messages is the whole prompt: leave out --prompt and --raw")
     messages = read_json(options.messages, "--messages")

@@ -125,6 +125,7 @@ def _quiet_libraries() -> None:
     """Keep other libraries' notes off the terminal: what a user must know, we say."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("torch.onnx._internal", "transformers", "onnxscript", "onnx_ir", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

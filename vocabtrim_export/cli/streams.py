@@ -33,15 +33,22 @@ def discard_output() -> None:
                 os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def read_standard_input() -> str:
-    """All of standard input, which is UTF-8 whatever the terminal's encoding. Raises `VocabtrimError`."""
-    if sys.stdin is None:
+def read_prompt(given: str | None) -> str:
+    """The prompt that `--prompt` gave, or all of standard input, which is UTF-8 whatever the terminal's encoding.
+
+    Raises `VocabtrimError` for bytes that are not UTF-8 and where there is no text.
+    """
+    where = "standard input" if given is None else "--prompt"
+    if given is None and sys.stdin is None:
         raise VocabtrimError("standard input is closed: give --prompt")
+    data = sys.stdin.buffer.read() if given is None else given.encode("utf-8", "surrogateescape")
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
+        prompt = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
         raise VocabtrimError(
-            f"standard input is not UTF-8 (byte 0x{byte:02x} at position {error.start}): convert it, as in "
+            f"{where} is not UTF-8 (byte 0x{data[error.start]:02x} at position {error.start}): convert it, as with "
             "`iconv --from-code latin1 --to-code utf-8`"
         ) from error
+    if not prompt.strip():
+        raise VocabtrimError(f"the prompt is empty: {where} holds no text")
+    return prompt
