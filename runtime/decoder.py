@@ -17,8 +17,9 @@ from engines.bundle.tokenizer import TOKENIZER_NAME, Tokenizer
 from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from runtime.alarm import AcceptanceAlarm
+from runtime.draft_length import DraftLength, FixedLength
 from runtime.loop import GREEDY, Round, decode_rounds
-from runtime.pair import check_pair, resolve_draft_length
+from runtime.pair import Auto, check_pair, make_draft_length, resolve_draft_length
 from runtime.stream import Generation, Stream
 
 # Text, the messages of a conversation (`{"role": …, "content": …}`, or pydantic models of them), or token ids.
@@ -39,18 +40,20 @@ class SpeculativeDecoder:
         target: Engine,
         drafter: Engine | None = None,
         tokenizer: Tokenizer | None = None,
-        draft_length: int | None = None,
+        draft_length: int | Auto | None = None,
     ) -> None:
         """tokenizer: the target's; without it prompts are ids.
 
-        draft_length: γ, tokens drafted per round; None: 4, or fewer where the target verifies no more.
+        draft_length: γ, tokens drafted per round; None: 4, or fewer where the target verifies no more. "auto": as many
+        as are worth their time on this text and machine, 16 at most, or none; both engines must be on the CPU. It
+        depends on measured times, so sampling with a seed, which must repeat itself, then drafts as many as None does.
         Raises `VocabtrimError` where the two engines do not belong together, or for more than the target verifies.
         """
         check_pair(target, drafter)
         self.target = target
         self.drafter = drafter
         self.tokenizer = tokenizer
-        self.draft_length = resolve_draft_length(target, drafter, draft_length)
+        self.length = make_draft_length(target, drafter, draft_length)
         self._alarm = AcceptanceAlarm(drafter.manifest if drafter else None)
 
     @classmethod
@@ -59,7 +62,7 @@ class SpeculativeDecoder:
         target: str | Path,
         drafter: str | Path | None = None,
         device: str = "cpu",
-        draft_length: int | None = None,
+        draft_length: int | Auto | None = None,
         drafter_device: str | None = None,
     ) -> Self:
         """Load bundles, and the tokenizer from the target's, on `device`; the drafter on `drafter_device` if given.
@@ -89,7 +92,12 @@ class SpeculativeDecoder:
         target, drafter = self.target.fork(), None
         if self.drafter:
             drafter = self.drafter.fork(target if self.drafter.cache is self.target.cache else None)
-        return type(self)(target, drafter, self.tokenizer, self.draft_length)
+        return type(self)(target, drafter, self.tokenizer, "auto" if self.length.adapts else self.draft_length)
+
+    @property
+    def draft_length(self) -> int:
+        """γ; of an adaptive length the longest draft."""
+        return self.length.longest
 
     def generate(
         self,
@@ -168,7 +176,7 @@ class SpeculativeDecoder:
             self.drafter,
             token_ids,
             max_new_tokens=max_new_tokens,
-            draft_length=self.draft_length,
+            draft_length=self._length_for(sampling),
             sampling=sampling,
             logprobs=logprobs,
         )
@@ -239,6 +247,12 @@ class SpeculativeDecoder:
                 "the target's bundle has no tokenizer: give the prompt as token ids, without stop strings"
             )
         return self.tokenizer
+
+    def _length_for(self, sampling: SamplingParams) -> DraftLength:
+        """Measured times are not the same twice: where a seed promises the same text, every draft is as long."""
+        if not self.length.adapts or sampling.is_greedy or sampling.seed is None:
+            return self.length
+        return FixedLength(resolve_draft_length(self.target, self.drafter, None))
 
     def _watched(self, rounds: Generator[Round, None, None]) -> Generator[Round, None, None]:
         """Pass `rounds` on, with a warning once acceptance collapses."""

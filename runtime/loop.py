@@ -8,6 +8,7 @@ from typing import Literal
 from engines.base import Accepted, Engine, StepOutput
 from engines.exclusive_use import Claim
 from engines.sampling_params import SamplingParams
+from runtime.draft_length import DraftLength, FixedLength
 from runtime.drafting import TokenReader, make_reader
 from runtime.logprobs import TokenLogprob, token_logprobs
 from runtime.profiling import DRAFTER, NO_PROFILER, TARGET, Profiler
@@ -48,7 +49,7 @@ def decode_rounds(
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
-    draft_length: int,
+    draft_length: int | DraftLength,
     sampling: SamplingParams = GREEDY,
     logprobs: int | None = None,
     force_accepted: int | None = None,
@@ -110,14 +111,15 @@ class _Loop:
         drafter: Engine | None,
         prompt: Sequence[int],
         max_new_tokens: int,
-        draft_length: int,
+        draft_length: int | DraftLength,
         sampling: SamplingParams,
         logprobs: int | None,
         force_accepted: int | None,
         profiler: Profiler,
     ) -> None:
         self.profiler = profiler
-        self.target, self.drafter, self.draft_length = target, drafter, draft_length
+        self.target, self.drafter = target, drafter
+        self.length = FixedLength(draft_length) if isinstance(draft_length, int) else draft_length
         self.vocab_size = target.manifest.vocab_size
         # Forced runs have their full length: the EOS that they may meet is none that the target chose.
         self.stop = frozenset(target.manifest.eos_token_ids if force_accepted is None else ())
@@ -159,6 +161,9 @@ class _Loop:
         draft, output = move.draft, move.verified
         with self.profiler.span("accept", drafted=len(draft)):
             accepted = move.accepted or self.rule.accept(draft, output)
+        if self.drafter:
+            spent = perf_counter() - start - move.prefill_seconds
+            self.length.observe(len(draft), accepted.count, move.draft_seconds, move.verify_seconds, spent)
         tokens = draft[: accepted.count]
         if not tokens or tokens[-1] not in self.stop:
             tokens.append(accepted.next_token)
@@ -208,7 +213,7 @@ class _Loop:
 
     def speculate(self, reader: TokenReader, room: int) -> _Move | None:
         """One call for both engines. Not for a drafter's first tokens, which are a prompt."""
-        if reader.drafter.length == 0 or not self.rule.runs_on_device:
+        if reader.drafter.length == 0 or not self.rule.runs_on_device or self.length.adapts:
             return None
         unread = reader.unread(self.sequence)
         with self.profiler.span("speculate", TARGET, length=len(self.sequence)):
@@ -227,6 +232,7 @@ class _Loop:
         drafter, unread = reader.drafter, reader.unread(self.sequence)
         start, is_first = perf_counter(), drafter.length == 0
         at_once = self.greedy and self.rule.runs_on_device and not is_first and drafter.unrolled == room
+        at_once = at_once and not self.length.adapts
         if at_once and (drafted := drafter.draft(unread)) is not None:
             return self.usable(drafted.tolist()), 0.0
         with self.profiler.span("prefill" if is_first else "catch_up", DRAFTER, tokens=len(unread)):
@@ -237,6 +243,8 @@ class _Loop:
                 break
             draft.append(token)
             if len(draft) == room or token in self.stop:  # nothing after an EOS can be used
+                break
+            if self.length.adapts and not self.length.goes_on(self.rule.confidence(output)):
                 break
             output = drafter.feed(draft[-1:])
         return draft, prefill_seconds
@@ -254,7 +262,7 @@ class _Loop:
         """How many tokens to draft: no more than can be used, since the target adds one, or than the caches hold."""
         length = len(self.sequence)
         return min(
-            self.draft_length if drafter.max_draft is None else min(self.draft_length, drafter.max_draft),
+            self.length.begin() if drafter.max_draft is None else min(self.length.begin(), drafter.max_draft),
             self.end - length - 1,
             self.target.capacity - self.target.length - 1,
             drafter.capacity - length + 1,  # the last drafted token is not fed

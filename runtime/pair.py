@@ -1,12 +1,18 @@
 """Whether two engines belong together, and how far one may draft for the other."""
 
+from typing import Literal
+
 import numpy as np
 
 from engines.base import MAX_KEEP, Engine
 from engines.bundle.vocabulary import Vocabulary, shared_tokens
 from engines.errors import VocabtrimError
+from runtime.draft_length import AdaptiveLength, DraftLength, FixedLength
 
 DEFAULT_DRAFT_LENGTH = 4
+LONGEST_DRAFT = 16  # of an adaptive length
+
+Auto = Literal["auto"]
 
 
 def resolve_draft_length(target: Engine, drafter: Engine | None, draft_length: int | None) -> int:
@@ -25,6 +31,31 @@ def resolve_draft_length(target: Engine, drafter: Engine | None, draft_length: i
         longer = "" if most == MAX_KEEP - 1 else f", or export the target with --draft-length {draft_length}"
         raise VocabtrimError(f"draft_length is {draft_length}: give a number from 1 to {most}{longer}")
     return draft_length
+
+
+def make_draft_length(target: Engine, drafter: Engine | None, draft_length: int | Auto | None) -> DraftLength:
+    """How long drafts are.
+
+    Args:
+        target: The engine that verifies.
+        drafter: The engine that drafts, None for the target alone.
+        draft_length: A number as in `resolve_draft_length`, or "auto": up to LONGEST_DRAFT tokens, as many as are
+            worth their time.
+
+    Raises:
+        VocabtrimError: The target verifies fewer tokens, or "auto" is asked of engines that draft on a GPU.
+    """
+    if draft_length != "auto":
+        return FixedLength(resolve_draft_length(target, drafter, draft_length))
+    resolve_draft_length(target, drafter, None)
+    if drafter is None:
+        return FixedLength(1)
+    if "cuda" in (target.device, drafter.device):
+        raise VocabtrimError(
+            "draft_length is auto, which decides after each drafted token and so needs both engines on the CPU: "
+            "give a number"
+        )
+    return AdaptiveLength(min(target.max_keep - 1, LONGEST_DRAFT, drafter.max_draft or LONGEST_DRAFT))
 
 
 def check_pair(target: Engine, drafter: Engine | None) -> None:

@@ -11,7 +11,7 @@ from engines.errors import VocabtrimError
 from engines.sampling_params import Sampling, SamplingParams
 from runtime.accept import accept_forced, accept_greedy, accept_sampled
 from runtime.logit_rules import FORBIDDEN, Columns, LogitRules, make_logit_rules
-from runtime.sampling import distribution, sample
+from runtime.sampling import distribution, largest_probability, sample
 
 
 class Rule(Protocol):
@@ -28,6 +28,9 @@ class Rule(Protocol):
     def propose(self, draft: list[int], output: StepOutput) -> int | None:
         """The drafter's next token after the text and `draft`; None where it has none that may be chosen."""
 
+    def confidence(self, output: StepOutput) -> float:
+        """The drafter's probability of its most likely token, where `propose` has just chosen one."""
+
     def accept(self, draft: list[int], output: StepOutput) -> Accepted:
         """The target's verdict; with an empty `draft`, its next token. The text then goes on with what stays."""
 
@@ -40,6 +43,9 @@ class Greedy:
 
     def propose(self, draft: list[int], output: StepOutput) -> int | None:  # noqa: ARG002
         return int(output.token_ids[-1])
+
+    def confidence(self, output: StepOutput) -> float:
+        return largest_probability(output.logits[-1])
 
     def accept(self, draft: list[int], output: StepOutput) -> Accepted:
         return accept_greedy(draft, output.token_ids)
@@ -70,6 +76,9 @@ class RuledGreedy:
         row = self.rules.apply(output.logits[-1, : head.columns.width], draft, head.columns)
         best = int(row.argmax())
         return None if row[best] == FORBIDDEN else head.token(best)
+
+    def confidence(self, output: StepOutput) -> float:
+        return largest_probability(output.logits[-1])
 
     def accept(self, draft: list[int], output: StepOutput) -> Accepted:
         logits, chosen = output.logits, list[int]()
@@ -103,6 +112,9 @@ class Sampled:
         q = self.warped(row)
         self.q.append(q)
         return self.head.token(sample(q, self.sampling.rng))
+
+    def confidence(self, output: StepOutput) -> float:  # noqa: ARG002
+        return float(self.q[-1].max())
 
     def accept(self, draft: list[int], output: StepOutput) -> Accepted:
         logits, q, self.q = output.logits, self.q, []

@@ -28,6 +28,11 @@ def distribution(logits: NDArray[np.float32], params: SamplingParams) -> NDArray
     return probabilities
 
 
+def largest_probability(logits: NDArray[np.float32]) -> float:
+    """The probability of the most likely token, of logits float32[n] at temperature 1. NaN where a logit is."""
+    return float(1 / np.exp(logits - logits.max()).sum())
+
+
 def sample(weights: NDArray[np.float32], rng: np.random.Generator) -> int:
     """An index drawn in proportion to `weights`, float32[n]: not negative, not all zero. One uniform number is used.
 

@@ -8,6 +8,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.cli.prompt_arguments import add_template_arguments, template_args
 
 if TYPE_CHECKING:
+    from runtime.pair import Auto
     from vocabtrim_export.calibration.counting import CalibrationSettings
     from vocabtrim_export.trt.settings import TensorRTSettings
 
@@ -183,15 +184,21 @@ def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":
     )
 
 
+def draft_length(text: str) -> "int | Auto":
+    """`--draft-length N`, or auto."""
+    return "auto" if text == "auto" else int(text)
+
+
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", type=Path, required=True, metavar="DIR", help="the target's bundle")
     parser.add_argument("--device", default="cpu", help="where the engines run: cpu or cuda")
     parser.add_argument("--drafter-device", metavar="DEVICE", help="where the drafter runs (default: as the target)")
     parser.add_argument(
         "--draft-length",
-        type=int,
+        type=draft_length,
         metavar="N",
-        help="tokens drafted per round (γ; default: 4, or fewer where the target verifies no more)",
+        help="tokens drafted per round (γ; default: 4, or fewer where the target verifies no more), or auto: up to 16, "
+        "as many as are worth their time on this text and machine (CPU)",
     )
 
 

@@ -1,0 +1,102 @@
+"""Adaptive draft lengths: the policy on simulated machines and texts, and in the loop."""
+
+import random
+
+import pytest
+
+from engines.errors import VocabtrimError
+from runtime import SamplingParams, SpeculativeDecoder
+from runtime.draft_length import AdaptiveLength, DraftLength, FixedLength
+
+STEP, OVERHEAD = 5.0, 0.2  # ms of a draft step, and of a round outside the engines
+
+
+def memory_bound(rows):
+    """ms of a verification where rows cost little, as of SmolLM2 in fp32 on two cores."""
+    return 18.5 + 2.0 * (rows > 1) + 0.25 * rows
+
+
+def compute_bound(rows):
+    """ms of a verification where each row costs, as of SmolLM2 in int8."""
+    return 8.0 + 2.4 * rows
+
+
+def always(share):
+    """A text in which each drafted token is accepted with the chance `share`, as the drafter's confidence says."""
+    return lambda rng, position: [(share, rng.random() < share) for _ in range(16)]
+
+
+def by_confidence(share):
+    """A text of which `share` is easy, and the drafter knows where."""
+
+    def draft(rng, position):
+        sure = [0.97 if rng.random() < share else rng.choice([0.3, 0.5, 0.7]) for _ in range(16)]
+        return [(confidence, rng.random() < confidence) for confidence in sure]
+
+    return draft
+
+
+def changing(rng, position):
+    """A text that is hard for 500 tokens and easy for 500."""
+    return always(0.95 if position // 500 % 2 else 0.05)(rng, position)
+
+
+def speed(length: DraftLength, text, verify, tokens=4000):
+    """Tokens a ms of rounds whose lengths `length` decides."""
+    rng, spent, made = random.Random(0), 0.0, 0
+    while made < tokens:
+        room, draft = length.begin(), []
+        for confidence, is_right in text(rng, made)[:room]:
+            draft.append(is_right)
+            if len(draft) < room and not length.goes_on(confidence):
+                break
+        accepted = draft.index(False) if False in draft else len(draft)
+        drafting, verifying = STEP * len(draft), verify(len(draft) + 1) * rng.uniform(0.97, 1.03)
+        length.observe(len(draft), accepted, drafting, verifying, drafting + verifying + OVERHEAD)
+        spent += drafting + verifying + OVERHEAD
+        made += accepted + 1
+    return made / spent
+
+
+@pytest.mark.parametrize("verify", [memory_bound, compute_bound])
+@pytest.mark.parametrize("text", [always(0.0), always(0.2), always(0.8), always(0.95), by_confidence(0.6), changing])
+def test_level_with_the_best_fixed_length_and_never_below_decoding_alone(text, verify):
+    fixed = max(speed(FixedLength(n), text, verify) for n in (1, 2, 3, 4, 6, 8, 12, 16))
+    adaptive = speed(AdaptiveLength(16), text, verify)
+    assert adaptive > 0.96 * fixed
+    assert adaptive > 0.97 / (verify(1) + OVERHEAD)
+
+
+def test_confidence_gains_over_every_fixed_length():
+    best = max(speed(FixedLength(n), by_confidence(0.85), memory_bound) for n in (1, 2, 3, 4, 6, 8, 12, 16))
+    assert speed(AdaptiveLength(16), by_confidence(0.85), memory_bound) > 1.05 * best
+
+
+def test_the_output_is_the_targets_whatever_the_length(make_target, make_drafter):
+    alone = SpeculativeDecoder(make_target()).generate([3, 4], max_new_tokens=40)
+    for drafter in (make_drafter(noise=0.5), make_drafter(range(0, 48, 2)), make_target()):
+        decoder = SpeculativeDecoder(make_target(), drafter, draft_length="auto")
+        for _ in range(3):  # what it learned must not matter
+            assert decoder.generate([3, 4], max_new_tokens=40).token_ids == alone.token_ids
+
+
+def test_the_target_as_its_own_drafter_is_accepted(make_target):
+    decoder = SpeculativeDecoder(make_target(), make_target(), draft_length="auto")
+    stats = decoder.generate([3], max_new_tokens=40).stats
+    assert stats.accepted == stats.drafted > 0
+
+
+def test_a_seed_repeats_the_text(make_target, make_drafter):
+    decoder = SpeculativeDecoder(make_target(), make_drafter(noise=0.5), draft_length="auto")
+    sampling = SamplingParams(temperature=1.0, seed=3)
+    texts = {decoder.generate([3], max_new_tokens=40, sampling=sampling).token_ids for _ in range(3)}
+    assert len(texts) == 1
+    assert decoder.generate([3], max_new_tokens=9, sampling=SamplingParams(temperature=1.0)).stats.tokens > 0
+    assert decoder.draft_length == 16
+
+
+def test_a_gpu_needs_a_number(make_target, make_drafter):
+    drafter = make_drafter()
+    drafter.device = "cuda"
+    with pytest.raises(VocabtrimError, match="draft_length is auto"):
+        SpeculativeDecoder(make_target(), drafter, draft_length="auto")
