@@ -89,7 +89,7 @@ def test_genai_drafts_with_it_and_writes_what_we_write(pair):
     check_genai(pair[1])
 
 
-@pytest.mark.parametrize(("k", "dtype"), [("448", "fp32"), ("192", "fp16")])
+@pytest.mark.parametrize(("k", "dtype"), [(448, "fp32"), (192, "fp16")])
 def test_genai_takes_a_drafter_of_fewer_tokens_than_the_target(k, dtype, random_model, export_pair):
     """Where nothing is trimmed (448 of 448) too: its head is narrower than the target's 512."""
     drafter, target = random_model("llama"), random_model("llama", vocab_size=512)

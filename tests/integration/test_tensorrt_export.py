@@ -59,7 +59,7 @@ def test_the_drafter_ends_with_k_columns_a_top_1_and_the_table(random_model, exp
 
 def test_the_trim_shrinks_the_plan_by_the_rows_it_cuts(random_model, export_pair):
     directory = random_model("llama", vocab_size=32768, tie_word_embeddings=False, hidden_size=128)
-    trimmed, full = (export_pair(directory, k=k, trt=RTX) for k in ("1024", "32768"))
+    trimmed, full = (export_pair(directory, k=k, trt=RTX) for k in (1024, 32768))
     sizes = [(result.drafter / PLAN_NAME).stat().st_size for result in (trimmed, full)]
     cut = (32768 - 1024) * 128 * 2
     assert sizes[1] - sizes[0] == pytest.approx(cut, rel=0.05)

@@ -79,6 +79,8 @@ def _has_experts(config: Config, kind: ModelClass) -> bool:
     modeling = sys.modules[kind.__module__]
     if config.model_type in _TRACED_EXPERTS or getattr(config, "enable_moe_block", None) is False:
         return False
+    if set(getattr(config, "mlp_layer_types", None) or ()) == {"dense"}:
+        return False
     configs = [config, getattr(config, "ffn_config", None)]
     count = max((getattr(each, name, None) or 0 for each in configs for name in _EXPERTS), default=0)
     return count > 1 or (hasattr(modeling, "use_experts_implementation") and "MoE" in kind.__name__)
