@@ -115,7 +115,7 @@ def test_impossible_k(attempt, k, pattern):
 def test_unusable_calibration(attempt, tmp_path):
     assert_one_line(attempt(calibration=tmp_path / "gone.txt"), "gone.txt")
     assert_one_line(attempt(calibration=write(tmp_path / "empty.txt", "")), "empty.txt")
-    assert_one_line(attempt(calibration=write(tmp_path / "a.jsonl", '{"text": "x"}\n{"no": 1}\n')), "a.jsonl")
+    assert_one_line(attempt(calibration=write(tmp_path / "a.jsonl", '{"no": 1}\n')), "a.jsonl")
     (tmp_path / "nothing").mkdir()
     assert_one_line(attempt(calibration=tmp_path / "nothing"), "nothing")
     assert_one_line(attempt(calibration=write(tmp_path / "c.safetensors", "x")), "token counts")
