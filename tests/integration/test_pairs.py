@@ -64,7 +64,7 @@ def check_output(target, drafter, model):
 def test_ids_that_differ_are_never_drafted(pair, distilled):
     kept = set(pair.selection.vocab_map.kept_token_ids.tolist())
     assert kept == set(range(448)) - {TOKENS, TOKENS + 1}
-    assert [note.split()[:3] for note in pair.notes] == [["2", "token", "ids"]]
+    assert ["2", "token", "ids"] in [note.split()[:3] for note in pair.notes]
     check_output(pair.target, pair.drafter, distilled[0])
 
 
