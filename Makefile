@@ -52,7 +52,7 @@ interop: $(VENV)/installed $(MODEL)
 	cp $(INTEROP)/interop.json benchmarks/results/smollm2_interop.json
 
 # every causal language model that transformers registers, with small random weights, against transformers: those that
-# the file of results lacks (delete it to run all anew)
+# the file of results lacks (delete it to run all of them again)
 architectures: $(VENV)/installed
 	$(BIN)/python benchmarks/architectures.py --output benchmarks/results/architectures.json --document docs/models.md
 

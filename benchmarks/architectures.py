@@ -221,7 +221,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="JSON file with a row for each architecture")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="run these, also where the file has them")
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after the model that is running then")
-    parser.add_argument("--document", type=Path, help="Markdown file whose table is written anew")
+    parser.add_argument("--document", type=Path, help="Markdown file whose table is rewritten")
     options = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     rows = json.loads(options.output.read_text())["architectures"] if options.output.exists() else {}

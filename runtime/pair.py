@@ -80,9 +80,11 @@ def _check_tokens(target: Engine, drafter: Engine) -> None:
     """The tokens that both have must mean the same, and those that the drafter can propose must be the target's."""
     if drafter.manifest.tokenizer == target.manifest.tokenizer:
         return
-    if target.tokenizer_file is None or drafter.tokenizer_file is None:
+    files = target.tokenizer_file, drafter.tokenizer_file
+    if files[0] is None or files[1] is None:
         raise VocabtrimError("the drafter was made for another tokenizer than the target's: export it for this target")
-    sides = [Vocabulary.load(side.tokenizer_file, side.manifest.vocab_size) for side in (target, drafter)]  # type: ignore
+    sizes = target.manifest.vocab_size, drafter.manifest.vocab_size
+    sides = [Vocabulary.load(files[0], sizes[0]), Vocabulary.load(files[1], sizes[1])]
     try:
         shared = shared_tokens(*sides)
     except VocabtrimError as error:
