@@ -17,7 +17,6 @@ from vocabtrim_export.calibration import Skipped, TokenCounts, skipped_note
 from vocabtrim_export.calibration.counting import CalibrationSettings, count_tokens, read_calibration
 from vocabtrim_export.calibration.moments import head_run, input_moments
 from vocabtrim_export.drafters.base import FeatureHead
-from vocabtrim_export.drafters.detect import head_kind
 from vocabtrim_export.drafters.eagle_checkpoint import load_head
 from vocabtrim_export.drafters.medusa import MedusaHeads, load_medusa
 from vocabtrim_export.drafters.mtp import find_mtp, load_mtp
@@ -29,6 +28,7 @@ from vocabtrim_export.generation_rules import rule_notes
 from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.lowering.quantize import Quantization
 from vocabtrim_export.selection import Coverage, Selection, check_k, select_vocab, structural_token_ids
+from vocabtrim_export.sources.head_kind import head_kind
 from vocabtrim_export.sources.rotation import context_length, fix_long_tables
 from vocabtrim_export.sources.source import DTYPES, Source, calibration_model, load_source
 from vocabtrim_export.tracing.trace import Traced, decoder_layers, trace

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from engines.bundle.typed_json import decode, read
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources.head_kind import eagle_kind
 
 _UNCOVERED = {"eagle3": ("norm_before_fc", "fc_norm", "norm_output"), "eagle": ("layernorms", "add_para_norm")}
-FUSING_TENSORS = {"fc.weight", "model.fc.weight", "fusion_fc.weight"}  # no language model has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +89,3 @@ def _feature_layers(data: Mapping[str, Any], where: str) -> tuple[int, ...] | No
         return top or None
     given: tuple[int, ...] = decode(tuple[int, ...], nested.get(name) or [], f"{where}: eagle_config.{name}")
     return tuple(layer + 1 for layer in given) or None
-
-
-def eagle_kind(data: Mapping[str, Any], tensors: Iterable[str]) -> Literal["eagle", "eagle3"]:
-    is_third = any("eagle3" in name for name in stated_kinds(data))
-    return "eagle3" if is_third or any(name.endswith(".hidden_norm.weight") for name in tensors) else "eagle"
-
-
-def stated_kinds(data: Mapping[str, Any]) -> list[str]:
-    architectures = data.get("architectures")
-    names = [*(architectures if isinstance(architectures, list) else []), data.get("speculators_model_type")]
-    return [str(name).lower() for name in names]

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from engines.bundle.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
 from engines.errors import VocabtrimError
-from vocabtrim_export.drafters.base import FeatureHead
 from vocabtrim_export.tracing.composites import DOMAIN, Norm, Rope, composites, rotary_modules
 from vocabtrim_export.tracing.failure import untraceable
 
@@ -138,7 +137,7 @@ class _Decoder(nn.Module):
 class _HeadDecoder(_Decoder):
     """The same of a head that reads and gives a hidden state."""
 
-    def __init__(self, model: FeatureHead, rope: Rope | None) -> None:
+    def __init__(self, model: PreTrainedModel, rope: Rope | None) -> None:
         super().__init__(model, rope)
         self.outputs = ["logits", HIDDEN_OUTPUT]
 
@@ -202,7 +201,7 @@ def _trace_skeleton(
             }
         )
         example = {"input_ids": torch.ones(1, 7, dtype=torch.long), "position_ids": torch.arange(7)[None]}
-        if isinstance(skeleton, FeatureHead):
+        if HIDDEN_INPUT in inspect.signature(skeleton.forward).parameters:  # a head, which reads hidden states too
             decoder: _Decoder = _HeadDecoder(skeleton, fake_rope)
             example[HIDDEN_INPUT] = torch.zeros(1, 7, skeleton.config.hidden_size, dtype=dtype)
         else:

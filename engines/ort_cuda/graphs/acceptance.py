@@ -1,14 +1,12 @@
-"""Which drafted tokens stay, as two small ONNX graphs: `runtime.accept`'s rules where the probabilities are.
+"""Which drafted tokens stay in a sampled round: `runtime.accept.accept_sampled` as a small ONNX graph on the device.
 
-They run beside the engines, between the target's verification and the next draft: within a round on CUDA
-(`engines.ort_cuda.sampler`), or by themselves in `engines.ort_cuda.graphs.session.Acceptance`. Having no state, no
-weights and no control flow, either can as well be appended to a verification's graph, whose `token_ids` or
-probabilities are then its inputs. `engines.ort_cuda.graphs.sampling` warps the logits
-first (temperature, top-k, top-p).
+It runs between the target's verification and the next draft (`engines.ort_cuda.sampler`), on probabilities that
+`engines.ort_cuda.graphs.sampling` makes of the logits (temperature, top-k, top-p, min-p). It has no state, no weights
+and no control flow.
 
-Written with what ONNX Runtime (CPU, CUDA) and TensorRT all run: gathers instead of scatters, running sums instead of
-products, and an index by counting instead of ArgMax, whose choice among equals is not TensorRT's to promise.
-The draft's length is dynamic: fixed by the profile that a plan is built for.
+The graph uses only what ONNX Runtime (CPU, CUDA) and TensorRT all run: gathers instead of scatters, running sums
+instead of products, and counting instead of ArgMax, because TensorRT does not promise which of several equal values its
+ArgMax finds. The length of the draft is a dynamic dimension, which a TensorRT plan's profile fixes.
 """
 
 import numpy as np
@@ -22,21 +20,6 @@ from engines.ort_cuda.graphs.sampling import draw
 _DRAFT = "draft_length"
 _VERIFIED = "verified"  # draft_length + 1
 _END = (1 << 31) - 1
-
-
-def greedy_acceptance() -> ir.Model:
-    """Keep the draft up to where the target would have chosen otherwise: `runtime.accept.accept_greedy`.
-
-    Inputs: draft_ids int64[1, γ]; token_ids int64[1, γ + 1], the target's most likely token before and after each.
-    Outputs: accepted int64[1], the drafted tokens that stay; next_token int64[1], the target's own after them.
-    """
-    graph = GraphBuilder("greedy_acceptance")
-    draft = graph.input("draft_ids", ir.DataType.INT64, [1, _DRAFT])
-    chosen = graph.input("token_ids", ir.DataType.INT64, [1, _VERIFIED])
-    agreed = graph.op("Equal", draft, graph.op("Slice", chosen, *graph.ints([0], [-1], [1])))
-    accepted = _leading(graph, agreed, axis=1)
-    following = graph.op("Gather", chosen, accepted, axis=1)
-    return _finish(graph, accepted, graph.reshape(following, 1))
 
 
 def sampled_acceptance(vocab: int, kept_token_ids: NDArray[np.int64] | None = None) -> ir.Model:
@@ -66,15 +49,11 @@ def sampled_acceptance(vocab: int, kept_token_ids: NDArray[np.int64] | None = No
     # u·q < p rather than u < p/q: no division by zero, and where q is zero p alone decides
     bound = graph.op("Mul", graph.op("Slice", uniforms, *graph.ints([0], [-1])), columns.drafted(q, tokens))
     stays = graph.op("Less", bound, _entries(graph, p, tokens, vocab))
-    accepted = _leading(graph, stays, axis=0)
+    accepted = _leading(graph, stays)
 
     weights = _replacement(graph, columns, p, q, accepted, stays)
     drawn = draw(graph, graph.reshape(weights, 1, vocab), vocab, graph.op("Slice", uniforms, *graph.ints([-1], [_END])))
-    return _finish(graph, accepted, drawn)
-
-
-def _finish(graph: GraphBuilder, accepted: ir.Value, next_token: ir.Value) -> ir.Model:
-    outputs = {"accepted": accepted, "next_token": next_token}
+    outputs = {"accepted": accepted, "next_token": drawn}
     return graph.finish({name: (value, ir.DataType.INT64, [1]) for name, value in outputs.items()})
 
 
@@ -125,12 +104,12 @@ def _replacement(
     return graph.op("Where", is_left, rest, p_row)
 
 
-def _leading(graph: GraphBuilder, flags: ir.Value, axis: int) -> ir.Value:
-    """How many of `flags`, bool[γ] or bool[1, γ], are true before the first that is not: int64[1]."""
+def _leading(graph: GraphBuilder, flags: ir.Value) -> ir.Value:
+    """How many of `flags`, bool[γ], are true before the first that is not: int64[1]."""
     failed = graph.op("Cast", graph.op("Not", flags), to=INT64)
-    so_far = graph.op("CumSum", failed, graph.axis(axis))
+    so_far = graph.op("CumSum", failed, graph.axis(0))
     intact = graph.op("Cast", graph.op("Equal", so_far, *graph.ints([0])), to=INT64)
-    return graph.op("ReduceSum", intact, *graph.ints([axis]), keepdims=1 - axis)
+    return graph.op("ReduceSum", intact, *graph.ints([0]), keepdims=1)
 
 
 def _entries(graph: GraphBuilder, table: ir.Value, columns: ir.Value, width: int) -> ir.Value:
