@@ -16,20 +16,13 @@ from engines.cuda.graph_replay import Replayed
 from engines.ort.engine import OnnxRuntimeEngine, Step
 from engines.ort.session import new_session, numpy_dtype
 from engines.ort_cuda.binding import CudaRun, Place, Work, element_type, run_options
-from engines.ort_cuda.provider import (
-    can_be_captured,
-    explain_out_of_memory,
-    open_cuda_graph,
-)
-from engines.ort_cuda.round import CudaRound
-from engines.ort_cuda.sampler import DeviceSampler
+from engines.ort_cuda.pair import PairRounds
+from engines.ort_cuda.provider import can_be_captured, explain_out_of_memory, open_cuda_graph
 from engines.sampling_params import Sampling
 
 _ALIGNED = cuda.ALIGNMENT // 8  # int64 values from one input of a step to the next
 # The first run loads kernels and fills the arena; by the second it has planned its memory and allocated that.
 _WARM_UP = 2
-# Of one drafter: every draft length, number of unread tokens and top-k has one, with buffers as wide as the vocabulary.
-_KEPT_ROUNDS = 64
 _UNREAD = 2  # tokens that a drafter is behind by at most, once it has read the prompt
 
 
@@ -76,8 +69,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         device: Device = "cuda",
     ) -> None:
         self.device, self.stream, self._bundle = device, stream, bundle
-        self._rounds: dict[tuple[Engine, int, DeviceSampler | int], CudaRound] = {}  # that this engine drafts in
-        self._samplers: dict[tuple[Engine, int, int, bool, bool], DeviceSampler] = {}
+        self.rounds = PairRounds(self)  # that this engine drafts in
         try:
             super().__init__(bundle, session, shared)
         except Exception as error:
@@ -97,7 +89,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     def cuda_graphs(self) -> int:
         """Kept steps, and rounds that this engine drafts in, that run as a CUDA graph."""
         steps = [step.work for step in self._steps.values() if isinstance(step, DeviceStep)]
-        return sum(work.has_graph for work in steps) + sum(each.has_graph for each in self._rounds.values())
+        return sum(work.has_graph for work in steps) + self.rounds.cuda_graphs
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         try:
@@ -113,22 +105,13 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         draft_length: int,
         sampling: Sampling | None = None,
     ) -> Speculation | None:
-        if not isinstance(drafter, OnnxRuntimeCudaEngine) or drafter.stream is not self.stream:
-            return None
-        # A token that the target lacks must not reach its embedding.
-        if drafter.manifest.vocab_size > self.manifest.vocab_size:
-            return None
-        unread, end = len(token_ids), drafter.length + len(token_ids) + draft_length - 1
-        if self.length + draft_length >= self.capacity or end > drafter.capacity or not drafter.knows(self, unread):
+        if not isinstance(drafter, OnnxRuntimeCudaEngine):
             return None
         try:
-            made = self._round(drafter, unread, draft_length, sampling).run(token_ids, self.length, sampling)
+            return drafter.rounds.speculate(self, token_ids, draft_length, sampling)
         except Exception as error:
             explain_out_of_memory(error, self._bundle)
             raise
-        self.length += draft_length + 1
-        drafter.length = end
-        return made
 
     def open_graph(self, model: ir.Model) -> ort.InferenceSession:
         """A small model of ours on the engine's device and stream."""
@@ -153,10 +136,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         return super().environment() | cuda.environment()
 
     def _release(self) -> None:
-        for each in self._rounds.values():
-            each.close()
-        self._rounds.clear()
-        self._samplers.clear()
+        self.rounds.close()
         for step in self._steps.values():
             if isinstance(step, DeviceStep):
                 step.work.close()
@@ -187,25 +167,6 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
 
         is_capturable = all(engine.is_capturable for engine in (self, *others))
         return Replayed(self.stream, whole, lambda: is_capturable, _WARM_UP)
-
-    def _round(
-        self, drafter: "OnnxRuntimeCudaEngine", unread: int, draft_length: int, sampling: Sampling | None
-    ) -> CudaRound:
-        sampler = None
-        if sampling:
-            params = sampling.params
-            chosen = self, draft_length, params.top_k, params.top_p < 1, params.min_p > 0
-            if chosen not in drafter._samplers:
-                drafter._samplers[chosen] = DeviceSampler(self, drafter, *chosen[1:])
-            sampler = drafter._samplers[chosen]
-        rounds, key = drafter._rounds, (self, unread, sampler or draft_length)
-        made = rounds.pop(key, None) or CudaRound(self, drafter, unread, draft_length, sampler)
-        rounds[key] = made  # behind those that were not used since
-        if len(rounds) > _KEPT_ROUNDS:
-            rounds.pop(next(iter(rounds))).close()
-            used = {choice for _, _, choice in rounds}
-            drafter._samplers = {name: each for name, each in drafter._samplers.items() if each in used}
-        return made
 
     def _bind(self, length: int, keep: int) -> Step:
         # input_ids | position_ids | seqlens_k | token_ids, each aligned, on the host as on the device

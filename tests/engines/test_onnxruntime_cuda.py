@@ -18,8 +18,8 @@ from engines.cuda import runtime as cuda
 from engines.cuda.graph_replay import Replayed
 from engines.errors import VocabtrimError
 from engines.ort.session import open_session
-from engines.ort_cuda import engine as cuda_engine
 from engines.ort_cuda import load as cuda_load
+from engines.ort_cuda import pair as cuda_pair
 from engines.ort_cuda import provider as cuda_provider
 from engines.ort_cuda.binding import CudaRun, element_type
 from engines.ort_cuda.engine import DeviceStep, OnnxRuntimeCudaEngine
@@ -288,12 +288,12 @@ def test_another_top_k_is_another_round_and_another_temperature_is_not(pair):
                 engine.rewind(0)
                 engine.feed(PROMPT)
             target.speculate(drafter, [9], 3, Sampling(params, np.random.default_rng(0)))
-            assert len(drafter._rounds) == rounds
+            assert len(drafter.rounds.kept) == rounds
 
 
 def test_rounds_are_kept_up_to_a_number(pair, monkeypatch):
     """A server whose users choose their own top-k does not fill the GPU."""
-    monkeypatch.setattr(cuda_engine, "_KEPT_ROUNDS", 3)
+    monkeypatch.setattr(cuda_pair, "_KEPT_ROUNDS", 3)
     stream, closed = HostStream(), []
     close = CudaRound.close
     monkeypatch.setattr(CudaRound, "close", lambda made: closed.append(made) or close(made))
@@ -304,8 +304,8 @@ def test_rounds_are_kept_up_to_a_number(pair, monkeypatch):
                 engine.feed(PROMPT)
             params = SamplingParams(1.0, top_k)
             target.speculate(drafter, [9], 2, Sampling(params, np.random.default_rng(0)))
-        assert [chosen[2] for chosen in drafter._samplers] == [1, 4, 5]
-        assert (len(drafter._rounds), len(closed)) == (3, 2)
+        assert [chosen[2] for chosen in drafter.rounds.samplers] == [1, 4, 5]
+        assert (len(drafter.rounds.kept), len(closed)) == (3, 2)
 
 
 def test_logits_that_are_not_finite_are_said(pair, monkeypatch):

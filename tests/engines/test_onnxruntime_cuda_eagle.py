@@ -96,7 +96,7 @@ def test_a_head_of_the_first_kind_drafts_on_the_device_too(draft_length, first_p
         for accepted in range(draft_length + 1):
             options = {"draft_length": draft_length, "force_accepted": accepted}
             assert moves(target, head, **options) == moves(*host, **options)
-        assert {unread for _, unread, _ in head._rounds} == set(range(1, draft_length + 2))
+        assert {unread for _, unread, _ in head.rounds.kept} == set(range(1, draft_length + 2))
         monkeypatch.setattr(CudaFeatureEngine, "speculate", Engine.speculate)
         assert moves(target, head, draft_length=draft_length) == moves(*host, draft_length=draft_length)
 
@@ -141,7 +141,7 @@ def test_a_round_is_the_stepwise_one_after_any_number_of_accepted_tokens(draft_l
             options = {"draft_length": draft_length, "force_accepted": accepted}
             wanted, found = moves(*host, **options), moves(target, head, **options)
             assert found == wanted
-        met = {unread for _, unread, steps in head._rounds if steps == draft_length}
+        met = {unread for _, unread, steps in head.rounds.kept if steps == draft_length}
         assert met == set(range(1, draft_length + 2))
         costs = []
         for entry in decode_rounds(target, head, PROMPT, max_new_tokens=30, draft_length=draft_length):
@@ -283,7 +283,7 @@ def test_fp16_with_a_trimmed_int4_head(half):
         assert target.features.onnx_type == "tensor(float16)"
         for accepted in (0, 2, 4):
             assert moves(target, head, force_accepted=accepted) == moves(*host, force_accepted=accepted)
-        assert len(head._rounds) > 3
+        assert len(head.rounds.kept) > 3
 
 
 def test_a_head_on_another_device_reads_features_from_the_host(pair):
@@ -323,7 +323,7 @@ def simulated(monkeypatch):
 def test_pairs_load_onto_one_stream_and_dtypes_do_not_mix(simulated, pair, half):
     with SpeculativeDecoder.load(pair.target, pair.drafter, "cuda") as decoder:
         assert decoder.generate(PROMPT, max_new_tokens=30).stats.drafted
-        assert decoder.drafter._rounds
+        assert decoder.drafter.rounds.kept
     with load_engine(pair.target, "cuda") as target, load_engine(half.drafter, "cuda", target) as head:
         head.feed_features([*PROMPT[1:], 8], target.feed(PROMPT).features)
         target.feed([8])

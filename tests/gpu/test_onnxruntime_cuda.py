@@ -136,7 +136,7 @@ def test_a_round_in_one_graph_is_the_stepwise_one(shared, draft_length, pair, mo
                     rounds = list(decode_rounds(target, drafter, PROMPT, max_new_tokens=80, draft_length=draft_length))
                     made.append([(entry.tokens, entry.drafted, entry.accepted) for entry in rounds])
                     if not stepwise:
-                        graphs = [each.has_graph for each in drafter._rounds.values()]
+                        graphs = [each.has_graph for each in drafter.rounds.kept.values()]
                         assert any(graphs), "no round became a CUDA graph"
                         rounds = [entry for entry in rounds if entry.drafted == draft_length][-5:]
                         print([f"{1e6 * (r.seconds - r.draft_seconds - r.verify_seconds):.0f} µs" for r in rounds])
@@ -168,7 +168,7 @@ def test_a_sampled_round_in_one_graph_is_the_hosts(params, pair):
                 differing.append((number, made.drafted.tolist(), made.accepted, wanted))
             counts.append(made.accepted.count)
             text = [*text[:40], made.accepted.next_token]
-        assert all(each.has_graph for each in drafter._rounds.values()), "no round became a CUDA graph"
+        assert all(each.has_graph for each in drafter.rounds.kept.values()), "no round became a CUDA graph"
     print(differing, counts)
     assert len(differing) <= 1
     assert len(set(counts)) > 1

@@ -112,7 +112,9 @@ def test_a_round_in_one_graph_is_the_stepwise_one(draft_length, pair, monkeypatc
                 options = {"force_accepted": accepted, "draft_length": draft_length, "max_new_tokens": 60}
                 made.append(moves(target, head, PROMPT, **options))
         assert made[: draft_length + 1] == made[draft_length + 1 :]
-        full = {unread: each.has_graph for (_, unread, steps), each in head._rounds.items() if steps == draft_length}
+        full = {
+            unread: each.has_graph for (_, unread, steps), each in head.rounds.kept.items() if steps == draft_length
+        }
         assert full == dict.fromkeys(range(1, draft_length + 2), True), "some round is no CUDA graph"
 
 
@@ -134,7 +136,7 @@ def test_a_sampled_round_in_one_graph_is_the_hosts(params, pair):
     """Token for token, but for a sum that rounds to the other side of a border."""
     with on_cuda(pair) as engines:
         made = list(sampled_rounds(engines, engines, params, 40))
-        assert all(each.has_graph for each in engines[1]._rounds.values()), "no round became a CUDA graph"
+        assert all(each.has_graph for each in engines[1].rounds.kept.values()), "no round became a CUDA graph"
     differing = [pair for pair in made if pair[0] != pair[1]]
     print(differing, [found[1].count for found, _ in made])
     assert len(differing) <= 1
