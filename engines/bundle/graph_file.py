@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.bundle.graph_io import TOKEN_TABLE
 from engines.bundle.typed_json import brief
 from engines.errors import VocabtrimError
 
 PREFIX = "vocabtrim."
 HEAD_TENSORS = f"{PREFIX}head_tensors"
-TABLE_NAME = "kept_token_ids"
 _BLOCK = 1 << 20
 # of one element, by TensorProto.DataType
 _BITS = dict.fromkeys((2, 3, 9, 17, 18, 19, 20, 24), 8) | dict.fromkeys((4, 5, 10, 16), 16)
@@ -75,7 +75,7 @@ class GraphFile:
 
     def table(self) -> NDArray[np.int64]:
         """int64[rows]: the table of kept token ids that the graph's last `Gather` reads."""
-        return np.frombuffer(b"".join(self._blocks(self._tensor(TABLE_NAME))), "<i8")
+        return np.frombuffer(b"".join(self._blocks(self._tensor(TOKEN_TABLE))), "<i8")
 
     def head_tensors(self) -> list[str]:
         """The initializers that the LM head reads, as the exporter noted them."""

@@ -21,10 +21,6 @@ DRAFT_MODEL_NAME = "draft.onnx"
 DRAFT_PLAN_NAME = "draft.engine"
 FEATURES_NAME = "features.onnx"
 
-# of graphs that hand hidden states on
-FEATURES_OUTPUT = "features"
-HIDDEN_INPUT, HIDDEN_OUTPUT = "hidden", "next_hidden"
-
 Role = Literal["target", "drafter"]
 Kind = Literal["language-model", "eagle", "eagle3", "medusa", "mtp"]
 Phase = Literal["draft", "verify", "prefill"]

@@ -7,7 +7,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from engines.base import ContextFull, Engine, StepOutput
-from engines.bundle.manifest import FEATURES_OUTPUT
+from engines.bundle.graph_io import FEATURES_OUTPUT, LOGITS, TOKEN_IDS
 from engines.bundle.read import Bundle
 from engines.ort.session import numpy_dtype
 
@@ -23,7 +23,7 @@ class MedusaEngine(Engine):
         self._source, self._session = bundle, session
         self.features_read = bundle.manifest.feature_size
         self._dtype = numpy_dtype(session.get_inputs()[0].type)
-        (heads,) = (output.shape[1] for output in session.get_outputs() if output.name == "logits")
+        (heads,) = (output.shape[1] for output in session.get_outputs() if output.name == LOGITS)
         self.max_draft = int(heads)
         self._token_ids = np.zeros((self.max_draft, 0), np.int64)  # [heads, kept]
         self._logits = np.zeros((self.max_draft, 0, 0), np.float32)
@@ -36,7 +36,7 @@ class MedusaEngine(Engine):
             raise ValueError(f"{len(token_ids)} tokens go with [tokens, {self.features_read}], not {features.shape}")
         self._grow(len(token_ids))
         rows = features[-keep:].astype(self._dtype, copy=False)
-        logits, drafted = self._session.run(["logits", "token_ids"], {FEATURES_OUTPUT: rows[None]})
+        logits, drafted = self._session.run([LOGITS, TOKEN_IDS], {FEATURES_OUTPUT: rows[None]})
         self._logits, self._token_ids, self._head = logits[0], drafted[0], 0
         return self._next()
 

@@ -8,7 +8,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from engines.base import MAX_KEEP, Device, Engine, Speculation, StepOutput
-from engines.bundle.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
+from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT, INPUT_IDS
 from engines.bundle.read import Bundle
 from engines.cuda import runtime as cuda
 from engines.ort.eagle import require_last_row, require_rows
@@ -78,7 +78,7 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
 
     def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
         run = super().bind_run(places, token_ids)
-        rows = self.features.place(0, places["input_ids"].shape[-1])
+        rows = self.features.place(0, places[INPUT_IDS].shape[-1])
         run.binding.bind_output(FEATURES_OUTPUT, self.device, 0, *rows)
         return run
 
@@ -169,7 +169,7 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
 
     def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
         run = super().bind_run(places, token_ids)
-        hidden = {**self._fused_places(places["input_ids"].shape[-1]), **places}
+        hidden = {**self._fused_places(places[INPUT_IDS].shape[-1]), **places}
         run.binding.bind_input(HIDDEN_INPUT, self.device, 0, *hidden[HIDDEN_INPUT])
         run.binding.bind_output(HIDDEN_OUTPUT, self.device, 0, *hidden[HIDDEN_OUTPUT])
         return run

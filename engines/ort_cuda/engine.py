@@ -10,6 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from engines.base import Device, Engine, Speculation, StepOutput
+from engines.bundle.graph_io import INPUT_IDS, LOGITS, POSITION_IDS, SEQLENS_K, TOKEN_IDS
 from engines.bundle.read import Bundle
 from engines.cuda import runtime as cuda
 from engines.cuda.graph_replay import Replayed
@@ -154,8 +155,8 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             dtype, shape, address = places[name]
             binding.bind_input(name, self.device, 0, dtype, shape, address)
         logits = self.allocate((1, keep, self._head_rows), element_type(self.logits_type))
-        binding.bind_output("token_ids", self.device, 0, *token_ids)
-        binding.bind_ortvalue_output("logits", logits)
+        binding.bind_output(TOKEN_IDS, self.device, 0, *token_ids)
+        binding.bind_ortvalue_output(LOGITS, logits)
         return CudaRun(self._session, binding, run_options(), self.stream, logits, self.logits_type)
 
     def replayed(self, enqueue: Callable[[], None], others: Sequence["OnnxRuntimeCudaEngine"] = ()) -> Replayed:
@@ -178,9 +179,9 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             return Place(dtype, shape, memory.data_ptr() + 8 * start)
 
         places = {
-            "input_ids": place(np.int64, (1, length), 0),
-            "position_ids": place(np.int64, (1, length), section),
-            "seqlens_k": place(np.int32, (1,), seqlens),
+            INPUT_IDS: place(np.int64, (1, length), 0),
+            POSITION_IDS: place(np.int64, (1, length), section),
+            SEQLENS_K: place(np.int32, (1,), seqlens),
         }
         run = self.bind_run(places, place(np.int64, (1, keep), tokens))
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Accepted, Speculation, StepOutput
+from engines.bundle.graph_io import INPUT_IDS, POSITION_IDS, SEQLENS_K
 from engines.errors import VocabtrimError
 from engines.ort_cuda.binding import Place, Run, Work
 from engines.ort_cuda.graphs.sampling import NO_TOKEN
@@ -74,9 +75,9 @@ class CudaRound:
         def reads(step: int, position: int, token: int, count: int) -> dict[str, Place]:
             """position, token: of the first one read, counted from the drafter's first."""
             return {
-                "seqlens_k": self._place(step, np.int32, (1,)),
-                "position_ids": self._place(at.positions + position, np.int64, (1, count)),
-                "input_ids": self._place(at.tokens + token, np.int64, (1, count)),
+                SEQLENS_K: self._place(step, np.int32, (1,)),
+                POSITION_IDS: self._place(at.positions + position, np.int64, (1, count)),
+                INPUT_IDS: self._place(at.tokens + token, np.int64, (1, count)),
             }
 
         self._draft: list[Work] = drafter.prepare(target, unread)

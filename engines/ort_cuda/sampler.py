@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from engines.bundle.graph_io import LOGITS, TOKEN_IDS
 from engines.ort_cuda.binding import Place, Run, run_options
 from engines.ort_cuda.graphs.acceptance import sampled_acceptance
 from engines.ort_cuda.graphs.sampling import draw_graph, warp_graph
@@ -74,7 +75,7 @@ class DeviceSampler:
         drawn = Place(np.int64, (1, 1), token)
         return [
             self._warp(self._warp_draft, logits, chances, q),
-            self._bind(self._draw, {"probabilities": q, "uniform": uniform}, {"token_ids": drawn}),
+            self._bind(self._draw, {"probabilities": q, "uniform": uniform}, {TOKEN_IDS: drawn}),
         ]
 
     def judge(self, logits: ort.OrtValue, chances: int, drafted: int, verdict: int) -> list[Run]:
@@ -89,7 +90,7 @@ class DeviceSampler:
 
     def _warp(self, session: ort.InferenceSession, logits: ort.OrtValue, chances: int, written: Place) -> Run:
         inputs: dict[str, Place | ort.OrtValue] = {
-            "logits": logits,
+            LOGITS: logits,
             "temperature": Place(np.float32, (1,), chances),
         }
         if self._has_top_p:

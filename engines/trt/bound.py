@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.bundle.graph_io import LOGITS, PAST, PRESENT, TOKEN_IDS
 from engines.cuda import runtime as cuda
 from engines.cuda.graph_replay import Replayed
 from engines.errors import VocabtrimError
@@ -33,7 +34,7 @@ class KVCache:
         """For an ICudaEngine. Raises `VocabtrimError` if the GPU has no room."""
         offsets, end = {}, 0
         for name in tensor_names(library, engine, inputs=True):
-            if name.startswith("past_key_values."):
+            if name.startswith(PAST):
                 offsets[name] = end
                 shape = tuple(engine.get_tensor_shape(name))
                 end += _aligned(int(np.prod(shape)) * stored_dtype(engine, name).itemsize)
@@ -103,8 +104,8 @@ class BoundProfile:
         """float32[keep, head_rows] of the last `run`."""
         if self._context is None or self._buffers.logits is None:
             raise RuntimeError("no logits: they are valid until the next feed, and no draft has any")
-        _, *shape = self._context.get_tensor_shape("logits")
-        stored = np.empty(shape, stored_dtype(self._engine, "logits"))
+        _, *shape = self._context.get_tensor_shape(LOGITS)
+        stored = np.empty(shape, stored_dtype(self._engine, LOGITS))
         self._shared.stream.copy(stored.ctypes.data, self._buffers.logits.address, stored.nbytes)
         self._shared.stream.synchronize()
         return to_float32(stored)
@@ -148,15 +149,15 @@ class BoundProfile:
             self._set_address(name, device.address + offset)
         outputs: dict[str, cuda.DeviceMemory] = {}
         for name in tensor_names(library, self._engine, inputs=False):
-            if name.startswith("present."):
+            if name.startswith(PRESENT):
                 past = self._engine.get_aliased_input_tensor(name)
                 self._require(past in cache.addresses, f"one address for the KV cache and {name}")
                 self._set_address(name, cache.addresses[past])
             else:
                 outputs[name] = _own(owned, cuda.allocate_device(self._size(name)))
                 self._set_address(name, outputs[name].address)
-        tokens = _own(owned, cuda.allocate_pinned(self._size("token_ids")))
-        return _Buffers(host, device, tokens, outputs["token_ids"], outputs.get("logits"))
+        tokens = _own(owned, cuda.allocate_pinned(self._size(TOKEN_IDS)))
+        return _Buffers(host, device, tokens, outputs[TOKEN_IDS], outputs.get(LOGITS))
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._context.get_tensor_shape(name))

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from engines.base import MAX_KEEP, ContextFull, Device, Engine, StepOutput
 from engines.bundle.read import Bundle, Profile, TensorRT
 
-SLOTS_INPUT = "attended_slots"  # of a graph with several spans: int64[span], the numbers from 0 on
 DRAFT_TOKENS = 2  # a drafter lacks at most two tokens after a round: the last it drafted and the target's
 
 

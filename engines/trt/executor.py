@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Device, StepOutput
+from engines.bundle.graph_io import ATTENDED_SLOTS, INPUT_IDS, LOGITS_POSITIONS, POSITION_IDS
 from engines.bundle.read import DRAFT_MODEL_NAME, DRAFT_PLAN_NAME, MODEL_NAME, PLAN_NAME, Bundle, Profile, TensorRT
 from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
 from engines.trt.bound import BoundProfile, KVCache, Shared
-from engines.trt.engine import SLOTS_INPUT, Executor
+from engines.trt.engine import Executor
 from engines.trt.library import Library, Log, load_library, make_log
 from engines.trt.plan import check_plans, open_engine
 
@@ -68,9 +69,9 @@ class TensorRTExecutor(Executor):
     ) -> StepOutput:
         """input_ids, position_ids: int64[profile.tokens]."""
         bound = self._profile("model", self._plans.profiles.index(profile))
-        bound.inputs["input_ids"][:] = input_ids.reshape(-1)
-        bound.inputs["position_ids"][:] = position_ids.reshape(-1)
-        bound.inputs["logits_positions"][:] = logits_positions.reshape(-1)
+        bound.inputs[INPUT_IDS][:] = input_ids.reshape(-1)
+        bound.inputs[POSITION_IDS][:] = position_ids.reshape(-1)
+        bound.inputs[LOGITS_POSITIONS][:] = logits_positions.reshape(-1)
         return StepOutput(bound.run(), bound.read_logits)
 
     def draft(self, span: int, input_ids: NDArray[np.int64], position_ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -78,8 +79,8 @@ class TensorRTExecutor(Executor):
         if not self._plans.draft_length:
             raise ValueError("the bundle has no draft.engine")
         bound = self._profile("draft", self._plans.spans.index(span))
-        bound.inputs["input_ids"][:] = input_ids.reshape(-1)
-        bound.inputs["position_ids"][:] = position_ids.reshape(-1)
+        bound.inputs[INPUT_IDS][:] = input_ids.reshape(-1)
+        bound.inputs[POSITION_IDS][:] = position_ids.reshape(-1)
         return bound.run()
 
     def close(self) -> None:
@@ -90,7 +91,7 @@ class TensorRTExecutor(Executor):
         bound = self._bound.get((which, index))
         if bound is None:
             bound = BoundProfile(self._shared, self._engines[which], index, self._cache)
-            if (slots := bound.inputs.get(SLOTS_INPUT)) is not None:
+            if (slots := bound.inputs.get(ATTENDED_SLOTS)) is not None:
                 slots[:] = np.arange(len(slots))
             self._bound[which, index] = bound
         return bound

@@ -7,9 +7,18 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from engines.base import Device, StepOutput
+from engines.bundle.graph_io import (
+    ATTENDED_SLOTS,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_POSITIONS,
+    PAST,
+    POSITION_IDS,
+    TOKEN_IDS,
+    present_name,
+)
 from engines.bundle.read import DRAFT_MODEL_NAME, MODEL_NAME, Bundle, Profile
 from engines.ort.session import numpy_dtype, open_session, share
-from engines.trt.engine import SLOTS_INPUT
 
 
 class ReferenceExecutor:
@@ -27,7 +36,7 @@ class ReferenceExecutor:
         self._draft = open_session(bundle.path / DRAFT_MODEL_NAME) if plans.draft_length else None
         self._caches: dict[str, ort.OrtValue] = {}
         for value in self._model.get_inputs():
-            if value.name.startswith("past_key_values."):
+            if value.name.startswith(PAST):
                 self._caches[value.name] = share(np.zeros(value.shape, numpy_dtype(value.type)))
         self._has_spans = len(plans.spans) > 1
 
@@ -41,15 +50,15 @@ class ReferenceExecutor:
         position_ids: NDArray[np.int64],
         logits_positions: NDArray[np.int64],
     ) -> StepOutput:
-        inputs = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
-        inputs["logits_positions"] = logits_positions
-        token_ids, logits = self._run(self._model, inputs, profile.span, ["token_ids", "logits"])
+        inputs = {INPUT_IDS: input_ids[None], POSITION_IDS: position_ids[None]}
+        inputs[LOGITS_POSITIONS] = logits_positions
+        token_ids, logits = self._run(self._model, inputs, profile.span, [TOKEN_IDS, LOGITS])
         return StepOutput(token_ids[0], lambda: logits[0].astype(np.float32, copy=False))
 
     def draft(self, span: int, input_ids: NDArray[np.int64], position_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         assert self._draft is not None
-        inputs = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
-        (token_ids,) = self._run(self._draft, inputs, span, ["token_ids"])
+        inputs = {INPUT_IDS: input_ids[None], POSITION_IDS: position_ids[None]}
+        (token_ids,) = self._run(self._draft, inputs, span, [TOKEN_IDS])
         drafted: NDArray[np.int64] = token_ids[0]
         return drafted
 
@@ -62,12 +71,12 @@ class ReferenceExecutor:
     ) -> list[NDArray[Any]]:
         binding = session.io_binding()
         if self._has_spans:
-            inputs[SLOTS_INPUT] = np.arange(span)
+            inputs[ATTENDED_SLOTS] = np.arange(span)
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
         for name, cache in self._caches.items():
             binding.bind_ortvalue_input(name, cache)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
+            binding.bind_ortvalue_output(present_name(name), cache)
         for name in outputs:
             binding.bind_output(name)
         session.run_with_iobinding(binding)

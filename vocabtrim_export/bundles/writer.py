@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from engines.bundle.checks import graph_metadata
-from engines.bundle.graph_file import HEAD_TENSORS, TABLE_NAME, GraphFile
+from engines.bundle.graph_file import HEAD_TENSORS, GraphFile
+from engines.bundle.graph_io import TOKEN_TABLE
 from engines.bundle.read import (
     FEATURES_NAME,
     MANIFEST_NAME,
@@ -113,7 +114,7 @@ def _write_graphs(
     else:
         lowered = lower(traced, weights)
     if twin:
-        save_like(lowered.model, directory, twin, {*lowered.head_tensors, TABLE_NAME})
+        save_like(lowered.model, directory, twin, {*lowered.head_tensors, TOKEN_TABLE})
     else:
         save_graph(lowered.model, directory, f"write {plan.role}", progress)
     if isinstance(model, FeatureHead) and model.fuse is not None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.bundle.graph_io import PAST, PRESENT
 from vocabtrim_export.cli.arguments import add_json_argument
 from vocabtrim_export.cli.console import print_table
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from engines.bundle.read import Bundle, Manifest
     from vocabtrim_export.trt.network import Layer, Network
 
-_CACHE = ("past_key_values.", "present.")
+_CACHE = (PAST, PRESENT)
 Graph = dict[str, list[dict[str, Any]]]
 
 

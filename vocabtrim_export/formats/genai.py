@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engines.bundle.graph_io import INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT
 from engines.bundle.manifest import MODEL_NAME, Role
 from vocabtrim_export.formats.exported import Exported, copy_tokenizer
 from vocabtrim_export.formats.masked import check_widths, write_masked
 
 CONFIG_NAME = "genai_config.json"
 _DRAFT_LENGTH = 4
-_PAST, _PRESENT = "past_key_values.%d.", "present.%d."
+_PAST, _PRESENT = f"{PAST}%d.", f"{PRESENT}%d."
 
 
 def write(exported: Exported, directory: Path) -> None:
@@ -54,7 +55,7 @@ def _config(exported: Exported) -> dict[str, Any]:
 def _decoder(exported: Exported, role: Role) -> dict[str, Any]:
     manifest = exported.manifests[role]
     config = exported.sources[role].model.config.get_text_config()
-    inputs = {name: name for name in ("input_ids", "position_ids") if name in manifest.inputs}
+    inputs = {name: name for name in (INPUT_IDS, POSITION_IDS) if name in manifest.inputs}
     return {
         "session_options": {"provider_options": []},
         "filename": f"{role}/{MODEL_NAME}",
@@ -66,7 +67,7 @@ def _decoder(exported: Exported, role: Role) -> dict[str, Any]:
         "inputs": inputs
         | {"attention_mask": "attention_mask", "past_key_names": _PAST + "key", "past_value_names": _PAST + "value"},
         "outputs": {
-            "logits": "logits",
+            "logits": LOGITS,
             "present_key_names": _PRESENT + "key",
             "present_value_names": _PRESENT + "value",
         },

@@ -9,13 +9,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
+from engines.bundle.graph_io import INPUT_IDS, KEEP, LOGITS, SEQLENS_K, TOKEN_IDS, TOKEN_TABLE, TOTAL_LENGTH
 from engines.bundle.manifest import MODEL_NAME, WEIGHTS_NAME
 from engines.errors import VocabtrimError
 from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.lowering.graph_files import clone_file
 
-_TABLE = "kept_token_ids"
-_OWN_INPUTS = ("seqlens_k", "total_sequence_length", "num_logits_to_keep")
+_OWN_INPUTS = (SEQLENS_K, TOTAL_LENGTH, KEEP)
 
 
 def check_widths(exported: Exported, name: str) -> None:
@@ -39,17 +39,17 @@ def write_masked(bundle: Path, directory: Path, vocab: int, width: int) -> None:
     model = onnx.load(bundle / MODEL_NAME, load_external_data=False)
     graph = model.graph
     _remove(graph.input, _OWN_INPUTS)
-    _remove(graph.output, ("token_ids",))
+    _remove(graph.output, (TOKEN_IDS,))
     mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, [1, "total_length"])
     graph.input.insert(1, mask)
-    logits = next(value for value in graph.output if value.name == "logits")
+    logits = next(value for value in graph.output if value.name == LOGITS)
     rows = logits.type.tensor_type.shape.dim[2].dim_value
     tail = [] if rows == width else _widen(graph, rows, width, logits.type.tensor_type.elem_type)
     front = _known_ids(graph, vocab) if vocab < width else []
     nodes = [*_lengths(graph), *front, *graph.node, *tail]
     del graph.node[:]
     graph.node.extend(_used(nodes, [value.name for value in graph.output]))
-    logits.CopyFrom(helper.make_tensor_value_info("logits", logits.type.tensor_type.elem_type, [1, "length", width]))
+    logits.CopyFrom(helper.make_tensor_value_info(LOGITS, logits.type.tensor_type.elem_type, [1, "length", width]))
     used = {name for node in graph.node for name in node.input}
     _remove(graph.initializer, [tensor.name for tensor in graph.initializer if tensor.name not in used])
     onnx.save(model, directory / MODEL_NAME)
@@ -62,37 +62,37 @@ def _lengths(graph: GraphProto) -> list[NodeProto]:
     return [
         _node("ReduceSum", ["attention_mask", "mask.axis"], "mask.sum", keepdims=0),
         _node("Sub", ["mask.sum", "mask.axis"], "mask.last"),
-        _node("Cast", ["mask.last"], "seqlens_k", to=TensorProto.INT32),
+        _node("Cast", ["mask.last"], SEQLENS_K, to=TensorProto.INT32),
         _node("Shape", ["attention_mask"], "mask.length", start=1, end=2),
-        _node("Cast", ["mask.length"], "total_sequence_length", to=TensorProto.INT32),
-        _node("Shape", ["input_ids"], "num_logits_to_keep", start=1, end=2),
+        _node("Cast", ["mask.length"], TOTAL_LENGTH, to=TensorProto.INT32),
+        _node("Shape", [INPUT_IDS], KEEP, start=1, end=2),
     ]
 
 
 def _known_ids(graph: GraphProto, vocab: int) -> list[NodeProto]:
     """No id of `vocab` or more: a target may have rows that pad its head, or tokens that are not in the drafter."""
     for node in graph.node:
-        node.input[:] = ["ids.known" if name == "input_ids" else name for name in node.input]
+        node.input[:] = ["ids.known" if name == INPUT_IDS else name for name in node.input]
     _constant(graph, "ids.last", np.array(vocab - 1, np.int64))
-    return [_node("Min", ["input_ids", "ids.last"], "ids.known")]
+    return [_node("Min", [INPUT_IDS, "ids.last"], "ids.known")]
 
 
 def _widen(graph: GraphProto, rows: int, width: int, dtype: int) -> list[NodeProto]:
     """The logits of `rows` tokens at their places in a row of `width`, −inf elsewhere."""
     for node in graph.node:
         for names in (node.input, node.output):
-            names[:] = ["logits.kept" if name == "logits" else name for name in names]
-    if all(tensor.name != _TABLE for tensor in graph.initializer):  # a full head, of fewer tokens than the target's
-        _constant(graph, _TABLE, np.arange(rows, dtype=np.int64))
+            names[:] = ["logits.kept" if name == LOGITS else name for name in names]
+    if all(tensor.name != TOKEN_TABLE for tensor in graph.initializer):  # a full head of fewer tokens than the target's
+        _constant(graph, TOKEN_TABLE, np.arange(rows, dtype=np.int64))
     _constant(graph, "wide.width", np.array([width], np.int64))
     minus = helper.make_tensor("value", dtype, [1], [-np.inf])
     return [
         _node("Shape", ["logits.kept"], "wide.shape"),
-        _node("Expand", [_TABLE, "wide.shape"], "wide.columns"),
+        _node("Expand", [TOKEN_TABLE, "wide.shape"], "wide.columns"),
         _node("Shape", ["logits.kept"], "wide.rows", start=0, end=2),
         _node("Concat", ["wide.rows", "wide.width"], "wide.full", axis=0),
         _node("ConstantOfShape", ["wide.full"], "wide.empty", value=minus),
-        _node("ScatterElements", ["wide.empty", "wide.columns", "logits.kept"], "logits", axis=2),
+        _node("ScatterElements", ["wide.empty", "wide.columns", "logits.kept"], LOGITS, axis=2),
     ]
 
 

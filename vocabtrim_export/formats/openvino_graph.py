@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from openvino import Model, PartialShape, opset6, opset14
 
+from engines.bundle.graph_io import INPUT_IDS, LOGITS, PAST, POSITION_IDS
+
 _ATTENTION = "GroupQueryAttention"
 
 
@@ -19,16 +21,16 @@ def stateful(model: Any) -> Any:
     rows of the state go on. Output logits: float32[batch, S, width]. `model` is used up.
     """
     inputs = {port.get_any_name(): port.get_node() for port in model.inputs}
-    caches = [node for name, node in inputs.items() if name.startswith("past_key_values.")]
-    for name in ("input_ids", "attention_mask", "position_ids"):
+    caches = [node for name, node in inputs.items() if name.startswith(PAST)]
+    for name in (INPUT_IDS, "attention_mask", POSITION_IDS):
         if name not in inputs:
             inputs[name] = _input(name, np.int64, [-1, -1])
         inputs[name].set_partial_shape(PartialShape([-1, -1]))
-    state = _State(inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"])
+    state = _State(inputs[INPUT_IDS], inputs["attention_mask"], inputs[POSITION_IDS])
     for node in model.get_ordered_ops():
         if node.get_type_name() == _ATTENTION:
             node.output(0).replace(state.attention(node).output(0))
-    logits = next(port.get_node() for port in model.outputs if "logits" in port.get_names())
+    logits = next(port.get_node() for port in model.outputs if LOGITS in port.get_names())
     _as_float(logits)
     kept = [node for node in inputs.values() if node not in caches]
     return Model([logits], state.written, [*kept, state.beam], "decoder")
@@ -87,7 +89,7 @@ def _as_float(logits: Any) -> None:
     """GenAI reads float32, whatever the products are computed in."""
     wide = opset14.convert(logits.input_value(0), "f32")
     logits.input(0).replace_source_output(wide.output(0))
-    wide.output(0).get_tensor().set_names({"logits"})
+    wide.output(0).get_tensor().set_names({LOGITS})
 
 
 def _seen(ids: Any, mask: Any) -> Any:

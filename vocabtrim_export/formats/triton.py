@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 
+from engines.bundle.graph_io import PAST, PRESENT, present_name
 from engines.bundle.manifest import MODEL_NAME, WEIGHTS_NAME, Manifest
 from vocabtrim_export.formats.exported import Exported, copy_tokenizer
 from vocabtrim_export.lowering.graph_files import clone_file
@@ -39,9 +40,9 @@ def write(exported: Exported, directory: Path) -> None:
 def _config(name: str, graph: onnx.GraphProto, manifest: Manifest) -> str:
     """Dimensions in full, as `max_batch_size: 0` means; a symbolic one is -1, that of the KV cache its capacity."""
     sizes = {"capacity": manifest.context_length}
-    inputs = [_tensor(value, sizes) for value in graph.input if not value.name.startswith("past_key_values.")]
-    outputs = [_tensor(value, sizes) for value in graph.output if not value.name.startswith("present.")]
-    states = [_state(value, sizes) for value in graph.input if value.name.startswith("past_key_values.")]
+    inputs = [_tensor(value, sizes) for value in graph.input if not value.name.startswith(PAST)]
+    outputs = [_tensor(value, sizes) for value in graph.output if not value.name.startswith(PRESENT)]
+    states = [_state(value, sizes) for value in graph.input if value.name.startswith(PAST)]
     return f"""# {name}: written by vocabtrim-export
 name: "{name}"
 backend: "onnxruntime"
@@ -66,7 +67,7 @@ def _tensor(value: onnx.ValueInfoProto, sizes: dict[str, int]) -> str:
 
 
 def _state(value: onnx.ValueInfoProto, sizes: dict[str, int]) -> str:
-    form, after = _form(value, sizes), value.name.replace("past_key_values.", "present.")
+    form, after = _form(value, sizes), present_name(value.name)
     # the cache starts as zeros, at its full size; attention reads no more of it than seqlens_k says
     return (
         f'input_name: "{value.name}" output_name: "{after}" {form} '

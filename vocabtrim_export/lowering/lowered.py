@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from engines.bundle.graph_io import PAST
 from engines.errors import VocabtrimError
 from vocabtrim_export.lowering.graph import DecoderGraph
 
@@ -30,7 +31,7 @@ class Lowered:
     @classmethod
     def of(cls, decoder: DecoderGraph, head_weights: list[str]) -> "Lowered":
         """head_weights: the initializers that the head reads."""
-        caches = [value for value in decoder.graph.inputs if str(value.name).startswith("past_key_values.")]
+        caches = [value for value in decoder.graph.inputs if str(value.name).startswith(PAST)]
         heads, head_dim = _cache_form(caches)
         return cls(
             decoder.model,

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from engines.bundle.manifest import FEATURES_OUTPUT
+from engines.bundle.graph_io import FEATURES_OUTPUT, LOGITS
 from vocabtrim_export.drafters.medusa import MedusaHeads
 from vocabtrim_export.lowering.graph import DecoderGraph
 from vocabtrim_export.lowering.lm_head import bake_token_ids
@@ -32,7 +32,7 @@ def lower_medusa(model: MedusaHeads, weights: Weights) -> Lowered:
     rows = [_head(decoder, features, f"heads.{i}", weights, model) for i in range(count)]
     logits = _node(decoder, "Concat", [_node(decoder, "Unsqueeze", [row, axis]) for row in rows], axis=1)
     kept = len(weights.vocab_map) if weights.vocab_map else model.config.head_rows
-    decoder.output(logits, "logits", decoder.ir_dtype, [1, count, "sequence_length", kept])
+    decoder.output(logits, LOGITS, decoder.ir_dtype, [1, count, "sequence_length", kept])
     bake_token_ids(decoder, weights.vocab_map)
     logits.shape = ir.Shape([1, count, "sequence_length", kept])
     graph.outputs[1].shape = ir.Shape([1, count, "sequence_length"])

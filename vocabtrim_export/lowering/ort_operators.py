@@ -2,6 +2,7 @@
 
 import onnx_ir as ir
 
+from engines.bundle.graph_io import PAST, PRESENT, SEQLENS_K, TOTAL_LENGTH, cache_names
 from vocabtrim_export.lowering.graph import DecoderGraph, attributes, name_of
 
 CONTRIB = "com.microsoft"
@@ -52,15 +53,13 @@ def lower_attention(decoder: DecoderGraph) -> None:
     Adds the inputs seqlens_k: int32[1] (tokens in the cache after this step, less one), total_sequence_length:
     int32[1], past_key_values.N.key|value: [1, kv_heads, capacity, head_dim], and the outputs present.N.key|value.
     """
-    seqlens = decoder.input("seqlens_k", ir.DataType.INT32, [1])
-    total = decoder.input("total_sequence_length", ir.DataType.INT32, [1])
+    seqlens = decoder.input(SEQLENS_K, ir.DataType.INT32, [1])
+    total = decoder.input(TOTAL_LENGTH, ir.DataType.INT32, [1])
     for node in decoder.composites("Attention"):
         numbers = attributes(node)
         layer, rotary = int(numbers["layer"]), node.inputs[3:5]
         cache_shape: list[int | str] = [1, int(numbers["num_kv_heads"]), "capacity", int(numbers["head_dim"])]
-        past = [
-            decoder.input(f"past_key_values.{layer}.{part}", decoder.ir_dtype, cache_shape) for part in ("key", "value")
-        ]
+        past = [decoder.input(name, decoder.ir_dtype, cache_shape) for name in cache_names(PAST, layer)]
         options: dict[str, int | float] = {
             "num_heads": int(numbers["num_heads"]),
             "kv_num_heads": int(numbers["num_kv_heads"]),
@@ -74,5 +73,5 @@ def lower_attention(decoder: DecoderGraph) -> None:
         inputs = [*node.inputs[:3], *past, seqlens, total, *rotary]
         gqa = ir.node("GroupQueryAttention", inputs, options, domain=CONTRIB, num_outputs=3)
         decoder.replace(node, [gqa], gqa.outputs[:1])
-        for part, present in zip(("key", "value"), gqa.outputs[1:], strict=True):
-            decoder.output(present, f"present.{layer}.{part}", decoder.ir_dtype, cache_shape)
+        for name, present in zip(cache_names(PRESENT, layer), gqa.outputs[1:], strict=True):
+            decoder.output(present, name, decoder.ir_dtype, cache_shape)

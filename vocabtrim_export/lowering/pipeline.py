@@ -7,7 +7,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from engines.bundle.manifest import FEATURES_OUTPUT, HIDDEN_INPUT
+from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, POSITION_IDS
 from engines.bundle.vocab_map import VocabMap
 from vocabtrim_export.lowering.graph import DecoderGraph, name_of
 from vocabtrim_export.lowering.lm_head import (
@@ -93,7 +93,7 @@ def lower_standard(traced: Traced, weights: Weights, cache: CacheForm) -> Lowere
     from slot `position_ids[0, 0]` on.
     """
     decoder = _start(traced, weights)
-    positions = next(value for value in decoder.graph.inputs if value.name == "position_ids")
+    positions = next(value for value in decoder.graph.inputs if value.name == POSITION_IDS)
     for value in decoder.graph.inputs:
         value.shape = ir.Shape([1, "sequence_length"])
     select_positions(decoder)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from engines.trt.engine import SLOTS_INPUT
+from engines.bundle.graph_io import ATTENDED_SLOTS, PAST, PRESENT, cache_names
 from vocabtrim_export.lowering.graph import DecoderGraph, attributes, name_of
 from vocabtrim_export.lowering.nodes import Nodes
 
@@ -75,10 +75,10 @@ def standard_attention(decoder: DecoderGraph, form: CacheForm, positions: Sequen
     for layer, steps in sorted(layers.items()):
         numbers = _Form.of(steps[0])
         shape = [1, numbers.kv_heads, form.slots, numbers.size]
-        past = [decoder.input(f"past_key_values.{layer}.{part}", decoder.ir_dtype, shape) for part in ("key", "value")]
+        past = [decoder.input(name, decoder.ir_dtype, shape) for name in cache_names(PAST, layer)]
         present = _lower_layer(decoder, steps, past, cache)
-        for part, value in zip(("key", "value"), present, strict=True):
-            decoder.output(value, f"present.{layer}.{part}", decoder.ir_dtype, shape)
+        for name, value in zip(cache_names(PRESENT, layer), present, strict=True):
+            decoder.output(value, name, decoder.ir_dtype, shape)
 
 
 class _Cache:
@@ -93,7 +93,7 @@ class _Cache:
         self.start = nodes("Slice", nodes("Reshape", positions[0], nodes.ints(-1)), nodes.ints(0), nodes.ints(1))
         self.span: ir.Value | None = None
         if len(form.spans) > 1:
-            self.slots = decoder.input(SLOTS_INPUT, ir.DataType.INT64, ["span"])
+            self.slots = decoder.input(ATTENDED_SLOTS, ir.DataType.INT64, ["span"])
             self.span = nodes("Shape", self.slots)
         else:
             self.slots = decoder.initializer("slots", ir.Tensor(np.arange(form.slots), name="slots"))

@@ -2,6 +2,7 @@
 
 import onnx_ir as ir
 
+from engines.bundle.graph_io import INPUT_IDS, POSITION_IDS, TOKEN_IDS
 from engines.trt.engine import DRAFT_TOKENS
 from vocabtrim_export.lowering.graph import DecoderGraph
 from vocabtrim_export.lowering.nodes import Nodes
@@ -14,7 +15,7 @@ def unroll(decoder: DecoderGraph, steps: int) -> list[ir.Value]:
     one before it again, which computes the same keys and values anew. Returns the positions of each step: int64[1, S].
     """
     graph = decoder.graph
-    ids, positions = (next(x for x in graph.inputs if x.name == name) for name in ("input_ids", "position_ids"))
+    ids, positions = (next(x for x in graph.inputs if x.name == name) for name in (INPUT_IDS, POSITION_IDS))
     ids.shape = positions.shape = ir.Shape([1, DRAFT_TOKENS])
     body, (_, top) = list(graph), tuple(graph.outputs)
     graph.outputs.clear()
@@ -29,7 +30,7 @@ def unroll(decoder: DecoderGraph, steps: int) -> list[ir.Value]:
         chosen.append(_repeat(body, {ids: chosen[-1], positions: all_positions[-1]}, end, top))
     tokens = nodes("Concat", *chosen, axis=1)
     graph.remove(end)
-    decoder.output(tokens, "token_ids", ir.DataType.INT64, [1, steps])
+    decoder.output(tokens, TOKEN_IDS, ir.DataType.INT64, [1, steps])
     return all_positions
 
 

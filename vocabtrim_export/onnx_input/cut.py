@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from engines.bundle.graph_io import TOKEN_IDS, TOKEN_TABLE
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from vocabtrim_export.onnx_input.head import ELEMENTWISE, OnnxHead, constant, matrix_axis, transposed
@@ -155,7 +156,7 @@ def _state_columns(head: OnnxHead, columns: int) -> None:
 
 def _bake_token_ids(graph: ir.Graph, logits: ir.Value, vocab_map: VocabMap) -> None:
     """ArgMax of the logits (the first of equals), then Gather from the table of kept token ids."""
-    if any(value.name == "token_ids" for value in graph.outputs):
+    if any(value.name == TOKEN_IDS for value in graph.outputs):
         raise VocabtrimError(
             "the graph has an output token_ids already: it was made by this tool, give what it was made from"
         )
@@ -165,12 +166,12 @@ def _bake_token_ids(graph: ir.Graph, logits: ir.Value, vocab_map: VocabMap) -> N
         graph.append(cast)
         compared = cast.outputs[0]
     top = ir.node("ArgMax", [compared], {"axis": -1, "keepdims": 0, "select_last_index": 0})
-    table = ir.Tensor(vocab_map.kept_token_ids, name="kept_token_ids")
-    kept = ir.Value(name="kept_token_ids", type=ir.TensorType(ir.DataType.INT64), shape=table.shape, const_value=table)
+    table = ir.Tensor(vocab_map.kept_token_ids, name=TOKEN_TABLE)
+    kept = ir.Value(name=TOKEN_TABLE, type=ir.TensorType(ir.DataType.INT64), shape=table.shape, const_value=table)
     graph.register_initializer(kept)
     gather = ir.node("Gather", [kept, top.outputs[0]])
     graph.extend([top, gather])
     token_ids = gather.outputs[0]
-    token_ids.name, token_ids.type = "token_ids", ir.TensorType(ir.DataType.INT64)
+    token_ids.name, token_ids.type = TOKEN_IDS, ir.TensorType(ir.DataType.INT64)
     token_ids.shape = None if logits.shape is None else ir.Shape(logits.shape[:-1])
     graph.outputs.append(token_ids)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from engines.bundle.graph_io import LOGITS
 from engines.errors import VocabtrimError
 
 # What may stand between the head's product and the logits; all of it works column by column.
@@ -24,7 +25,7 @@ class OnnxHead:
 
 def find_head(model: ir.Model) -> OnnxHead:
     """The head of a decoder. Raises `VocabtrimError` with what was looked for and what was found instead."""
-    logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
+    logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
     if logits is None:
         names = ", ".join(str(value.name) for value in model.graph.outputs[:4])
         raise VocabtrimError(f"no LM head: looked for an output named logits, found {names}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedModel
 
-from engines.bundle.manifest import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
+from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT, INPUT_IDS, LOGITS, POSITION_IDS
 from engines.errors import VocabtrimError
 from vocabtrim_export.tracing.composites import DOMAIN, Norm, Rope, composites, rotary_modules
 from vocabtrim_export.tracing.failure import untraceable
@@ -126,7 +126,7 @@ class _Decoder(nn.Module):
     def __init__(self, model: PreTrainedModel, rope: Rope | None, feature_layers: Sequence[int] = ()) -> None:
         super().__init__()
         self.model, self.rope, self.feature_layers = model, rope, feature_layers
-        self.outputs = ["logits", FEATURES_OUTPUT] if feature_layers else ["logits"]
+        self.outputs = [LOGITS, FEATURES_OUTPUT] if feature_layers else [LOGITS]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         with layer_inputs(self.model, self.feature_layers) as entered:
@@ -139,7 +139,7 @@ class _HeadDecoder(_Decoder):
 
     def __init__(self, model: PreTrainedModel, rope: Rope | None) -> None:
         super().__init__(model, rope)
-        self.outputs = ["logits", HIDDEN_OUTPUT]
+        self.outputs = [LOGITS, HIDDEN_OUTPUT]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         output = self.model(input_ids, position_ids, hidden)
@@ -200,7 +200,7 @@ def _trace_skeleton(
                 if name.startswith("cos_")
             }
         )
-        example = {"input_ids": torch.ones(1, 7, dtype=torch.long), "position_ids": torch.arange(7)[None]}
+        example = {INPUT_IDS: torch.ones(1, 7, dtype=torch.long), POSITION_IDS: torch.arange(7)[None]}
         if HIDDEN_INPUT in inspect.signature(skeleton.forward).parameters:  # a head, which reads hidden states too
             decoder: _Decoder = _HeadDecoder(skeleton, fake_rope)
             example[HIDDEN_INPUT] = torch.zeros(1, 7, skeleton.config.hidden_size, dtype=dtype)

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from engines.bundle.graph_io import LOGITS, TOKEN_IDS, TOKEN_TABLE
 from engines.ort_cuda.graphs.builder import FLOAT, INT64, GraphBuilder
 
 NO_TOKEN = -1  # what is drawn where the weights do not add up to a positive number
@@ -22,7 +23,7 @@ def warp_graph(size: int, logits_type: ir.DataType, top_k: int, has_top_p: bool,
     Outputs: probabilities float32[rows, size], all NaN in a row whose logits are not finite.
     """
     graph = GraphBuilder("warp")
-    logits = graph.input("logits", logits_type, [1, "rows", size])
+    logits = graph.input(LOGITS, logits_type, [1, "rows", size])
     temperature = graph.input("temperature", ir.DataType.FLOAT, [1])
     rows = graph.reshape(logits, -1, size)
     if logits_type != ir.DataType.FLOAT:
@@ -59,8 +60,8 @@ def draw_graph(size: int, kept_token_ids: NDArray[np.int64] | None) -> ir.Model:
     column = draw(graph, probabilities, size, graph.input("uniform", ir.DataType.FLOAT, [1]))
     if kept_token_ids is not None:
         at = graph.op("Max", column, *graph.ints([0]))
-        column = graph.op("Gather", graph.constant("kept_token_ids", kept_token_ids), at, axis=0)
-    return graph.finish({"token_ids": (graph.reshape(column, 1, 1), ir.DataType.INT64, [1, 1])})
+        column = graph.op("Gather", graph.constant(TOKEN_TABLE, kept_token_ids), at, axis=0)
+    return graph.finish({TOKEN_IDS: (graph.reshape(column, 1, 1), ir.DataType.INT64, [1, 1])})
 
 
 def draw(graph: GraphBuilder, weights: ir.Value, size: int, uniform: ir.Value) -> ir.Value:
