@@ -21,14 +21,20 @@ TEXT_BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """Prompts sampled at once, tokens kept of a prompt (its end), tokens generated for each."""
+    """Sizes of a calibration's batches.
+
+    Attributes:
+        batch_size: Prompts that are sampled at once.
+        max_prompt_tokens: Tokens that are kept of a prompt, from its end.
+        max_new_tokens: Tokens that are generated for each.
+    """
 
     batch_size: int = 64
     max_prompt_tokens: int = 128
     max_new_tokens: int = 128
 
     def within(self, model: "PreTrainedModel") -> "BatchLimits":
-        """The same, made to fit the model's context."""
+        """Returns these limits, lowered where the model's context is shorter."""
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context is None:
             return self

@@ -49,20 +49,36 @@ def calibrate(
     chat: ChatOptions | None = None,
     on_skip: Callable[[Skipped], None] = lambda _skipped: None,
 ) -> TokenCounts:
-    """Count tokens: `max_tokens` that `model` samples on the corpus ("drafter", "target"), or its text's.
+    """Count the tokens that a model generates on a corpus, or the tokens of the corpus itself.
 
-    model: a transformers causal LM in evaluation mode; ignored, and may be None, for "text". On a CPU with bfloat16
-    instructions a model loaded in bfloat16 samples two to three times as fast. tokenizer: its fast tokenizer.
-    Only generated tokens count, EOS included, never a prompt's. Counting stops at `max_tokens`, within a document if
-    need be; where documents run out first, the next pass over them draws other random numbers (but not at temperature
-    0, which would only repeat itself). "text" makes one pass, and counts fewer where there is less.
-    checkpoint: file rewritten after every batch. Where it exists the run goes on from there, and ends where it would
-    have ended uninterrupted; raising `max_tokens` carries a finished one on.
-    progress: called with (tokens so far, max_tokens) as tokens come in.
-    model_digest: identifies the weights, so that a checkpoint of other ones is refused.
-    chat: which chat template renders prompts, and its arguments.
-    on_skip: called at the end for each document that cannot be a prompt of this model.
-    Raises `VocabtrimError` for a checkpoint of other settings and for a corpus that yields no token.
+    Only generated tokens count, the EOS included, never a prompt's. Counting stops at `max_tokens`, within a document
+    if need be. Where the documents run out first, the next pass over them draws other random numbers, except at
+    temperature 0, where it would only repeat itself. The source "text" makes one pass, and counts fewer tokens where
+    the corpus holds fewer.
+
+    Args:
+        model: A transformers causal LM in evaluation mode; ignored for "text", where it may be None. On a CPU with
+            bfloat16 instructions a model in bfloat16 samples two to three times as fast as one in float32.
+        tokenizer: The model's fast tokenizer.
+        corpus: The documents to count on.
+        source: "drafter" or "target": the role of `model`, which generates; "text": count the corpus.
+        max_tokens: The number of tokens to count.
+        seed: Seed of the random numbers that tokens are drawn with.
+        temperature: Temperature of sampling; 0 is greedy.
+        checkpoint: A file that is rewritten after every batch. A run goes on from an existing one, and ends where it
+            would have ended uninterrupted; a larger `max_tokens` continues a finished run.
+        progress: Called with (tokens so far, max_tokens) as tokens come in.
+        model_digest: Identifies the weights, so that a checkpoint of other weights is refused.
+        limits: The size of batches, prompts and continuations.
+        chat: Which chat template renders prompts, and its arguments.
+        on_skip: Called at the end for each document that cannot be a prompt of this model.
+
+    Returns:
+        The counts of the documents that choose the kept tokens, and of those held out.
+
+    Raises:
+        VocabtrimError: An argument is out of range, the checkpoint comes from other settings, or the corpus yields no
+            token.
     """
     _check(model, source, max_tokens, seed, temperature)
     if source == "text":
@@ -128,7 +144,7 @@ def _fresh_counts(
     limits: BatchLimits,
     chat: ChatOptions,
 ) -> TokenCounts:
-    """No tokens yet, of the settings that a checkpoint must have been made with."""
+    """Counts without any token, and with the settings that a checkpoint must have been made with to be continued."""
     run = CalibrationRun(source, corpus.digest, seed, corpus=corpus.source)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     if model is not None:
@@ -146,7 +162,7 @@ def _fresh_counts(
 
 
 def _describe(chat: ChatOptions) -> str:
-    """What a run says of its template's name and arguments; "" for the usual ones."""
+    """The chat template's name and arguments as JSON; "" for the tokenizer's own template without arguments."""
     if chat.template is None and not chat.template_args:
         return ""
     return json.dumps({"template": chat.template, "arguments": plain_data(chat.template_args)}, sort_keys=True)

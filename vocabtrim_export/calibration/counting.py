@@ -20,11 +20,17 @@ from vocabtrim_export.sources.source import Source, calibration_model, load_sour
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
-    """What to count; the command line's options by the same names.
+    """What to count. The fields are named like the command line's options.
 
-    calibration: text files and directories, or files of token counts; none: a corpus that comes with Python.
-    calibration_source: None takes the target where there is one, else the drafter.
-    chat_template, template_args: how prompts are rendered, see `ChatOptions`.
+    Attributes:
+        calibration: Text files and directories, or files of token counts; empty: a corpus that comes with Python.
+        calibration_source: The model that generates, or "text"; None takes the target where there is one, else the
+            drafter.
+        calibration_tokens: The number of tokens to count.
+        temperature: Temperature of sampling; 0 is greedy.
+        seed: Seed of the random numbers that tokens are drawn with.
+        chat_template: See `ChatOptions`.
+        template_args: See `ChatOptions`.
     """
 
     calibration: tuple[str | Path, ...] = ()
@@ -38,14 +44,21 @@ class CalibrationSettings:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationInput:
-    """What `calibration` holds: earlier counts, or else a corpus to count on."""
+    """The content of the files that `--calibration` names: earlier counts, or else a corpus to count on."""
 
     counts: tuple[TokenCounts, ...]
     corpus: Corpus | None
 
 
 def read_calibration(names: Sequence[str | Path]) -> CalibrationInput:
-    """Read all of `names` before any long work begins. Raises `VocabtrimError`."""
+    """Read all of `names` before any long work begins.
+
+    Args:
+        names: Text files and directories, or files of token counts; empty: the built-in corpus.
+
+    Raises:
+        VocabtrimError: A file cannot be read, or text and counts are mixed.
+    """
     paths = [Path(name) for name in names]
     counted = [path for path in paths if path.suffix == ".safetensors"]
     if counted and len(counted) < len(paths):
@@ -63,9 +76,18 @@ def count_tokens(
     progress: Callable[[int, int], None],
     on_skip: Callable[[Skipped], None],
 ) -> TokenCounts:
-    """The sum of earlier counts, or a calibration that writes `checkpoint` as it goes.
+    """Add up earlier counts, or calibrate.
 
-    on_skip: called for each record of the data that is left out.
+    Args:
+        sources: The loaded models by role.
+        given: What `read_calibration` read.
+        settings: How to calibrate.
+        checkpoint: The file that a calibration rewrites as it goes.
+        progress: Called with (tokens so far, tokens to count).
+        on_skip: Called for each record of the data that is left out.
+
+    Raises:
+        VocabtrimError: The counts come from another tokenizer, or the model that is to generate is not there.
     """
     if given.corpus is None:
         counts = reduce(add, given.counts)
@@ -108,9 +130,18 @@ def calibrate_models(
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     on_skip: Callable[[Skipped], None] = lambda _skipped: None,
 ) -> TokenCounts:
-    """Load the MODEL that counts and count into the file `output`, which a run that was interrupted goes on from.
+    """Load the model that counts, and write its counts to `output`; an interrupted run is continued.
 
-    on_skip: called for each record of the data that is left out.
+    Args:
+        drafter: MODEL of the drafter, if there is one.
+        target: MODEL of the target, if there is one.
+        output: The `.safetensors` file of token counts.
+        settings: How to calibrate.
+        progress: Called with (tokens so far, tokens to count).
+        on_skip: Called for each record of the data that is left out.
+
+    Raises:
+        VocabtrimError: No model is named, a model or a file cannot be read, or see `calibrate`.
     """
     if drafter is None and target is None:
         raise VocabtrimError("nothing to calibrate: give --target or --drafter")

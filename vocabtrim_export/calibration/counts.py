@@ -24,13 +24,23 @@ _ADDED = {"chat": "", "next_done": 0}  # fields of a run that older files lack
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRun:
-    """One calibration: its settings, and how far it came. Two runs of equal settings count exactly the same tokens.
+    """The settings of one calibration, and how far it came. Two runs of equal settings count exactly the same tokens.
 
-    source: "drafter" or "target" (tokens sampled from that model), or "text". `temperature`, `dtype`, `model_digest`
-    and the limits (prompts a batch, tokens a prompt, tokens a continuation) are 0 or empty for "text".
-    chat: the chat template's name and arguments as JSON, "" for the usual ones.
-    documents_done: documents counted so far, the second and later passes over the corpus included.
-    next_done: tokens counted of the document after these, which the limit cut.
+    Attributes:
+        source: "drafter" or "target" (tokens sampled from that model), or "text".
+        corpus_digest: sha256 over the corpus.
+        seed: Seed of the random numbers that tokens were drawn with.
+        model_digest: Identifies the model's weights; "" for "text".
+        dtype: The model's dtype; "" for "text".
+        temperature: 0 is greedy; 0 for "text", too.
+        batch_size: Prompts of a batch; 0 for "text".
+        max_prompt_tokens: Tokens that are kept of a prompt; 0 for "text".
+        max_new_tokens: Tokens that are generated for a prompt; 0 for "text".
+        chat: The chat template's name and arguments as JSON, "" for the tokenizer's own without arguments.
+        corpus: The name of the corpus.
+        documents_done: Documents counted so far, those of second and later passes over the corpus included.
+        next_done: Tokens counted of the document after these, which the limit cut.
+        tokens: Tokens counted so far.
     """
 
     source: str
@@ -53,10 +63,14 @@ class CalibrationRun:
 class TokenCounts:
     """How often each token was seen.
 
-    counts: int64[full_vocab], from the documents that choose a map.
-    held_out: int64[full_vocab], from the documents kept apart (`is_held_out`), which only ever measure one.
-    tokenizer_digest: of the token ↔ id table the ids belong to.
-    Raises `VocabtrimError` for arrays of another form.
+    Attributes:
+        counts: int64[full_vocab], from the documents that choose which tokens are kept.
+        held_out: int64[full_vocab], from the documents kept apart (see `is_held_out`), which only measure coverage.
+        tokenizer_digest: Identifies the token ↔ id table that the ids belong to.
+        runs: The calibrations that were added up.
+
+    Raises:
+        VocabtrimError: The arrays have another form.
     """
 
     counts: NDArray[np.int64]
@@ -95,7 +109,7 @@ class TokenCounts:
         return hashlib.sha256(self.tokenizer_digest.encode() + data).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """Provenance as plain JSON data, for a bundle's manifest."""
+        """Returns where the counts come from as plain JSON data, for a bundle's manifest."""
         return {
             "digest": self.digest,
             "source": self.source,
@@ -123,9 +137,12 @@ class TokenCounts:
         )
 
     def resized(self, full_vocab: int) -> "TokenCounts":
-        """The same counts for a head of `full_vocab` rows, as models of one tokenizer pad their heads differently.
+        """Returns the same counts for an LM head of `full_vocab` rows.
 
-        New rows were never counted. Rows that go must not have been counted, or `VocabtrimError` is raised.
+        Models of one tokenizer pad their heads differently. New rows have a count of 0.
+
+        Raises:
+            VocabtrimError: A token that was counted would have no row.
         """
         if np.any(self.counts[full_vocab:]) or np.any(self.held_out[full_vocab:]):
             raise VocabtrimError(
@@ -137,9 +154,10 @@ class TokenCounts:
         return TokenCounts(counts, held_out, self.tokenizer_digest, self.runs)
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, equal for equal counts. It appears whole or not at all.
+        """Write a safetensors file; equal counts give equal bytes. It appears whole or not at all.
 
-        Raises `VocabtrimError` where it cannot be written.
+        Raises:
+            VocabtrimError: The file cannot be written.
         """
         runs = [asdict(run) for run in self.runs]
         said = {"tokenizer_digest": self.tokenizer_digest, "runs": runs, "sha256": _sha256(self.digest, runs)}
@@ -148,7 +166,11 @@ class TokenCounts:
 
     @classmethod
     def load(cls, path: Path) -> "TokenCounts":
-        """Read what `save` wrote. Raises `VocabtrimError` where `path` is something else, or was changed since."""
+        """Read what `save` wrote.
+
+        Raises:
+            VocabtrimError: `path` is something else, or was changed since.
+        """
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -173,7 +195,7 @@ class TokenCounts:
 
 
 def _sha256(digest: str, runs: object) -> str:
-    """Over the counts' own digest and what a file says of their runs."""
+    """The sha256 over the counts' own digest and what a file says of their runs."""
     return hashlib.sha256(f"{digest}{json.dumps(runs, sort_keys=True)}".encode()).hexdigest()
 
 

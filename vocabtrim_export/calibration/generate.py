@@ -31,11 +31,17 @@ def generate_batch(
 ) -> NDArray[np.int64]:
     """Continue every prompt until an EOS or for `uniforms.shape[1]` tokens.
 
-    model: a transformers causal LM. prompts: B non-empty lists of token ids, best of similar lengths.
-    uniforms: float64[B, steps] in [0, 1): all the randomness there is, so a row's tokens do not depend on the batch
-    it runs in (but for rounding). temperature: 0 is greedy.
-    on_step: called with the number of tokens so far after each step.
-    Returns int64[B, steps]: the new tokens, an EOS included, `NO_TOKEN` after it.
+    Args:
+        model: A transformers causal LM.
+        prompts: B non-empty lists of token ids; similar lengths waste the least on padding.
+        uniforms: float64[B, steps] in [0, 1): the only source of randomness, so that a row's tokens do not depend on
+            the batch it runs in (apart from rounding).
+        temperature: Temperature of sampling; 0 is greedy.
+        eos_token_ids: The ids that end a continuation.
+        on_step: Called with the number of tokens so far after each step.
+
+    Returns:
+        int64[B, steps]: the new tokens, an EOS included, and `NO_TOKEN` after it.
     """
     steps, device = uniforms.shape[1], model.device
     tokens, mask = (array.to(device) for array in _left_pad(prompts, steps))
@@ -69,10 +75,19 @@ def generate_batch(
 def sample(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     """Draw one token a row: the first whose cumulative probability exceeds the row's uniform number.
 
-    logits: [B, vocab], any float dtype. uniforms: float64[B] in [0, 1). Returns int64[B]. temperature 0: the argmax.
-    Raises `VocabtrimError` where the logits hold NaN or infinity.
-    The sums run in two levels, the second in float64: one running float32 sum loses the rare tail of 262k tokens.
-    Cheaper than `torch.multinomial`, which draws a random number for each of the B·vocab entries.
+    The sums run in two levels, the second in float64, because one running float32 sum loses the rare tail of 262k
+    tokens. This is cheaper than `torch.multinomial`, which draws a random number for each of the B·vocab entries.
+
+    Args:
+        logits: [B, vocab], any float dtype.
+        temperature: 0 takes the most likely token.
+        uniforms: float64[B] in [0, 1).
+
+    Returns:
+        int64[B].
+
+    Raises:
+        VocabtrimError: The logits hold NaN or infinity.
     """
     if temperature == 0:
         return logits.argmax(-1)

@@ -1,4 +1,4 @@
-"""What a model's linear layers are multiplied with: the moments by which int4 quantisation weighs its errors."""
+"""Second moments of the inputs of a model's linear layers: int4 quantisation weighs its rounding errors with them."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,12 +19,19 @@ _TOKENS, _PIECE = 4096, 256
 def input_moments(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, run: Callable[[Tensor], None] | None = None
 ) -> dict[str, Tensor]:
-    """E[x xᵀ] within each block of inputs of every linear layer: float32[in / BLOCK, BLOCK, BLOCK] by module name,
-    the LM head's under `HEAD`.
+    """Measure E[x xᵀ] of the inputs of every linear layer, within each block of inputs.
 
-    Measured on some 4,000 tokens of the text that every Python has, whatever a calibration counted: bundles of one
-    model then have the same quantised layers, and a trimmed drafter differs from a full one in its head alone.
-    run: has `model` read a text, int64[1, n], where tokens alone do not do.
+    It is measured on some 4,000 tokens of the text that comes with every Python, whatever a calibration counted. So
+    bundles of one model have the same quantised layers, and a trimmed drafter differs from a full one in its head
+    alone.
+
+    Args:
+        model: The model whose layers are measured.
+        tokenizer: Its tokenizer.
+        run: Makes `model` read a text, int64[1, n]; needed for a model that reads more than tokens.
+
+    Returns:
+        float32[in / BLOCK, BLOCK, BLOCK] by the module's name, the LM head's under `HEAD`.
     """
     sums: dict[str, Tensor] = {}
     head = model.get_output_embeddings()
@@ -64,8 +71,15 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Ten
 def head_run(
     head: FeatureHead | MedusaHeads, target: PreTrainedModel, layers: Sequence[int]
 ) -> Callable[[Tensor], None]:
-    """For `input_moments` of a head: true rows of a text, then the rows of a draft step after each, if there are any
-    that feed themselves."""
+    """Returns what `input_moments` runs for a head: it reads a text's true rows, then the rows of two draft steps.
+
+    Medusa heads read the target's features alone, and are run once.
+
+    Args:
+        head: The head.
+        target: Its target, which gives the features.
+        layers: The target's layers whose inputs the head reads.
+    """
 
     def run(piece: Tensor) -> None:
         with layer_inputs(target, layers) as entered:

@@ -28,11 +28,13 @@ _TURING = "7.5"  # RTX builds for it only when asked: it has no bfloat16
 class BuildOptions:
     """How a plan is built.
 
-    compute_capabilities: such as "8.6", of the GPUs that are to run it. Empty: all from Ampere on that TensorRT-RTX
-    knows; of TensorRT, this machine's. strip_weights: a plan without weights, to be refitted from its graph at load.
-    timing_cache: file of kernel timings that TensorRT reads first and adds to; made if missing.
-    version_compatible: a plan that TensorRT's lean runtime of the same version opens, too. No runtime is packed into
-    it: opening a plan must run no code from it.
+    Attributes:
+        compute_capabilities: The GPUs that are to run it, such as "8.6". Empty: for TensorRT-RTX all that it knows from
+            Ampere on, for TensorRT the GPU of this machine.
+        strip_weights: Leave the weights out of the plan; they are read from its graph when the plan is opened.
+        timing_cache: A file of kernel timings that TensorRT reads first and adds to; made if missing.
+        version_compatible: TensorRT's lean runtime of the same version can open the plan, too. No runtime is packed
+            into it, because opening a plan must run no code from it.
     """
 
     compute_capabilities: tuple[str, ...] = ()
@@ -43,7 +45,14 @@ class BuildOptions:
 
 @dataclass(frozen=True, slots=True)
 class BuiltPlan:
-    """A plan file that was written. size: bytes. network: what was parsed, and the kernels that stand for it."""
+    """A plan file that was written.
+
+    Attributes:
+        size: Bytes of the file.
+        seconds: What building it took.
+        compute_capabilities: The GPUs that it is for.
+        network: What was parsed, and the kernels that stand for it.
+    """
 
     size: int
     seconds: float
@@ -62,10 +71,19 @@ def build_plan(
 ) -> BuiltPlan:
     """Parse `onnx_path`, build it strongly typed and write the plan to `plan_path`.
 
-    profiles: one fixed shape each, the size of every dynamic dimension by its name. log_write: gets each line that the
-    library logs. progress: called with (profiles built, profiles).
-    Raises `VocabtrimError` naming the node and layer that cannot be parsed, or the library's reason. Whatever happens,
-    Ctrl-C included, the builder is ended and no plan is left half-written.
+    Whatever happens, Ctrl-C included, the builder process is ended and no plan is left half-written.
+
+    Args:
+        library: TensorRT or TensorRT-RTX.
+        onnx_path: The graph.
+        plan_path: The file to write.
+        profiles: One fixed shape each: the size of every dynamic dimension by its name.
+        options: How to build.
+        log_write: Called with each line that the library logs.
+        progress: Called with (profiles built, profiles).
+
+    Raises:
+        VocabtrimError: Names the node and layer that cannot be parsed, or gives the library's reason.
     """
     capabilities = target_capabilities(library, options)
     request = {
@@ -91,8 +109,11 @@ def build_plan(
 
 
 def target_capabilities(library: Library, options: BuildOptions) -> tuple[str, ...]:
-    """The compute capabilities that a plan of `options` is for, ascending. Raises `VocabtrimError` for those it cannot
-    have, and for options that `library` does not offer."""
+    """Returns the compute capabilities that a plan of `options` is for, ascending.
+
+    Raises:
+        VocabtrimError: `library` cannot build for them, or does not offer one of the options.
+    """
     if options.version_compatible and options.strip_weights:
         raise VocabtrimError("the lean runtime cannot refit a plan: give --strip-weights or --version-compatible")
     if library.flavor == "tensorrt":

@@ -1,4 +1,4 @@
-"""What goes wrong in a build, each in one line that says where in the model and what to do."""
+"""Messages for builds that fail: one line that says where in the model it failed and what to do."""
 
 import re
 import signal
@@ -12,9 +12,9 @@ _LAYER = re.compile(r"(?:^|.*?[./_])layers?\.\d+(?=[./_]|$)")
 
 
 def parse_error(library: Library, onnx_path: Path, parser: Any, reason: str) -> VocabtrimError:
-    """Of a failed `OnnxParser`: the first node it refuses, that node's operator and layer, and the parser's reason.
+    """The error of a failed `OnnxParser`: the first node it refuses, that node's operator and layer, and the reason.
 
-    reason: the log's, where the parser has no errors to ask for.
+    reason: what the log says, for a parser that has no errors to ask for.
     """
     if not parser.num_errors:
         return VocabtrimError(f"{library.name} cannot read {onnx_path}: {reason}")
@@ -31,21 +31,29 @@ def parse_error(library: Library, onnx_path: Path, parser: Any, reason: str) -> 
 
 
 def build_error(library: Library, onnx_path: Path, reason: str) -> VocabtrimError:
-    """Of a failed builder; reason: the log's."""
+    """The error of a failed builder. reason: what the log says."""
     advice = "it has attention for --dtype fp16 and bf16 only: " if "dedicated kernel" in reason else ""
     return VocabtrimError(f"{library.name} cannot build {onnx_path.name}: {advice}{reason}")
 
 
 def model_layer(node_name: str) -> str | None:
-    """The model's layer that a node belongs to by its name: "model.layers.3" of "model.layers.3.self_attn.o_proj"."""
+    """The name of the model's layer that a node belongs to: "model.layers.3" of "model.layers.3.self_attn.o_proj"."""
     found = _LAYER.match(node_name)
     return found[0] if found else None
 
 
 def raise_ended(library_name: str, onnx_name: str, code: int, stderr: str) -> NoReturn:
-    """The builder ended without a word. code: its exit status, the negative number of the signal that ended it.
+    """Raise the error of a builder process that ended without reporting one.
 
-    Raises `VocabtrimError` if it ran out of memory or the library broke down, RuntimeError for a fault of ours.
+    Args:
+        library_name: The library that it built with.
+        onnx_name: The graph's file.
+        code: The exit status of the process, or the negative number of the signal that ended it.
+        stderr: What the process wrote.
+
+    Raises:
+        VocabtrimError: It ran out of memory, or the library crashed.
+        RuntimeError: The fault is in this project.
     """
     if code > 0:
         raise RuntimeError(f"the builder of {onnx_name} failed:\n{stderr}")

@@ -18,11 +18,17 @@ _CAPABILITY = re.compile(r"[1-9]\d?\.\d")
 class TensorRTSettings:
     """How a bundle of `--format trt` is built.
 
-    flavor: the library to build with; "auto": what is installed, "none": only graphs. compute_capabilities: see
-    `BuildOptions`. draft_length: tokens drafted a round (γ). prefill_chunk: prompt tokens of one call.
-    spans: tokens that attention reads, beside the full length, while a text is no longer: its time follows the span,
-    not the text. unroll: draft γ tokens in one call. strip_weights: see `BuildOptions`.
-    timing_cache, version_compatible: of TensorRT, see `BuildOptions`.
+    Attributes:
+        flavor: The library to build with; "auto": the one that is installed, "none": write graphs only.
+        compute_capabilities: See `BuildOptions`.
+        draft_length: γ, the tokens drafted in a round.
+        prefill_chunk: The prompt tokens of one call.
+        spans: Lengths that attention reads while a text is no longer than that; the full length is always one more.
+            Attention takes as long as its span, whether tokens fill it or not.
+        unroll: Draft γ tokens in one call.
+        strip_weights: See `BuildOptions`.
+        timing_cache: See `BuildOptions`.
+        version_compatible: See `BuildOptions`.
     """
 
     flavor: Literal["auto"] | Flavor = "auto"
@@ -36,7 +42,11 @@ class TensorRTSettings:
     version_compatible: bool = False
 
     def check(self) -> None:
-        """Raise `VocabtrimError` for the first value that makes no sense."""
+        """Check that every value makes sense.
+
+        Raises:
+            VocabtrimError: Names the first value that does not.
+        """
         flavors = ("auto", *get_args(Flavor))
         if self.flavor not in flavors:
             raise VocabtrimError(f"--trt-flavor is {self.flavor!r}: choose one of {', '.join(flavors)}")
@@ -55,10 +65,18 @@ class TensorRTSettings:
 
 
 def profiles(role: Role, settings: TensorRTSettings, max_length: int) -> tuple[Profile, ...]:
-    """The optimization profiles of a model whose KV cache holds `max_length` tokens, the shortest span first.
+    """Returns the optimization profiles of a model, those of the shortest span first.
 
-    Each span has one for decoding, a drafter's single step or a target's verification of γ drafted tokens, and one for
-    the prompt. Raises `VocabtrimError` for a span that is not shorter than the cache.
+    Each span has two: one for decoding (a drafter's single step, or a target's verification of γ drafted tokens), and
+    one for the prompt.
+
+    Args:
+        role: "drafter" or "target".
+        settings: How the bundle is built.
+        max_length: Tokens that the KV cache holds.
+
+    Raises:
+        VocabtrimError: A span is not shorter than the cache.
     """
     for span in settings.spans:
         if span >= max_length:
@@ -75,7 +93,7 @@ def profiles(role: Role, settings: TensorRTSettings, max_length: int) -> tuple[P
 
 
 def cache_slots(length: int, draft_length: int) -> int:
-    """Slots for `length` tokens: a verification that is padded writes up to γ more than there are."""
+    """Returns the slots that a KV cache of `length` tokens needs: a padded verification writes up to γ more."""
     return -(-(length + draft_length) // _SLOTS) * _SLOTS
 
 
