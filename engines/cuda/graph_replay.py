@@ -1,4 +1,4 @@
-"""`Replayed`: work for a GPU that is the same every time, as one CUDA graph."""
+"""`Replayed`: work for a GPU that is the same every time, run as one CUDA graph."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +7,11 @@ from engines.cuda.runtime import Stream
 
 
 class Replayed:
-    """Work that `enqueue` puts on `stream`, at the same addresses every time; False where it failed.
+    """Work that `enqueue` puts on `stream`, at the same addresses every time.
 
-    The first `warm_up` runs launch kernel by kernel: libraries load and allocate when first used, which no graph can
-    hold. The next, if `is_capturable` then says so, captures a CUDA graph, which stands for all of it from then on.
+    The first `warm_up` runs launch kernel by kernel, because libraries load and allocate when first used, which no
+    graph can hold. The next run captures a CUDA graph, if `is_capturable` then allows it, and later runs launch that.
+    `enqueue` returns False where it failed.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class Replayed:
         return self._graph is not None
 
     def run(self) -> bool:
-        """Queue the work, once more, and do not wait. False where `enqueue` said so."""
+        """Queue the work and do not wait. Returns False where `enqueue` did."""
         if self._until_capture == 0 and self._is_capturable():
             self._graph = self._stream.capture(self._enqueue)
         self._until_capture -= 1

@@ -1,4 +1,4 @@
-"""The part of the CUDA runtime that an engine needs, its errors as exceptions. Sizes are bytes, addresses numbers."""
+"""The part of the CUDA runtime that an engine needs, with errors as exceptions. Sizes are bytes, addresses integers."""
 
 import ctypes
 import importlib
@@ -32,9 +32,15 @@ def runtime() -> Any:
 
 
 def check(result: tuple[Any, ...], asked: int = 0) -> Any:
-    """What a CUDA call returned after its error code: None, the value, or a tuple of values.
+    """Returns what a CUDA call returned after its error code: None, the value, or a tuple of values.
 
-    asked: bytes that the call was to allocate. Raises `VocabtrimError` for what the user can mend, else RuntimeError.
+    Args:
+        result: The error code and the values.
+        asked: Bytes that the call was to allocate.
+
+    Raises:
+        VocabtrimError: The user can mend it, such as a GPU without enough memory.
+        RuntimeError: Anything else.
     """
     error, *values = result
     if error.value == 0:
@@ -60,7 +66,7 @@ def has_device() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU. compute_capability: such as "8.6"."""
+    """A GPU. compute_capability is such as "8.6"."""
 
     name: str
     compute_capability: str
@@ -87,7 +93,7 @@ def environment() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Memory of the GPU, its owner's to free once; `allocate_device` makes it."""
+    """Memory of the GPU, to be freed once by its owner; `allocate_device` makes it."""
 
     address: int
     size: int
@@ -98,23 +104,23 @@ class DeviceMemory:
 
 
 def allocate_device(size: int) -> DeviceMemory:
-    """At least `size` bytes, aligned to ALIGNMENT, with anything in them."""
+    """Allocate at least `size` bytes, aligned to ALIGNMENT and uninitialised."""
     size = max(size, ALIGNMENT)
     return DeviceMemory(int(check(runtime().cudaMalloc(size), asked=size)), size)
 
 
 @dataclass(frozen=True, slots=True)
 class PinnedMemory:
-    """Page-locked memory of the host, its owner's to free once; `allocate_pinned` makes it.
+    """Page-locked memory of the host, to be freed once by its owner; `allocate_pinned` makes it.
 
-    Only with it does a copy that a CUDA graph holds run without waiting for the host.
+    A copy in a CUDA graph runs without waiting for the host only with page-locked memory.
     """
 
     address: int
     size: int
 
     def view(self, offset: int, count: int) -> NDArray[np.int64]:
-        """int64[count] on the bytes from `offset` on. It must not be used after `free`."""
+        """int64[count] over the bytes from `offset` on. It must not be used after `free`."""
         raw = (ctypes.c_byte * (8 * count)).from_address(self.address + offset)
         return np.frombuffer(memoryview(raw), np.int64)
 
@@ -123,12 +129,12 @@ class PinnedMemory:
 
 
 def allocate_pinned(size: int) -> PinnedMemory:
-    """`size` bytes of page-locked memory."""
+    """Allocate `size` bytes of page-locked memory."""
     return PinnedMemory(int(check(runtime().cudaMallocHost(size), asked=size)), size)
 
 
 class Stream:
-    """A queue of work for the GPU, run in order. It does not wait for the default stream, nor that for it."""
+    """A queue of work for the GPU, run in order. It and the default stream do not wait for each other."""
 
     def __init__(self) -> None:
         cuda = runtime()
@@ -159,17 +165,17 @@ class Stream:
         check(runtime().cudaStreamSynchronize(self._handle))
 
     def event(self) -> Any:
-        """A point in time for `record`, the caller's to hand to `discard_event` once."""
+        """Make a point in time for `record`; the caller hands it to `discard_event` once."""
         return check(runtime().cudaEventCreate())
 
     def record(self, event: Any) -> None:
-        """Queue noting the time at which the work before it is done. As part of a graph, at every launch of it."""
+        """Queue noting the time when all work before it is done. In a CUDA graph it does so at every launch."""
         cuda = runtime()
         flags = cuda.cudaEventRecordExternal if self._is_capturing else cuda.cudaEventRecordDefault
         check(cuda.cudaEventRecordWithFlags(event, self._handle, flags))
 
     def seconds_between(self, first: Any, second: Any) -> float:
-        """By the GPU's clock. Both events must have happened: `synchronize` first."""
+        """Returns the time between two events by the GPU's clock. Both must have happened: call `synchronize` first."""
         return float(check(runtime().cudaEventElapsedTime(first, second))) / 1e3
 
     def discard_event(self, event: Any) -> None:
@@ -177,9 +183,11 @@ class Stream:
         runtime().cudaEventDestroy(event)
 
     def capture(self, enqueue: Callable[[], bool]) -> Any | None:
-        """What `enqueue` queues, as a graph for `launch`; nothing runs yet.
+        """Capture what `enqueue` queues as a graph for `launch`; nothing runs yet.
 
-        None if `enqueue` returns False or does what a graph cannot hold; the stream is then as before.
+        Returns:
+            The graph, or None if `enqueue` returns False or does what a graph cannot hold; the stream is then as
+                before.
         """
         cuda = runtime()
         # Thread-local: another thread's engine may allocate meanwhile.
@@ -203,7 +211,7 @@ class Stream:
             check(cuda.cudaGraphDestroy(graph))
 
     def launch(self, graph: Any) -> None:
-        """Queue all that a captured graph holds."""
+        """Queue all of a captured graph."""
         check(runtime().cudaGraphLaunch(graph, self._handle))
 
     def discard(self, graph: Any) -> None:
@@ -216,7 +224,7 @@ class Stream:
 
 
 def copy_bandwidth(buffer_bytes: int = 1 << 29, repeats: int = 20) -> float:
-    """Bytes a second that the GPU reads and writes while it copies its own memory, by its own clock.
+    """Returns the bytes a second that the GPU reads and writes while it copies its own memory, by its own clock.
 
     Reading alone is about as fast: an H100 that copied at 2,990 GB/s summed up a tensor at 3,090.
     """

@@ -15,7 +15,13 @@ _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such dtype
 
 
 class Place(NamedTuple):
-    """Where an input is read or an output written. dtype: as `element_type` gives it. address: of the device."""
+    """Where an input is read or an output written.
+
+    Attributes:
+        dtype: See `element_type`.
+        shape: The tensor's shape.
+        address: An address of the device.
+    """
 
     dtype: Any
     shape: tuple[int, ...]
@@ -23,7 +29,7 @@ class Place(NamedTuple):
 
 
 class Work(Protocol):
-    """Something to do on the device."""
+    """Something that the device can do."""
 
     def enqueue(self) -> None:
         """Put it on the stream and do not wait for it."""
@@ -31,7 +37,7 @@ class Work(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A session with all that it reads and writes."""
+    """A session bound to everything that it reads and writes."""
 
     session: ort.InferenceSession
     binding: ort.IOBinding
@@ -44,14 +50,20 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class CudaRun(Run):
-    """Of a model. logits: [1, keep, head_rows], of type `logits_type`."""
+    """A bound run of a model.
+
+    Attributes:
+        stream: The session's stream.
+        logits: [1, keep, head_rows], on the device.
+        logits_type: ONNX Runtime's name for their type, such as "tensor(float16)".
+    """
 
     stream: cuda.Stream
     logits: ort.OrtValue
     logits_type: str
 
     def read_logits(self) -> NDArray[np.float32]:
-        """float32[keep, head_rows] of the last run."""
+        """Returns the logits of the last run, float32[keep, head_rows]. Waits for them."""
         stored = np.empty(self.logits.shape()[1:], numpy_dtype(self.logits_type))
         self.stream.copy(stored.ctypes.data, self.logits.data_ptr(), stored.nbytes)
         self.stream.synchronize()
@@ -59,7 +71,10 @@ class CudaRun(Run):
 
 
 def run_options() -> ort.RunOptions:
-    """Of every run: it does not wait, and ONNX Runtime makes no CUDA graph of it: `Replayed` makes a larger one."""
+    """Returns the options of all runs: they do not wait, and ONNX Runtime captures no CUDA graph.
+
+    `Replayed` captures a larger one instead.
+    """
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", "-1")
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -67,5 +82,5 @@ def run_options() -> ort.RunOptions:
 
 
 def element_type(onnx_type: str) -> Any:
-    """What `OrtValue` takes for, as one, "tensor(float16)"."""
+    """Returns what `OrtValue` takes for a type that ONNX Runtime calls, for example, "tensor(float16)"."""
     return _BFLOAT16 if onnx_type == "tensor(bfloat16)" else numpy_dtype(onnx_type)

@@ -21,9 +21,9 @@ from engines.sampling_params import Sampling
 
 
 class CudaFeatureEngine(OnnxRuntimeCudaEngine):
-    """A target whose graph gives features with every call, all of them in the first rows of `features`.
+    """A target that keeps the features of its last call on the device, in the first rows of `features`.
 
-    They cross to the host only when `StepOutput.features` is asked for.
+    They are copied to the host only when `StepOutput.features` is read.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
         )
 
     def has_given(self, first: int, count: int) -> bool:
-        """Whether `features` begins with those of token number `first`, `count` tokens before the end of the cache."""
+        """Whether `features` starts with those of token number `first`, and the cache ends `count` tokens after it."""
         return self._given_from == first and first + count == self.length
 
     def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
@@ -97,10 +97,10 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
 
 
 class CudaEagleEngine(OnnxRuntimeCudaEngine):
-    """A head as `EagleEngine` runs it on the CPU. fuse: a session on its graph of features, on `stream` too; None where
-    features are hidden states already.
+    """A head on the device; `EagleEngine` is the same on the CPU.
 
-    last: the row of what the graph made that was computed last, and the length of the cache after it.
+    Attributes:
+        last: The row of `next_hidden` that was computed last, and the length of the cache after it.
     """
 
     lag = 1
@@ -161,7 +161,7 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         return {HIDDEN_INPUT: self._made.place(at - 1, 1), HIDDEN_OUTPUT: self._made.place(at, 1)}
 
     def _bind_fuse(self, fuse: ort.InferenceSession, features: Place, count: int) -> Run:
-        """Makes hidden states of `features`, [1, count, features_read]: what a step of `count` rows reads."""
+        """Bind the graph that makes the hidden states of `count` rows from `features`, [1, count, features_read]."""
         binding = fuse.io_binding()
         binding.bind_input(FEATURES_OUTPUT, self.device, 0, *features)
         binding.bind_output(HIDDEN_INPUT, self.device, 0, *self._hidden_rows.place(0, count))

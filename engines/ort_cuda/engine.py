@@ -29,9 +29,9 @@ _UNREAD = 2  # tokens that a drafter is behind by at most, once it has read the 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStep(Step):
-    """A step whose arrays are copied to the device and back; of the outputs only `token_ids` is.
+    """A step whose arrays are copied to the device and back; only `token_ids` is copied back.
 
-    work: the copy of the inputs, the run and the copy of the tokens.
+    work: the copy of the inputs, the run, and the copy of the tokens.
     """
 
     stream: cuda.Stream
@@ -48,14 +48,18 @@ class DeviceStep(Step):
 
 
 class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
-    """Runs on CUDA: cache, inputs and outputs live on the device, at addresses that never change.
+    """Runs on CUDA: the KV cache, inputs and outputs are on the device, at addresses that never change.
 
-    Every shape whose binding is kept becomes a CUDA graph, and so does a whole round of two engines. It freezes
-    `total_sequence_length`, which kernels read on the host: it is always the capacity. They take the true length from
-    seqlens_k, on the device.
-    stream: of `session`. Engines that feed each other may share one; `shared` must be on it.
-    device: "cpu" only to test all this without a GPU.
-    lag: positions by which a drafter's cache is shorter than the text that it has read.
+    Every step length whose binding is kept becomes a CUDA graph, and so does a whole round of two engines. A CUDA graph
+    freezes `total_sequence_length`, which kernels read on the host, so it is always the capacity; kernels take the true
+    length from seqlens_k, on the device.
+
+    Attributes:
+        stream: The stream of the session. Engines that feed each other may share one, and engines that share a cache
+            must.
+        device: "cuda"; "cpu" only to test all this without a GPU.
+        lag: Positions by which a drafter's cache is shorter than the text that it has read.
+        rounds: The rounds that this engine drafts in.
     """
 
     lag = 0
@@ -83,12 +87,12 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
 
     @property
     def is_capturable(self) -> bool:
-        """Whether steps can be CUDA graphs; not where a node of the model has no CUDA kernel."""
+        """Whether steps can be CUDA graphs: every node of the model needs a CUDA kernel."""
         return can_be_captured(self._session)
 
     @property
     def cuda_graphs(self) -> int:
-        """Kept steps, and rounds that this engine drafts in, that run as a CUDA graph."""
+        """The number of kept steps, and of rounds that this engine drafts in, that run as a CUDA graph."""
         steps = [step.work for step in self._steps.values() if isinstance(step, DeviceStep)]
         return sum(work.has_graph for work in steps) + self.rounds.cuda_graphs
 
@@ -115,22 +119,24 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             raise
 
     def open_graph(self, model: ir.Model) -> ort.InferenceSession:
-        """A small model of ours on the engine's device and stream."""
+        """Open a small model on the engine's device and stream."""
         stored = ir.to_proto(model).SerializeToString()
         if self.device == "cpu":
             return new_session(stored)
         return open_cuda_graph(stored, self.stream)
 
     def knows(self, target: "OnnxRuntimeCudaEngine", unread: int) -> bool:  # noqa: ARG002
-        """Whether all that this drafter needs for `unread` tokens, to draft for `target`, is on the device."""
+        """Whether everything that this drafter needs to draft for `target` after `unread` tokens is on the device."""
         return unread <= _UNREAD
 
     def prepare(self, target: "OnnxRuntimeCudaEngine", unread: int) -> list[Work]:  # noqa: ARG002
-        """What a round runs before this drafter's first step."""
+        """Returns what a round runs before this drafter's first step."""
         return []
 
     def beside_tokens(self, step: int, unread: int) -> dict[str, Place]:  # noqa: ARG002
-        """What else step number `step` of a round reads and writes, as this drafter."""
+        """Returns what step number `step` of a round reads and writes beside tokens, by the names of inputs and
+        outputs.
+        """
         return {}
 
     def environment(self) -> dict[str, str]:
@@ -144,11 +150,11 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         super()._release()
 
     def allocate(self, shape: tuple[int, ...], element: Any) -> ort.OrtValue:
-        """Memory of the device with anything in it. element: a NumPy dtype, or a number of ONNX's."""
+        """Allocate memory on the device, uninitialised. element: a NumPy dtype, or a number of ONNX's."""
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, element, self.device, 0)
 
     def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
-        """A run of the session that reads `places`, by the input's name, and writes `token_ids`, int64[1, keep]."""
+        """Bind a run of the session that reads `places`, by input name, and writes `token_ids`, int64[1, keep]."""
         keep = token_ids.shape[-1]
         binding = self._bind_common(keep)
         for name in self._token_inputs:
@@ -160,7 +166,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         return CudaRun(self._session, binding, run_options(), self.stream, logits, self.logits_type)
 
     def replayed(self, enqueue: Callable[[], None], others: Sequence["OnnxRuntimeCudaEngine"] = ()) -> Replayed:
-        """`enqueue` as a CUDA graph, where the models of this engine and of `others` can be one."""
+        """Make `enqueue` a CUDA graph, if the models of this engine and of `others` can be part of one."""
 
         def whole() -> bool:
             enqueue()

@@ -1,4 +1,4 @@
-"""Bundles as engines on ONNX Runtime's CUDA, and the streams that they run on."""
+"""Loads bundles on ONNX Runtime's CUDA, and makes the streams that they run on."""
 
 import weakref
 
@@ -11,9 +11,15 @@ from engines.ort_cuda.provider import open_cuda_session, require_provider
 
 
 def load_cuda_engine(bundle: Bundle, neighbour: Engine | None, share_cache: bool) -> OnnxRuntimeCudaEngine:
-    """The bundle on CUDA, on the stream of `neighbour` if that has one, and with its cache if `share_cache`.
+    """Load a bundle on CUDA.
 
-    Raises `VocabtrimError` if ONNX Runtime has no CUDA, a library of it is missing, or the GPU is too small.
+    Args:
+        bundle: The bundle.
+        neighbour: An engine whose stream is used, if it has one.
+        share_cache: Use the neighbour's KV cache as well.
+
+    Raises:
+        VocabtrimError: ONNX Runtime has no CUDA, a library is missing, or the GPU has too little memory.
     """
     missing = require_provider()
     beside = neighbour if isinstance(neighbour, OnnxRuntimeCudaEngine) else None
@@ -30,7 +36,7 @@ def load_cuda_engine(bundle: Bundle, neighbour: Engine | None, share_cache: bool
 
 
 def make_stream() -> cuda.Stream:
-    """A stream that goes with its last user: engines share it and close in any order."""
+    """Make a stream that is destroyed after its last user: engines share it and close in any order."""
     stream = cuda.Stream()
     # Not at exit: sessions that nobody closed are still there then.
     weakref.finalize(stream, cuda.runtime().cudaStreamDestroy, stream.address).atexit = False

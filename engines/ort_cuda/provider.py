@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider: sessions on it, and why there is none or it has no room, in one line."""
+"""ONNX Runtime's CUDA provider: opening sessions on it, and one-line errors where it is missing or out of memory."""
 
 import ctypes
 import io
@@ -19,7 +19,14 @@ _NO_CAPTURE = "graph capture feature"  # in what a session says that has nodes e
 
 
 def require_provider() -> tuple[str, ...]:
-    """Load what CUDA needs; the names of the libraries that do not load. Raises `VocabtrimError` without a provider."""
+    """Load CUDA's libraries.
+
+    Returns:
+        The names of the libraries that do not load.
+
+    Raises:
+        VocabtrimError: ONNX Runtime has no CUDA provider here.
+    """
     missing = preload_libraries()
     if PROVIDER not in ort.get_available_providers():
         raise VocabtrimError(why_no_provider(missing))
@@ -29,9 +36,16 @@ def require_provider() -> tuple[str, ...]:
 def open_cuda_session(
     bundle: Bundle, stream: cuda.Stream, missing: tuple[str, ...] = (), name: str = MODEL_NAME
 ) -> ort.InferenceSession:
-    """A session on `stream`, with CUDA graphs if all nodes of the model can be in one. Raises `VocabtrimError`.
+    """Open a session on `stream`, for CUDA graphs if every node of the model can be in one.
 
-    missing: libraries that could not be loaded before. name: of the bundle's file.
+    Args:
+        bundle: The bundle.
+        stream: The session's stream.
+        missing: The libraries that `require_provider` could not load, for the message.
+        name: The bundle's file to open.
+
+    Raises:
+        VocabtrimError: The model cannot run on CUDA here.
     """
     path = bundle.path / name
     try:
@@ -57,7 +71,7 @@ def open_cuda_session(
 
 
 def open_cuda_graph(model: bytes, stream: cuda.Stream) -> ort.InferenceSession:
-    """A session of a small model of ours on `stream`, all of whose nodes can be in a CUDA graph."""
+    """Open a small model on `stream`; all of its nodes can be in a CUDA graph."""
     return _open(model, stream, cuda_graphs=True)
 
 
@@ -91,7 +105,7 @@ def preload_libraries() -> tuple[str, ...]:
 
 
 def why_no_provider(missing: tuple[str, ...] = ()) -> str:
-    """Why there is no CUDAExecutionProvider, and what to do. missing: see `preload_libraries`."""
+    """Returns why there is no CUDAExecutionProvider, and what to do. missing: see `require_provider`."""
     home = Path(ort.__file__).parent / "capi"
     libraries = list(home.glob("*onnxruntime_providers_cuda.*"))
     if not libraries:
@@ -112,7 +126,7 @@ def why_no_provider(missing: tuple[str, ...] = ()) -> str:
 
 
 def explain_out_of_memory(error: Exception, bundle: Bundle) -> None:
-    """Raise `VocabtrimError` with the sizes and what to lower, if `error` says that the GPU's memory is full."""
+    """Raise `VocabtrimError`, with the sizes and what to lower, if `error` says that the GPU's memory is full."""
     if isinstance(error, VocabtrimError) or not _OUT_OF_MEMORY.search(str(error)):
         return
     manifest = bundle.manifest

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a round's numbers begin, in values of 8 bytes, the same on the host and on the device.
+    """The offsets of a round's numbers, in values of 8 bytes, in one block on the host and one on the device.
 
-    From the host: seqlens_k of the γ draft steps and of the verification, in the low half of each value | position_ids
-    from the first that the drafter reads to the last that the target reads | what sampling needs | the `unread` tokens.
-    Back to it: the γ drafted ones, which lie right behind | the γ + 1 verified ones | the number accepted and the next
-    token.
+    The host sends: seqlens_k of the γ draft steps and of the verification, in the low half of each value; position_ids,
+    from the first position that the drafter reads to the last that the target reads; what sampling needs; the `unread`
+    tokens. The device sends back, right behind: the γ drafted tokens; the γ + 1 verified ones; the number accepted and
+    the next token.
     """
 
     positions: int
@@ -39,7 +39,14 @@ class Layout:
 
 
 def make_layout(unread: int, draft_length: int, lag: int, chances: int) -> Layout:
-    """lag: the drafter's. chances: values that sampling needs."""
+    """Lay out a round.
+
+    Args:
+        unread: Tokens that the drafter has not read.
+        draft_length: γ.
+        lag: The drafter's `lag`.
+        chances: Values that sampling needs.
+    """
     positions = draft_length + 1
     first = positions + lag + unread + draft_length
     tokens = first + chances
@@ -50,11 +57,12 @@ def make_layout(unread: int, draft_length: int, lag: int, chances: int) -> Layou
 
 
 class CudaRound:
-    """Each draft step reads its token where the step before wrote it, and the verification reads all of them there.
+    """γ draft steps and their verification.
 
-    One copy brings what the host knows beforehand, one brings all token ids back. An EAGLE head's steps read and write
-    hidden states besides: of the target's features, then of the step before. sampler: chooses the tokens instead
-    of the engines, which give the most likely ones.
+    Each draft step reads its token where the step before wrote it, and the verification reads all of them there. One
+    copy sends what the host knows beforehand, and one brings all token ids back. An EAGLE head's steps also read and
+    write hidden states: the first reads the target's features, each further one what the step before wrote. A sampler
+    chooses the tokens instead of the engines, which take the most likely ones.
     """
 
     def __init__(
@@ -104,7 +112,13 @@ class CudaRound:
     def run(
         self, token_ids: Sequence[int] | NDArray[np.int64], length: int, sampling: Sampling | None = None
     ) -> Speculation:
-        """token_ids: the `unread` tokens. length: of the target's cache, which lacks only the last of them."""
+        """Run the round and wait for it.
+
+        Args:
+            token_ids: int64[unread], what the drafter has not read.
+            length: Tokens in the target's cache, which lacks only the last of `token_ids`.
+            sampling: How to draw tokens; needed with a sampler.
+        """
         at, host = self._at, self._host
         first = length - self._unread + 1 - self._lag  # position of the first unread token, in the drafter's cache
         steps = self._draft_length + 1
@@ -143,7 +157,7 @@ class CudaRound:
         stream.copy(here + 8 * at.drafted, there + 8 * at.drafted, 8 * (at.end - at.drafted))
 
     def _address(self, index: int) -> int:
-        """Of value `index` on the device."""
+        """The device's address of value `index`."""
         return int(self._device.data_ptr()) + 8 * index
 
     def _place(self, index: int, dtype: type[np.generic], shape: tuple[int, ...]) -> Place:

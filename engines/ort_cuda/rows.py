@@ -16,7 +16,7 @@ from engines.ort_cuda.provider import explain_out_of_memory
 
 @dataclass(frozen=True, slots=True)
 class DeviceRows:
-    """Hidden states on the device, one a row, at an address that never changes. onnx_type: of a number."""
+    """Hidden states on the device, one a row, at an address that never changes. onnx_type: the type of a number."""
 
     memory: ort.OrtValue
     onnx_type: str
@@ -24,16 +24,16 @@ class DeviceRows:
 
     @property
     def count(self) -> int:
-        """Rows that there is memory for."""
+        """The number of rows that there is memory for."""
         return int(self.memory.shape()[1])
 
     @property
     def size(self) -> int:
-        """Numbers in a row."""
+        """The numbers in a row."""
         return int(self.memory.shape()[2])
 
     def place(self, first: int, count: int) -> Place:
-        """[1, count, size] from row `first` on."""
+        """Where `count` rows from row `first` on are: [1, count, size]."""
         address = self.memory.data_ptr() + first * self._bytes(1)
         return Place(element_type(self.onnx_type), (1, count, self.size), address)
 
@@ -59,7 +59,7 @@ class DeviceRows:
 
 @dataclass(frozen=True, slots=True)
 class RowCopy:
-    """The first `count` rows of `source` over those of `target`."""
+    """Work that copies the first `count` rows of `source` over those of `target`."""
 
     source: DeviceRows
     target: DeviceRows
@@ -70,7 +70,11 @@ class RowCopy:
 
 
 def allocate_rows(engine: OnnxRuntimeCudaEngine, session: ort.InferenceSession, name: str, count: int) -> DeviceRows:
-    """Memory for `count` rows of what `session` reads or gives as `name`. Raises `VocabtrimError` if there is none."""
+    """Allocate `count` rows of the input or output `name` of `session`.
+
+    Raises:
+        VocabtrimError: The session has no such input or output.
+    """
     (value,) = (value for value in [*session.get_inputs(), *session.get_outputs()] if value.name == name)
     try:
         memory = engine.allocate((1, count, int(value.shape[-1])), element_type(value.type))

@@ -1,4 +1,6 @@
-"""`DeviceSampler`: within a round on CUDA, what `runtime.sampling` and `runtime.accept` do on the host."""
+"""`DeviceSampler` samples and accepts within a round on CUDA, as `runtime.sampling` and `runtime.accept` do on the
+host.
+"""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -27,11 +29,14 @@ _Bound = Mapping[str, Place | ort.OrtValue]
 
 
 class DeviceSampler:
-    """Of one pair of engines, for drafts of γ tokens and one top-k; temperature, top-p and min-p may change with every
-    round.
+    """Samples and verifies drafts of one pair of engines.
 
-    chances: values of 8 bytes that a round gets from the host: temperature | top-p | min-p | a uniform for each drafted
-    token, float32 in the low half of each | float32[γ + 1], the uniforms of acceptance.
+    It is made for one draft length γ and one top-k; temperature, top-p and min-p may change with every round.
+
+    Attributes:
+        chances: The number of values of 8 bytes that a round gets from the host: temperature, top-p, min-p and a
+            uniform number for each drafted token, float32 in the low half of each value; then float32[γ + 1], the
+            uniform numbers of acceptance.
     """
 
     def __init__(
@@ -59,7 +64,12 @@ class DeviceSampler:
         self._p = target.allocate((draft_length + 1, vocab), np.float32)
 
     def write_chances(self, values: NDArray[np.int64], sampling: Sampling) -> None:
-        """Fill what `propose` and `judge` read on the device."""
+        """Fill what `propose` and `judge` read on the device.
+
+        Args:
+            values: int64[chances], to be written.
+            sampling: The parameters, and the generator of the uniform numbers.
+        """
         floats, steps, params = values.view(np.float32), self._draft_length, sampling.params
         first, last = 2 * _PARAMETERS, 2 * (_PARAMETERS + steps)
         floats[:first:2] = params.temperature, params.top_p, params.min_p
@@ -68,7 +78,14 @@ class DeviceSampler:
         floats[last:][: steps + 1] = uniforms[steps:]
 
     def propose(self, step: int, logits: ort.OrtValue, chances: int, token: int) -> list[Run]:
-        """Draw drafted token number `step`. chances, token: addresses of what it reads, and of where it is written."""
+        """Returns the work that draws drafted token number `step`.
+
+        Args:
+            step: The number of the draft step, from 0.
+            logits: The drafter's logits.
+            chances: Address of what `write_chances` wrote.
+            token: Address that the token is written to.
+        """
         rows = self._q.shape()[1]
         q = Place(np.float32, (1, rows), self._q.data_ptr() + 4 * rows * step)
         uniform = Place(np.float32, (1,), chances + 8 * (_PARAMETERS + step))
@@ -79,7 +96,14 @@ class DeviceSampler:
         ]
 
     def judge(self, logits: ort.OrtValue, chances: int, drafted: int, verdict: int) -> list[Run]:
-        """Decide about the draft at address `drafted`: count and next token at address `verdict`."""
+        """Returns the work that decides which drafted tokens stay.
+
+        Args:
+            logits: The target's logits.
+            chances: Address of what `write_chances` wrote.
+            drafted: Address of the drafted tokens.
+            verdict: Address that the number accepted and the next token are written to.
+        """
         steps = self._draft_length
         uniforms = Place(np.float32, (steps + 1,), chances + 8 * (_PARAMETERS + steps))
         tokens = Place(np.int64, (1, steps), drafted)

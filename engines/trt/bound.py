@@ -1,4 +1,4 @@
-"""What a plan runs on: the KV cache on the GPU, and a profile with every address bound once."""
+"""`BoundProfile`: an optimization profile of a plan with every address bound once, and the KV cache that it uses."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -21,9 +21,10 @@ Memory = TypeVar("Memory", cuda.DeviceMemory, cuda.PinnedMemory)
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values, zero where nothing was written.
+    """Keys and values on the GPU, zero where nothing was written.
 
-    addresses: of each input's [1, heads, slots, head_dim]; both engines of a bundle bind the same.
+    Attributes:
+        addresses: The address of each input's [1, heads, slots, head_dim]; both engines of a bundle bind the same ones.
     """
 
     addresses: Mapping[str, int]
@@ -31,7 +32,11 @@ class KVCache:
 
     @classmethod
     def allocate(cls, library: Library, engine: Any, stream: cuda.Stream) -> "KVCache":
-        """For an ICudaEngine. Raises `VocabtrimError` if the GPU has no room."""
+        """Allocate the cache of an ICudaEngine.
+
+        Raises:
+            VocabtrimError: The GPU has no room.
+        """
         offsets, end = {}, 0
         for name in tensor_names(library, engine, inputs=True):
             if name.startswith(PAST):
@@ -173,7 +178,7 @@ class BoundProfile:
             raise RuntimeError(f"{self._shared.library.name} does not take {what}: {self._shared.log.reason()}")
 
     def _is_capturable(self) -> bool:
-        """TensorRT-RTX can tell; with TensorRT the attempt shows it."""
+        """Whether the profile can be a CUDA graph. TensorRT-RTX can tell; with TensorRT only the attempt shows it."""
         ask = getattr(self._context, "is_stream_capturable", None)
         return ask is None or bool(ask(self._shared.stream.address))
 

@@ -13,7 +13,9 @@ DRAFT_TOKENS = 2  # a drafter lacks at most two tokens after a round: the last i
 
 
 class Executor(Protocol):
-    """Runs the fixed shapes of one bundle over a KV cache that it owns. device, environment: as an `Engine`'s."""
+    """Runs the fixed shapes of one bundle over a KV cache that it owns. `device` and `environment` are as an
+    `Engine`'s.
+    """
 
     device: Device
 
@@ -26,16 +28,25 @@ class Executor(Protocol):
         position_ids: NDArray[np.int64],
         logits_positions: NDArray[np.int64],
     ) -> StepOutput:
-        """Write `profile.tokens` tokens to the cache from slot `position_ids[0]` on and predict after some of them.
+        """Write `profile.tokens` tokens to the cache from slot `position_ids[0]` on, and predict after some of them.
 
-        input_ids, position_ids: int64[profile.tokens]. logits_positions: int64[profile.keep], indices into them.
-        Everything that the tokens see is within the first `profile.span` slots.
+        Everything that the tokens see must be within the first `profile.span` slots.
+
+        Args:
+            profile: The fixed shape to run.
+            input_ids: int64[profile.tokens].
+            position_ids: int64[profile.tokens].
+            logits_positions: int64[profile.keep], indices into `input_ids`.
         """
 
     def draft(self, span: int, input_ids: NDArray[np.int64], position_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Write DRAFT_TOKENS tokens from slot `position_ids[0]` on, draft after them and write all but the last.
+        """Write DRAFT_TOKENS tokens from slot `position_ids[0]` on, draft after them, and write all drafted tokens but
+        the last.
 
-        What the first of them sees is within the first `span` slots. Returns int64[γ].
+        Everything that the tokens see must be within the first `span` slots.
+
+        Returns:
+            int64[γ].
         """
 
     def close(self) -> None:
@@ -43,7 +54,7 @@ class Executor(Protocol):
 
 
 class Call(NamedTuple):
-    """One call of an executor: the fed tokens from `start` to `stop`, of which the last `keep` predict."""
+    """One call of an executor: the tokens of a feed from `start` to `stop`, of which the last `keep` predict."""
 
     profile: Profile
     start: int
@@ -52,10 +63,16 @@ class Call(NamedTuple):
 
 
 def plan_calls(profiles: Sequence[Profile], fed: int, keep: int, room: int) -> list[Call]:
-    """Cut a feed of `fed` tokens, the last `keep` of which predict, into calls of `profiles` (all of one span).
+    """Cut a feed into calls of `profiles`.
 
-    Each call takes the profile that gets furthest, the smallest of these. It may be longer than what it is given and
-    is padded then: the cache has `room` slots, at least `fed` and the shortest profile's tokens less one.
+    Each call takes the profile that gets furthest, and of these the smallest. It may be longer than what is left to
+    feed, and is padded then.
+
+    Args:
+        profiles: Profiles of one span.
+        fed: Tokens to feed, the last `keep` of which predict.
+        keep: Positions to predict after.
+        room: Free slots of the cache: at least `fed`, and the shortest profile's tokens less one.
     """
     calls: list[Call] = []
     start = 0
@@ -72,10 +89,10 @@ def plan_calls(profiles: Sequence[Profile], fed: int, keep: int, room: int) -> l
 
 
 class StaticEngine(Engine):
-    """Feeds of any length as calls of a few fixed shapes.
+    """Runs feeds of any length as calls of a few fixed shapes.
 
-    A step takes as long as the slots that it attends to, whether they hold tokens or not: each takes the shortest span
-    that it can.
+    A step takes as long as the slots that it attends to, whether they hold tokens or not, so each takes the shortest
+    span that it can.
     """
 
     def __init__(self, bundle: Bundle, executor: Executor) -> None:

@@ -24,8 +24,9 @@ class TensorRTExecutor(Executor):
     """Runs `model.engine` and, where the bundle has one, `draft.engine`. One call runs at a time.
 
     What a step returns is valid until the next one.
-    write: gets every line that the library logs.
-    Raises `VocabtrimError` if the library, its version or the GPU is not what the plans were built for.
+
+    Raises:
+        VocabtrimError: The library, its version or the GPU is not what the plans were built for.
     """
 
     device: Device = "cuda"
@@ -54,7 +55,7 @@ class TensorRTExecutor(Executor):
 
     @property
     def cuda_graphs(self) -> int:
-        """Profiles that run as a CUDA graph."""
+        """The number of profiles that run as a CUDA graph."""
         return sum(bound.has_graph for bound in self._bound.values())
 
     def environment(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX behind one door: how they load, where they differ, and what they log."""
+"""TensorRT and TensorRT-RTX under one interface: loading, differences, and logs."""
 
 import importlib
 import re
@@ -26,8 +26,11 @@ _KEPT_LINES = 100  # of errors and of warnings
 class Library:
     """A loaded TensorRT.
 
-    version: of the Python bindings, such as "1.7.1.116". api: the Python module. lean: it is TensorRT's lean runtime,
-    which builds and refits nothing and opens version-compatible plans of its own version only.
+    Attributes:
+        version: The version of the Python bindings, such as "1.7.1.116".
+        api: The Python module.
+        lean: It is TensorRT's lean runtime, which builds and refits nothing and opens version-compatible plans of its
+            own version only.
     """
 
     flavor: Flavor
@@ -86,7 +89,7 @@ def _load(flavor: Flavor, lean: bool = False) -> Library | None:
 
 
 def create_network(library: Library, builder: Any) -> Any:
-    """An empty network whose types are as the ONNX graph says, which TensorRT before 11 must be told."""
+    """Create an empty, strongly typed network; TensorRT before 11 must be told to keep the ONNX graph's types."""
     strongly_typed = 0
     if library.flavor == "tensorrt" and int(library.version.split(".")[0]) < 11:
         strongly_typed = 1 << int(library.api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -94,7 +97,7 @@ def create_network(library: Library, builder: Any) -> Any:
 
 
 def create_context(library: Library, engine: Any) -> Any | None:
-    """An execution context that is given its activation memory; None if the library could not make it."""
+    """Create an execution context that is given its activation memory; None if the library could not make it."""
     strategy = library.api.ExecutionContextAllocationStrategy.USER_MANAGED
     if library.flavor == "tensorrt":
         return engine.create_execution_context(strategy)
@@ -107,7 +110,9 @@ def create_context(library: Library, engine: Any) -> Any | None:
 
 
 class Log:
-    """What a TensorRT library says; `make_log` makes one that it takes for its logger. Known noise is dropped."""
+    """Collects what a TensorRT library logs, without known noise; `make_log` makes one that the library takes as its
+    logger.
+    """
 
     def __init__(self, write: Callable[[str], None] | None = None) -> None:
         self.errors: list[str] = []
@@ -126,7 +131,7 @@ class Log:
             self._write(f"[{severity.name.lower()}] {message}")
 
     def reason(self) -> str:
-        """The first error since the last `clear` in one line: those after it follow from it."""
+        """The first error since the last `clear`, in one line; later errors follow from it."""
         return one_line(self.errors[0]) if self.errors else "it gave no reason"
 
     def clear(self) -> None:
@@ -135,7 +140,9 @@ class Log:
 
 
 def make_log(library: Library, write: Callable[[str], None] | None = None) -> Log:
-    """A logger for everything of `library`; it must live as long. write: gets every line, as `--verbose` shows them."""
+    """Make a logger for all use of `library`; it must outlive it. write: called with every line, as `--verbose` shows
+    them.
+    """
     base = library.api.ILogger
 
     def initialize(self: Log) -> None:

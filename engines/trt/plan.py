@@ -1,4 +1,4 @@
-"""A TensorRT plan: whether it can run here, and opening it."""
+"""Whether a TensorRT plan can run here, and opening it."""
 
 import mmap
 from pathlib import Path
@@ -15,9 +15,16 @@ _STORED = {"INT64": np.int64, "HALF": np.float16, "BF16": np.uint16, "FLOAT": np
 
 
 def check_plans(plans: TensorRT, version: str, compute_capability: str, where: str) -> None:
-    """Raise `VocabtrimError` unless a library of `version` can run `plans` on a GPU of `compute_capability`.
+    """Check that plans can run here.
 
-    where: the bundle, for the message.
+    Args:
+        plans: What the manifest says of them.
+        version: The version of the library.
+        compute_capability: The GPU's, such as "8.6".
+        where: The bundle, for messages.
+
+    Raises:
+        VocabtrimError: They were built for another version or GPU.
     """
     name = NAMES[plans.flavor]
     again = f"vocabtrim-export … --format trt --compute-capability {compute_capability}"
@@ -36,9 +43,20 @@ def check_plans(plans: TensorRT, version: str, compute_capability: str, where: s
 
 
 def open_engine(library: Library, runtime: Any, log: Log, plan: Path, weights: Path | None) -> Any:
-    """The ICudaEngine of a plan file. weights: the ONNX model that a plan without weights takes them from.
+    """Open a plan.
 
-    Raises `VocabtrimError` with the library's own reason.
+    Args:
+        library: TensorRT or TensorRT-RTX.
+        runtime: The library's runtime.
+        log: Its logger.
+        plan: The plan's file.
+        weights: The ONNX model that a plan without weights takes them from; None for a plan with weights.
+
+    Returns:
+        The ICudaEngine.
+
+    Raises:
+        VocabtrimError: Gives the library's own reason.
     """
     log.clear()
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -57,12 +75,12 @@ def open_engine(library: Library, runtime: Any, log: Log, plan: Path, weights: P
 
 
 def tensor_names(library: Library, engine: Any, *, inputs: bool) -> list[str]:
-    """The inputs, or else the outputs, of an ICudaEngine."""
+    """Returns the names of the inputs, or of the outputs, of an ICudaEngine."""
     mode = library.api.TensorIOMode.INPUT if inputs else library.api.TensorIOMode.OUTPUT
     names = [str(engine.get_tensor_name(index)) for index in range(engine.num_io_tensors)]
     return [name for name in names if engine.get_tensor_mode(name) == mode]
 
 
 def stored_dtype(engine: Any, name: str) -> np.dtype[Any]:
-    """The numpy type that holds a tensor of a plan; bfloat16 as its bits in uint16."""
+    """Returns the NumPy dtype that holds a tensor of a plan; bfloat16 is held as its bits in uint16."""
     return np.dtype(_STORED[engine.get_tensor_dtype(name).name])

@@ -1,4 +1,4 @@
-"""`ReferenceExecutor`: the graphs of a TensorRT bundle on ONNX Runtime's CPU. It proves what they mean."""
+"""`ReferenceExecutor`: the graphs of a TensorRT bundle on ONNX Runtime's CPU, to check them without a GPU."""
 
 from typing import Any
 
@@ -22,9 +22,10 @@ from engines.ort.session import numpy_dtype, open_session, share
 
 
 class ReferenceExecutor:
-    """An `Executor` for the graphs from which plans are built, in the same fixed shapes.
+    """An `Executor` for the graphs that plans are built from, in the same fixed shapes.
 
-    Raises `VocabtrimError` where ONNX Runtime has no CPU kernel for a graph (bf16).
+    Raises:
+        VocabtrimError: ONNX Runtime has no CPU kernel for a graph (bf16).
     """
 
     device: Device = "cpu"

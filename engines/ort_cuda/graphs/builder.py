@@ -39,7 +39,7 @@ class GraphBuilder:
         return [self.constant("ints_" + "_".join(map(str, v)), np.array(v, np.int64)) for v in vectors]
 
     def axis(self, axis: int) -> ir.Value:
-        """What CumSum takes for an axis."""
+        """The constant that CumSum takes for an axis."""
         return self.constant(f"axis_{axis}", np.array(axis, np.int64))
 
     def floats(self, *values: float) -> ir.Value:
@@ -59,10 +59,10 @@ class GraphBuilder:
         return self.op("ReduceSum", value, *self.ints([axis]), keepdims=1)
 
     def blocks(self, value: ir.Value, size: int) -> tuple[ir.Value, int, int]:
-        """[rows, size] as [rows, count, width], zeros at the end; count, width.
+        """Reshape [rows, size] to [rows, count, width], zeros at the end. Returns the blocks, count and width.
 
-        Running sums over blocks and then inside them are of about √size terms: they round far less in float32 than
-        sums of 262k, and ONNX Runtime's older CUDA kernels take time quadratic in the terms.
+        Running sums over blocks, and then inside them, have about √size terms each: they round far less in float32 than
+        sums of 262k terms, and ONNX Runtime's older CUDA kernels take time quadratic in the terms.
         """
         width = 1 << math.ceil(math.log2(size) / 2)
         count = -(-size // width)
@@ -71,7 +71,7 @@ class GraphBuilder:
         return self.reshape(value, -1, count, width), count, width
 
     def finish(self, outputs: Mapping[str, tuple[ir.Value, ir.DataType, list[int | str]]]) -> ir.Model:
-        """The model that gives these values: value, dtype and shape by name."""
+        """Returns the model with these outputs: value, dtype and shape by name."""
         for name, (value, dtype, shape) in outputs.items():
             value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         graph = ir.Graph(

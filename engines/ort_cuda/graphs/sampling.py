@@ -16,11 +16,18 @@ NO_TOKEN = -1  # what is drawn where the weights do not add up to a positive num
 
 
 def warp_graph(size: int, logits_type: ir.DataType, top_k: int, has_top_p: bool, has_min_p: bool) -> ir.Model:
-    """Probabilities as `runtime.sampling.distribution` has them. top_k: 0 or `size` and more keep all.
+    """A graph that computes the probabilities of `runtime.sampling.distribution` from logits.
 
-    Inputs: logits [1, rows, size]; temperature float32[1], above 0; top_p float32[1], read if `has_top_p`;
-    min_p float32[1], above 0, read if `has_min_p`.
-    Outputs: probabilities float32[rows, size], all NaN in a row whose logits are not finite.
+    Its inputs are logits [1, rows, size]; temperature float32[1], above 0; top_p float32[1], with `has_top_p`; and
+    min_p float32[1], above 0, with `has_min_p`. Its output is probabilities float32[rows, size], all NaN in a row whose
+    logits are not finite.
+
+    Args:
+        size: Columns of the logits.
+        logits_type: The logits' dtype.
+        top_k: Keeps the k most likely tokens; 0, or `size` and more, keep all.
+        has_top_p: Apply top-p.
+        has_min_p: Apply min-p.
     """
     graph = GraphBuilder("warp")
     logits = graph.input(LOGITS, logits_type, [1, "rows", size])
@@ -49,11 +56,14 @@ def warp_graph(size: int, logits_type: ir.DataType, top_k: int, has_top_p: bool,
 
 
 def draw_graph(size: int, kept_token_ids: NDArray[np.int64] | None) -> ir.Model:
-    """A token drawn from a row of probabilities.
+    """A graph that draws a token from a row of probabilities.
 
-    Inputs: probabilities float32[1, size]; uniform float32[1] in [0, 1).
-    Outputs: token_ids int64[1, 1], the token of the column drawn, by `kept_token_ids` int64[size] or its own number.
+    Its inputs are probabilities float32[1, size] and uniform float32[1] in [0, 1). Its output is token_ids int64[1, 1].
     A row of NaN gives any token: none of its probabilities can be accepted later.
+
+    Args:
+        size: Columns of the probabilities.
+        kept_token_ids: int64[size], the token of each column; None where column i is token i.
     """
     graph = GraphBuilder("draw")
     probabilities = graph.input("probabilities", ir.DataType.FLOAT, [1, size])
@@ -65,9 +75,10 @@ def draw_graph(size: int, kept_token_ids: NDArray[np.int64] | None) -> ir.Model:
 
 
 def draw(graph: GraphBuilder, weights: ir.Value, size: int, uniform: ir.Value) -> ir.Value:
-    """The first index, int64[1], at which the running sum of `weights`, float32[1, size], passes uniform · their sum.
+    """The first index, int64[1], at which the running sum of `weights`, float32[1, size], passes uniform times their
+    sum.
 
-    NO_TOKEN where the sum is NaN or not positive. Never an entry that weighs nothing.
+    It is NO_TOKEN where the sum is NaN or not positive, and never an entry whose weight is 0.
     """
     blocks, count, width = graph.blocks(weights, size)
     blocks = graph.reshape(blocks, count, width)
@@ -83,15 +94,15 @@ def draw(graph: GraphBuilder, weights: ir.Value, size: int, uniform: ir.Value) -
 
 
 def _running_sum(graph: GraphBuilder, weights: ir.Value, size: int) -> tuple[ir.Value, ir.Value]:
-    """Of float32[size] up to each entry, that included; and the last of them, float32[1]."""
+    """Returns the inclusive running sum of float32[size], and its last element, float32[1]."""
     running = graph.op("CumSum", weights, graph.axis(0))
     return running, graph.op("Gather", running, *graph.ints([size - 1]), axis=0)
 
 
 def _passed(graph: GraphBuilder, running: ir.Value, whole: ir.Value, point: ir.Value) -> ir.Value:
-    """How many of the running sums do not pass `point`: the index of the first that does, int64[1].
+    """How many of the running sums do not pass `point`, int64[1]: the index of the first that does.
 
-    Sums taken in another order may round the point to the whole or beyond: it stays the next number below.
+    Sums taken in another order may round the point to the whole sum or beyond: it is kept just below the whole.
     """
     below = graph.op("Min", point, graph.op("Mul", whole, graph.floats(1 - 2**-24)))
     passed = graph.op("LessOrEqual", running, below)  # nowhere, if they are NaN
@@ -99,12 +110,12 @@ def _passed(graph: GraphBuilder, running: ir.Value, whole: ir.Value, point: ir.V
 
 
 def _without(graph: GraphBuilder, scores: ir.Value, dropped: ir.Value) -> ir.Value:
-    """`scores` with no weight where `dropped`. That is never a comparison that a NaN meets: it must show."""
+    """`scores` with 0 where `dropped`. NaN is never dropped, so that it reaches the output."""
     return graph.op("Where", dropped, graph.floats(-np.inf), scores)
 
 
 def _outside_top_p(graph: GraphBuilder, scores: ir.Value, descending: ir.Value, size: int, top_p: ir.Value) -> ir.Value:
-    """Where scores, [rows, size], are not of the fewest that hold `top_p` of the weight. descending: them, sorted."""
+    """Where scores, [rows, size], are not among the fewest that hold `top_p` of the weight. descending: sorted ones."""
     weights = graph.op("Softmax", descending, axis=1)
     wanted = graph.op("Mul", top_p, graph.total(weights, 1))
     inside = graph.op("Less", _running(graph, weights, size), wanted)  # the first one always
@@ -120,7 +131,7 @@ def _outside_top_p(graph: GraphBuilder, scores: ir.Value, descending: ir.Value, 
 
 
 def _running(graph: GraphBuilder, values: ir.Value, size: int) -> ir.Value:
-    """The sum of what is before each of [rows, size], as [rows, size]."""
+    """The exclusive running sum along each row of [rows, size]."""
     blocks, count, width = graph.blocks(values, size)
     inside = graph.op("CumSum", blocks, graph.axis(2), exclusive=1)
     before = graph.op("CumSum", graph.total(blocks, 2), graph.axis(1), exclusive=1)
