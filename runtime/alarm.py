@@ -22,9 +22,12 @@ _LEAST_SHARE = 0.25  # of the coverage
 
 @dataclass(frozen=True, slots=True)
 class Collapse:
-    """A window in which far too few drafts began right.
+    """A window of rounds in which far too few first drafted tokens were accepted.
 
-    accepted: rounds of `rounds` whose first drafted token was accepted. coverage: see `Manifest`; None of a full head.
+    Attributes:
+        accepted: The rounds whose first drafted token was accepted.
+        rounds: The rounds of the window.
+        coverage: See `Manifest`; None for a full head.
     """
 
     accepted: int

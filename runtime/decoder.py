@@ -27,9 +27,9 @@ Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | NDArray[
 
 
 class SpeculativeDecoder:
-    """A target and, if there is one, a drafter. What comes out is the target's own, only sooner.
+    """Generates text with a target and, if there is one, a drafter. The output is that of the target alone.
 
-    Owns its engines: `close`, or leaving its `with` block, closes them. It holds one text at a time: the next
+    It owns its engines: `close`, or leaving its `with` block, closes them. It holds one text at a time: the next
     generation of a thread ends the thread's unfinished stream, and another thread is refused (`VocabtrimError`) until
     the stream is finished, closed or dropped. Each thread or asyncio task gets a decoder of its own by `fork`.
     Where acceptance collapses, a warning is logged once, and `Stats.collapse` says so from then on.
@@ -42,12 +42,19 @@ class SpeculativeDecoder:
         tokenizer: Tokenizer | None = None,
         draft_length: int | Auto | None = None,
     ) -> None:
-        """tokenizer: the target's; without it prompts are ids.
+        """Make a decoder of two loaded engines.
 
-        draft_length: γ, tokens drafted per round; None: 4, or fewer where the target verifies no more. "auto": as many
-        as are worth their time on this text and machine, 16 at most, or none; both engines must be on the CPU. It
-        depends on measured times, so sampling with a seed, which must repeat itself, then drafts as many as None does.
-        Raises `VocabtrimError` where the two engines do not belong together, or for more than the target verifies.
+        Args:
+            target: The engine whose output is generated.
+            drafter: The engine that drafts; None: the target decodes alone.
+            tokenizer: The target's tokenizer; without it prompts are token ids.
+            draft_length: γ, the tokens drafted per round; None: 4, or fewer where the target verifies no more. "auto":
+                as many as are worth their time on this text and machine, 16 at most, or none; both engines must be on
+                the CPU. "auto" depends on measured times, so sampling with a seed, which must repeat itself, drafts as
+                many as None does.
+
+        Raises:
+            VocabtrimError: The two engines do not belong together, or the target cannot verify so many tokens.
         """
         check_pair(target, drafter)
         self.target = target
@@ -65,10 +72,19 @@ class SpeculativeDecoder:
         draft_length: int | Auto | None = None,
         drafter_device: str | None = None,
     ) -> Self:
-        """Load bundles, and the tokenizer from the target's, on `device`; the drafter on `drafter_device` if given.
+        """Load bundles, and the tokenizer of the target's.
 
         A drafter made from the target's own weights shares its KV cache, if both hold as many tokens on one device.
-        Raises `VocabtrimError`.
+
+        Args:
+            target: The target's bundle.
+            drafter: The drafter's bundle; None: the target decodes alone.
+            device: "cpu" or "cuda".
+            draft_length: γ, None or "auto", see the constructor.
+            drafter_device: The drafter's device; None: `device`.
+
+        Raises:
+            VocabtrimError: A bundle is damaged or cannot run on its device, or the two do not belong together.
         """
         from engines import load_engine
 
@@ -84,9 +100,12 @@ class SpeculativeDecoder:
         return decoder
 
     def fork(self) -> Self:
-        """Another decoder over the same loaded weights, with KV caches of its own: one for each thread.
+        """Returns another decoder over the same loaded weights, with KV caches of its own: use one for each thread.
 
-        Either may be closed first. Raises `VocabtrimError` where the engines cannot: ONNX Runtime's on the CPU can.
+        Either may be closed first.
+
+        Raises:
+            VocabtrimError: The engines cannot be forked; ONNX Runtime's on the CPU can.
         """
         self.target.use.check_open()
         target, drafter = self.target.fork(), None
@@ -96,7 +115,7 @@ class SpeculativeDecoder:
 
     @property
     def draft_length(self) -> int:
-        """γ; of an adaptive length the longest draft."""
+        """γ, the drafted tokens of a round; for an adaptive length the longest draft."""
         return self.length.longest
 
     def generate(
@@ -115,15 +134,23 @@ class SpeculativeDecoder:
     ) -> Generation:
         """Generate to an EOS, to a stop string, to `max_new_tokens` or to the end of the context.
 
-        prompt: a text becomes a user's message to the chat template if the tokenizer has one and `chat` is true, and
-            is taken as it is otherwise; messages always go through the template; token ids are fed as they are.
-        sampling: how tokens are chosen; the rules of the model's generation config apply where it gives none.
-        stop: one string or several, which are looked for in the text with its special tokens.
-        tools, template_args, chat_template, continue_final_message: see `ChatOptions`.
-        logprobs: also return each token's log-probability under the model, see `TokenLogprob`, and those of this many
-            alternatives; True asks for no alternatives.
-        Raises `VocabtrimError` for a prompt that is empty or leaves no room in the context, and for
-        `max_new_tokens` below 1, and for stop strings that are empty or without a tokenizer.
+        Args:
+            prompt: A text becomes a user's message to the chat template if the tokenizer has one and `chat` is true,
+                and is taken as it is otherwise; messages always go through the template; token ids are fed as they are.
+            max_new_tokens: The most tokens to generate, at least 1.
+            sampling: How tokens are chosen; the rules of the model's generation config apply where it gives none.
+            chat: Render a text by the chat template.
+            stop: One string or several, which are looked for in the text with its special tokens.
+            tools: See `ChatOptions`.
+            template_args: See `ChatOptions`.
+            chat_template: See `ChatOptions`.
+            continue_final_message: See `ChatOptions`.
+            logprobs: Return each token's log-probability under the model (see `TokenLogprob`), and those of this many
+                alternatives; True asks for no alternatives.
+
+        Raises:
+            VocabtrimError: The prompt is empty or leaves no room in the context, an argument is out of range, or stop
+                strings are empty or given without a tokenizer.
         """
         return self.stream(
             prompt,
@@ -152,7 +179,10 @@ class SpeculativeDecoder:
         continue_final_message: bool = False,
         logprobs: int | bool | None = None,
     ) -> Stream:
-        """As `generate`, token by token: iterate over it, by `for` or `async for` (see `Stream`)."""
+        """Generate token by token: iterate over the result with `for` or `async for` (see `Stream`).
+
+        The arguments and errors are those of `generate`.
+        """
         self.target.use.check_open()
         if max_new_tokens < 1:
             raise VocabtrimError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
@@ -192,7 +222,11 @@ class SpeculativeDecoder:
         chat_template: str | None = None,
         continue_final_message: bool = False,
     ) -> list[int]:
-        """The token ids that `generate` feeds for `prompt`, checked to fit. Raises `VocabtrimError`."""
+        """Returns the token ids that `generate` feeds for `prompt`.
+
+        Raises:
+            VocabtrimError: They are none, or leave no room in the context.
+        """
         options = ChatOptions(chat_template, tools, template_args or {}, continue_final_message)
         token_ids = self._token_ids(prompt, chat, options)
         if not token_ids:
@@ -249,7 +283,9 @@ class SpeculativeDecoder:
         return self.tokenizer
 
     def _length_for(self, sampling: SamplingParams) -> DraftLength:
-        """Measured times are not the same twice: where a seed promises the same text, every draft is as long."""
+        """The draft length for `sampling`. Where a seed promises the same text, every draft is as long, whatever was
+        measured.
+        """
         if not self.length.adapts or sampling.is_greedy or sampling.seed is None:
             return self.length
         return FixedLength(resolve_draft_length(self.target, self.drafter, None))

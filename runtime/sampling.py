@@ -13,12 +13,19 @@ _CUTOFFS = (2**-6, 2**-10, 2**-14, 2**-18, 2**-24, 0.0)  # of the highest weight
 
 
 def distribution(logits: NDArray[np.float32], params: SamplingParams) -> NDArray[np.float32]:
-    """Probabilities of the next token, float32[rows, n], from `logits`, float32[rows, n]. A new array.
+    """Returns the probabilities of the next token, float32[rows, n], as a new array.
 
-    The same set survives as in transformers' `TemperatureLogitsWarper`, `TopKLogitsWarper` (which keeps ties with the
-    k-th logit) and `TopPLogitsWarper` (the fewest tokens that hold `top_p` of what top-k left; of equal ones the
-    smaller id) and `MinPLogitsWarper`. A logit of −inf is a token that must not be chosen. Raises `VocabtrimError` for
-    logits that are not finite, `ValueError` for greedy `params`.
+    The same tokens survive as in transformers' `TemperatureLogitsWarper`, `TopKLogitsWarper` (which keeps ties with the
+    k-th logit), `TopPLogitsWarper` (the fewest tokens that hold `top_p` of what top-k left; of equal ones the smaller
+    id) and `MinPLogitsWarper`.
+
+    Args:
+        logits: float32[rows, n]; −inf marks a token that must not be chosen.
+        params: Temperature, top-k, top-p and min-p; not greedy.
+
+    Raises:
+        VocabtrimError: The logits are NaN or +inf, or no token is left.
+        ValueError: `params` are greedy.
     """
     if params.is_greedy:
         raise ValueError("greedy decoding has no distribution: take the most likely token")
@@ -29,15 +36,25 @@ def distribution(logits: NDArray[np.float32], params: SamplingParams) -> NDArray
 
 
 def largest_probability(logits: NDArray[np.float32]) -> float:
-    """The probability of the most likely token, of logits float32[n] at temperature 1. NaN where a logit is."""
+    """Returns the probability of the most likely token at temperature 1; NaN where a logit is NaN.
+
+    Args:
+        logits: float32[n].
+    """
     return float(1 / np.exp(logits - logits.max()).sum())
 
 
 def sample(weights: NDArray[np.float32], rng: np.random.Generator) -> int:
-    """An index drawn in proportion to `weights`, float32[n]: not negative, not all zero. One uniform number is used.
+    """Draw an index in proportion to `weights`, by one uniform number.
 
-    Raises `VocabtrimError` where they are all zero, or one is NaN or infinite.
-    Sums blocks first and accumulates inside one only: a running sum over 262k entries takes ten times as long.
+    Blocks are summed first, and only one is accumulated: a running sum over 262k entries takes ten times as long.
+
+    Args:
+        weights: float32[n], not negative and not all zero.
+        rng: Gives the uniform number.
+
+    Raises:
+        VocabtrimError: All weights are zero, or one is NaN or infinite.
     """
     sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64).cumsum()
     whole = float(sums[-1])  # NaN or infinite if any weight is

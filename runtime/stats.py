@@ -1,4 +1,4 @@
-"""What rounds add up to."""
+"""`Stats`: the sums over rounds, and the speed-ups that follow from them."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -12,14 +12,21 @@ from runtime.loop import Round
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Sums over the rounds of one generation or of several.
+    """Sums over the rounds of one generation or of several. Times are in seconds.
 
-    tokens: generated tokens. prefills: target calls that read a prompt and gave its first token.
-    rounds: target calls after these, with a draft to verify or without one.
-    drafted, accepted: drafted tokens that the target verified, and those that stayed.
-    acceptance: entry i is the share of the rounds with more than i drafted tokens in which more than i were accepted.
-    seconds: in all, the time between rounds (a caller's own) not counted. other_seconds: neither prefill nor drafting
-    nor the target's verifying. collapse: that the decoder has ever had, in this generation or an earlier one.
+    Attributes:
+        tokens: Generated tokens.
+        prefills: Target calls that read a prompt and gave its first token.
+        rounds: Target calls after these, with a draft to verify or without one.
+        drafted: Drafted tokens that the target verified.
+        accepted: Drafted tokens that it accepted.
+        acceptance: Entry i is the share of the rounds with more than i drafted tokens in which more than i were
+            accepted.
+        seconds: All of the rounds; the time that a caller takes between rounds is not counted.
+        prefill_seconds: Reading prompts.
+        draft_seconds: Drafting.
+        verify_seconds: The target's verification.
+        collapse: The first collapse of acceptance that the decoder has had, in this generation or an earlier one.
     """
 
     tokens: int
@@ -36,6 +43,7 @@ class Stats:
 
     @property
     def other_seconds(self) -> float:
+        """The time that is neither prefill nor drafting nor verification."""
         return self.seconds - self.prefill_seconds - self.draft_seconds - self.verify_seconds
 
     @property
@@ -56,7 +64,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Half, 90% and 99% of the values are at most this. Between two values, interpolated."""
+    """The 50th, 90th and 99th percentile of some values, interpolated between two values."""
 
     p50: float
     p90: float
@@ -64,13 +72,18 @@ class Percentiles:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Percentiles | None":
-        """None where there are no `values`."""
+        """Returns the percentiles of `values`, or None where there are none."""
         given = list(values)
         return cls(*np.percentile(given, (50, 90, 99)).tolist()) if given else None
 
 
 def summarize(rounds: Iterable[Round], collapse: Collapse | None = None) -> Stats:
-    """Add up the rounds of one generation, or of several. collapse: see `Stats`."""
+    """Add up the rounds of one generation, or of several.
+
+    Args:
+        rounds: The rounds in order.
+        collapse: See `Stats`.
+    """
     every = list(rounds)
     later = [entry for entry in every if not entry.is_prefill]
     return Stats(
@@ -89,10 +102,14 @@ def summarize(rounds: Iterable[Round], collapse: Collapse | None = None) -> Stat
 
 
 def mbsu(block_efficiency: float, cost_ratio: float, draft_length: float) -> float:
-    """Memory-bound speed-up τ / (c·γ + 1), arXiv 2506.22694.
+    """Returns the memory-bound speed-up τ / (c·γ + 1), arXiv 2506.22694.
 
-    block_efficiency: τ. cost_ratio: c, bytes that the drafter reads per step over bytes that the target reads.
-    draft_length: γ. What to expect where reading memory is all that takes time.
+    It is what to expect where reading memory is all that takes time.
+
+    Args:
+        block_efficiency: τ, the tokens gained per target call.
+        cost_ratio: c, the bytes that the drafter reads per step over the bytes that the target reads.
+        draft_length: γ, the drafted tokens per round.
     """
     return block_efficiency / (cost_ratio * draft_length + 1)
 
@@ -100,13 +117,19 @@ def mbsu(block_efficiency: float, cost_ratio: float, draft_length: float) -> flo
 def latency_speedup(
     block_efficiency: float, draft_step: float, verify: float, target_step: float, draft_length: float
 ) -> float:
-    """Speed-up by measured latency, τ / (c·γ + v), with c = draft_step / target_step, v = verify / target_step.
+    """Returns the speed-up by measured latency, τ / (c·γ + v), with c = draft_step / target_step, v = verify /
+    target_step.
 
-    Theorem 3.8 of Leviathan et al. 2023, arXiv 2211.17192, where v is 1; with v as Sadhukhan et al. 2024,
-    arXiv 2408.11049, put it. Where MBSU asks what memory allows, this one knows what a step and the verification of
-    γ + 1 tokens cost here. Without prefills and without the time outside the engines.
+    This is theorem 3.8 of Leviathan et al. 2023, arXiv 2211.17192, where v is 1; with v it is as Sadhukhan et al. 2024,
+    arXiv 2408.11049, put it. MBSU asks what memory allows; this asks what a step and the verification of γ + 1 tokens
+    cost here. Prefills and the time outside the engines are left out. The three times have one unit.
 
-    block_efficiency: τ. draft_length: γ. The three times in one unit.
+    Args:
+        block_efficiency: τ, the tokens gained per target call.
+        draft_step: The time of one draft step.
+        verify: The time of the target's verification of γ + 1 tokens.
+        target_step: The time of one step of the target alone.
+        draft_length: γ, the drafted tokens per round.
     """
     return block_efficiency * target_step / (draft_step * draft_length + verify)
 
@@ -114,9 +137,16 @@ def latency_speedup(
 def round_tokens_per_second(
     tokens: float, draft_step_ms: float, verify_ms: float, overhead_ms: float, draft_length: float
 ) -> float:
-    """Tokens/s of rounds that draft γ tokens, verify them and gain `tokens`: τ, or N + 1 where N are forced.
+    """Returns the tokens a second of rounds that draft γ tokens and verify them.
 
-    A drafter with a cache of its own reads two tokens after a draft that was accepted whole; that is not in here.
+    After a draft that was accepted whole, a drafter with a cache of its own reads two tokens; that is left out here.
+
+    Args:
+        tokens: The tokens gained per round: τ, or N + 1 where N accepted tokens are forced.
+        draft_step_ms: The time of one draft step.
+        verify_ms: The time of the verification.
+        overhead_ms: The rest of a round.
+        draft_length: γ.
     """
     return 1e3 * tokens / (draft_length * draft_step_ms + verify_ms + overhead_ms)
 

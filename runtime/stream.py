@@ -1,4 +1,4 @@
-"""What a generation gives: `Stream`, token by token, and `Generation`, all of it."""
+"""`Stream`, a generation token by token, and `Generation`, all of it."""
 
 import asyncio
 from collections import deque
@@ -23,8 +23,10 @@ from runtime.stop_strings import StopStrings
 class Token:
     """One generated token and the text that it completes.
 
-    "" for a special one, within an unfinished character, and while a stop string may have begun.
-    logprob: None where none were asked for.
+    Attributes:
+        id: The token's id.
+        text: "" for a special token, within an unfinished character, and while a stop string may have begun.
+        logprob: None where none were asked for.
     """
 
     id: int
@@ -34,12 +36,15 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What was generated, the prompt not included.
+    """What was generated, without the prompt.
 
-    text: without special tokens, and without the stop string; "" where the decoder has no tokenizer.
-    token_ids: with the EOS, or up to the token that completes a stop string, if there is one.
-    finish_reason: "stop" at an EOS or a stop string, "length" at `max_new_tokens` or at the end of the context.
-    logprobs: of `token_ids`, one each; None where none were asked for.
+    Attributes:
+        text: The text without special tokens and without the stop string; "" where the decoder has no tokenizer.
+        token_ids: The new tokens, including an EOS; they end with the token that completes a stop string, if there is
+            one.
+        finish_reason: "stop" at an EOS or a stop string, "length" at `max_new_tokens` or at the end of the context.
+        stats: Sums over the rounds.
+        logprobs: One entry for each of `token_ids`; None where none were asked for.
     """
 
     text: str
@@ -49,7 +54,7 @@ class Generation:
     logprobs: tuple[TokenLogprob, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for `json.dumps`."""
+        """Returns all fields as plain data for `json.dumps`."""
         return asdict(self) | {"stats": self.stats.to_dict()}
 
 
@@ -120,13 +125,17 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
 
     @property
     def stats(self) -> Stats:
-        """Of the rounds so far."""
+        """Sums over the rounds so far."""
         return summarize(self._past, self._collapse())
 
     def finish(self) -> Generation:
-        """Generate what is left, and return all of it.
+        """Generate the rest.
 
-        Raises `VocabtrimError` if the stream was closed before its end or broke off with an error.
+        Returns:
+            All of the generation, the tokens that were read before included.
+
+        Raises:
+            VocabtrimError: The stream was closed before its end, or broke off with an error.
         """
         for _ in self:
             pass
