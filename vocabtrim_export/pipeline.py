@@ -12,7 +12,8 @@ from engines.bundle.read import Kind, Manifest, Role
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.notes import no_gain, target_notes
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
-from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
+from vocabtrim_export.bundles.proven import trace_source, write_proven
+from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.calibration import Skipped, TokenCounts, skipped_note
 from vocabtrim_export.calibration.counting import CalibrationSettings, count_tokens, read_calibration
 from vocabtrim_export.calibration.moments import head_run, input_moments
@@ -31,7 +32,7 @@ from vocabtrim_export.selection import Coverage, Selection, check_k, select_voca
 from vocabtrim_export.sources.head_kind import head_kind
 from vocabtrim_export.sources.rotation import context_length, fix_long_tables
 from vocabtrim_export.sources.source import DTYPES, Source, calibration_model, load_source
-from vocabtrim_export.tracing.trace import Traced, decoder_layers, trace
+from vocabtrim_export.tracing.trace import Traced, decoder_layers
 from vocabtrim_export.trt.bundle import check_buildable
 from vocabtrim_export.trt.settings import TensorRTSettings
 
@@ -170,7 +171,7 @@ def _write_bundles(
         source, plan = sources[role], _plan(role, sources, selection, counts, settings)
         if source.name not in traced:  # a model that drafts for itself is traced and measured once
             progress("trace", 0, 1)
-            traced = {source.name: _trace(plan)}
+            traced = {source.name: trace_source(plan)}
             progress("trace", 1, 1)
         if plan.quantization == "int4":
             if source.name not in moments:
@@ -178,15 +179,8 @@ def _write_bundles(
                 moments = {source.name: _moments(source, sources)}
                 progress("measure inputs", 1, 1)
             plan = replace(plan, moments=moments[source.name])
-        manifests[role] = write_bundle(directory, traced[source.name], plan, progress)
+        manifests[role], traced[source.name] = write_proven(directory, traced[source.name], plan, progress)
     return manifests
-
-
-def _trace(plan: BundlePlan) -> Traced | None:
-    """None for Medusa heads, which are no decoder."""
-    if isinstance(plan.source.model, MedusaHeads):
-        return None
-    return trace(plan.source.model, DTYPES[plan.dtype], plan.context_length, plan.features_given)
 
 
 def _moments(source: Source, sources: Mapping[Role, Source]) -> dict[str, Tensor]:

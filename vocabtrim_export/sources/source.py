@@ -192,16 +192,25 @@ def _load_weights(
 def calibration_model(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """`model` in the dtype that this CPU samples fastest in.
 
-    A bfloat16 copy where the CPU has the instructions: two to three times as fast as float32 there. Else float32,
-    to which float16 and bfloat16 convert and back without loss.
+    A bfloat16 copy where the CPU has the instructions: two to three times as fast as float32 there. Else float32.
     """
-    before = model.dtype
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        yield model if before == torch.bfloat16 else _cast(copy.deepcopy(model), torch.bfloat16)
+        yield model if model.dtype == torch.bfloat16 else _cast(copy.deepcopy(model), torch.bfloat16)
+        return
+    with in_float32(model):
+        yield model
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """`model` with its parameters in float32, to which float16 and bfloat16 convert and back without loss."""
+    before = model.dtype
+    if before == torch.float32:
+        yield
         return
     _cast(model, torch.float32)
     try:
-        yield model
+        yield
     finally:
         _cast(model, before)
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT, INPUT_IDS, LOGITS, POSITION_IDS
 from engines.errors import VocabtrimError
@@ -34,22 +34,30 @@ class Traced:
     shapes, no values. weights: their values by name, sharing the model's memory.
     A target that a head reads has the output features[1, S, layers·hidden] as well, a head the input hidden and the
     output next_hidden, [1, S, hidden] both.
+    rotates: whether attention does the rotation; else it is in the graph as the model writes it.
     """
 
     graph: ir.Model
     weights: dict[str, Tensor]
+    rotates: bool
 
 
 def trace(
-    model: PreTrainedModel, dtype: torch.dtype, context_length: int, feature_layers: Sequence[int] = ()
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    context_length: int,
+    feature_layers: Sequence[int] = (),
+    fuse_rotation: bool = True,
 ) -> Traced:
     """Trace `model` for a KV cache of `context_length` tokens.
 
     feature_layers: those whose inputs are to be an output, too; counted on, the LM head is one more.
+    fuse_rotation: let attention rotate q and k, where the model's rotation is of the kind that it can do. That
+    supposes that the model attends to what its rotation gives, with nothing in between.
     Raises `VocabtrimError` for an architecture that transformers' attention interface does not cover.
     """
     modeling = sys.modules[type(model).__module__]
-    rope = find_rope(model, modeling, context_length)
+    rope = find_rope(model, modeling, context_length) if fuse_rotation else None
     try:
         graph = _trace_skeleton(model, modeling, dtype, find_norms(model), rope, feature_layers)
     except VocabtrimError:
@@ -60,7 +68,7 @@ def trace(
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     weights |= {f"model.{name}": tensor for name, tensor in model.named_buffers()}
     weights |= {f"rope.{name}": tensor for name, tensor in (rope.named_buffers() if rope else ())}
-    return Traced(graph, weights)
+    return Traced(graph, weights, rope is not None)
 
 
 def find_norms(model: PreTrainedModel) -> list[Norm]:
@@ -192,7 +200,7 @@ def _trace_skeleton(
 ) -> ir.Model:
     length = torch.export.Dim("sequence_length", min=1, max=1 << 20)
     with FakeTensorMode(), torch.no_grad():
-        skeleton = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype).eval()
+        skeleton = type(model)._from_config(_config_of(model), dtype=dtype).eval()
         fake_rope = rope and Rope(
             {
                 name.removeprefix("cos_"): (torch.empty(cos.shape, dtype=dtype), torch.empty(cos.shape, dtype=dtype))
@@ -221,6 +229,17 @@ def _trace_skeleton(
             )
     assert exported is not None
     return exported.model
+
+
+def _config_of(model: PreTrainedModel) -> PreTrainedConfig:
+    """A copy that says whether `model` ties its head to its embedding: checkpoints may store a head all the same."""
+    config = copy.deepcopy(model.config)
+    head = model.get_output_embeddings()
+    if head is not None:
+        is_tied = head.weight is model.get_input_embeddings().weight
+        for each in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
+            each.tie_word_embeddings = is_tied
+    return config
 
 
 def _check_attention(graph: ir.Model, model: PreTrainedModel) -> None:

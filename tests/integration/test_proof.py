@@ -1,0 +1,173 @@
+"""Wrong graphs are caught by the export itself, in every architecture of the tests."""
+
+import json
+import shutil
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engines.bundle.read import MODEL_NAME
+from engines.errors import VocabtrimError
+from tests.bundles import ARCHITECTURES
+from vocabtrim_export.bundles import proven
+from vocabtrim_export.bundles.proven import trace_source
+from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
+from vocabtrim_export.proof.prove import find_difference
+from vocabtrim_export.sources.source import DTYPES, load_source
+
+NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "LayerNormalization")
+
+
+def swap_inputs(nodes, index):
+    """Exchange the constants of the first two nodes that take ones of the same shape."""
+    for first in nodes:
+        for second in nodes:
+            if first[1] == second[1] and first[0].input[index] != second[0].input[index]:
+                first[0].input[index], second[0].input[index] = second[0].input[index], first[0].input[index]
+                return True
+    return False
+
+
+def attention(graph):
+    return [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+
+
+def edit_attention(graph, name, change):
+    found = [a for node in attention(graph)[-1:] for a in node.attribute if a.name == name and (a.f or a.i)]
+    for attribute in found:
+        change(attribute)
+    return bool(found)
+
+
+def shapes(graph):
+    return {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+
+
+def norms_swapped(graph):
+    at = {"SkipSimplifiedLayerNormalization": 2}
+    nodes = [node for node in graph.node if node.op_type in NORMS]
+    by_op = [[(n, shapes(graph)[n.input[at.get(op, 1)]]) for n in nodes if n.op_type == op] for op in NORMS]
+    return any(swap_inputs(group, at.get(group[0][0].op_type, 1)) for group in by_op if group)
+
+
+def weights_permuted(graph):
+    """Of one product and the same of another layer."""
+    known = shapes(graph)
+    return swap_inputs([(n, known[n.input[1]]) for n in graph.node if n.op_type == "MatMul" and n.input[1] in known], 1)
+
+
+def bias_left_out(graph):
+    known = shapes(graph)
+    for node in graph.node:
+        if node.op_type == "Add" and len(known.get(node.input[1], ())) == 1:
+            node.op_type = "Identity"
+            del node.input[1]
+            return True
+    return False
+
+
+def rotation_swapped(graph):
+    nodes = [node for node in attention(graph) if len(node.input) == 9]
+    for node in nodes[-1:]:
+        node.input[7], node.input[8] = node.input[8], node.input[7]
+    return bool(nodes)
+
+
+def scale_dropped(graph):
+    return edit_attention(graph, "scale", lambda a: setattr(a, "f", 2 * a.f))
+
+
+def softcap_dropped(graph):
+    return edit_attention(graph, "softcap", lambda a: setattr(a, "f", 0.0))
+
+
+def window_dropped(graph):
+    windowed = [a for node in attention(graph) for a in node.attribute if a.name == "local_window_size"]
+    for attribute in windowed:
+        attribute.i = -1
+    return bool(windowed)
+
+
+def wrong_tokens(graph):
+    for node in graph.node:
+        if node.op_type == "ArgMax":
+            node.op_type = "ArgMin"
+    return True
+
+
+CORRUPTIONS = (
+    *(norms_swapped, weights_permuted, bias_left_out, rotation_swapped),
+    *(scale_dropped, softcap_dropped, window_dropped, wrong_tokens),
+)
+
+
+def corrupt(directory, change):
+    """Whether there was anything to change."""
+    graph = onnx.load(directory / MODEL_NAME, load_external_data=False)
+    changed = change(graph.graph)
+    (directory / MODEL_NAME).write_bytes(graph.SerializeToString())
+    return changed
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_wrong_graph_is_noticed(architecture, random_model, export_pair, tmp_path):
+    directory = random_model(architecture)
+    result = export_pair(directory)
+    plan = BundlePlan("target", load_source(str(directory), DTYPES["fp32"]), "fp32", "none", context_length=128)
+    missed, changed = [], []
+    for change in CORRUPTIONS:
+        shutil.copytree(result.target, wrong := tmp_path / change.__name__)
+        if corrupt(wrong, change):
+            changed.append(change.__name__)
+            missed += [change.__name__] if find_difference(wrong, plan) is None else []
+    assert not missed
+    assert len(changed) >= 3, changed
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_long_window_is_proven_on_few_tokens(dtype, random_model, tmp_path):
+    """A window of 100 tokens, which the proof's tokens do not reach past unless it is narrowed."""
+    source = load_source(str(random_model("mistral", sliding_window=100)), DTYPES[dtype])
+    plan = BundlePlan("target", source, dtype, "none", context_length=128)
+    write_bundle(tmp_path, trace_source(plan), plan, lambda *_: None)
+    assert find_difference(tmp_path, plan) is None
+    assert corrupt(tmp_path, window_dropped)
+    assert find_difference(tmp_path, plan)
+
+
+def test_export_refuses_a_wrong_graph_and_places_nothing(random_model, export_pair, monkeypatch):
+    def write_wrong(directory, *arguments):
+        manifest = write_bundle(directory, *arguments)
+        corrupt(directory, norms_swapped)
+        return manifest
+
+    placed = []
+    monkeypatch.setattr(
+        proven, "write_bundle", lambda directory, *rest: placed.append(directory) or write_wrong(directory, *rest)
+    )
+    with pytest.raises(VocabtrimError, match=r"does not compute what the model does: the .* of layer 0 are the first"):
+        export_pair(random_model("qwen3", seed=1))  # which no other test has had exported
+    assert len(placed) == 2  # with the rotation in attention, and without
+    assert not any(path.exists() for path in placed)
+
+
+def test_a_norm_behind_the_rotation_leaves_the_rotation_to_the_model(random_model, export_pair):
+    result = export_pair(random_model("hunyuan_v1_dense", head_dim=32))
+    for bundle in (result.target, result.drafter):
+        graph = onnx.load(bundle / MODEL_NAME, load_external_data=False).graph
+        assert {a.name: a.i for node in attention(graph) for a in node.attribute}["do_rotary"] == 0
+
+
+def test_a_stored_head_beside_a_tied_flag_is_the_head(random_model, tmp_path):
+    """transformers keeps both matrices, whatever config.json says."""
+    directory = random_model("llama", tie_word_embeddings=False)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    weights = load_file(directory / "model.safetensors")
+    assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    source = load_source(str(directory), DTYPES["fp32"])
+    plan = BundlePlan("target", source, "fp32", "none", context_length=128)
+    write_bundle(tmp_path, trace_source(plan), plan, lambda *_: None)
+    assert find_difference(tmp_path, plan) is None

@@ -1,0 +1,62 @@
+"""A bundle that is written and proven: a graph that computes something else than its model is never placed."""
+
+import shutil
+from pathlib import Path
+
+from engines.bundle.read import Manifest
+from engines.errors import VocabtrimError
+from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
+from vocabtrim_export.drafters.medusa import MedusaHeads
+from vocabtrim_export.drafters.source import HeadSource
+from vocabtrim_export.lowering.graph_files import Progress
+from vocabtrim_export.proof.prove import find_difference
+from vocabtrim_export.sources.source import DTYPES
+from vocabtrim_export.tracing.trace import Traced, trace
+
+
+def trace_source(plan: BundlePlan, fuse_rotation: bool = True) -> Traced | None:
+    """None for Medusa heads, which are no decoder."""
+    if isinstance(plan.source.model, MedusaHeads):
+        return None
+    dtype = DTYPES[plan.dtype]
+    return trace(plan.source.model, dtype, plan.context_length, plan.features_given, fuse_rotation)
+
+
+def write_proven(
+    directory: Path, traced: Traced | None, plan: BundlePlan, progress: Progress
+) -> tuple[Manifest, Traced | None]:
+    """Fill the empty `directory` with a bundle whose graph was run and computes what the model does, to rounding.
+
+    Where it does not, and attention was made to rotate, the rotation is left as the model writes it, and all is
+    written and proven again.
+
+    Returns:
+        The manifest, and the trace that proved right: a model's next bundle starts from it.
+
+    Raises:
+        VocabtrimError: The graph computes something else, which names where.
+    """
+    manifest = write_bundle(directory, traced, plan, progress)
+    difference = _prove(directory, plan, progress)
+    if difference and traced is not None and traced.rotates:
+        traced = trace_source(plan, fuse_rotation=False)
+        shutil.rmtree(directory)
+        directory.mkdir()
+        manifest = write_bundle(directory, traced, plan, progress)
+        difference = _prove(directory, plan, progress)
+    if difference:
+        architecture = plan.source.model.config.model_type
+        raise VocabtrimError(
+            f"{plan.source.name} ({architecture}) cannot be exported: run on a few tokens, its graph does not compute "
+            f"what the model does: {difference}"
+        )
+    return manifest, traced
+
+
+def _prove(directory: Path, plan: BundlePlan, progress: Progress) -> str | None:
+    if plan.trt is not None or plan.quantization != "none" or isinstance(plan.source, HeadSource):
+        return None
+    progress(f"prove {plan.role}", 0, 1)
+    difference = find_difference(directory, plan)
+    progress(f"prove {plan.role}", 1, 1)
+    return difference

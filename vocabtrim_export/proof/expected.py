@@ -1,0 +1,82 @@
+"""What a proof expects: the outputs of the loaded model in PyTorch, in float32."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from engines.bundle.manifest import FEATURES_OUTPUT
+from vocabtrim_export.proof.tokens import Calls, Window
+from vocabtrim_export.sources.source import in_float32
+from vocabtrim_export.tracing.composites import rotary_modules
+from vocabtrim_export.tracing.trace import layer_inputs
+
+Rows = NDArray[np.float32]
+
+
+@torch.inference_mode()
+def expected_outputs(
+    model: PreTrainedModel, calls: Calls, window: Window | None, feature_layers: Sequence[int]
+) -> dict[str, Rows]:
+    """What `model` computes of the tokens in one forward pass: logits[S, vocab] and, with `feature_layers`,
+    features[S, layers·hidden]."""
+    with _as_proven(model, window), layer_inputs(model, feature_layers) as entered:
+        outputs = {"logits": _forward(model, calls).logits[0].numpy()}
+        if feature_layers:
+            outputs[FEATURES_OUTPUT] = torch.cat(entered(), -1)[0].numpy()
+    return outputs
+
+
+@torch.inference_mode()
+def expected_cache(model: PreTrainedModel, calls: Calls, window: Window | None) -> list[Mapping[str, Rows]]:
+    """The key and value of each layer: [kv_heads, S, head_dim] each; of a layer with a window, of the last tokens."""
+    with _as_proven(model, window):
+        cache: Any = getattr(_forward(model, calls, use_cache=True), "past_key_values", None)
+    layers = getattr(cache, "layers", ())
+    return [{"value": layer.values[0].numpy(), "key": layer.keys[0].numpy()} for layer in layers]
+
+
+def _forward(model: PreTrainedModel, calls: Calls, use_cache: bool = False) -> Any:
+    """Positions are given where the model takes them, as transformers' generate does."""
+    ids = torch.from_numpy(calls.token_ids)[None]
+    options: dict[str, Tensor] = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        options["position_ids"] = torch.arange(len(calls))[None]
+    return model(input_ids=ids, use_cache=use_cache, **options)
+
+
+@contextmanager
+def _as_proven(model: PreTrainedModel, window: Window | None) -> Iterator[None]:
+    """`model` in float32, but for cosines and sines, which the model and its graph round to its dtype."""
+    dtype = model.dtype
+
+    def rounded(_module: nn.Module, _inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(output.to(dtype).float() for output in outputs)
+
+    handles = [module.register_forward_hook(rounded) for module in rotary_modules(model)]
+    try:
+        with in_float32(model), _narrowed(model, window):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _narrowed(model: PreTrainedModel, window: Window | None) -> Iterator[None]:
+    """`model` with the proof's window in its configuration, which its masks are made by."""
+    config = model.config.get_text_config()
+    if window is None:
+        yield
+        return
+    config.sliding_window = window.narrowed
+    try:
+        yield
+    finally:
+        config.sliding_window = window.size

@@ -1,0 +1,73 @@
+"""The proof of a bundle: its graph computes what the loaded model does, to rounding."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.bundles.writer import BundlePlan
+from vocabtrim_export.proof.computed import Computed, run_graph
+from vocabtrim_export.proof.expected import expected_cache, expected_outputs
+from vocabtrim_export.proof.tokens import Calls, Window, calls, window_of
+
+# Largest difference of an output, as a share of the standard deviation of what is expected. Rounded weights differ by
+# more where the graph rounds a constant (a rotary table, a norm's weight plus 1) that the model computes in float32.
+TOLERANCE = {"fp32": 1e-3, "fp16": 5e-3, "bf16": 4e-2}
+
+
+def find_difference(directory: Path, plan: BundlePlan) -> str | None:
+    """Run the graph in `directory` on a few tokens: a prefill, a decode step, a block after a past, past a sliding
+    window. None where it computes what `plan.source` does, else what differs first, to end a sentence.
+
+    A window that only many tokens reach past is narrowed on both sides, and where that does not work, reached.
+    """
+    window = window_of(plan.source.model, plan.context_length, narrow=True)
+    found = _compare(directory, plan, window)
+    if found and window and window.narrowed != window.size:
+        found = _compare(directory, plan, window_of(plan.source.model, plan.context_length, narrow=False))
+    return found
+
+
+def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | None:
+    fed = calls(plan.source, plan.context_length, window)
+    try:
+        computed = run_graph(directory, fed, window)
+    except VocabtrimError as error:
+        return str(error)
+    wanted = expected_outputs(plan.source.model, fed, window, plan.features_given)
+    columns = slice(None) if plan.vocab_map is None else plan.vocab_map.kept_token_ids
+    wanted["logits"] = wanted["logits"][:, : plan.source.vocab_size][:, columns]
+    for name, rows in wanted.items():
+        error = deviation(computed.outputs[name], rows)
+        if not error <= TOLERANCE[plan.dtype]:
+            return _where(plan, fed, window, computed) or f"its {name} are off by {error:.2g} of their spread"
+    best = computed.outputs["logits"].argmax(-1)
+    if not np.array_equal(computed.outputs["token_ids"], best if plan.vocab_map is None else columns[best]):
+        return "its token_ids are not those of its largest logits"
+    return None
+
+
+def deviation(computed: NDArray[np.generic], wanted: NDArray[np.float32]) -> float:
+    """The largest difference, as a share of the standard deviation of `wanted`; infinite where shapes differ."""
+    if computed.shape != wanted.shape:
+        return float("inf")
+    return float(np.abs(computed - wanted).max() / max(float(wanted.std()), 1e-30))
+
+
+def _where(plan: BundlePlan, fed: Calls, window: Window | None, computed: Computed) -> str | None:
+    """The first layer whose cached keys or values differ, or that all agree; None for a model that caches otherwise."""
+    layers = expected_cache(plan.source.model, fed, window)
+    if len(layers) * 2 != len(computed.cache):
+        return None
+    for index, layer in enumerate(layers):
+        for part, wanted in layer.items():
+            error = deviation(_last(computed.cache[f"past_key_values.{index}.{part}"], wanted), wanted)
+            if not error <= TOLERANCE[plan.dtype]:
+                return f"the {part}s of layer {index} are the first to differ, by {error:.2g} of their spread"
+    return f"what follows the keys and values of layer {len(layers) - 1} differs"
+
+
+def _last(cached: NDArray[np.generic], wanted: NDArray[np.float32]) -> NDArray[np.generic]:
+    """As many of the last tokens of a cache [kv_heads, S, head_dim] as `wanted` holds."""
+    return cached[:, -wanted.shape[1] :]

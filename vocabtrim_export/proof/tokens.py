@@ -1,0 +1,57 @@
+"""The tokens that a proof feeds, and the calls that it feeds them in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from vocabtrim_export.sources.source import Source
+
+_CALLS = (1, 5, 1, 1)  # after the prefill: a decode step, a block after a past, two more steps
+_PREFILL = 12
+_REACHED = 64  # tokens: a sliding window of more is narrowed for the proof, so that few tokens reach past it
+_NARROWED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The sliding window of a model: `size` tokens, of which the proof lets attention reach back `narrowed`."""
+
+    size: int
+    narrowed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """token_ids: int64[S]. lengths: how many of them each call feeds; the first is the prefill."""
+
+    token_ids: NDArray[np.int64]
+    lengths: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def window_of(model: PreTrainedModel, context_length: int, narrow: bool) -> Window | None:
+    """The sliding window that a KV cache of `context_length` tokens reaches past; None where there is none."""
+    size = getattr(model.config.get_text_config(), "sliding_window", None)
+    if not isinstance(size, int) or not 0 < size < context_length:
+        return None
+    return Window(size, _NARROWED if narrow and size > _REACHED else size)
+
+
+def calls(source: Source, context_length: int, window: Window | None) -> Calls:
+    """A prefill that reaches past the window, then the calls that a draft/verify loop makes."""
+    prefill = max(_PREFILL, window.narrowed + 4 if window else 0)
+    total = min(prefill + sum(_CALLS), context_length)
+    special = set(source.tokenizer.all_special_ids)
+    ordinary = sorted(i for i in source.tokenizer.get_vocab().values() if i not in special and i < source.vocab_size)
+    ids = np.random.default_rng(0).choice(np.array(ordinary or [0], np.int64), total)
+    return Calls(ids, _split(total))
+
+
+def _split(total: int) -> tuple[int, ...]:
+    lengths: Sequence[int] = (total - sum(_CALLS), *_CALLS) if total > sum(_CALLS) else (1,) * total
+    return tuple(lengths)
