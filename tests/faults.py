@@ -24,6 +24,7 @@ from engines.bundle.atomic_replace import LOCK_NAME
 from engines.bundle.read import read_bundle
 from engines.errors import VocabtrimError
 from vocabtrim_export import pipeline
+from vocabtrim_export.bundles import proven
 from vocabtrim_export.bundles.output import COUNTS_NAME, alone, reserved
 from vocabtrim_export.calibration import BatchLimits, Corpus, Document, TokenCounts, calibrate
 from vocabtrim_export.calibration.counting import CalibrationSettings
@@ -123,12 +124,13 @@ def tiny_tokenizer() -> Any:
 def exports(work: Path, again: bool) -> None:
     model, out, old = tiny_model(work, tiny_tokenizer()), work / "out", work / "old"
     loaded = pipeline.load_source(str(model), torch.float32)
-    traced = {length: pipeline.trace(loaded.model, torch.float32, length) for length in (64, 96)}
+    traced = {length: proven.trace(loaded.model, torch.float32, length) for length in (64, 96)}
     counts = work / "counts.safetensors"
     numbers = torch.arange(448).numpy()
     TokenCounts(numbers, numbers, loaded.tokenizer_digest, ()).save(counts)
     pipeline.load_source = lambda *_: loaded
-    pipeline.trace = lambda _model, _dtype, length, *_: traced[length]
+    proven.trace = lambda _model, _dtype, length, *_: traced[length]
+    proven.find_difference = lambda *_: None  # a fork must not run the threads of PyTorch
 
     def export(length: int, force: bool) -> None:
         calibration = CalibrationSettings(calibration=(counts,))

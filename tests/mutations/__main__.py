@@ -21,8 +21,9 @@ from tests.mutations.files import FILES
 from tests.mutations.formats import FORMATS
 from tests.mutations.load import LOAD
 from tests.mutations.mutation import Mutation
+from tests.mutations.proof import PROOF
 
-ALL = (*FILES, *DECODING, *LOAD, *FORMATS, *DEVICE, *CONVERSATIONS)
+ALL = (*FILES, *DECODING, *LOAD, *FORMATS, *DEVICE, *CONVERSATIONS, *PROOF)
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "trust.md"
 MARK = "<!-- written by `make mutations` -->\n"

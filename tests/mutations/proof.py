@@ -1,0 +1,48 @@
+"""Promises about graphs: what is placed computes what the model does."""
+
+from tests.mutations.mutation import Mutation
+
+TESTS, PROVEN = "tests/integration/test_proof.py", "vocabtrim_export/bundles/proven.py"
+
+PROOF = (
+    Mutation(
+        "A graph that is not its model is never placed",
+        "a difference is not refused",
+        PROVEN,
+        "    if difference:\n",
+        "    if False:\n",
+        f"{TESTS} -k places_nothing",
+    ),
+    Mutation(
+        "A model whose norm follows its rotation is exported as it is",
+        "the rotation stays in attention after a difference",
+        PROVEN,
+        "fuse_rotation=False)",
+        "fuse_rotation=True)",
+        f"{TESTS} -k norm_behind",
+    ),
+    Mutation(
+        "Each wrong graph is caught by the export itself",
+        "the limit is a thousand times the logits' spread",
+        "vocabtrim_export/proof/prove.py",
+        '"fp32": 1e-3',
+        '"fp32": 1e3',
+        f"{TESTS} -k noticed",
+    ),
+    Mutation(
+        "A sliding window is proven however long it is",
+        "a long window is not narrowed",
+        "vocabtrim_export/proof/tokens.py",
+        "_REACHED = 64",
+        "_REACHED = 1 << 20",
+        f"{TESTS} -k long_window",
+    ),
+    Mutation(
+        "A head that the checkpoint stores is the head",
+        "config.json says whether it is tied",
+        "vocabtrim_export/tracing/trace.py",
+        "each.tie_word_embeddings = is_tied",
+        "pass",
+        f"{TESTS} -k stored_head",
+    ),
+)
