@@ -1,6 +1,7 @@
 """The proof of a bundle: its graph computes what the loaded model does, to rounding."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,16 +40,17 @@ def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | 
     columns = slice(None) if plan.vocab_map is None else plan.vocab_map.kept_token_ids
     wanted["logits"] = wanted["logits"][:, : plan.source.vocab_size][:, columns]
     for name, rows in wanted.items():
-        error = deviation(computed.outputs[name], rows)
-        if not error <= TOLERANCE[plan.dtype]:
-            return _where(plan, fed, window, computed) or f"its {name} are off by {error:.2g} of their spread"
+        off = deviation(computed.outputs[name], rows)
+        if not off <= TOLERANCE[plan.dtype]:
+            return _where(plan, fed, window, computed) or f"its {name} are off by {off:.2g} of their spread"
     best = computed.outputs["logits"].argmax(-1)
-    if not np.array_equal(computed.outputs["token_ids"], best if plan.vocab_map is None else columns[best]):
+    tokens = best if plan.vocab_map is None else plan.vocab_map.kept_token_ids[best]
+    if not np.array_equal(computed.outputs["token_ids"], tokens):
         return "its token_ids are not those of its largest logits"
     return None
 
 
-def deviation(computed: NDArray[np.generic], wanted: NDArray[np.float32]) -> float:
+def deviation(computed: NDArray[Any], wanted: NDArray[np.float32]) -> float:
     """The largest difference, as a share of the standard deviation of `wanted`; infinite where shapes differ."""
     if computed.shape != wanted.shape:
         return float("inf")
@@ -68,6 +70,6 @@ def _where(plan: BundlePlan, fed: Calls, window: Window | None, computed: Comput
     return f"what follows the keys and values of layer {len(layers) - 1} differs"
 
 
-def _last(cached: NDArray[np.generic], wanted: NDArray[np.float32]) -> NDArray[np.generic]:
+def _last(cached: NDArray[Any], wanted: NDArray[np.float32]) -> NDArray[Any]:
     """As many of the last tokens of a cache [kv_heads, S, head_dim] as `wanted` holds."""
     return cached[:, -wanted.shape[1] :]
