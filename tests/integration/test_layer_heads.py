@@ -222,12 +222,13 @@ def test_only_the_first_of_several_layers_is_taken(prefix, names, inner, tmp_pat
 
 @pytest.mark.parametrize("kind", ["eagle", "mtp"])
 def test_a_head_that_is_the_model_again_is_always_right(kind, random_model, write_head, export_pair):
-    """Of one layer without attention: its hidden state is a function of the token, which the head reads as well."""
+    """The model has one layer without attention: its hidden state depends on the token only, which the head reads."""
     directory = random_model("llama", num_hidden_layers=1, **ROTATION, attention_bias=False)
     file = directory / "model.safetensors"
     weights = load_file(file)
-    embedding = weights["model.embed_tokens.weight"]
-    weights["model.embed_tokens.weight"] = embedding / embedding.square().mean(-1, keepdim=True).sqrt()
+    # The padding token's row is all zeros and stays so.
+    unit = torch.nn.functional.normalize(weights["model.embed_tokens.weight"], dim=-1)
+    weights["model.embed_tokens.weight"] = unit * HIDDEN**0.5
     weights["model.layers.0.self_attn.o_proj.weight"] *= 0
     if kind == "eagle":  # the head has no norm in front of its LM head
         weights["model.norm.weight"] = torch.ones(HIDDEN)

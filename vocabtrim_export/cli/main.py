@@ -57,11 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export_main(argv: Sequence[str] | None = None) -> int:
     """`vocabtrim-export …`, the main job by its own name."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    return _in_one_line(lambda: run_command("export", arguments, "vocabtrim-export"))
+    return run_command("export", arguments, "vocabtrim-export")
 
 
 def run_command(command: str, arguments: Sequence[str], prog: str) -> int:
-    """Parse `arguments` for `command` and run it. Returns the exit code. Raises what goes wrong."""
+    """Parse `arguments` for `command`, run it, and turn what goes wrong into one line. Returns the exit code."""
+    return _in_one_line(lambda: _run(command, arguments, prog))
+
+
+def _run(command: str, arguments: Sequence[str], prog: str) -> int:
     module = importlib.import_module(f"vocabtrim_export.cli.{command}_command")
     parser = Parser(prog=prog, description=module.__doc__, formatter_class=HelpFormatter)
     _add_version(parser)
@@ -79,7 +83,7 @@ def _main(arguments: Sequence[str]) -> int:
     parser.epilog = "commands:\n" + "\n".join(lines) + "\n\n`vocabtrim COMMAND --help` lists a command's options."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     command = parser.parse_args(arguments[:1]).command
-    return run_command(command, arguments[1:], f"vocabtrim {command}")
+    return _run(command, arguments[1:], f"vocabtrim {command}")
 
 
 def _add_version(parser: argparse.ArgumentParser) -> None:

@@ -39,6 +39,11 @@ def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | 
     wanted = expected_outputs(plan.source.model, fed, window, plan.features_given)
     columns = slice(None) if plan.vocab_map is None else plan.vocab_map.kept_token_ids
     wanted["logits"] = wanted["logits"][:, : plan.source.vocab_size][:, columns]
+    if broken := np.isnan(wanted["logits"]).any(0).sum():
+        raise VocabtrimError(
+            f"{plan.source.name}: PyTorch computes NaN logits for {broken:,} of its tokens: its weights are damaged or "
+            "overflow; download them again, or try another --dtype"
+        )
     for name, rows in wanted.items():
         off = deviation(computed.outputs[name], rows)
         if not off <= TOLERANCE[plan.dtype]:
@@ -51,10 +56,15 @@ def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | 
 
 
 def deviation(computed: NDArray[Any], wanted: NDArray[np.float32]) -> float:
-    """The largest difference, as a share of the standard deviation of `wanted`; infinite where shapes differ."""
-    if computed.shape != wanted.shape:
+    """The largest difference, as a share of the standard deviation of what is finite in `wanted`.
+
+    It is infinite where shapes differ, or where one of the two is infinite and the other is not.
+    """
+    finite = np.isfinite(wanted)
+    if computed.shape != wanted.shape or not np.array_equal(computed[~finite], wanted[~finite]):
         return float("inf")
-    return float(np.abs(computed - wanted).max() / max(float(wanted.std()), 1e-30))
+    spread = max(float(wanted[finite].std()), 1e-30) if finite.any() else 1.0
+    return float(np.abs(computed[finite] - wanted[finite]).max(initial=0.0) / spread)
 
 
 def _where(plan: BundlePlan, fed: Calls, window: Window | None, computed: Computed) -> str | None:
