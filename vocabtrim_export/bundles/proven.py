@@ -54,7 +54,7 @@ def write_proven(
 
 
 def _prove(directory: Path, plan: BundlePlan, progress: Progress) -> str | None:
-    if plan.trt is not None or plan.quantization != "none" or isinstance(plan.source, HeadSource):
+    if plan.trt is not None or isinstance(plan.source, HeadSource):
         return None
     progress(f"prove {plan.role}", 0, 1)
     difference = find_difference(directory, plan)

@@ -93,6 +93,11 @@ def behind(value: ir.Value | None, op: str) -> ir.Node | None:
     return producer if producer is not None and producer.op_type == op else None
 
 
+def packed_name(first: str) -> str:
+    """What the weights of q, k and v together are called, by the name of q's."""
+    return first.replace("q_proj", "qkv_proj") if "q_proj" in first else f"{first}.qkv"
+
+
 def pack_projections(decoder: DecoderGraph) -> None:
     """One product for q, k and v where all three are plain linear layers of one input: Attention(qkv, -, -, …)."""
     for node in decoder.composites("Attention"):
@@ -105,7 +110,7 @@ def pack_projections(decoder: DecoderGraph) -> None:
         inputs: list[ir.Value | None] = [q.inputs[0]]
         for parts in zip(q.inputs[1:], k.inputs[1:], v.inputs[1:], strict=True):
             names = [name_of(part) for part in parts]
-            packed = names[0].replace("q_proj", "qkv_proj") if "q_proj" in names[0] else f"{names[0]}.qkv"
+            packed = packed_name(names[0])
             inputs.append(decoder.add_weight(packed, concatenate([decoder.weights[name] for name in names])))
         linear = ir.node("Linear", inputs, domain=q.domain)
         decoder.graph.insert_before(node, linear)

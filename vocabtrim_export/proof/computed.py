@@ -18,6 +18,7 @@ from vocabtrim_export.proof.tokens import Calls, Window
 
 _PROOF_NAME = "proof.onnx"
 _PAST = "past_key_values."
+_FLOAT32 = 1  # of MatMulNBits: its inputs are not rounded to 8 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +64,12 @@ def _proof_session(directory: Path, window: Window | None) -> Iterator[ort.Infer
     """A session on the graph as a proof runs it: the same nodes and weights, in float32, with the proof's window."""
     model = onnx.load(directory / MODEL_NAME, load_external_data=False)
     float32_view(model)
-    if window:
-        for node in model.graph.node:
-            for attribute in node.attribute:
-                if attribute.name == "local_window_size" and attribute.i == window.size:
-                    attribute.i = window.narrowed
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if window and attribute.name == "local_window_size" and attribute.i == window.size:
+                attribute.i = window.narrowed
+            if attribute.name == "accuracy_level":
+                attribute.i = _FLOAT32
     path = directory / _PROOF_NAME  # beside the weights, which it names
     path.write_bytes(model.SerializeToString())
     try:

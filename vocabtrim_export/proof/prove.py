@@ -1,15 +1,19 @@
 """The proof of a bundle: its graph computes what the loaded model does, to rounding."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.proof.computed import Computed, run_graph
-from vocabtrim_export.proof.expected import expected_cache, expected_outputs
+from vocabtrim_export.proof.dequantized import dequantized
+from vocabtrim_export.proof.expected import Rows, expected_cache, expected_outputs
 from vocabtrim_export.proof.tokens import Calls, Window, calls, window_of
 
 # Largest difference of an output, as a share of the standard deviation of what is expected. Rounded weights differ by
@@ -36,9 +40,30 @@ def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | 
         computed = run_graph(directory, fed, window)
     except VocabtrimError as error:
         return str(error)
-    wanted = expected_outputs(plan.source.model, fed, window, plan.features_given)
     columns = slice(None) if plan.vocab_map is None else plan.vocab_map.kept_token_ids
-    wanted["logits"] = wanted["logits"][:, : plan.source.vocab_size][:, columns]
+    with _as_written(directory, plan) as unlike:
+        wanted = expected_outputs(plan.source.model, fed, window, plan.features_given)
+        if unlike:
+            return f"its weights of {unlike[0]} are not the model's, rounded to {plan.quantization}"
+        if plan.quantization == "none":
+            wanted["logits"] = wanted["logits"][:, : plan.source.vocab_size][:, columns]
+        return _first_difference(plan, fed, window, computed, wanted)
+
+
+@contextmanager
+def _as_written(directory: Path, plan: BundlePlan) -> Iterator[list[str]]:
+    """The plan's model with the weights that a quantised bundle has; gives the layers whose weights are others."""
+    if plan.quantization == "none":
+        yield []
+        return
+    rows = None if plan.vocab_map is None else torch.from_numpy(plan.vocab_map.kept_token_ids.copy())
+    with dequantized(plan.source.model, directory, plan.quantization, rows) as unlike:
+        yield unlike
+
+
+def _first_difference(
+    plan: BundlePlan, fed: Calls, window: Window | None, computed: Computed, wanted: Mapping[str, Rows]
+) -> str | None:
     if broken := np.isnan(wanted["logits"]).any(0).sum():
         raise VocabtrimError(
             f"{plan.source.name}: PyTorch computes NaN logits for {broken:,} of its tokens: its weights are damaged or "

@@ -1,0 +1,131 @@
+"""A model that computes with the weights of a quantised bundle, read from its file and dequantised."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from engines.bundle.read import MODEL_NAME
+from vocabtrim_export.lowering.quantize import BITS
+from vocabtrim_export.lowering.tidy import packed_name
+
+# Largest root mean square error of a row, as a share of the row's own: what rounding to 4 or 8 bits in blocks never
+# comes near, and another row's values exceed.
+_MOST_ERROR = {4: 0.6, 8: 0.1}
+
+
+@contextmanager
+def dequantized(
+    model: PreTrainedModel, directory: Path, quantization: str, head_rows: Tensor | None
+) -> Iterator[list[str]]:
+    """Within the block each linear layer of `model` multiplies with its weight as `model.onnx` in `directory` has it.
+
+    Args:
+        model: its weights are as they were after the block. One layer's are dequantised at a time.
+        directory: of a bundle with blocks of `MatMulNBits`.
+        quantization: "int8" or "int4".
+        head_rows: int64[K], the rows of the LM head that the bundle keeps, None for all. The logits have K columns.
+
+    Yields:
+        The linear layers whose written weights are not the model's, rounded; filled as the model runs.
+    """
+    bits = BITS[quantization]
+    unlike: list[str] = []
+    written = ir.load(directory / MODEL_NAME).graph.initializers
+    head = model.get_output_embeddings()
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            rows = head_rows if module is head else None
+            load = _loader(name, model, written, bits)
+            handles += _swap(name, module, load, rows, unlike, _MOST_ERROR[bits])
+    try:
+        yield unlike
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _swap(
+    name: str,
+    module: Any,
+    load: Callable[[], Tensor],
+    rows: Tensor | None,
+    unlike: list[str],
+    most: float,
+) -> list[Any]:
+    """Hooks that give `module` the weight [out, in] of `load`, and of its bias these rows, while it runs."""
+    before: list[tuple[nn.Parameter, nn.Parameter | None]] = []
+
+    def enter(_module: nn.Module, _inputs: Any) -> None:
+        weight, bias = module.weight, module.bias
+        before.append((weight, bias))
+        transposed = isinstance(module, Conv1D)
+        own = weight.data.t() if transposed else weight.data
+        own = own if rows is None else own[rows]
+        given = load()[:, : own.shape[1]]  # blocks are filled up
+        if given.shape != own.shape or float(_row_errors(given, own).max()) > most:
+            unlike.append(name)
+            return
+        module.weight = nn.Parameter(given.t() if transposed else given, requires_grad=False)
+        if rows is not None and bias is not None:
+            module.bias = nn.Parameter(bias.data[rows], requires_grad=False)
+
+    def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        module.weight, module.bias = before.pop()
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+
+def _row_errors(given: Tensor, own: Tensor) -> Tensor:
+    """[out]: a row of zeros has an error of 0 where it stays one."""
+    difference, size = (given - own.float()).square().sum(-1), own.float().square().sum(-1)
+    return torch.nan_to_num((difference / size).sqrt(), nan=0.0 if bool(given.isfinite().all()) else torch.inf)
+
+
+def _loader(name: str, model: PreTrainedModel, written: Mapping[str, ir.Value], bits: int) -> Callable[[], Tensor]:
+    """What gives the written weight of the linear layer `name`, [out, in]."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    names = [name]
+    if model.get_submodule(name) is head:  # of a tied weight, whichever name it was traced under
+        names += [each for each, module in model.named_modules() if module is embedding]
+    for each in names:
+        for tensor in (f"model.{each}.weight.kept", f"model.{each}.weight"):
+            if f"{tensor}.quantized" in written:
+                return lambda: _dequantize(written, tensor, bits)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    parts = {
+        each: child
+        for child_name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+        and f"model.{(each := name.rpartition('.')[0] + '.' + child_name)}.weight.quantized" not in written
+    }
+    start = 0
+    for each, child in parts.items():
+        if each == name:
+            break
+        start += child.out_features
+    tensor, end = packed_name(f"model.{next(iter(parts))}.weight"), start + parts[name].out_features
+    return lambda: _dequantize(written, tensor, bits)[start:end]
+
+
+def _dequantize(written: Mapping[str, ir.Value], tensor: str, bits: int) -> Tensor:
+    """The weight [out, in] that `MatMulNBits` multiplies with: (q − zero) · scale, block by block."""
+
+    def read(part: str) -> Tensor:
+        value = written[f"{tensor}.{part}"].const_value
+        assert value is not None
+        numbers = value.numpy()
+        return torch.from_numpy(numbers.astype("float32" if part == "scales" else numbers.dtype))
+
+    values, scales, zeros = read("quantized"), read("scales"), read("zero_points")
+    if bits == 4:
+        values, zeros = (torch.stack([x & 15, x >> 4], -1).flatten(-2) for x in (values, zeros))
+    zeros = zeros[:, : scales.shape[1]]
+    return ((values.float() - zeros[..., None].float()) * scales[..., None]).flatten(1)
