@@ -1,5 +1,6 @@
 """Wrong graphs are caught by the export itself, in every architecture of the tests."""
 
+import itertools
 import json
 import shutil
 
@@ -124,6 +125,40 @@ def test_each_wrong_graph_is_noticed(architecture, random_model, export_pair, tm
             missed += [change.__name__] if find_difference(wrong, plan) is None else []
     assert not missed
     assert len(changed) >= 3, changed
+
+
+def quantized_swapped(parts):
+    def change(graph):
+        """Exchange these inputs of two quantised products of one shape."""
+        known = shapes(graph)
+        nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+        for a, b in itertools.combinations(nodes, 2):
+            if a.input[1] != b.input[1] and known[a.input[1]] == known[b.input[1]]:
+                for part in parts:
+                    a.input[part], b.input[part] = b.input[part], a.input[part]
+                return True
+        return False
+
+    return change
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "phi3", "cohere", "gpt2"])
+def test_each_wrong_quantized_graph_is_noticed(architecture, quantization, random_model, tmp_path):
+    source = load_source(str(random_model(architecture)), DTYPES["fp32"])
+    plan = BundlePlan("target", source, "fp32", quantization, context_length=128)
+    (right := tmp_path / "right").mkdir()
+    write_bundle(right, trace_source(plan), plan, lambda *_: None)
+    assert find_difference(right, plan) is None
+    swaps = (quantized_swapped((1, 2, 3)), quantized_swapped((2,)))
+    missed, changed = [], []
+    for number, change in enumerate((*CORRUPTIONS, *swaps)):
+        shutil.copytree(right, wrong := tmp_path / str(number))
+        if corrupt(wrong, change):
+            changed.append(change)
+            missed += [change] if find_difference(wrong, plan) is None else []
+    assert not missed
+    assert set(swaps) < set(changed)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
