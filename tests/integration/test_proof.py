@@ -4,17 +4,22 @@ import itertools
 import json
 import shutil
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from engines.bundle.read import MODEL_NAME
+from engines.bundle.read import FEATURES_NAME, MODEL_NAME
+from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from tests.bundles import ARCHITECTURES
+from tests.integration import eagle_heads, test_medusa
 from vocabtrim_export.bundles import proven
 from vocabtrim_export.bundles.proven import trace_source
 from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
+from vocabtrim_export.drafters.eagle_checkpoint import load_head
+from vocabtrim_export.drafters.medusa import load_medusa
 from vocabtrim_export.proof.prove import find_difference
 from vocabtrim_export.sources.source import DTYPES, load_source
 
@@ -159,6 +164,34 @@ def test_each_wrong_quantized_graph_is_noticed(architecture, quantization, rando
             missed += [change] if find_difference(wrong, plan) is None else []
     assert not missed
     assert set(swaps) < set(changed)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int4"])
+@pytest.mark.parametrize("kind", ["eagle3", "medusa"])
+def test_each_wrong_graph_of_a_head_is_noticed(kind, quantization, random_model, write_head, tmp_path):
+    target = load_source(str(random_model("llama", num_hidden_layers=8)), DTYPES["fp32"])
+    if kind == "eagle3":
+        head = write_head(eagle_heads.make_tensors(bias=True), eagle_aux_hidden_state_layer_ids=[2, 4, 5])
+        source = load_head(str(head), target)
+    else:
+        source = load_medusa(str(write_head(test_medusa.make_tensors(), test_medusa.CONFIG)), target)
+    kept = VocabMap(np.arange(0, 448, 7), 448)
+    plan = BundlePlan("drafter", source, "fp32", quantization, context_length=128, vocab_map=kept)
+    (right := tmp_path / "right").mkdir()
+    write_bundle(right, trace_source(plan), plan, lambda *_: None)
+    assert find_difference(right, plan) is None
+    missed, changed = [], []
+    for number, change in enumerate((*CORRUPTIONS, quantized_swapped((1, 2, 3)))):
+        shutil.copytree(right, wrong := tmp_path / str(number))
+        if corrupt(wrong, change):
+            changed.append(change)
+            missed += [change] if find_difference(wrong, plan) is None else []
+    assert not missed
+    assert len(changed) >= 2
+    if kind == "eagle3":
+        data = right / f"{FEATURES_NAME}.data"
+        data.write_bytes(data.read_bytes()[::-1])
+        assert find_difference(right, plan).startswith(f"in {FEATURES_NAME}, ")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

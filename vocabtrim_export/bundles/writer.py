@@ -9,7 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.bundle.checks import graph_metadata
@@ -70,11 +72,17 @@ class BundlePlan:
     features_given: tuple[int, ...] = ()
 
     @property
+    def head_rows(self) -> NDArray[np.int64] | None:
+        """int64[K], the rows of the model's LM head that the bundle keeps; None for all."""
+        if self.vocab_map is None:
+            return None
+        kept = self.vocab_map.kept_token_ids
+        return self.source.rows_of(kept) if isinstance(self.source, HeadSource) else kept.copy()
+
+    @property
     def weights(self) -> Weights:
-        head_rows = None
-        if isinstance(self.source, HeadSource) and self.vocab_map is not None:
-            head_rows = torch.from_numpy(self.source.rows_of(self.vocab_map.kept_token_ids))
-        return Weights(DTYPES[self.dtype], self.quantization, self.vocab_map, self.moments, head_rows)
+        rows = torch.from_numpy(self.head_rows) if isinstance(self.source, HeadSource) and self.vocab_map else None
+        return Weights(DTYPES[self.dtype], self.quantization, self.vocab_map, self.moments, rows)
 
 
 def write_bundle(

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from engines.bundle.manifest import HIDDEN_INPUT
 from engines.bundle.read import MODEL_NAME
 from engines.errors import VocabtrimError
 from engines.ort.session import open_session, reason
@@ -31,7 +32,7 @@ class Computed:
 
 def run_graph(directory: Path, calls: Calls, window: Window | None) -> Computed:
     """Run `model.onnx`, in float32, on the tokens. Raises `VocabtrimError` where ONNX Runtime cannot."""
-    with _proof_session(directory, window) as session:
+    with _proof_session(directory / MODEL_NAME, window) as session:
         wanted = {value.name: value for value in session.get_inputs()}
         names = [value.name for value in session.get_outputs()]
         cache = {
@@ -43,13 +44,15 @@ def run_graph(directory: Path, calls: Calls, window: Window | None) -> Computed:
         at = 0
         for length in calls.lengths:
             end = at + length
-            inputs = {
+            inputs: dict[str, NDArray[np.generic]] = {
                 "input_ids": calls.token_ids[None, at:end],
                 "position_ids": np.arange(at, end)[None],
                 "num_logits_to_keep": np.array([length]),
                 "seqlens_k": np.array([end - 1], np.int32),
                 "total_sequence_length": np.array([end], np.int32),
             }
+            if calls.hidden is not None:
+                inputs[HIDDEN_INPUT] = calls.hidden[None, at:end]
             fed = {name: value for name, value in inputs.items() if name in wanted}
             outputs = dict(zip(names, _run(session, fed | cache), strict=True))
             cache = {name: outputs.pop(name.replace("past_key_values", "present")) for name in cache}
@@ -59,10 +62,16 @@ def run_graph(directory: Path, calls: Calls, window: Window | None) -> Computed:
     return Computed(joined, {name: value[0] for name, value in cache.items()})
 
 
+def run_products(graph: Path, name: str, rows: NDArray[np.float32]) -> list[NDArray[np.generic]]:
+    """The outputs of a graph without a KV cache, in float32, for `rows`, [1, S, size], as the input `name`."""
+    with _proof_session(graph, None) as session:
+        return _run(session, {name: rows})
+
+
 @contextmanager
-def _proof_session(directory: Path, window: Window | None) -> Iterator[ort.InferenceSession]:
+def _proof_session(graph: Path, window: Window | None) -> Iterator[ort.InferenceSession]:
     """A session on the graph as a proof runs it: the same nodes and weights, in float32, with the proof's window."""
-    model = onnx.load(directory / MODEL_NAME, load_external_data=False)
+    model = onnx.load(graph, load_external_data=False)
     float32_view(model)
     for node in model.graph.node:
         for attribute in node.attribute:
@@ -70,7 +79,7 @@ def _proof_session(directory: Path, window: Window | None) -> Iterator[ort.Infer
                 attribute.i = window.narrowed
             if attribute.name == "accuracy_level":
                 attribute.i = _FLOAT32
-    path = directory / _PROOF_NAME  # beside the weights, which it names
+    path = graph.with_name(_PROOF_NAME)  # beside the weights, which it names
     path.write_bytes(model.SerializeToString())
     try:
         yield open_session(path)

@@ -1,7 +1,9 @@
 """A model that computes with the weights of a quantised bundle, read from its file and dequantised."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from engines.bundle.read import MODEL_NAME
 from vocabtrim_export.lowering.quantize import BITS
 from vocabtrim_export.lowering.tidy import packed_name
 
@@ -22,29 +23,32 @@ _MOST_ERROR = {4: 0.6, 8: 0.1}
 
 @contextmanager
 def dequantized(
-    model: PreTrainedModel, directory: Path, quantization: str, head_rows: Tensor | None
+    model: PreTrainedModel,
+    graph: Path,
+    quantization: str,
+    head_rows: Mapping[nn.Module, Tensor | None],
+    prefix: str = "model.",
 ) -> Iterator[list[str]]:
-    """Within the block each linear layer of `model` multiplies with its weight as `model.onnx` in `directory` has it.
+    """Within the block each linear layer of `model` multiplies with its weight as the file `graph` has it.
 
     Args:
-        model: its weights are as they were after the block. One layer's are dequantised at a time.
-        directory: of a bundle with blocks of `MatMulNBits`.
+        model: Its weights are as they were after the block. One layer's are dequantised at a time.
+        graph: A graph with blocks of `MatMulNBits`.
         quantization: "int8" or "int4".
-        head_rows: int64[K], the rows of the LM head that the bundle keeps, None for all. The logits have K columns.
+        head_rows: For each LM head the rows that the graph keeps, int64[K]: its logits have K columns. None for all.
+        prefix: What the graph puts before the model's own name of a weight.
 
     Yields:
         The linear layers whose written weights are not the model's, rounded; filled as the model runs.
     """
-    bits = BITS[quantization]
     unlike: list[str] = []
-    written = ir.load(directory / MODEL_NAME).graph.initializers
-    head = model.get_output_embeddings()
     handles = []
+    bits = BITS[quantization]
+    written = ir.load(graph).graph.initializers
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
-            rows = head_rows if module is head else None
-            load = _loader(name, model, written, bits)
-            handles += _swap(name, module, load, rows, unlike, _MOST_ERROR[bits])
+            load = partial(_written, name, model, written, bits, prefix)
+            handles += _swap(name, module, load, head_rows.get(module), unlike, _MOST_ERROR[bits])
     try:
         yield unlike
     finally:
@@ -89,30 +93,27 @@ def _row_errors(given: Tensor, own: Tensor) -> Tensor:
     return torch.nan_to_num((difference / size).sqrt(), nan=0.0 if bool(given.isfinite().all()) else torch.inf)
 
 
-def _loader(name: str, model: PreTrainedModel, written: Mapping[str, ir.Value], bits: int) -> Callable[[], Tensor]:
-    """What gives the written weight of the linear layer `name`, [out, in]."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+def _written(name: str, model: PreTrainedModel, written: Mapping[str, ir.Value], bits: int, prefix: str) -> Tensor:
+    """The written weight of the linear layer `name`, [out, in]."""
     names = [name]
-    if model.get_submodule(name) is head:  # of a tied weight, whichever name it was traced under
+    if model.get_submodule(name) is model.get_output_embeddings():  # a tied weight has the name of either module
+        embedding = model.get_input_embeddings()
         names += [each for each, module in model.named_modules() if module is embedding]
     for each in names:
-        for tensor in (f"model.{each}.weight.kept", f"model.{each}.weight"):
+        for tensor in (f"{prefix}{each}.weight.kept", f"{prefix}{each}.weight"):
             if f"{tensor}.quantized" in written:
-                return lambda: _dequantize(written, tensor, bits)
-    parent = model.get_submodule(name.rpartition(".")[0])
-    parts = {
+                return _dequantize(written, tensor, bits)
+    parent, _, _ = name.rpartition(".")
+    siblings = {f"{parent}.{each}": child for each, child in model.get_submodule(parent).named_children()}
+    packed = {  # q, k and v in one product
         each: child
-        for child_name, child in parent.named_children()
-        if isinstance(child, nn.Linear)
-        and f"model.{(each := name.rpartition('.')[0] + '.' + child_name)}.weight.quantized" not in written
+        for each, child in siblings.items()
+        if isinstance(child, nn.Linear) and f"{prefix}{each}.weight.quantized" not in written
     }
-    start = 0
-    for each, child in parts.items():
-        if each == name:
-            break
-        start += child.out_features
-    tensor, end = packed_name(f"model.{next(iter(parts))}.weight"), start + parts[name].out_features
-    return lambda: _dequantize(written, tensor, bits)[start:end]
+    before = itertools.takewhile(lambda each: each != name, packed)
+    start = sum(packed[each].out_features for each in before)
+    tensor, end = packed_name(f"{prefix}{next(iter(packed))}.weight"), start + packed[name].out_features
+    return _dequantize(written, tensor, bits)[start:end]
 
 
 def _dequantize(written: Mapping[str, ir.Value], tensor: str, bits: int) -> Tensor:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engines.bundle.manifest import FEATURES_OUTPUT
+from engines.bundle.manifest import FEATURES_OUTPUT, HIDDEN_OUTPUT
+from vocabtrim_export.drafters.base import FeatureHead
 from vocabtrim_export.proof.tokens import Calls, Window
 from vocabtrim_export.sources.source import in_float32
 from vocabtrim_export.tracing.composites import rotary_modules
@@ -24,10 +25,13 @@ Rows = NDArray[np.float32]
 def expected_outputs(
     model: PreTrainedModel, calls: Calls, window: Window | None, feature_layers: Sequence[int]
 ) -> dict[str, Rows]:
-    """What `model` computes of the tokens in one forward pass: logits[S, vocab] and, with `feature_layers`,
-    features[S, layers·hidden]."""
+    """What `model` computes of the tokens in one forward pass: logits[S, vocab], with `feature_layers`
+    features[S, layers·hidden], and of a head next_hidden[S, hidden]."""
     with _as_proven(model, window), layer_inputs(model, feature_layers) as entered:
-        outputs = {"logits": _forward(model, calls).logits[0].numpy()}
+        computed = _forward(model, calls)
+        outputs = {"logits": computed.logits[0].numpy()}
+        if isinstance(model, FeatureHead):
+            outputs[HIDDEN_OUTPUT] = computed.hidden_states[0].numpy()
         if feature_layers:
             outputs[FEATURES_OUTPUT] = torch.cat(entered(), -1)[0].numpy()
     return outputs
@@ -45,6 +49,8 @@ def expected_cache(model: PreTrainedModel, calls: Calls, window: Window | None) 
 def _forward(model: PreTrainedModel, calls: Calls, use_cache: bool = False) -> Any:
     """Positions are given where the model takes them, as transformers' generate does."""
     ids = torch.from_numpy(calls.token_ids)[None]
+    if calls.hidden is not None:
+        return model(ids, torch.arange(len(calls))[None], torch.from_numpy(calls.hidden)[None])
     options: dict[str, Tensor] = {}
     if "position_ids" in inspect.signature(model.forward).parameters:
         options["position_ids"] = torch.arange(len(calls))[None]

@@ -1,4 +1,4 @@
-"""The proof of a bundle: its graph computes what the loaded model does, to rounding."""
+"""The proof of a bundle: its graphs compute what the loaded model does, to rounding."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,29 +9,39 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engines.bundle.read import MODEL_NAME
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan
+from vocabtrim_export.drafters.base import FeatureHead
+from vocabtrim_export.drafters.medusa import MedusaHeads
 from vocabtrim_export.proof.computed import Computed, run_graph
 from vocabtrim_export.proof.dequantized import dequantized
+from vocabtrim_export.proof.deviation import TOLERANCE, deviation
 from vocabtrim_export.proof.expected import Rows, expected_cache, expected_outputs
+from vocabtrim_export.proof.products import fusion_difference, medusa_difference
 from vocabtrim_export.proof.tokens import Calls, Window, calls, window_of
-
-# Largest difference of an output, as a share of the standard deviation of what is expected. Rounded weights differ by
-# more where the graph rounds a constant (a rotary table, a norm's weight plus 1) that the model computes in float32.
-TOLERANCE = {"fp32": 1e-3, "fp16": 5e-3, "bf16": 4e-2}
 
 
 def find_difference(directory: Path, plan: BundlePlan) -> str | None:
-    """Run the graph in `directory` on a few tokens: a prefill, a decode step, a block after a past, past a sliding
-    window. None where it computes what `plan.source` does, else what differs first, to end a sentence.
+    """Run the graphs in `directory` on a few tokens: a prefill, a decode step, a block after a past, past a sliding
+    window.
 
     A window that only many tokens reach past is narrowed on both sides, and where that does not work, reached.
+
+    Returns:
+        None where they compute what `plan.source` does, else what differs first, to end a sentence.
+
+    Raises:
+        VocabtrimError: The model itself computes NaN.
     """
-    window = window_of(plan.source.model, plan.context_length, narrow=True)
+    if isinstance(plan.source.model, MedusaHeads):
+        return medusa_difference(directory, plan)
+    is_head = isinstance(plan.source.model, FeatureHead)
+    window = window_of(plan.source.model, plan.context_length, narrow=not is_head)
     found = _compare(directory, plan, window)
     if found and window and window.narrowed != window.size:
         found = _compare(directory, plan, window_of(plan.source.model, plan.context_length, narrow=False))
-    return found
+    return found or fusion_difference(directory, plan)
 
 
 def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | None:
@@ -40,24 +50,26 @@ def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | 
         computed = run_graph(directory, fed, window)
     except VocabtrimError as error:
         return str(error)
-    columns = slice(None) if plan.vocab_map is None else plan.vocab_map.kept_token_ids
     with _as_written(directory, plan) as unlike:
         wanted = expected_outputs(plan.source.model, fed, window, plan.features_given)
         if unlike:
             return f"its weights of {unlike[0]} are not the model's, rounded to {plan.quantization}"
         if plan.quantization == "none":
-            wanted["logits"] = wanted["logits"][:, : plan.source.vocab_size][:, columns]
+            wanted["logits"] = wanted["logits"][:, : plan.source.vocab_size]
+            wanted["logits"] = wanted["logits"][:, slice(None) if plan.head_rows is None else plan.head_rows]
         return _first_difference(plan, fed, window, computed, wanted)
 
 
 @contextmanager
 def _as_written(directory: Path, plan: BundlePlan) -> Iterator[list[str]]:
     """The plan's model with the weights that a quantised bundle has; gives the layers whose weights are others."""
+    model = plan.source.model
     if plan.quantization == "none":
         yield []
         return
-    rows = None if plan.vocab_map is None else torch.from_numpy(plan.vocab_map.kept_token_ids.copy())
-    with dequantized(plan.source.model, directory, plan.quantization, rows) as unlike:
+    rows = None if plan.head_rows is None else torch.from_numpy(plan.head_rows)
+    head = model.get_output_embeddings()
+    with dequantized(model, directory / MODEL_NAME, plan.quantization, {head: rows}) as unlike:
         yield unlike
 
 
@@ -80,22 +92,10 @@ def _first_difference(
     return None
 
 
-def deviation(computed: NDArray[Any], wanted: NDArray[np.float32]) -> float:
-    """The largest difference, as a share of the standard deviation of what is finite in `wanted`.
-
-    It is infinite where shapes differ, or where one of the two is infinite and the other is not.
-    """
-    finite = np.isfinite(wanted)
-    if computed.shape != wanted.shape or not np.array_equal(computed[~finite], wanted[~finite]):
-        return float("inf")
-    spread = max(float(wanted[finite].std()), 1e-30) if finite.any() else 1.0
-    return float(np.abs(computed[finite] - wanted[finite]).max(initial=0.0) / spread)
-
-
 def _where(plan: BundlePlan, fed: Calls, window: Window | None, computed: Computed) -> str | None:
     """The first layer whose cached keys or values differ, or that all agree; None for a model that caches otherwise."""
     layers = expected_cache(plan.source.model, fed, window)
-    if len(layers) * 2 != len(computed.cache):
+    if not layers or len(layers) * 2 != len(computed.cache):
         return None
     for index, layer in enumerate(layers):
         for part, wanted in layer.items():

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from vocabtrim_export.drafters.base import FeatureHead
 from vocabtrim_export.sources.source import Source
 
 _CALLS = (1, 5, 1, 1)  # after the prefill: a decode step, a block after a past, two more steps
@@ -25,10 +26,12 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """token_ids: int64[S]. lengths: how many of them each call feeds; the first is the prefill."""
+    """token_ids: int64[S]. lengths: how many of them each call feeds; the first is the prefill. hidden: float32[S,
+    hidden], what a head that reads hidden states is given with the tokens; None for other models."""
 
     token_ids: NDArray[np.int64]
     lengths: tuple[int, ...]
+    hidden: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -43,13 +46,21 @@ def window_of(model: PreTrainedModel, context_length: int, narrow: bool) -> Wind
 
 
 def calls(source: Source, context_length: int, window: Window | None) -> Calls:
-    """A prefill that reaches past the window, then the calls that a draft/verify loop makes."""
+    """A prefill that reaches past the window, then the calls that a draft/verify loop makes.
+
+    A head is fed no more tokens than its window holds: in PyTorch its layer runs without a mask but the causal one.
+    """
     prefill = max(_PREFILL, window.narrowed + 4 if window else 0)
     total = min(prefill + sum(_CALLS), context_length)
     special = set(source.tokenizer.all_special_ids)
     ordinary = sorted(i for i in source.tokenizer.get_vocab().values() if i not in special and i < source.vocab_size)
-    ids = np.random.default_rng(0).choice(np.array(ordinary or [0], np.int64), total)
-    return Calls(ids, _split(total))
+    random = np.random.default_rng(0)
+    ids = random.choice(np.array(ordinary or [0], np.int64), total)
+    if not isinstance(source.model, FeatureHead):
+        return Calls(ids, _split(total))
+    total = min(total, window.size) if window else total
+    ids = ids[:total]
+    return Calls(ids, _split(total), random.standard_normal((total, source.model.config.hidden_size), np.float32))
 
 
 def _split(total: int) -> tuple[int, ...]:

@@ -1,0 +1,73 @@
+"""The proof of graphs without a KV cache: Medusa heads, and the product that fuses a target's features for a head."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from engines.bundle.manifest import FEATURES_OUTPUT
+from engines.bundle.read import FEATURES_NAME, MODEL_NAME
+from engines.errors import VocabtrimError
+from vocabtrim_export.bundles.writer import BundlePlan
+from vocabtrim_export.drafters.base import FeatureHead
+from vocabtrim_export.drafters.medusa import MedusaHeads
+from vocabtrim_export.proof.computed import run_products
+from vocabtrim_export.proof.dequantized import dequantized
+from vocabtrim_export.proof.deviation import TOLERANCE, deviation
+from vocabtrim_export.sources.source import in_float32
+
+_ROWS = 5
+Heads = Mapping[nn.Module, Tensor | None]
+
+
+def medusa_difference(directory: Path, plan: BundlePlan) -> str | None:
+    """What the graph of Medusa heads computes otherwise than the heads, to end a sentence; None where nothing."""
+    model = plan.source.model
+    assert isinstance(model, MedusaHeads)
+    rows = None if plan.head_rows is None else torch.from_numpy(plan.head_rows)
+    heads = {head[-1]: rows for head in model.heads if isinstance(head, nn.Sequential)}
+    found = _compare(directory / MODEL_NAME, plan, model, model.config.feature_size, heads)
+    if isinstance(found, str):
+        return found
+    logits, token_ids = found
+    best = logits.argmax(-1)
+    tokens = best if plan.vocab_map is None else plan.vocab_map.kept_token_ids[best]
+    return None if np.array_equal(token_ids, tokens) else "its token_ids are not those of its largest logits"
+
+
+def fusion_difference(directory: Path, plan: BundlePlan) -> str | None:
+    """The same of `features.onnx`; None for a model that has none."""
+    model = plan.source.model
+    if not isinstance(model, FeatureHead) or model.fuse is None:
+        return None
+    found = _compare(directory / FEATURES_NAME, plan, model.fuse, model.fuse.in_features, {})
+    return f"in {FEATURES_NAME}, {found}" if isinstance(found, str) else None
+
+
+def _compare(graph: Path, plan: BundlePlan, module: nn.Module, size: int, heads: Heads) -> str | list[NDArray[Any]]:
+    """The graph's outputs for random rows of `size` numbers, or how the first of them differs from the module's."""
+    rows = np.random.default_rng(0).standard_normal((1, _ROWS, size), np.float32)
+    try:
+        computed = run_products(graph, FEATURES_OUTPUT, rows)
+    except VocabtrimError as error:
+        return str(error)
+    model = plan.source.model
+    with torch.inference_mode(), in_float32(model), _as_written(graph, plan, heads) as unlike:
+        wanted = module(torch.from_numpy(rows)).numpy()
+    if unlike:
+        return f"its weights of {unlike[0]} are not the model's, rounded to {plan.quantization}"
+    if plan.quantization == "none" and heads and plan.head_rows is not None:
+        wanted = wanted[..., plan.head_rows]
+    off = deviation(computed[0], wanted)
+    return computed if off <= TOLERANCE[plan.dtype] else f"what it computes is off by {off:.2g} of its spread"
+
+
+def _as_written(graph: Path, plan: BundlePlan, heads: Heads) -> AbstractContextManager[list[str]]:
+    if plan.quantization == "none":
+        return nullcontext([])
+    return dequantized(plan.source.model, graph, plan.quantization, heads, prefix="")
