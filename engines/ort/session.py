@@ -25,7 +25,10 @@ def numpy_dtype(onnx_type: str) -> np.dtype[np.generic]:
 
 
 def new_session(
-    model: Path | bytes, providers: Sequence[Any] = ("CPUExecutionProvider",), profile_prefix: Path | None = None
+    model: Path | bytes,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    profile_prefix: Path | None = None,
+    fuse_dequantized: bool = True,
 ) -> ort.InferenceSession:
     """A session with a thread pool of its own, which changes nothing for the other sessions of the process.
 
@@ -35,6 +38,8 @@ def new_session(
         model: an ONNX file, or its bytes.
         providers: ONNX Runtime's execution providers, the preferred one first.
         profile_prefix: the prefix of the file to write a profile to; None for no profile.
+        fuse_dequantized: let ONNX Runtime fuse products with `DequantizeLinear` behind their weights into kernels that
+            round activations to 8 bits.
 
     Raises:
         Exception: what ONNX Runtime raises; its exceptions have no common base.
@@ -43,6 +48,8 @@ def new_session(
     options.log_severity_level = 3
     # Without this, an idle engine's threads spin and take the cores from the other engine of the pair.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not fuse_dequantized:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profile_prefix:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
@@ -55,10 +62,10 @@ def new_session(
     return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
 
 
-def open_session(path: Path, profile_prefix: Path | None = None) -> ort.InferenceSession:
-    """A session on the CPU. Raises `VocabtrimError`."""
+def open_session(path: Path, profile_prefix: Path | None = None, fuse_dequantized: bool = True) -> ort.InferenceSession:
+    """A session on the CPU, as `new_session` opens it. Raises `VocabtrimError`."""
     try:
-        return new_session(path, profile_prefix=profile_prefix)
+        return new_session(path, profile_prefix=profile_prefix, fuse_dequantized=fuse_dequantized)
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise VocabtrimError(f"ONNX Runtime cannot open {path} on the CPU: {reason(error)}") from error
 

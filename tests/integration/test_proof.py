@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engines.bundle.read import FEATURES_NAME, MODEL_NAME
+from engines.bundle.read import DRAFT_MODEL_NAME, FEATURES_NAME, MODEL_NAME
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from tests.bundles import ARCHITECTURES
@@ -22,6 +22,7 @@ from vocabtrim_export.drafters.eagle_checkpoint import load_head
 from vocabtrim_export.drafters.medusa import load_medusa
 from vocabtrim_export.proof.prove import find_difference
 from vocabtrim_export.sources.source import DTYPES, load_source
+from vocabtrim_export.trt.settings import TensorRTSettings
 
 NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "LayerNormalization")
 
@@ -109,11 +110,11 @@ CORRUPTIONS = (
 )
 
 
-def corrupt(directory, change):
+def corrupt(directory, change, name=MODEL_NAME):
     """Whether there was anything to change."""
-    graph = onnx.load(directory / MODEL_NAME, load_external_data=False)
+    graph = onnx.load(directory / name, load_external_data=False)
     changed = change(graph.graph)
-    (directory / MODEL_NAME).write_bytes(graph.SerializeToString())
+    (directory / name).write_bytes(graph.SerializeToString())
     return changed
 
 
@@ -164,6 +165,30 @@ def test_each_wrong_quantized_graph_is_noticed(architecture, quantization, rando
             missed += [change] if find_difference(wrong, plan) is None else []
     assert not missed
     assert set(swaps) < set(changed)
+
+
+def transposed_swapped(graph):
+    """Exchange the weights of two products of a graph for TensorRT."""
+    known = shapes(graph)
+    return swap_inputs(
+        [(n, known[n.input[0]]) for n in graph.node if n.op_type == "Transpose" and n.input[0] in known], 0
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_each_wrong_graph_for_tensorrt_is_noticed(architecture, random_model, tmp_path):
+    source = load_source(str(random_model(architecture)), DTYPES["fp16"])
+    trt = TensorRTSettings(flavor="none", unroll=True, draft_length=3)
+    plan = BundlePlan("drafter", source, "fp16", "none", context_length=128, trt=trt)
+    (right := tmp_path / "right").mkdir()
+    write_bundle(right, trace_source(plan), plan, lambda *_: None)
+    assert find_difference(right, plan) is None
+    for number, change in enumerate((transposed_swapped, wrong_tokens)):
+        shutil.copytree(right, wrong := tmp_path / str(number))
+        assert corrupt(wrong, change)
+        assert find_difference(wrong, plan), change
+    assert corrupt(right, wrong_tokens, DRAFT_MODEL_NAME)
+    assert "draft.onnx does not draft" in find_difference(right, plan)
 
 
 @pytest.mark.parametrize("quantization", ["none", "int4"])

@@ -10,66 +10,97 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.bundle.manifest import HIDDEN_INPUT
+from engines.bundle.graph_io import (
+    ATTENDED_SLOTS,
+    HIDDEN_INPUT,
+    INPUT_IDS,
+    KEEP,
+    LOGITS_POSITIONS,
+    PAST,
+    POSITION_IDS,
+    SEQLENS_K,
+    TOTAL_LENGTH,
+    present_name,
+)
 from engines.bundle.read import MODEL_NAME
 from engines.errors import VocabtrimError
 from engines.ort.session import open_session, reason
 from vocabtrim_export.proof.float32_view import float32_view
 from vocabtrim_export.proof.tokens import Calls, Window
 
-_PROOF_NAME = "proof.onnx"
-_PAST = "past_key_values."
 _FLOAT32 = 1  # of MatMulNBits: its inputs are not rounded to 8 bits
+
+
+Rows = NDArray[np.generic]
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
     """outputs: by name, [S, …] of all tokens fed. cache: past_key_values.N.key|value: [kv_heads, S, head_dim]."""
 
-    outputs: Mapping[str, NDArray[np.generic]]
-    cache: Mapping[str, NDArray[np.generic]]
+    outputs: Mapping[str, Rows]
+    cache: Mapping[str, Rows]
+
+
+class Decoding:
+    """A graph with a KV cache, of ONNX Runtime's form (which grows) or TensorRT's (of a fixed size), fed call by call.
+
+    cache: past_key_values.N.key|value, float32[1, kv_heads, slots, head_dim] each. length: tokens in it.
+    """
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        shapes = {value.name: value.shape for value in session.get_inputs() if value.name.startswith(PAST)}
+        self.capacity = next((shape[2] for shape in shapes.values() if isinstance(shape[2], int)), None)
+        self.cache: Mapping[str, Rows] = {
+            name: np.zeros((1, shape[1], self.capacity or 0, shape[3]), np.float32) for name, shape in shapes.items()
+        }
+        self.length = 0
+
+    def feed(self, token_ids: NDArray[np.int64], hidden: NDArray[np.float32] | None = None) -> dict[str, Rows]:
+        """Feed int64[S], and a head's hidden states, [S, hidden]. Returns its outputs without their batch
+        dimension: [S, …] those for each token."""
+        begin, self.length = self.length, self.length + len(token_ids)
+        inputs: dict[str, Rows] = {
+            INPUT_IDS: token_ids[None],
+            POSITION_IDS: np.arange(begin, self.length)[None],
+            KEEP: np.array([len(token_ids)]),
+            SEQLENS_K: np.array([self.length - 1], np.int32),
+            TOTAL_LENGTH: np.array([self.length], np.int32),
+            LOGITS_POSITIONS: np.arange(len(token_ids)),
+            ATTENDED_SLOTS: np.arange(self.capacity or 0),
+        }
+        if hidden is not None:
+            inputs[HIDDEN_INPUT] = hidden[None]
+        wanted = {value.name for value in self._session.get_inputs()}
+        fed = {name: value for name, value in inputs.items() if name in wanted} | dict(self.cache)
+        names = [value.name for value in self._session.get_outputs()]
+        outputs = dict(zip(names, _run(self._session, fed), strict=True))
+        self.cache = {name: outputs.pop(present_name(name)) for name in self.cache}
+        return {name: value[0] for name, value in outputs.items()}
 
 
 def run_graph(directory: Path, calls: Calls, window: Window | None) -> Computed:
     """Run `model.onnx`, in float32, on the tokens. Raises `VocabtrimError` where ONNX Runtime cannot."""
-    with _proof_session(directory / MODEL_NAME, window) as session:
-        wanted = {value.name: value for value in session.get_inputs()}
-        names = [value.name for value in session.get_outputs()]
-        cache = {
-            name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-            for name, value in wanted.items()
-            if name.startswith(_PAST)
-        }
-        rows: list[dict[str, NDArray[np.generic]]] = []
-        at = 0
+    with proof_session(directory / MODEL_NAME, window) as session:
+        decoding = Decoding(session)
+        rows: list[dict[str, Rows]] = []
         for length in calls.lengths:
-            end = at + length
-            inputs: dict[str, NDArray[np.generic]] = {
-                "input_ids": calls.token_ids[None, at:end],
-                "position_ids": np.arange(at, end)[None],
-                "num_logits_to_keep": np.array([length]),
-                "seqlens_k": np.array([end - 1], np.int32),
-                "total_sequence_length": np.array([end], np.int32),
-            }
-            if calls.hidden is not None:
-                inputs[HIDDEN_INPUT] = calls.hidden[None, at:end]
-            fed = {name: value for name, value in inputs.items() if name in wanted}
-            outputs = dict(zip(names, _run(session, fed | cache), strict=True))
-            cache = {name: outputs.pop(name.replace("past_key_values", "present")) for name in cache}
-            rows.append({name: value[0] for name, value in outputs.items()})
-            at = end
+            begin, end = decoding.length, decoding.length + length
+            hidden = None if calls.hidden is None else calls.hidden[begin:end]
+            rows.append(decoding.feed(calls.token_ids[begin:end], hidden))
     joined = {name: np.concatenate([each[name] for each in rows]) for name in rows[0]}
-    return Computed(joined, {name: value[0] for name, value in cache.items()})
+    return Computed(joined, {name: value[0, :, : len(calls)] for name, value in decoding.cache.items()})
 
 
-def run_products(graph: Path, name: str, rows: NDArray[np.float32]) -> list[NDArray[np.generic]]:
+def run_products(graph: Path, name: str, rows: NDArray[np.float32]) -> list[Rows]:
     """The outputs of a graph without a KV cache, in float32, for `rows`, [1, S, size], as the input `name`."""
-    with _proof_session(graph, None) as session:
+    with proof_session(graph, None) as session:
         return _run(session, {name: rows})
 
 
 @contextmanager
-def _proof_session(graph: Path, window: Window | None) -> Iterator[ort.InferenceSession]:
+def proof_session(graph: Path, window: Window | None) -> Iterator[ort.InferenceSession]:
     """A session on the graph as a proof runs it: the same nodes and weights, in float32, with the proof's window."""
     model = onnx.load(graph, load_external_data=False)
     float32_view(model)
@@ -79,17 +110,17 @@ def _proof_session(graph: Path, window: Window | None) -> Iterator[ort.Inference
                 attribute.i = window.narrowed
             if attribute.name == "accuracy_level":
                 attribute.i = _FLOAT32
-    path = graph.with_name(_PROOF_NAME)  # beside the weights, which it names
+    path = graph.with_name(f"{graph.stem}.proof.onnx")  # beside the weights, which it names
     path.write_bytes(model.SerializeToString())
     try:
-        yield open_session(path)
+        yield open_session(path, fuse_dequantized=False)
     finally:
         path.unlink()
 
 
-def _run(session: ort.InferenceSession, inputs: Mapping[str, NDArray[np.generic]]) -> list[NDArray[np.generic]]:
+def _run(session: ort.InferenceSession, inputs: Mapping[str, Rows]) -> list[Rows]:
     try:
-        outputs: list[NDArray[np.generic]] = session.run(None, dict(inputs))
+        outputs: list[Rows] = session.run(None, dict(inputs))
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise VocabtrimError(f"ONNX Runtime cannot run it: {reason(error)}") from error
     return outputs

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from vocabtrim_export.lowering.quantize import BITS
 from vocabtrim_export.lowering.tidy import packed_name
 
 # Largest root mean square error of a row, as a share of the row's own: what rounding to 4 or 8 bits in blocks never
 # comes near, and another row's values exceed.
-_MOST_ERROR = {4: 0.6, 8: 0.1}
+_MOST_ERROR = {"int4": 0.6, "int8": 0.1, "fp8": 0.1}
 
 
 @contextmanager
@@ -33,8 +32,8 @@ def dequantized(
 
     Args:
         model: Its weights are as they were after the block. One layer's are dequantised at a time.
-        graph: A graph with blocks of `MatMulNBits`.
-        quantization: "int8" or "int4".
+        graph: A graph with `MatMulNBits`, or with `DequantizeLinear` behind its weights.
+        quantization: "int8", "int4" or "fp8".
         head_rows: For each LM head the rows that the graph keeps, int64[K]: its logits have K columns. None for all.
         prefix: What the graph puts before the model's own name of a weight.
 
@@ -43,12 +42,11 @@ def dequantized(
     """
     unlike: list[str] = []
     handles = []
-    bits = BITS[quantization]
     written = ir.load(graph).graph.initializers
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
-            load = partial(_written, name, model, written, bits, prefix)
-            handles += _swap(name, module, load, head_rows.get(module), unlike, _MOST_ERROR[bits])
+            load = partial(_written, name, model, written, quantization, prefix)
+            handles += _swap(name, module, load, head_rows.get(module), unlike, _MOST_ERROR[quantization])
     try:
         yield unlike
     finally:
@@ -93,7 +91,9 @@ def _row_errors(given: Tensor, own: Tensor) -> Tensor:
     return torch.nan_to_num((difference / size).sqrt(), nan=0.0 if bool(given.isfinite().all()) else torch.inf)
 
 
-def _written(name: str, model: PreTrainedModel, written: Mapping[str, ir.Value], bits: int, prefix: str) -> Tensor:
+def _written(
+    name: str, model: PreTrainedModel, written: Mapping[str, ir.Value], quantization: str, prefix: str
+) -> Tensor:
     """The written weight of the linear layer `name`, [out, in]."""
     names = [name]
     if model.get_submodule(name) is model.get_output_embeddings():  # a tied weight has the name of either module
@@ -101,8 +101,9 @@ def _written(name: str, model: PreTrainedModel, written: Mapping[str, ir.Value],
         names += [each for each, module in model.named_modules() if module is embedding]
     for each in names:
         for tensor in (f"{prefix}{each}.weight.kept", f"{prefix}{each}.weight"):
-            if f"{tensor}.quantized" in written:
-                return _dequantize(written, tensor, bits)
+            weight = _dequantize(written, tensor, quantization)
+            if weight is not None:
+                return weight
     parent, _, _ = name.rpartition(".")
     siblings = {f"{parent}.{each}": child for each, child in model.get_submodule(parent).named_children()}
     packed = {  # q, k and v in one product
@@ -112,21 +113,30 @@ def _written(name: str, model: PreTrainedModel, written: Mapping[str, ir.Value],
     }
     before = itertools.takewhile(lambda each: each != name, packed)
     start = sum(packed[each].out_features for each in before)
-    tensor, end = packed_name(f"{prefix}{next(iter(packed))}.weight"), start + packed[name].out_features
-    return _dequantize(written, tensor, bits)[start:end]
+    weight = _dequantize(written, packed_name(f"{prefix}{next(iter(packed))}.weight"), quantization)
+    assert weight is not None, f"{name} is in no product of the graph"
+    return weight[start : start + packed[name].out_features]
 
 
-def _dequantize(written: Mapping[str, ir.Value], tensor: str, bits: int) -> Tensor:
-    """The weight [out, in] that `MatMulNBits` multiplies with: (q − zero) · scale, block by block."""
+def _dequantize(written: Mapping[str, ir.Value], tensor: str, quantization: str) -> Tensor | None:
+    """The weight [out, in] that the graph multiplies with; None where `tensor` is not in it."""
+    if f"{tensor}.quantized" in written:  # MatMulNBits: (q − zero) · scale, block by block
+        parts = (_read(written[f"{tensor}.{part}"]) for part in ("quantized", "zero_points", "scales"))
+        values, zeros, scales = parts
+        if quantization == "int4":
+            values, zeros = (torch.stack([x & 15, x >> 4], -1).flatten(-2) for x in (values, zeros))
+        zeros = zeros[:, : scales.shape[1]]
+        return ((values.float() - zeros[..., None].float()) * scales.float()[..., None]).flatten(1)
+    if f"{tensor}.{quantization}" in written:  # DequantizeLinear: q · scale, by rows or blocks of them
+        values, scales = (_read(written[f"{tensor}.{part}"]) for part in (quantization, f"{quantization}_scales"))
+        by_block = values.float().unflatten(1, (1 if scales.ndim == 1 else scales.shape[1], -1))
+        by_row: Tensor = (by_block * scales.float().view(len(values), -1, 1)).flatten(1)
+        return by_row
+    return None
 
-    def read(part: str) -> Tensor:
-        value = written[f"{tensor}.{part}"].const_value
-        assert value is not None
-        numbers = value.numpy()
-        return torch.from_numpy(numbers.astype("float32" if part == "scales" else numbers.dtype))
 
-    values, scales, zeros = read("quantized"), read("scales"), read("zero_points")
-    if bits == 4:
-        values, zeros = (torch.stack([x & 15, x >> 4], -1).flatten(-2) for x in (values, zeros))
-    zeros = zeros[:, : scales.shape[1]]
-    return ((values.float() - zeros[..., None].float()) * scales[..., None]).flatten(1)
+def _read(value: ir.Value) -> Tensor:
+    """Types that PyTorch does not read from NumPy become float32, in which all of their values are exact."""
+    assert value.const_value is not None
+    numbers = value.const_value.numpy()
+    return torch.from_numpy(numbers.copy() if numbers.dtype.kind in "ui" else numbers.astype("float32"))

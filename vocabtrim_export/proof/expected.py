@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engines.bundle.manifest import FEATURES_OUTPUT, HIDDEN_OUTPUT
+from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_OUTPUT, LOGITS
 from vocabtrim_export.drafters.base import FeatureHead
 from vocabtrim_export.proof.tokens import Calls, Window
 from vocabtrim_export.sources.source import in_float32
@@ -29,7 +29,7 @@ def expected_outputs(
     features[S, layers·hidden], and of a head next_hidden[S, hidden]."""
     with _as_proven(model, window), layer_inputs(model, feature_layers) as entered:
         computed = _forward(model, calls)
-        outputs = {"logits": computed.logits[0].numpy()}
+        outputs = {LOGITS: computed.logits[0].numpy()}
         if isinstance(model, FeatureHead):
             outputs[HIDDEN_OUTPUT] = computed.hidden_states[0].numpy()
         if feature_layers:

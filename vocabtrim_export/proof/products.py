@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engines.bundle.manifest import FEATURES_OUTPUT
+from engines.bundle.graph_io import FEATURES_OUTPUT
 from engines.bundle.read import FEATURES_NAME, MODEL_NAME
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan

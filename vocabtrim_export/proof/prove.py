@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engines.bundle.graph_io import LOGITS, PAST, TOKEN_IDS
 from engines.bundle.read import MODEL_NAME
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan
@@ -20,6 +21,7 @@ from vocabtrim_export.proof.deviation import TOLERANCE, deviation
 from vocabtrim_export.proof.expected import Rows, expected_cache, expected_outputs
 from vocabtrim_export.proof.products import fusion_difference, medusa_difference
 from vocabtrim_export.proof.tokens import Calls, Window, calls, window_of
+from vocabtrim_export.proof.unrolled import unrolled_difference
 
 
 def find_difference(directory: Path, plan: BundlePlan) -> str | None:
@@ -36,12 +38,12 @@ def find_difference(directory: Path, plan: BundlePlan) -> str | None:
     """
     if isinstance(plan.source.model, MedusaHeads):
         return medusa_difference(directory, plan)
-    is_head = isinstance(plan.source.model, FeatureHead)
-    window = window_of(plan.source.model, plan.context_length, narrow=not is_head)
+    in_attention = plan.trt is None and not isinstance(plan.source.model, FeatureHead)  # where it can be narrowed
+    window = window_of(plan.source.model, plan.context_length, narrow=in_attention)
     found = _compare(directory, plan, window)
     if found and window and window.narrowed != window.size:
         found = _compare(directory, plan, window_of(plan.source.model, plan.context_length, narrow=False))
-    return found or fusion_difference(directory, plan)
+    return found or fusion_difference(directory, plan) or unrolled_difference(directory, plan)
 
 
 def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | None:
@@ -55,8 +57,8 @@ def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | 
         if unlike:
             return f"its weights of {unlike[0]} are not the model's, rounded to {plan.quantization}"
         if plan.quantization == "none":
-            wanted["logits"] = wanted["logits"][:, : plan.source.vocab_size]
-            wanted["logits"] = wanted["logits"][:, slice(None) if plan.head_rows is None else plan.head_rows]
+            wanted[LOGITS] = wanted[LOGITS][:, : plan.source.vocab_size]
+            wanted[LOGITS] = wanted[LOGITS][:, slice(None) if plan.head_rows is None else plan.head_rows]
         return _first_difference(plan, fed, window, computed, wanted)
 
 
@@ -76,7 +78,7 @@ def _as_written(directory: Path, plan: BundlePlan) -> Iterator[list[str]]:
 def _first_difference(
     plan: BundlePlan, fed: Calls, window: Window | None, computed: Computed, wanted: Mapping[str, Rows]
 ) -> str | None:
-    if broken := np.isnan(wanted["logits"]).any(0).sum():
+    if broken := np.isnan(wanted[LOGITS]).any(0).sum():
         raise VocabtrimError(
             f"{plan.source.name}: PyTorch computes NaN logits for {broken:,} of its tokens: its weights are damaged or "
             "overflow; download them again, or try another --dtype"
@@ -85,9 +87,9 @@ def _first_difference(
         off = deviation(computed.outputs[name], rows)
         if not off <= TOLERANCE[plan.dtype]:
             return _where(plan, fed, window, computed) or f"its {name} are off by {off:.2g} of their spread"
-    best = computed.outputs["logits"].argmax(-1)
+    best = computed.outputs[LOGITS].argmax(-1)
     tokens = best if plan.vocab_map is None else plan.vocab_map.kept_token_ids[best]
-    if not np.array_equal(computed.outputs["token_ids"], tokens):
+    if not np.array_equal(computed.outputs[TOKEN_IDS], tokens):
         return "its token_ids are not those of its largest logits"
     return None
 
@@ -99,7 +101,7 @@ def _where(plan: BundlePlan, fed: Calls, window: Window | None, computed: Comput
         return None
     for index, layer in enumerate(layers):
         for part, wanted in layer.items():
-            error = deviation(_last(computed.cache[f"past_key_values.{index}.{part}"], wanted), wanted)
+            error = deviation(_last(computed.cache[f"{PAST}{index}.{part}"], wanted), wanted)
             if not error <= TOLERANCE[plan.dtype]:
                 return f"the {part}s of layer {index} are the first to differ, by {error:.2g} of their spread"
     return f"what follows the keys and values of layer {len(layers) - 1} differs"

@@ -1,0 +1,42 @@
+"""The proof of `draft.onnx`: its steps draft what `model.onnx`, step by step, does."""
+
+from pathlib import Path
+
+import numpy as np
+
+from engines.bundle.graph_io import LOGITS, TOKEN_IDS
+from engines.bundle.read import DRAFT_MODEL_NAME, MODEL_NAME
+from engines.errors import VocabtrimError
+from engines.trt.engine import DRAFT_TOKENS
+from vocabtrim_export.bundles.writer import BundlePlan
+from vocabtrim_export.proof.computed import Decoding, proof_session
+from vocabtrim_export.proof.deviation import TOLERANCE
+from vocabtrim_export.proof.tokens import calls
+
+
+def unrolled_difference(directory: Path, plan: BundlePlan) -> str | None:
+    """How the drafts of `draft.onnx` differ from those of `model.onnx`, to end a sentence; None where they do not, and
+    for a bundle that has none."""
+    if not (directory / DRAFT_MODEL_NAME).exists():
+        return None
+    text = calls(plan.source, plan.context_length, None).token_ids[: plan.context_length // 2]
+    with proof_session(directory / MODEL_NAME, None) as session:
+        decoding = Decoding(session)
+        decoding.feed(text[:-DRAFT_TOKENS])
+        cache = decoding.cache
+        outputs = decoding.feed(text[-DRAFT_TOKENS:])
+        try:
+            with proof_session(directory / DRAFT_MODEL_NAME, None) as unrolled:
+                drafting = Decoding(unrolled)
+                drafting.cache, drafting.length = cache, len(text) - DRAFT_TOKENS
+                drafted = drafting.feed(text[-DRAFT_TOKENS:])[TOKEN_IDS].astype(np.int64)
+        except VocabtrimError as error:
+            return f"in {DRAFT_MODEL_NAME}, {error}"
+        rows = drafted if plan.vocab_map is None else plan.vocab_map.inverse[drafted]
+        for step, row in enumerate(rows):
+            logits = outputs[LOGITS][-1]
+            if row < 0 or not logits.max() - logits[row] <= TOLERANCE[plan.dtype] * logits.std():
+                return f"step {step + 1} of {DRAFT_MODEL_NAME} does not draft the token of {MODEL_NAME}'s largest logit"
+            if step + 1 < len(rows):
+                outputs = decoding.feed(drafted[step : step + 1])
+    return None
