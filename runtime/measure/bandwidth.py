@@ -14,10 +14,15 @@ BUFFER_BYTES = 1 << 29  # beyond the last-level cache of large servers
 
 
 def read_bandwidth(threads: int | None = None, buffer_bytes: int = BUFFER_BYTES, seconds: float = 0.7) -> float:
-    """Measured read bandwidth of main memory, in bytes/s, with one thread per usable core by default.
+    """Measure the read bandwidth of main memory, in bytes/s.
 
-    Each thread takes the maximum of its share of an int64 buffer, which numpy does without the GIL and faster than
-    memory delivers. The best of all passes in `seconds`, after one for warming up: anything slower was disturbed.
+    Each thread takes the maximum of its share of an int64 buffer, which NumPy does without the GIL and faster than
+    memory delivers. The result is the best pass after a warm-up: anything slower was disturbed.
+
+    Args:
+        threads: The number of threads; None: one per usable core.
+        buffer_bytes: Bytes of the buffer, far more than the caches hold.
+        seconds: How long to measure.
     """
     workers = threads or usable_cores()
     chunks = np.array_split(np.ones(buffer_bytes // 8, np.int64), workers)  # ones: pages of zeros may share memory
@@ -33,7 +38,9 @@ def read_bandwidth(threads: int | None = None, buffer_bytes: int = BUFFER_BYTES,
 
 
 def bandwidths(engines: Iterable[Engine], given: float | None = None) -> dict[Device, float]:
-    """Bytes/s by the device that `engines` are on: of main memory, or of the GPU's. given: instead of measuring."""
+    """The bytes/s of main memory or of the GPU's, by the devices that `engines` are on. given: a value instead of
+    measuring.
+    """
     devices = {engine.device for engine in engines}
     return {
         device: given or (cuda.copy_bandwidth() if device == "cuda" else read_bandwidth()) for device in sorted(devices)

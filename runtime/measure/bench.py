@@ -31,14 +31,23 @@ def bench(
     bandwidth: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchReport:
-    """Decode all prompts greedily with the target alone, as mode "target_only", and with each of `drafters`.
+    """Decode all prompts greedily with the target alone, as mode "target_only", and with each of `drafters`,
+    interleaved.
 
-    drafters: by the name of their mode, "full_drafter" and "trimmed_drafter" say. prompts: token ids.
-    draft_length: see `SpeculativeDecoder`. force_accepted: drafted tokens that each round accepts, see
-    `decode_rounds`, "all" for γ; nothing is then said of equal outputs.
-    bandwidth: bytes/s that the engines' memory delivers; None measures it, main memory's in about 1 s.
-    progress: called with the generations done and their number, the warm-up not counted.
-    Raises `VocabtrimError` for input that cannot run.
+    Args:
+        target: The target's engine.
+        drafters: The drafters by the names of their modes, such as "full_drafter" and "trimmed_drafter".
+        prompts: Token ids.
+        max_new_tokens: The most tokens to generate for a prompt.
+        draft_length: See `SpeculativeDecoder`.
+        repeats: How often each mode decodes each prompt.
+        force_accepted: The drafted tokens that each round accepts, see `decode_rounds`; "all" for γ. Nothing is then
+            said of equal outputs.
+        bandwidth: Bytes/s that the engines' memory delivers; None measures it, which takes about 1 s for main memory.
+        progress: Called with the generations done and their number, the warm-up not counted.
+
+    Raises:
+        VocabtrimError: The input cannot run.
     """
     if not prompts or repeats < 1 or max_new_tokens < 1:
         raise VocabtrimError("a bench needs at least one prompt, one repeat and one new token")
@@ -72,13 +81,17 @@ def bench(
 
 
 def measured_on(target: Engine) -> dict[str, Any]:
-    """What a report says of the machine, of what runs the target and of the tools that made its bundle."""
+    """What a report says of the machine, of what runs the target, and of the tools that made its bundle."""
     made_by = {"source": target.manifest.source, "tool_versions": dict(target.manifest.tool_versions)}
     return environment() | target.environment() | made_by
 
 
 def resolve_forced(force_accepted: Forced, draft_length: int) -> int | None:
-    """N for `draft_length` drafted tokens. Raises `VocabtrimError` for more accepted tokens than are drafted."""
+    """The accepted tokens that are forced when `draft_length` tokens are drafted.
+
+    Raises:
+        VocabtrimError: More tokens are to be accepted than are drafted.
+    """
     if force_accepted == "all":
         return draft_length
     if force_accepted is not None and not 0 <= force_accepted <= draft_length:

@@ -1,4 +1,4 @@
-"""Whether the outputs of a bench are those of the target alone, and where they are not, by how much."""
+"""Compares the outputs of a bench with those of the target alone."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +13,12 @@ from runtime.verification.teacher_forcing import stepped_logits
 
 @dataclass(frozen=True, slots=True)
 class OutputDifference(Difference):
-    """A token that target-only decoding does not choose after the very same tokens. prompt: its index.
+    """A token that target-only decoding does not choose after the same tokens.
 
-    found, expected: -1 where the output had ended.
+    `found` or `expected` is -1 where that output had ended.
+
+    Attributes:
+        prompt: The index of the prompt.
     """
 
     prompt: int
@@ -26,8 +29,8 @@ def output_differences(
 ) -> tuple[OutputDifference, ...]:
     """Where the tokens of `runs` are not those of `baseline`, target-only decoding; both by prompt, then by repeat.
 
-    Asks the target alone, one token at a time, along every output that differs: so what follows a near-tie is judged as
-    well. Whatever the target's cache held is forgotten.
+    The target alone is asked, one token at a time, along every output that differs, so that what follows a near-tie is
+    judged as well. The target's cache is emptied.
     """
     found: list[OutputDifference] = []
     for index, (prompt, repeats, alone) in enumerate(zip(prompts, runs, baseline, strict=True)):

@@ -1,4 +1,4 @@
-"""Measure what a plan is made from, and make it."""
+"""Measures what a plan needs, and makes the plan."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +18,7 @@ _ROUNDS = 10  # that time each γ, in each repeat
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """A plan and what it was made from. target_step_ms: a round of the target alone."""
+    """A plan and what it was made from. target_step_ms: a whole round of the target alone, in ms."""
 
     plan: Plan
     target_step_ms: float
@@ -40,11 +40,13 @@ def make_plan(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> PlanReport:
-    """Measure what `plan` needs and make one: far shorter than a sweep.
+    """Measure what `plan` needs and make one. This takes far less time than a sweep.
 
-    First each drafter decodes the prompts once at the largest γ: its acceptance. Then every γ is timed on the prompt
-    of median length, in a few rounds that accept as many tokens as are to be expected, all interleaved.
-    Raises `VocabtrimError` as `sweep` does, and for more than one context.
+    First each drafter decodes the prompts once at the largest γ, which gives its acceptance. Then every γ is timed on
+    the prompt of median length, in a few rounds that accept as many tokens as are to be expected, all interleaved.
+
+    Raises:
+        VocabtrimError: As `sweep`, and for more than one context.
     """
     if not drafters or len(settings.contexts) > 1 or settings.force_accepted is not None:
         raise VocabtrimError("a plan needs a drafter, one context at most, and an acceptance that is not forced")

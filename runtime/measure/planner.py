@@ -1,4 +1,4 @@
-"""Which drafter and which γ are fastest here, and whether any is: from measured steps to a decision. Pure functions."""
+"""Chooses the drafter and the draft length that are fastest here, from measured steps. All functions are pure."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ _DEAR_DRAFT = 0.5  # of a target step
 
 @dataclass(frozen=True, slots=True)
 class RoundTimes:
-    """Medians in ms, of full rounds: the draft over γ, the verification of γ + 1 tokens, and all of the round."""
+    """Medians of full rounds, in ms: drafting γ tokens, verifying γ + 1, and the whole round."""
 
     draft_length: int
     draft_step_ms: float
@@ -26,8 +26,13 @@ class RoundTimes:
 class DrafterTimes:
     """One drafter as measured.
 
-    head_rows: K, or all rows where not `is_trimmed`. head_share: of the bytes that a draft step reads, the head's.
-    acceptance: by position, as `Stats` has it, at the largest γ. rounds: one entry for each γ.
+    Attributes:
+        name: The drafter's name.
+        head_rows: The rows of its LM head, K where `is_trimmed`.
+        is_trimmed: Its head is trimmed.
+        head_share: The head's share of the bytes that a draft step reads.
+        acceptance: See `Stats`, at the largest γ.
+        rounds: One entry for each γ.
     """
 
     name: str
@@ -40,7 +45,7 @@ class DrafterTimes:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A drafter at one γ: what is to be expected of it. Without prefills. speedup: over the target alone."""
+    """What to expect of a drafter at one γ, without prefills. speedup: over the target alone."""
 
     drafter: str
     head_rows: int
@@ -55,9 +60,11 @@ class Candidate:
 class Plan:
     """The decision.
 
-    candidates: every drafter at every γ, the fastest first. target_tokens_per_second: of the target alone.
-    trimming_gain: the best trimmed drafter's tokens/s over the best full one's; None where either is missing.
-    reasons: what holds the gain back, one sentence each; empty where nothing stands out.
+    Attributes:
+        candidates: Every drafter at every γ, the fastest first.
+        target_tokens_per_second: The speed of the target alone.
+        trimming_gain: The best trimmed drafter's tokens/s over the best full one's; None where either is missing.
+        reasons: What holds the gain back, one sentence each; empty where nothing stands out.
     """
 
     candidates: tuple[Candidate, ...]
@@ -85,9 +92,11 @@ class Plan:
 
 
 def plan(target_step_ms: float, drafters: Sequence[DrafterTimes]) -> Plan:
-    """The fastest of `drafters` and γ by expected tokens a round over the round's measured time.
+    """Choose the drafter and γ with the most expected tokens a round over the round's measured time.
 
-    target_step_ms: a step of the target alone, all of its round. drafters: at least one, each with a round.
+    Args:
+        target_step_ms: A whole round of the target alone, in ms.
+        drafters: At least one, each with a round.
     """
     candidates = sorted(
         (_candidate(target_step_ms, drafter, times) for drafter in drafters for times in drafter.rounds),
@@ -102,9 +111,10 @@ def plan(target_step_ms: float, drafters: Sequence[DrafterTimes]) -> Plan:
 
 
 def expected_block_efficiency(acceptance: Sequence[float], draft_length: int) -> float:
-    """τ at γ = `draft_length` from the acceptance by position of drafts at least as long.
+    """Returns τ at γ = `draft_length` from the acceptance by position of drafts that are at least as long.
 
-    A drafted token stays if all before it do, which a longer draft does not change: τ = 1 + Σ acceptance[i], i < γ.
+    A drafted token is accepted if all before it are, which a longer draft does not change: τ = 1 + Σ acceptance[i], i <
+    γ.
     """
     return 1 + sum(acceptance[:draft_length])
 

@@ -1,4 +1,4 @@
-"""The chi-square distribution with an even number of degrees of freedom, where its tail is a finite sum."""
+"""The chi-square distribution for even degrees of freedom, where its tail is a finite sum."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -23,19 +23,19 @@ def power(noncentrality: float, alpha: float, freedom: int) -> float:
 
 
 def noncentrality_for(wanted: float, alpha: float, freedom: int) -> float:
-    """The noncentrality that a test at level `alpha` rejects with probability `wanted`."""
+    """The noncentrality at which a test at level `alpha` rejects with probability `wanted`."""
     return _root(lambda x: power(x, alpha, freedom) - wanted)
 
 
 def _poisson(mean: float, count: int) -> Iterator[float]:
-    """The chances of 0, 1, …, count − 1 events."""
+    """The probabilities of 0, 1, …, count − 1 events."""
     log_mean = math.log(mean) if mean else -math.inf
     for k in range(count):
         yield math.exp(k * log_mean - mean - math.lgamma(k + 1)) if k else math.exp(-mean)
 
 
 def _root(rising: Callable[[float], float]) -> float:
-    """Where a rising function of a number from 0 up passes zero."""
+    """The argument, from 0 up, at which a rising function is zero."""
     high = 1.0
     while rising(high) < 0:
         high *= 2

@@ -1,5 +1,8 @@
-"""Whether speculation changed the output: every greedy token against what a reference predicts in its place, and
-against what the target alone chooses there, one token at a time."""
+"""Checks that speculation does not change greedy output.
+
+Every token is compared with what a reference predicts in its place, and with what the target alone chooses there, one
+token at a time.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,10 +34,14 @@ Verdict = Literal["equal", "near-tie", "different"]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A generated token that is not the reference's own choice after the very same tokens.
+    """A generated token that is not the reference's choice after the same tokens.
 
-    position: its index among the new tokens. found, expected: token ids, of the generation and of the reference.
-    gap: by how much the reference's logit of `expected` exceeds that of `found`. tolerance: what rounding explains.
+    Attributes:
+        position: Its index among the new tokens.
+        found: The id of the generated token.
+        expected: The id of the reference's token.
+        gap: By how much the reference's logit of `expected` exceeds that of `found`.
+        tolerance: The gap that rounding explains.
     """
 
     position: int
@@ -50,14 +57,18 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class PromptReport:
-    """One generation. tokens: the new ones. ending: what is wrong with where it ended, None if nothing is.
+    """One generation. Deviations are in roundings: ε of the dtype times the largest logit of the row.
 
-    differences: from the reference. target_only: from the target without a drafter, one token a call, along the same
-    text; where there are none, that text is what the target alone generates.
-    deviation: how far the reference's logits are from the engine's at most, in roundings (ε of the dtype times the
-    row's largest logit); None where the engine is the reference.
-    step_deviation: how far the logits of calls on one token are from those of calls on many, in roundings;
-    step_limit: what rounding explains. Beyond it the engine is another model in a verification than in a single step.
+    Attributes:
+        tokens: The new tokens.
+        ending: What is wrong with where the generation ended; None if nothing is.
+        differences: Differences from the reference.
+        target_only: Differences from the target without a drafter, one token a call, along the same text. Where there
+            are none, that text is what the target alone generates.
+        deviation: How far the reference's logits are from the engine's at most; None where the engine is the reference.
+        step_deviation: How far the logits of calls on one token are from those of calls on many.
+        step_limit: The step deviation that rounding explains. Beyond it the engine computes another model in a
+            verification than in a single step.
     """
 
     tokens: int
@@ -89,8 +100,14 @@ class PromptReport:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """`prompts` in the order given. reference: what judged them. is_independent: it is not the target's own engine,
-    which cannot tell whether the target computes what its model does."""
+    """The result of `verify`.
+
+    Attributes:
+        prompts: One report for each prompt, in the order given.
+        reference: The name of what judged the tokens.
+        is_independent: The reference is not the target's own engine, which cannot tell whether the target computes what
+            its model does.
+    """
 
     prompts: tuple[PromptReport, ...]
     reference: str
@@ -118,13 +135,22 @@ def verify(
     reference: str = "the target's own engine",
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Generate greedily with target and drafter, then ask what would have been chosen at every position: the reference,
-    and the target alone, one token at a time.
+    """Generate greedily with target and drafter, and compare every token with the reference's and with the target's
+    alone.
 
-    Both read the generated tokens themselves, so that one near-tie does not spoil what follows.
-    sampling: greedy, with rules beside those of the target's bundle; all apply to the reference's logits as well.
-    prompts: token ids. predict: another reference than the target's engine, by the name `reference`.
-    progress: called with the prompts done and their number. Raises `VocabtrimError` for input that cannot run.
+    Both read the generated tokens themselves, so that a near-tie does not change what is compared after it.
+
+    Args:
+        decoder: The target and the drafter.
+        prompts: Token ids.
+        max_new_tokens: The most tokens to generate for a prompt.
+        predict: Another reference than the target's engine.
+        reference: The name of that reference.
+        sampling: Greedy, with rules beside those of the target's bundle; all apply to the reference's logits as well.
+        progress: Called with the prompts done and their number.
+
+    Raises:
+        VocabtrimError: The input cannot run.
     """
     if not prompts:
         raise VocabtrimError("there is nothing to verify: give at least one prompt")
@@ -182,9 +208,12 @@ def _step_by_step(
 
 
 def differences(rows: NDArray[np.float32], tokens: Sequence[int], manifest: Manifest) -> list[Difference]:
-    """Where `tokens` are not what is likeliest by `rows`, float32[len(tokens), columns], logits of the same positions.
+    """Where `tokens` are not the most likely ones.
 
-    manifest: of the model that generated them: its dtype and depth say what rounding may explain.
+    Args:
+        tokens: Token ids.
+        rows: float32[len(tokens), columns], the logits of the same positions.
+        manifest: Of the model that generated the tokens: its dtype and depth say what rounding may explain.
     """
     chosen = rows.argmax(axis=1).tolist()
     return [
@@ -195,9 +224,9 @@ def differences(rows: NDArray[np.float32], tokens: Sequence[int], manifest: Mani
 
 
 def tolerance(row: NDArray[np.float32], manifest: Manifest) -> float:
-    """A gap between two logits of `row`, float32[columns], that rounding explains.
+    """The gap between two logits of `row`, float32[columns], that rounding explains.
 
-    ROUNDINGS_PER_LAYER · layers · ε of the dtype · the largest logit's size.
+    It is ROUNDINGS_PER_LAYER · layers · ε of the dtype · the largest absolute logit.
     """
     scale = float(np.abs(row[np.isfinite(row)]).max(initial=0.0))
     return ROUNDINGS_PER_LAYER * manifest.num_layers * EPSILON[manifest.dtype] * scale
@@ -219,7 +248,9 @@ def _deviation(own: NDArray[np.float32], rows: NDArray[np.float32], manifest: Ma
 
 
 def _ending(result: Generation, prompt_length: int, max_new_tokens: int, target: Engine) -> str | None:
-    """What is wrong with where a generation ended: the first EOS ends it, else the tokens asked for or the context."""
+    """What is wrong with where a generation ended: it must end at the first EOS, else at the tokens asked for or the
+    context.
+    """
     stops = [i for i, token in enumerate(result.token_ids) if token in target.manifest.eos_token_ids]
     last = len(result.token_ids) - 1
     if stops and stops[0] < last:

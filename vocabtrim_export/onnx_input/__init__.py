@@ -1,1 +1,1 @@
-"""Drafters that arrive as ONNX: their head is cut in the graph itself, without the weights that they were made of."""
+"""Drafters that are ONNX models already: their LM head is cut in the graph, without the weights that it was made of."""

@@ -1,4 +1,4 @@
-"""Cut an `OnnxHead`: fewer columns of the product, and of all constants that stand beside them."""
+"""Cuts the LM head of an ONNX graph: the columns of its product, and of the constants that belong to them."""
 
 import numpy as np
 import onnx_ir as ir
@@ -13,9 +13,11 @@ from vocabtrim_export.onnx_input.head import ELEMENTWISE, OnnxHead, constant, ma
 def cut_head(model: ir.Model, head: OnnxHead, vocab_map: VocabMap) -> None:
     """Keep the columns of `vocab_map` and add the output token_ids: int64[batch, sequence], full-vocabulary ids.
 
-    All other inputs and outputs stay; logits get len(vocab_map) columns. What the head shares with the embedding
-    (a tied matrix, quantised or not) stays whole for it. Raises `VocabtrimError` for a quantisation whose columns
-    depend on one another.
+    All other inputs and outputs stay; logits get len(vocab_map) columns. A matrix that the head shares with the
+    embedding, quantised or not, stays whole for the embedding.
+
+    Raises:
+        VocabtrimError: The head is quantised in a way in which columns depend on one another.
     """
     cutter = _Cutter(model.graph, head.vocab, vocab_map.kept_token_ids)
     cutter.through(head.logits)
@@ -24,7 +26,7 @@ def cut_head(model: ir.Model, head: OnnxHead, vocab_map: VocabMap) -> None:
 
 
 class _Cutter:
-    """Replaces inputs of the nodes from the logits back to the product by cut ones; each constant is cut once."""
+    """Replaces inputs of the nodes, from the logits back to the product, by cut ones. Each constant is cut once."""
 
     def __init__(self, graph: ir.Graph, vocab: int, rows: NDArray[np.int64]) -> None:
         self.graph, self.vocab, self.rows = graph, vocab, rows
@@ -65,7 +67,7 @@ class _Cutter:
         node.attributes["N"] = ir.AttrInt64("N", len(self.rows))
 
     def _beside(self, node: ir.Node, index: int) -> None:
-        """Cut a constant that has a number for each column; leave one that has the same for all of them."""
+        """Cut a constant that has a number for each column; leave one that has one number for all columns."""
         value = node.inputs[index]
         assert value is not None
         stored = self._constant(value, node)
@@ -115,7 +117,7 @@ class _Cutter:
         return self.cut(value, axis, before)
 
     def _again(self, node: ir.Node, inputs: list[ir.Value | None], before: ir.Node) -> ir.Value:
-        """The node once more, with other inputs: what else reads its output gets what it got."""
+        """Copy the node with other inputs, so that whatever else reads its output is not changed."""
         made = ir.node(node.op_type, inputs, dict(node.attributes), domain=node.domain)
         self.graph.insert_before(before, made)
         return made.outputs[0]
@@ -141,7 +143,7 @@ class _Cutter:
 
 
 def _state_columns(head: OnnxHead, columns: int) -> None:
-    """The shapes on the way from the product to the logits."""
+    """Write the new number of columns into the shapes on the way from the product to the logits."""
     node = head.logits.producer()
     pending = [] if node is None else [node]
     while pending:

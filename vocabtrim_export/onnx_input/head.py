@@ -1,4 +1,4 @@
-"""Find the LM head of a decoder that someone else exported."""
+"""Finds the LM head of a decoder that another tool exported."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,13 @@ PRODUCTS = frozenset({"Gemm", "MatMul", "MatMulInteger", "MatMulNBits"})
 
 @dataclass(frozen=True, slots=True)
 class OnnxHead:
-    """logits: the graph's output, [batch, sequence, vocab]. product: the node that makes its columns, vocab of them."""
+    """The LM head of a graph.
+
+    Attributes:
+        logits: The graph's output, [batch, sequence, vocab].
+        product: The node that computes its columns.
+        vocab: The number of columns.
+    """
 
     logits: ir.Value
     product: ir.Node
@@ -24,7 +30,11 @@ class OnnxHead:
 
 
 def find_head(model: ir.Model) -> OnnxHead:
-    """The head of a decoder. Raises `VocabtrimError` with what was looked for and what was found instead."""
+    """Find the head of a decoder.
+
+    Raises:
+        VocabtrimError: Says what was looked for and what was found instead.
+    """
     logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
     if logits is None:
         names = ", ".join(str(value.name) for value in model.graph.outputs[:4])
@@ -38,7 +48,7 @@ def find_head(model: ir.Model) -> OnnxHead:
 
 
 def _product(logits: ir.Value) -> ir.Node:
-    """Back from the logits, through what works column by column, to the one product of a constant."""
+    """The one product with a constant, found back from the logits through operators that work column by column."""
     found: list[ir.Node] = []
     met: list[str] = []
     pending, seen = [logits], set[ir.Node]()
@@ -62,7 +72,7 @@ def _product(logits: ir.Value) -> ir.Node:
 
 
 def _columns(product: ir.Node) -> int:
-    """Columns of what a product gives."""
+    """The number of columns that a product gives."""
     if product.op_type == "MatMulNBits":
         return int(product.attributes["N"].as_int())
     size = _size(product.inputs[1], matrix_axis(product))
@@ -77,7 +87,7 @@ def matrix_axis(product: ir.Node) -> int:
 
 
 def _size(value: ir.Value | None, axis: int) -> int | None:
-    """Of an axis of a matrix that is constant, or a constant unpacked; None for any other."""
+    """The size of an axis of a matrix that is constant, or unpacked from a constant; None for any other."""
     if value is None:
         return None
     stored, node = constant(value), value.producer()
@@ -97,7 +107,7 @@ def transposed(node: ir.Node, axis: int) -> int:
 
 
 def constant(value: ir.Value) -> ir.TensorProtocol | None:
-    """What an initializer or a Constant node holds."""
+    """The value of an initializer or a Constant node; None for any other."""
     node = value.producer()
     if node is None:
         return value.const_value

@@ -1,4 +1,4 @@
-"""A drafter that is an ONNX model in, the same with a trimmed head out."""
+"""Trims the LM head of a drafter that is an ONNX model."""
 
 import json
 import shutil
@@ -33,9 +33,14 @@ _COPIED = (
 
 @dataclass(frozen=True, slots=True)
 class OnnxTrim:
-    """What was written. product: the operator that was cut. head_bytes: of its constants, before and after.
+    """What was written.
 
-    notes: what the user should know.
+    Attributes:
+        drafter: The directory.
+        product: The operator that was cut.
+        head_bytes: The bytes of its constants, before and after.
+        selection: The tokens that were kept.
+        notes: What the user should know.
     """
 
     drafter: Path
@@ -68,11 +73,14 @@ def trim_onnx(
     force: bool = False,
     progress: Progress = lambda _task, _done, _total: None,
 ) -> OnnxTrim:
-    """Cut the head of the ONNX model in the directory `drafter` and write it, with its VocabMap, to `output/drafter`.
+    """Cut the head of the ONNX model in `drafter` and write it, with its VocabMap, to `output/drafter`.
 
-    Its inputs and outputs stay what they are; logits have K columns, and token_ids: int64[batch, sequence] is added,
-    the likeliest tokens as ids of the full vocabulary. Counts are given, or the text is counted: nothing is generated.
-    Raises `VocabtrimError`.
+    Its inputs and outputs stay as they are, except that logits have K columns, and token_ids: int64[batch, sequence] is
+    added, the most likely tokens as ids of the full vocabulary. Token counts are given, or text is counted: nothing is
+    generated.
+
+    Raises:
+        VocabtrimError: The user can mend it.
     """
     check_output(output, ["drafter"], force)
     check_k(k)
@@ -121,7 +129,7 @@ def _open(directory: Path) -> OnnxSource:
 
 
 def _generation_config(directory: Path) -> GenerationConfig:
-    """For the tokens that end a text: transformers' file, or ONNX Runtime GenAI's."""
+    """The configuration that names the tokens that end a text: transformers' file, or ONNX Runtime GenAI's."""
     if (directory / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(directory)
     path = directory / "genai_config.json"
@@ -157,7 +165,7 @@ def _count(
 
 
 def _bytes(product: ir.Node) -> int:
-    """Of the constants that a product reads, through what unpacks them."""
+    """The bytes of the constants that a product reads, also through nodes that unpack them."""
     inputs = list(product.inputs[1:])
     if product.op_type == "MatMulInteger":
         del inputs[1]  # the activations' zero point, which the whole model stands behind

@@ -1,4 +1,4 @@
-"""The header of a `.gguf` file, read without believing what it claims: counts, lengths, shapes and places."""
+"""The header of a `.gguf` file. Counts, lengths, shapes and offsets that it claims are checked before they are used."""
 
 import math
 import mmap
@@ -42,8 +42,9 @@ _FIRST_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 class GgufHeader:
     """What a `.gguf` file says before its weights.
 
-    metadata: values by key: numbers, booleans, strings, lists of strings and arrays of numbers.
-    tensors: number of weights by the tensor's name.
+    Attributes:
+        metadata: Values by key: numbers, booleans, strings, lists of strings and arrays of numbers.
+        tensors: The number of weights by the tensor's name.
     """
 
     path: Path
@@ -107,7 +108,11 @@ def is_part(path: Path) -> bool:
 
 
 def check_whole(header: GgufHeader) -> None:
-    """Raise `VocabtrimError`, with the way to merge them, for one of several parts of a model."""
+    """Check that a file is no part of a split model.
+
+    Raises:
+        VocabtrimError: It is one of several parts; the message says how to merge them.
+    """
     if header.parts <= 1 and not is_part(header.path):
         return
     found = _FIRST_PART.fullmatch(header.path.name)

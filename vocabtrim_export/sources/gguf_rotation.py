@@ -51,7 +51,9 @@ def rope_parameters(header: GgufHeader) -> dict[str, Any] | None:
 
 
 def _divisors(half: int, base: float, factor: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Of each frequency: 1 where it turns more than `_HIGH` times in the first context, `factor` below `_LOW`."""
+    """The divisor of each frequency: 1 where it turns more than `_HIGH` times in the first context, `factor` below
+    `_LOW`.
+    """
     turns = _FIRST_CONTEXT / (2 * np.pi * base ** (np.arange(half) / half))
     share = np.clip((turns - _LOW) / (_HIGH - _LOW), 0, 1)
     made: np.ndarray[Any, np.dtype[np.float64]] = 1 / ((1 - share) / factor + share)

@@ -1,7 +1,7 @@
-"""Checkpoints of weight-only quantised models as dense weights: what they stand for, to the last bit of their scales.
+"""Weight-only quantised checkpoints, read as the dense weights that their numbers and scales stand for, exactly.
 
-Three forms are read from safetensors: GPTQ, AWQ (its GEMM layout) and compressed-tensors. Every row of a matrix is then
-what the quantised model multiplies with, and can be cut from it exactly.
+Three forms are read from safetensors: GPTQ, AWQ (its GEMM layout) and compressed-tensors. Every row of a dense matrix
+is what the quantised model multiplies with, so rows can be cut from it.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,14 +19,23 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the columns that the nibbles of a numbe
 
 
 def is_readable(quantization: Mapping[str, Any]) -> bool:
-    """Whether this reads a checkpoint with such a `quantization_config`."""
+    """Whether `dense_weights` reads a checkpoint with such a `quantization_config`."""
     return quantization.get("quant_method") in _READERS
 
 
 def dense_weights(files: list[Path], quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by name, those that are quantised as `weight`: [out, in] in `dtype`.
+    """Read all tensors of a checkpoint, the quantised ones as dense weights, [out, in].
 
-    quantization: of its config.json. Raises `VocabtrimError` for a form that is not read.
+    Args:
+        files: The .safetensors files.
+        quantization: The `quantization_config` of config.json.
+        dtype: The dtype of the dense weights.
+
+    Returns:
+        The tensors by name; those that were quantised end in `weight`.
+
+    Raises:
+        VocabtrimError: The form of quantisation is not read.
     """
     read = _READERS[str(quantization["quant_method"])]
     dense: dict[str, Tensor] = {}
@@ -123,7 +132,7 @@ def _bits(bits: Any) -> int:
 
 
 def _weight_bits(quantization: Mapping[str, Any]) -> Any:
-    """Of compressed-tensors' one group of layers."""
+    """The number of bits that compressed-tensors' one group of layers has."""
     found = {group["weights"]["num_bits"] for group in quantization.get("config_groups", {}).values()}
     return found.pop() if len(found) == 1 else sorted(found)
 
