@@ -1,1 +1,1 @@
-"""From composite operators to the ONNX graphs that ONNX Runtime and TensorRT run."""
+"""Lowers traced graphs of composite operators to the ONNX graphs that ONNX Runtime and TensorRT run."""

@@ -1,4 +1,4 @@
-"""`DecoderGraph`: a traced decoder on its way to a runtime's operators, with the edits that every lowering shares."""
+"""`DecoderGraph`: a traced decoder while it is lowered, with the edits that every lowering shares."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,13 @@ class DecoderGraph:
 
     @classmethod
     def of(cls, traced: Traced, dtype: torch.dtype, moments: Mapping[str, Tensor]) -> "DecoderGraph":
-        """A copy of `traced`, so that it can be lowered again. moments: of the inputs, by the weight's name."""
+        """Copy `traced`, so that it can be lowered again.
+
+        Args:
+            traced: The traced decoder.
+            dtype: The dtype of the weights.
+            moments: See `Weight`, by the weight's name.
+        """
         initializers = traced.graph.graph.initializers
         weights = {
             # a few stay in float32 whatever the model is in: frequencies of a rotation, for one
@@ -45,20 +51,20 @@ class DecoderGraph:
         return from_torch_dtype(self.dtype)
 
     def composites(self, op: str) -> Iterator[ir.Node]:
-        """The composite nodes `op` there are now, in order; they may be replaced while iterating."""
+        """Returns the composite nodes `op` in order; they may be replaced while iterating."""
         yield from [node for node in self.graph if node.domain == DOMAIN and node.op_type == op]
 
     def add_weight(self, name: str, weight: Weight) -> ir.Value:
-        """An initializer with the values of `weight`."""
+        """Add an initializer with the values of `weight`."""
         self.weights[name] = weight
         return self.initializer(name, weight.to_ir(name))
 
     def constant(self, name: str, values: Sequence[int]) -> ir.Value:
-        """An int64 initializer."""
+        """Add an int64 initializer."""
         return self.initializer(name, ir.Tensor(np.array(values, np.int64), name=name))
 
     def initializer(self, name: str, tensor: ir.Tensor[Any] | ir.LazyTensor) -> ir.Value:
-        """An initializer; one that is there already is given back."""
+        """Add an initializer; an existing one of this name is returned as it is."""
         if name not in self.graph.initializers:
             value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
             self.graph.register_initializer(value)
@@ -74,7 +80,7 @@ class DecoderGraph:
         self.graph.outputs.append(value)
 
     def replace(self, old: ir.Node, new: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:
-        """Put `new` nodes in the place of `old`, `outputs` in the places of its outputs."""
+        """Put the nodes `new` in the place of `old`, and `outputs` in the places of its outputs."""
         self.graph.insert_before(old, new)
         for before, after in zip(old.outputs, outputs, strict=True):
             after.shape, after.type = before.shape, before.type
@@ -83,7 +89,7 @@ class DecoderGraph:
         self.graph.remove(old, safe=True)
 
     def finish(self) -> None:
-        """Drop what nothing uses, give every initializer its values and forget shapes that edits made untrue."""
+        """Drop what nothing uses, give every initializer its values, and forget shapes that edits made untrue."""
         RemoveUnusedNodesPass()(self.model)
         RemoveUnusedOpsetsPass()(self.model)
         self.model.functions.clear()
@@ -102,7 +108,7 @@ class DecoderGraph:
 
 
 def attributes(node: ir.Node) -> dict[str, int | float]:
-    """The numbers that a composite carries."""
+    """Returns the numbers that a composite carries."""
     return {name: attribute.value for name, attribute in node.attributes.items()}
 
 

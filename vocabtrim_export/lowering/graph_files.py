@@ -1,4 +1,4 @@
-"""Graphs as files: weights beside the graph, and shared by the graphs of one bundle."""
+"""Writing graphs: weights are in a file beside the graph, and graphs of one bundle can share them."""
 
 import fcntl
 import shutil
@@ -16,7 +16,14 @@ Progress = Callable[[str, int, int], None]
 
 
 def save_graph(model: ir.Model, directory: Path, task: str, progress: Progress) -> None:
-    """Write `model.onnx`, and its weights to `model.onnx.data`. progress: called with (task, tensors written, all)."""
+    """Write `model.onnx`, and its weights to `model.onnx.data`.
+
+    Args:
+        model: The graph.
+        directory: Where to write.
+        task: The task's name for `progress`.
+        progress: Called with (task, tensors written, all tensors).
+    """
     progress(task, 0, 1)
 
     def report(_tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
@@ -26,9 +33,13 @@ def save_graph(model: ir.Model, directory: Path, task: str, progress: Progress) 
 
 
 def save_like(model: ir.Model, directory: Path, twin: Path, own: Collection[str]) -> None:
-    """Write `model.onnx` with a clone of the weights of the graph in `twin`, and a file for what differs.
+    """Write `model.onnx` with a clone of the weights of the graph in `twin`, and a file for the weights that differ.
 
-    own: the initializers that do; all others have the names and the values of those in `twin`.
+    Args:
+        model: The graph.
+        directory: Where to write.
+        twin: The directory of a bundle whose other weights have the same names and values.
+        own: The initializers that differ.
     """
     clone_file(twin / WEIGHTS_NAME, directory / WEIGHTS_NAME)
     written = ir.load(twin / MODEL_NAME).graph.initializers
@@ -46,7 +57,7 @@ def save_like(model: ir.Model, directory: Path, twin: Path, own: Collection[str]
 
 
 def clone_file(source: Path, place: Path) -> None:
-    """Copy a file. Btrfs, XFS and bcachefs let the copy share the blocks of `source`, which takes no space or time.
+    """Copy a file. On Btrfs, XFS and bcachefs the copy shares the blocks of `source`, which takes no space or time.
 
     A hard link would do so everywhere, but the onnx package refuses external data that has more than one name.
     """
@@ -72,7 +83,7 @@ def save_sharing_weights(model: ir.Model, directory: Path, name: str) -> None:
 
 
 def stamp_graph(path: Path, metadata: Mapping[str, str]) -> None:
-    """Give a written graph this metadata, in place of any that it has; its bytes depend on its content alone."""
+    """Give a written graph this metadata in place of any that it has. Its bytes depend on its content alone."""
     model = onnx.load(path, load_external_data=False)
     del model.metadata_props[:]
     for key in sorted(metadata):

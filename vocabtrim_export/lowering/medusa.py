@@ -1,4 +1,4 @@
-"""Medusa heads as a graph: no decoder, only products on the target's features."""
+"""Medusa heads as a graph, which is no decoder: it only multiplies the target's features."""
 
 from dataclasses import replace
 
@@ -20,9 +20,9 @@ from vocabtrim_export.tracing.trace import OPSET
 
 
 def lower_medusa(model: MedusaHeads, weights: Weights) -> Lowered:
-    """features: [1, S, hidden] → logits [1, heads, S, rows], token_ids: int64[1, heads, S].
+    """Lower to features: [1, S, hidden] → logits [1, heads, S, rows], token_ids: int64[1, heads, S].
 
-    One call drafts with all heads: of the bytes that it reads, a draft step counts for its share.
+    One call drafts with all heads, so a draft step counts as its share of the bytes that a call reads.
     """
     graph = ir.Graph([], [], nodes=[], name="medusa", opset_imports={"": OPSET, CONTRIB: 1})
     decoder = DecoderGraph(ir.Model(graph, ir_version=10, producer_name="vocabtrim-export"), {}, weights.dtype)
@@ -45,7 +45,7 @@ def lower_medusa(model: MedusaHeads, weights: Weights) -> Lowered:
 
 
 def _head(decoder: DecoderGraph, x: ir.Value, name: str, weights: Weights, model: MedusaHeads) -> ir.Value:
-    """[1, S, hidden] → [1, S, rows]."""
+    """One head: [1, S, hidden] → [1, S, rows]."""
     for block in range(model.config.blocks):
         product = _product(decoder, "Linear", x, f"{name}.{block}.linear", weights, model)
         gated = _node(decoder, "Mul", [product, _node(decoder, "Sigmoid", [product])])

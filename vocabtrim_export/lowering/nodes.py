@@ -1,4 +1,4 @@
-"""`Nodes`: makes operators one after another at one place of a graph; and names for all of a graph's operators."""
+"""`Nodes` adds operators one after another at one place of a graph; `name_nodes` names all operators of a graph."""
 
 import ast
 from collections import Counter
@@ -11,9 +11,9 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class Nodes:
-    """`nodes("Op", inputs…, attribute=…)` puts a node in front of `anchor`, as a part of the same model layer.
+    """`nodes("Op", inputs…, attribute=…)` puts a node in front of `anchor`, in the same layer of the model.
 
-    It has one output, which is the result.
+    It returns the node's one output.
     """
 
     def __init__(self, decoder: DecoderGraph, anchor: ir.Node) -> None:
@@ -34,7 +34,7 @@ class Nodes:
 
 
 def name_nodes(graph: ir.Graph) -> None:
-    """Name every node after the model's layer that it belongs to: what a compiler says about it can then be read."""
+    """Name every node after the layer of the model that it belongs to, so that compiler messages can be understood."""
     seen: Counter[str] = Counter()
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))

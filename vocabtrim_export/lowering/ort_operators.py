@@ -1,4 +1,4 @@
-"""The lowering for ONNX Runtime: composites become GroupQueryAttention, simplified layer norms and products."""
+"""Lowers composites to ONNX Runtime's operators: GroupQueryAttention and simplified layer norms."""
 
 import onnx_ir as ir
 

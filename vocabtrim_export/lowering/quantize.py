@@ -17,11 +17,14 @@ _SHRINKS = {4: (0.85, 0.925, 1.0), 8: (1.0,)}
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A weight[out, in] in blocks of `BLOCK` along its input: w ≈ (q − zero) · scale.
+    """A weight [out, in] in blocks of `BLOCK` along its input: w ≈ (q − zero) · scale.
 
-    packed: uint8[out, blocks, BLOCK·bits/8], low nibble first. scales: [out, blocks]. Every row depends on itself
-    alone, so rows can be selected before or after quantisation with the same result.
-    zero_points: uint8[out, ceil(blocks·bits/8)].
+    Every row depends on itself alone, so selecting rows before or after quantisation gives the same result.
+
+    Attributes:
+        packed: uint8[out, blocks, BLOCK·bits/8], low nibble first.
+        scales: [out, blocks].
+        zero_points: uint8[out, ceil(blocks·bits/8)].
     """
 
     packed: Tensor
@@ -30,10 +33,15 @@ class Blocks:
 
 
 def quantize_blocks(weight: Tensor, bits: int, moments: Tensor | None = None) -> Blocks:
-    """Quantise `weight: [out, in]`, choosing for each block the best of some scales and zero points.
+    """Quantise a weight, choosing for each block the best of several scales and zero points.
 
-    Best is the least error of the product, eᵀ·moments·e for the block's rounding error e, with `moments` E[x xᵀ] of
-    its inputs, float32[blocks, BLOCK, BLOCK]; without, the least squared error.
+    With `moments` the best has the least error of the product, eᵀ·moments·e for the block's rounding error e; without,
+    the least squared error.
+
+    Args:
+        weight: [out, in].
+        bits: 4 or 8.
+        moments: E[x xᵀ] of each block's inputs, float32[blocks, BLOCK, BLOCK].
     """
     parts = [_quantize_rows(rows, bits, moments) for rows in weight.split(_ROWS_AT_ONCE)]
     packed, scales, zero_points = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -67,9 +75,10 @@ def _quantize_rows(weight: Tensor, bits: int, moments: Tensor | None) -> tuple[T
 
 
 def product_error(off: Tensor, moments: Tensor | None) -> Tensor:
-    """float64[out, blocks, 1]: the cost of `off`, [out, blocks, n·BLOCK], with `moments` as in `quantize_blocks`.
+    """Returns the cost of the rounding error `off`, [out, blocks, n·BLOCK], as float64[out, blocks, 1].
 
-    In float64, so that how a matrix product is tiled, which depends on how many rows there are, decides nothing.
+    It is computed in float64, so that the tiling of a matrix product, which depends on the number of rows, does not
+    change which candidate is best. moments: see `quantize_blocks`.
     """
     out, blocks, _ = off.shape
     off = off.double().view(out, -1, BLOCK)
@@ -78,7 +87,7 @@ def product_error(off: Tensor, moments: Tensor | None) -> Tensor:
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """Two 4-bit values a byte along the last axis, the first in the low nibble."""
+    """Pack two 4-bit values a byte along the last axis, the first in the low nibble."""
     if bits == 8:
         return values
     padded = torch.nn.functional.pad(values, (0, values.shape[-1] % 2))

@@ -1,4 +1,4 @@
-"""The lowering for TensorRT: composites become opset 24's standard operators, which ONNX Runtime's CPU runs as well."""
+"""Lowers composites to the standard operators of opset 24, for TensorRT; ONNX Runtime's CPU runs them as well."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,10 +49,14 @@ class _Form:
 
 @dataclass(frozen=True, slots=True)
 class CacheForm:
-    """The KV cache of a graph: `slots` of them. spans: numbers of slots that attention is to read, `slots` the last.
+    """The form of a graph's KV cache.
 
     With one span attention reads the whole cache. With more the graph has the input attended_slots: int64[span], the
     numbers from 0 on: TensorRT refuses a cache whose size is not constant, but takes a part of it.
+
+    Attributes:
+        slots: The slots of the cache.
+        spans: The numbers of slots that attention is to read; `slots` is the last.
     """
 
     slots: int
@@ -82,7 +86,7 @@ def standard_attention(decoder: DecoderGraph, form: CacheForm, positions: Sequen
 
 
 class _Cache:
-    """Where tokens are written, and which slots a step's tokens see: one mask a step and window, bool[1, 1, S, slots].
+    """Where tokens are written, and which slots they see: one mask, bool[1, 1, S, slots], for each step and window.
 
     start: int64[1], the slot of the first new token.
     """
@@ -102,7 +106,7 @@ class _Cache:
         self.made: dict[tuple[int, int], ir.Value] = {}
 
     def read(self, nodes: Nodes, cache: ir.Value) -> ir.Value:
-        """The part of a layer's keys or values that attention reads."""
+        """Returns the part of a layer's keys or values that attention reads."""
         if self.span is None:
             return cache
         return nodes("Slice", cache, nodes.ints(0), self.span, nodes.ints(2))
@@ -127,7 +131,7 @@ class _Cache:
 def _lower_layer(
     decoder: DecoderGraph, steps: list[ir.Node], past: Sequence[ir.Value], cache: _Cache
 ) -> list[ir.Value]:
-    """Lower one layer's attention in all steps; its written cache, keys and values."""
+    """Lower one layer's attention in all steps. Returns its updated cache, keys and values."""
     form = _Form.of(steps[0])
     unrolled = len(steps) > 1
     new: tuple[list[ir.Value], list[ir.Value]] = ([], [])

@@ -1,4 +1,4 @@
-"""Products in standard operators: Linear and Head composites → MatMul, weight-only quantised by DequantizeLinear."""
+"""Lowers products to standard operators: MatMul, with DequantizeLinear for quantised weights."""
 
 from functools import cache
 
@@ -22,12 +22,18 @@ _SHRINKS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 
 
 def standard_products(decoder: DecoderGraph, quantization: Quantization) -> list[str]:
-    """Turn every Linear and Head into MatMul, with a DequantizeLinear behind its weight; a bias becomes an Add.
+    """Turn every Linear and Head into MatMul, with a DequantizeLinear in front of a quantised weight; a bias becomes an
+    Add.
 
     Weights stay [out, in] under a Transpose: so a compiler stores a tied embedding and head once, and finds one layout
-    for products of a few rows and of many. int8 and fp8: one scale a row; int4: one a block of inputs. TensorRT keeps
-    just these as they are: int8 and fp8 in blocks it turns into 16-bit weights when it builds.
-    Returns the names of the initializers that the head reads. Raises `VocabtrimError` for a layer int4 cannot divide.
+    for products of a few rows and of many. int8 and fp8 have one scale a row, int4 one a block of inputs. TensorRT
+    keeps only these as they are: it turns int8 and fp8 in blocks into 16-bit weights when it builds.
+
+    Returns:
+        The names of the initializers that the head reads.
+
+    Raises:
+        VocabtrimError: int4 cannot divide a layer into blocks.
     """
     columns: dict[str, tuple[ir.Value, list[str]]] = {}  # an unrolled graph uses every weight in every step
     head_weights: list[str] = []
@@ -50,7 +56,7 @@ def standard_products(decoder: DecoderGraph, quantization: Quantization) -> list
 
 
 def _rows(nodes: Nodes, name: str, transposed: bool, quantization: Quantization) -> tuple[ir.Value, list[str]]:
-    """The weight [out, in] of a product, and the names of the initializers behind it."""
+    """The weight [out, in] of a product, and the names of the initializers that it is computed from."""
     decoder = nodes.decoder
     dense = decoder.weights[name].transposed() if transposed else decoder.weights[name]
     if quantization != "none":
@@ -62,7 +68,7 @@ def _rows(nodes: Nodes, name: str, transposed: bool, quantization: Quantization)
 
 
 def _quantized(nodes: Nodes, name: str, dense: Weight, quantization: Quantization) -> tuple[ir.Value, list[str]]:
-    """A dequantised weight: [out, in], and the names of the initializers behind it."""
+    """A dequantised weight, [out, in], and the names of the initializers that it is computed from."""
     rows, size = dense.shape
     values, scales = f"{name}.{quantization}", f"{name}.{quantization}_scales"
     if quantization != "int4":
@@ -89,7 +95,14 @@ def _int4_tensor(values: Tensor, name: str) -> ir.PackedTensor[NDArray[np.uint8]
 
 
 def quantize_rows(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
-    """`weight: [out, in]` as int8 or float8_e4m3fn, symmetric, and its scales: [out] in the weight's dtype."""
+    """Quantise a weight symmetrically, with one scale a row.
+
+    Args:
+        weight: [out, in].
+
+    Returns:
+        int8 or float8_e4m3fn[out, in], and the scales, [out], in the weight's dtype.
+    """
     top = 127.0 if quantization == "int8" else _FP8_MAX
     scales = (weight.float().abs().amax(-1) / top).to(weight.dtype)
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
@@ -98,9 +111,12 @@ def quantize_rows(weight: Tensor, quantization: Quantization) -> tuple[Tensor, T
 
 
 def quantize_int4(weight: Tensor, block: int, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`weight: [out, in]` in blocks of `block` inputs: int8[out, in] from −8 to 7, and scales: [out, in/block].
+    """Quantise a weight symmetrically, as TensorRT wants it, in blocks of `block` inputs.
 
-    Symmetric, as TensorRT wants it; the best scale of some by the error of the product, as in `quantize_blocks`.
+    Of several scales the best is taken by the error of the product, as in `quantize_blocks`.
+
+    Returns:
+        int8[out, in] from −8 to 7, and the scales, [out, in/block].
     """
     parts = [_int4_rows(rows, block, moments) for rows in weight.split(_ROWS_AT_ONCE)]
     values, scales = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -1,4 +1,4 @@
-"""Shape arithmetic out of the graph: a decode step must not compute what is known."""
+"""Removes shape arithmetic from a graph: a decode step must not compute what is known beforehand."""
 
 import onnx_ir as ir
 from onnx_ir.passes.common import IdentityEliminationPass, RemoveUnusedNodesPass
@@ -8,7 +8,7 @@ from vocabtrim_export.lowering.weights import concatenate
 
 
 def tidy(decoder: DecoderGraph) -> None:
-    """Make reshapes' targets constant, then drop views and transposes that undo each other."""
+    """Make the targets of reshapes constant, then drop views and transposes that undo each other."""
     _constant_reshapes(decoder)
     for node in list(decoder.graph):
         if node.op_type == "SplitToSequence" and not node.domain:
@@ -21,8 +21,10 @@ def tidy(decoder: DecoderGraph) -> None:
 
 
 def _constant_reshapes(decoder: DecoderGraph) -> None:
-    """A reshape to a shape with one unknown dimension needs no arithmetic: -1 stands for it. One of a constant list of
-    integers, as the exporter writes axes, is itself a constant."""
+    """Make reshapes constant: -1 stands for the one unknown dimension of a shape, so no arithmetic is needed.
+
+    A reshape of a constant list of integers, which is how the exporter writes axes, becomes a constant itself.
+    """
     for node in decoder.graph:
         shape = node.outputs[0].shape
         if node.op_type != "Reshape" or node.domain:
@@ -67,7 +69,7 @@ def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def _cancel(node: ir.Node) -> None:
-    """Bypass as many of the views before `node` as leave its input as it was."""
+    """Bypass as many of the views before `node` as leave its input unchanged."""
     value = node.outputs[0]
     source, best = value, None
     order: list[int] | None = None  # the permutation since the last plain view; None: none
@@ -86,7 +88,7 @@ def _cancel(node: ir.Node) -> None:
 
 
 def behind(value: ir.Value | None, op: str) -> ir.Node | None:
-    """The node `op` that computes `value`, if nothing else reads it."""
+    """Returns the node `op` that computes `value`, if nothing else reads it."""
     if value is None or len(value.uses()) != 1 or value.is_graph_output():
         return None
     producer = value.producer()
@@ -99,7 +101,10 @@ def packed_name(first: str) -> str:
 
 
 def pack_projections(decoder: DecoderGraph) -> None:
-    """One product for q, k and v where all three are plain linear layers of one input: Attention(qkv, -, -, …)."""
+    """Compute q, k and v by one product where all three are plain linear layers of one input.
+
+    The composite is then Attention(qkv, -, -, …).
+    """
     for node in decoder.composites("Attention"):
         linears = [behind(value, "Linear") for value in node.inputs[:3]]
         if any(linear is None or "transposed" in linear.attributes for linear in linears):

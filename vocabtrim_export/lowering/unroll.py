@@ -35,7 +35,7 @@ def unroll(decoder: DecoderGraph, steps: int) -> list[ir.Value]:
 
 
 def _repeat(body: list[ir.Node], replaced: dict[ir.Value, ir.Value], end: ir.Node, result: ir.Value) -> ir.Value:
-    """Copy `body` in front of `end` with some values replaced; what `result` is in the copy."""
+    """Copy `body` in front of `end` with some values replaced. Returns the copy's value for `result`."""
     for node in body:
         inputs = [replaced.get(x, x) if x is not None else None for x in node.inputs]
         copy = ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs))

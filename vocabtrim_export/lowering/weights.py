@@ -1,4 +1,4 @@
-"""Weights that are computed when they are written, so an export never holds two copies of a model."""
+"""`Weight`: a weight that is computed when it is written, so that an export never holds two copies of a model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor of a known shape and dtype whose values `load` gives.
+    """A tensor of a known shape and dtype whose values `load` computes.
 
-    moments: float32[blocks, BLOCK, BLOCK], of the inputs that a product multiplies this weight with, if known.
+    moments: float32[blocks, BLOCK, BLOCK], the second moments of the inputs that a product multiplies this weight with;
+    None if they are not known.
     """
 
     shape: tuple[int, ...]
@@ -23,19 +24,19 @@ class Weight:
 
     @classmethod
     def of(cls, tensor: Tensor, dtype: torch.dtype | None = None, moments: Tensor | None = None) -> "Weight":
-        """`tensor`, cast to `dtype` if it is a floating-point tensor."""
+        """Returns `tensor`, cast to `dtype` if it is a floating-point tensor."""
         target = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         return cls(tuple(tensor.shape), target, lambda: tensor.detach().to(target), moments)
 
     def rows(self, ids: Tensor) -> "Weight":
-        """The rows `ids: int64[n]`."""
+        """Returns the rows `ids: int64[n]`."""
         return Weight((len(ids), *self.shape[1:]), self.dtype, lambda: self.load()[ids], self.moments)
 
     def transposed(self) -> "Weight":
         return Weight(self.shape[::-1], self.dtype, lambda: self.load().t().contiguous(), self.moments)
 
     def plus(self, number: float) -> "Weight":
-        """Every value plus `number`, added in float32."""
+        """Returns every value plus `number`, added in float32."""
         return Weight(self.shape, self.dtype, lambda: (self.load().float() + number).to(self.dtype))
 
     def to_ir(self, name: str) -> ir.LazyTensor:
@@ -46,7 +47,7 @@ class Weight:
 
 
 def concatenate(weights: Sequence[Weight]) -> Weight:
-    """Rows of `weights`, one after another; all are multiplied with the same inputs."""
+    """Returns the rows of `weights`, one after another; all are multiplied with the same inputs."""
     first = weights[0]
     rows = sum(weight.shape[0] for weight in weights)
     shape = rows, *first.shape[1:]

@@ -1,4 +1,4 @@
-"""Bundles of random weights in the shape of a known model: its latency, without its weights."""
+"""Bundles of random weights in the shape of a known model, to measure its latency without its weights."""
 
 import os
 import shutil
@@ -26,9 +26,16 @@ _QUANTIZED_BYTES = {"int8": 1.16, "int4": 0.67}  # a weight, with a scale and a 
 
 @dataclass(frozen=True, slots=True)
 class RandomSettings:
-    """shape: of `SHAPES`. drafter_shape: the same, or of `HEAD_SHAPES` for EAGLE-3 heads; None: the target's model.
+    """What to make.
 
-    drafter_rows: rows of each drafter's LM head, None for all. quantize_drafter: None does as `quantize` says.
+    Attributes:
+        shape: The target's, of `SHAPES`.
+        drafter_shape: A shape of `SHAPES`, or of `HEAD_SHAPES` for EAGLE-3 heads; None: the target's model.
+        drafter_rows: The rows of each drafter's LM head; None for all.
+        dtype: The dtype of all bundles.
+        quantize: The target's quantisation.
+        quantize_drafter: The drafters' quantisation; None: as `quantize`.
+        max_length: Tokens that the KV caches hold.
     """
 
     shape: str
@@ -42,19 +49,22 @@ class RandomSettings:
 
 @dataclass(frozen=True, slots=True)
 class RandomBundles:
-    """drafters: by the rows that were asked for, "8192 rows" or "full"."""
+    """The bundles. drafters: by the rows that were asked for, "8192 rows" or "full"."""
 
     target: Path
     drafters: Mapping[str, Path]
 
 
 def random_bundles(settings: RandomSettings, directory: Path, progress: Progress) -> RandomBundles:
-    """Write a target and its drafters into `directory`; what an earlier call with these settings wrote is used.
+    """Write a target and its drafters into `directory`; bundles that an earlier call with these settings wrote are
+    used.
 
     Drafters of the target's model share its KV cache where both have one dtype. The target of an EAGLE-3 head gives the
     features that it reads.
-    Raises `VocabtrimError` where a head has fewer rows than asked for, the drafter is not for this target, or disk or
-    memory cannot hold the bundles.
+
+    Raises:
+        VocabtrimError: A head has fewer rows than asked for, the drafter is not for this target, or disk or memory
+            cannot hold the bundles.
     """
     target, drafter = _sources(settings)
     _check_rows(drafter, settings.drafter_rows)
@@ -104,7 +114,7 @@ def _check_rows(drafter: Source, wanted: tuple[int | None, ...]) -> None:
 
 
 def _plans(target: Source, drafter: Source, settings: RandomSettings) -> dict[str, BundlePlan]:
-    """By the name of the bundle's directory, the target's first."""
+    """The plans of the bundles by the names of their directories, the target's first."""
     dtype, context = settings.dtype, settings.max_length
 
     def name(source: Source, role: Role, quantization: Quantization, what: str) -> str:
@@ -132,7 +142,7 @@ def _shape_of(source: Source) -> str:
 
 
 def _is_whole(bundle: Path) -> bool:
-    """Whether it is there, undamaged and of this version's format."""
+    """Whether the bundle is there, undamaged and of this version's format."""
     try:
         read_bundle(bundle)
     except VocabtrimError:
@@ -141,7 +151,7 @@ def _is_whole(bundle: Path) -> bool:
 
 
 def _twins(plans: Mapping[str, BundlePlan], missing: list[str]) -> dict[str, str]:
-    """For bundles that are to be written, one that is there by then and differs in its LM head alone."""
+    """For each bundle that is to be written, one that is there by then and differs in its LM head alone."""
     twins, there = {}, [name for name in plans if name not in missing]
     for name in missing:
         for other in there:
@@ -153,7 +163,11 @@ def _twins(plans: Mapping[str, BundlePlan], missing: list[str]) -> dict[str, str
 
 
 def _check_room(shape: str, directory: Path, plans: Mapping[str, BundlePlan], missing: list[str]) -> None:
-    """Raise `VocabtrimError` where the disk cannot hold what is `missing`, or the memory what all `plans` read."""
+    """Check that the disk can hold what is `missing`, and the memory what all `plans` read.
+
+    Raises:
+        VocabtrimError: They cannot.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     disk = sum(bundle_bytes(plans[name]) for name in missing)
     memory = sum(bundle_bytes(plan) for plan in plans.values())
@@ -168,7 +182,7 @@ def _check_room(shape: str, directory: Path, plans: Mapping[str, BundlePlan], mi
 
 
 def bundle_bytes(plan: BundlePlan) -> float:
-    """About what a bundle's weights take: the embedding in its dtype, the head and the layers as they are quantised."""
+    """The approximate bytes of a bundle's weights: the embedding in its dtype, the head and the layers as quantised."""
     model: Any = plan.source.model
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     layers = sum(p.numel() for p in model.parameters()) - embedding.numel()
@@ -177,7 +191,7 @@ def bundle_bytes(plan: BundlePlan) -> float:
 
 
 def head_bytes(plan: BundlePlan) -> float:
-    """What the rows of the LM head take of that."""
+    """The bytes of the LM head's rows."""
     model: Any = plan.source.model
     rows, size = model.get_output_embeddings().weight.shape
     return float((len(plan.vocab_map) if plan.vocab_map else rows) * size * _bytes_of_product(plan))
@@ -188,7 +202,7 @@ def _bytes_of_product(plan: BundlePlan) -> float:
 
 
 def available_memory() -> int:
-    """Bytes that can be used without swapping, where the system tells; else all there are."""
+    """The bytes that can be used without swapping, where the system tells; else all memory."""
     info = Path("/proc/meminfo")
     for line in info.read_text("utf-8").splitlines() if info.is_file() else ():
         if line.startswith("MemAvailable:"):

@@ -1,6 +1,7 @@
 """Models of random weights in the shapes of known ones, and EAGLE-3 heads for them.
 
-No tensor is held twice, and none is held whole before it is written: each is a window on one small piece of noise.
+The tensors share one small piece of noise as overlapping windows, so a model takes next to no memory before it is
+written.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ def _llama3(factor: float) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model by its transformers configuration. model_type: as `AutoConfig.for_model` takes it."""
+    """The shape of a known model. model_type: as `AutoConfig.for_model` takes it."""
 
     name: str
     model_type: str
@@ -43,9 +44,12 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
-    """An EAGLE-3 head whose layer is as large as one of its target's.
+    """The shape of an EAGLE-3 head whose layer is as large as one of its target's.
 
-    target: the name of its `Shape`. rows: of its LM head. feature_layers: of the target, whose inputs it reads.
+    Attributes:
+        target: The name of the target's `Shape`.
+        rows: Rows of its LM head.
+        feature_layers: The target's layers whose inputs it reads.
     """
 
     name: str
@@ -153,7 +157,7 @@ def _fill(model: Any) -> None:
 
 
 def _window(noise: Tensor, name: str, like: Tensor) -> Tensor:
-    """A matrix whose rows are overlapping windows on `noise`; norms are ones and biases zeros."""
+    """A matrix whose rows are overlapping windows of `noise`; norms are ones and biases zeros."""
     if like.ndim == 1:
         return torch.zeros(like.shape) if name.endswith("bias") else torch.ones(like.shape)
     scaled = noise[: sum(like.shape)] * like.shape[1] ** -0.5  # so that activations stay near one
