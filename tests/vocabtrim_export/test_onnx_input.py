@@ -14,6 +14,7 @@ from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from engines.ort.session import new_session, open_session
 from vocabtrim_export.cli.main import main
+from vocabtrim_export.onnx_input import trim
 from vocabtrim_export.onnx_input.cut import cut_head
 from vocabtrim_export.onnx_input.head import find_head
 
@@ -217,6 +218,29 @@ def test_the_command_trims_a_directory(directory, count_file, tmp_path, capsys):
     (found,) = open_session(out / "drafter" / "model.onnx").run(["token_ids"], {"input_ids": ids})
     np.testing.assert_array_equal(found, kept.kept_token_ids[wanted[..., kept.kept_token_ids].argmax(-1)])
     assert (out / "drafter" / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+
+
+def test_a_cut_that_computes_something_else_is_refused(directory, count_file, tmp_path, capsys, monkeypatch):
+    """The columns of the first K tokens under the table of others."""
+    cut = trim.cut_head
+    monkeypatch.setattr(
+        trim, "cut_head", lambda model, head, kept: cut(model, head, VocabMap(np.arange(len(kept)), kept.full_vocab))
+    )
+    given = ["export", "--drafter", str(directory), "--k", "192", "--calibration", str(count_file(directory))]
+    assert main([*given, "--output", str(tmp_path / "out")]) == 2
+    assert "its logits are not those of the kept tokens" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "drafter").exists()
+
+
+def test_a_model_that_this_cpu_cannot_run_is_trimmed_with_a_note(directory, count_file, tmp_path, capsys):
+    graph = onnx.load(directory / "model.onnx", load_external_data=False)
+    node = graph.graph.node[0]
+    node.op_type, node.domain = "Elsewhere", "of.another.runtime"
+    graph.opset_import.append(helper.make_opsetid("of.another.runtime", 1))
+    onnx.save(graph, directory / "model.onnx")
+    given = ["export", "--drafter", str(directory), "--k", "192", "--calibration", str(count_file(directory))]
+    assert main([*given, "--output", str(tmp_path / "out")]) == 0
+    assert "was not run against the whole one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "code"), [("added_tokens", 0), ("vocab", 2)])

@@ -23,6 +23,7 @@ from vocabtrim_export.calibration.counting import CalibrationInput, CalibrationS
 from vocabtrim_export.lowering.graph_files import Progress, save_graph
 from vocabtrim_export.onnx_input.cut import cut_head
 from vocabtrim_export.onnx_input.head import find_head
+from vocabtrim_export.onnx_input.prove import prove_cut
 from vocabtrim_export.selection import Coverage, Selection, check_k, select_vocab, structural_token_ids
 
 _COPIED = (
@@ -101,6 +102,7 @@ def trim_onnx(
         RemoveUnusedNodesPass()(model)
         with placing([output / "drafter"]) as (fresh,):
             save_graph(model, fresh, "write drafter", progress)
+            unproven = prove_cut(source.graph, fresh / MODEL_NAME, selection.vocab_map)
             (fresh / VOCAB_MAP_NAME).write_bytes(selection.vocab_map.to_bytes())
             for name in _COPIED:
                 if (source.graph.parent / name).is_file():
@@ -109,6 +111,8 @@ def trim_onnx(
                 shutil.copytree(source.graph.parent / TEMPLATES_NAME, fresh / TEMPLATES_NAME)
     skipped = given.corpus.skipped if given.corpus else ()
     notes = skipped_note(skipped)
+    if unproven:
+        notes += (f"the trimmed model was not run against the whole one, which this CPU cannot run: {unproven}",)
     return OnnxTrim(output / "drafter", head.product.op_type, (before, after), selection, notes)
 
 
