@@ -1,4 +1,4 @@
-"""JSON that may come from anyone, made into the dataclass it claims to be, or refused by the field that is wrong."""
+"""Untrusted JSON, read as the dataclass that it should hold; an error names the field that is wrong."""
 
 import json
 import types
@@ -9,14 +9,22 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from engines.errors import VocabtrimError
 
-MOST = (1 << 62) - 1  # of any number that we count or measure in: sums of two fit into int64
+MOST = (1 << 62) - 1  # the largest whole number that is accepted: sums of two fit into int64
 MAX_BYTES = 1 << 24
 _MOST_FLOAT = 1e300
 _MOST_DEPTH = 16
 
 
 def parse(text: str, where: str) -> Any:
-    """JSON → plain data. Raises `VocabtrimError` with `where` for what is none, or nested too deeply to read."""
+    """Parse JSON into plain data.
+
+    Args:
+        text: The JSON.
+        where: What holds it, for messages.
+
+    Raises:
+        VocabtrimError: It is not valid JSON, or is nested too deeply to read.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -24,10 +32,14 @@ def parse(text: str, where: str) -> Any:
 
 
 def read(path: Path) -> Any:
-    """The JSON of a small UTF-8 file (16 MiB at most). Raises `VocabtrimError` naming it."""
+    """Read a small JSON file (UTF-8, 16 MiB at most).
+
+    Raises:
+        VocabtrimError: The file cannot be read, is too large, or is not valid JSON.
+    """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise VocabtrimError(f"{path} is larger than {MAX_BYTES >> 20} MiB, which no such file is")
+            raise VocabtrimError(f"{path} is larger than {MAX_BYTES >> 20} MiB, the most that is read")
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise VocabtrimError(f"cannot read {path} ({brief(error)})") from error
@@ -35,15 +47,21 @@ def read(path: Path) -> Any:
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
-    """`value`, plain JSON data, as a `kind`. Numbers are never negative in our files, and fit into int64.
+    """Convert plain JSON data to a type.
 
-    kind: str, bool, int, float, None, Any, a Literal, a union, `tuple[T, ...]`, `Mapping[str, T]`, or a dataclass of
-    such fields. Raises `VocabtrimError` naming the field below `where` that is something else.
+    Args:
+        kind: str, bool, int, float, Any, a Literal, a union with None, `tuple[T, ...]`, `Mapping[str, T]`, or a
+            dataclass of such fields. Numbers must not be negative, and whole numbers must fit into int64.
+        value: The data.
+        where: What holds it, for messages.
+
+    Raises:
+        VocabtrimError: Names the field below `where` that is something else.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         if _depth(value) > _MOST_DEPTH:
-            raise VocabtrimError(f"{where} is nested more than {_MOST_DEPTH} times, which cannot be")
+            raise VocabtrimError(f"{where} is nested more than {_MOST_DEPTH} times, the most that is read")
         return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -58,7 +76,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         return _dataclass(kind, value, where)
     if _is_scalar(kind, value):
         return value
-    raise VocabtrimError(f"{where} is {brief(json.dumps(value))}, which cannot be")
+    raise VocabtrimError(f"{where} is {brief(json.dumps(value))}; expected {_expected(kind)}")
 
 
 def _dataclass(kind: Any, value: dict[str, Any], where: str) -> Any:
@@ -79,8 +97,16 @@ def _is_scalar(kind: Any, value: Any) -> bool:
     return (kind is bool and type(value) is bool) or (kind is str and _is_text(value))
 
 
+def _expected(kind: Any) -> str:
+    """What JSON must hold for a `kind`, in words."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(json.dumps, get_args(kind)))
+    words = {int: "a whole number, 0 or more", float: "a number, 0 or more", bool: "true or false", str: "a text"}
+    return words.get(kind) or ("a list" if get_origin(kind) is tuple else "an object")
+
+
 def _depth(value: Any) -> int:
-    """Lists and objects within each other; counted no further than is allowed."""
+    """How deeply lists and objects are nested, counted no further than is allowed."""
     depth, level = 0, [value]
     while depth <= _MOST_DEPTH and (level := [item for item in level if isinstance(item, list | dict)]):
         depth += 1
@@ -89,11 +115,11 @@ def _depth(value: Any) -> int:
 
 
 def _is_text(value: Any) -> bool:
-    """Not with half a surrogate pair, which JSON can escape and no file name, hash or terminal takes."""
+    """Whether `value` is a string without lone surrogates, which JSON can escape but no file name or hash takes."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def brief(what: object) -> str:
-    """What a library says, in one line of bounded length."""
+    """The text of `what`, such as a library's error, in one line of at most about 100 characters."""
     text = " ".join(str(what).split())
     return text if len(text) <= 100 else f"{text[:100]}…"

@@ -121,7 +121,7 @@ MISTAKES = {
     ),
     "fewer heads": ({}, {"medusa_num_heads": 5}, "holds 3 Medusa heads, its config.json says 5"),
     "no heads": ({}, {"medusa_num_heads": 0}, "holds 3 Medusa heads, its config.json says 0"),
-    "a word": ({}, {"medusa_num_heads": "many"}, 'medusa_num_heads is "many", which cannot be'),
+    "a word": ({}, {"medusa_num_heads": "many"}, 'medusa_num_heads is "many"; expected a whole number'),
     "fewer blocks": (
         {},
         {"medusa_num_layers": 1},

@@ -8,20 +8,31 @@ from transformers.models.llama.modeling_llama import (
 
 
 class FeatureHead(LlamaPreTrainedModel):
-    """Row t reads token t + 1 and a hidden state made of the target's features of token t; it predicts token t + 2. A
-    row that the head drafts itself reads the hidden state that the row before gives."""
+    """A head that drafts from its target's hidden states.
+
+    Row t reads token t + 1 and a hidden state that was made of the target's features of token t, and predicts token
+    t + 2. A row that the head drafts itself reads the hidden state that the row before it gave.
+    """
 
     lm_head: nn.Linear
 
     @property
     def fuse(self) -> nn.Linear | None:
-        """What makes a hidden state of the features; None where they are one."""
+        """The product that makes a hidden state of the features; None where the features are a hidden state."""
         return None
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, hidden: Tensor) -> CausalLMOutput:
-        """input_ids, position_ids: int64[1, S], hidden: [1, S, hidden] → logits [1, S, head_rows], and as
-        hidden_states [1, S, hidden] what the next draft step reads."""
+        """Run the head.
+
+        Args:
+            input_ids: int64[1, S].
+            position_ids: int64[1, S].
+            hidden: [1, S, hidden], in the model's dtype.
+
+        Returns:
+            logits: [1, S, head_rows]; hidden_states: [1, S, hidden], what the next draft step reads.
+        """
         raise NotImplementedError

@@ -18,10 +18,13 @@ from vocabtrim_export.drafters.base import FeatureHead
 
 
 class EagleConfig(LlamaConfig):
-    """A Llama layer's numbers, and a head's own.
+    """The configuration of a Llama layer, and of the head around it.
 
-    feature_size: numbers in the features of a token. head_rows: rows of the LM head. biases: the linear layers that
-    have one, by name. norm_before_residual: the residual stream starts from the normed hidden state, not from the raw.
+    Attributes:
+        feature_size: Numbers in the features of a token.
+        head_rows: Rows of the LM head.
+        biases: The names of the linear layers that have a bias.
+        norm_before_residual: The residual stream starts from the normed hidden state instead of the raw one.
     """
 
     model_type = "eagle3"
@@ -93,7 +96,7 @@ class _Layer(nn.Module):
 
 
 class EagleHead(FeatureHead):
-    """Of EAGLE-3. The next draft step reads what the layer gives, before the norm."""
+    """An EAGLE-3 head. The next draft step reads what the layer gives, before the norm."""
 
     config: EagleConfig
     config_class = EagleConfig

@@ -28,8 +28,15 @@ _LAYER_NAMES = {"eagle": "layer.", "eagle3": "midlayer."}
 
 
 def load_head(spec: str, target: Source) -> HeadSource:
-    """Load the head in the directory `spec`, in the dtype of `target`, with the embedding and the LM head of `target`
-    where it has none. Raises `VocabtrimError` with what is wrong with it, or why it is not a head of this target."""
+    """Load an EAGLE head.
+
+    Args:
+        spec: The directory of the checkpoint.
+        target: The loaded target. The head gets its dtype, and its embedding and LM head where it has none.
+
+    Raises:
+        VocabtrimError: The checkpoint is incomplete or of an uncovered form, or is not a head of this target.
+    """
     directory = Path(spec).expanduser()
     names = {file: list(tensor_shapes(file)) for file in weight_files(directory, "an EAGLE head")}
     config = read_head_config(directory, (name for listed in names.values() for name in listed))
@@ -60,7 +67,7 @@ def _array(tensor: Tensor | None) -> NDArray[np.generic] | None:
 
 
 def _renamed(names: Iterable[str], kind: Kind) -> dict[str, str]:
-    """What a checkpoint calls a tensor → what our models call it."""
+    """Returns our models' names for the tensors of a checkpoint, by the checkpoint's names."""
     renamed = {}
     for name in names:
         if not _IGNORED.search(name):
@@ -70,7 +77,7 @@ def _renamed(names: Iterable[str], kind: Kind) -> dict[str, str]:
 
 
 def _check_target(spec: str, config: HeadConfig, target: Source) -> tuple[int, ...]:
-    """The layers of `target` that the head reads."""
+    """Returns the layers of `target` that the head reads."""
     found = target.model.config.get_text_config()
     if config.target_hidden_size != found.hidden_size:
         raise VocabtrimError(

@@ -14,7 +14,7 @@ _UNCOVERED = {"eagle3": ("norm_before_fc", "fc_norm", "norm_output"), "eagle": (
 
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
-    """The numbers of the head's one Llama layer, by transformers' names. vocab_size: the target's."""
+    """The sizes of the head's one Llama layer, by transformers' names. vocab_size is the target's."""
 
     hidden_size: int
     intermediate_size: int
@@ -31,11 +31,15 @@ class LayerConfig:
 
 @dataclass(frozen=True, slots=True)
 class HeadConfig:
-    """kind: "eagle" for EAGLE-1 and EAGLE-2, whose heads are alike, or "eagle3".
-    feature_layers: layer i means what enters layer i of the target; None: the ones that the kind takes by default.
+    """What config.json says of an EAGLE head.
 
-    norm_before_residual: see `EagleConfig`. target_hidden_size: of the features of one layer.
-    target_digest: of the target's weights, by those who state it.
+    Attributes:
+        kind: "eagle" for EAGLE-1 and EAGLE-2, whose heads are alike, or "eagle3".
+        layer: The head's one layer.
+        feature_layers: The target's layers whose inputs the head reads; None: the ones that the kind takes by default.
+        norm_before_residual: See `EagleConfig`.
+        target_hidden_size: Numbers in the features of one layer.
+        target_digest: Identifies the target's weights; None where the head does not say.
     """
 
     kind: Literal["eagle", "eagle3"]
@@ -47,9 +51,15 @@ class HeadConfig:
 
 
 def read_head_config(directory: Path, tensors: Iterable[str]) -> HeadConfig:
-    """tensors: their names in the checkpoint.
+    """Read config.json.
 
-    Raises `VocabtrimError` for a head that is not covered, or a config.json that lacks what is needed."""
+    Args:
+        directory: The checkpoint.
+        tensors: The names of its tensors.
+
+    Raises:
+        VocabtrimError: The head is of a form that is not covered, or config.json lacks what is needed.
+    """
     where = directory / "config.json"
     data = read(where)
     inner = data.get("transformer_layer_config")
@@ -65,7 +75,7 @@ def read_head_config(directory: Path, tensors: Iterable[str]) -> HeadConfig:
     layer: LayerConfig = decode(LayerConfig, given, str(where))
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         if getattr(layer, name) == 0:
-            raise VocabtrimError(f"{where}: {name} is 0, which cannot be")
+            raise VocabtrimError(f"{where}: {name} is 0; expected 1 or more")
     if layer.num_attention_heads % (layer.num_key_value_heads or 1):
         raise VocabtrimError(f"{where}: num_attention_heads is no multiple of num_key_value_heads")
     target_hidden = decode(int | None, data.get("target_hidden_size"), f"{where}: target_hidden_size")
@@ -80,8 +90,11 @@ def read_head_config(directory: Path, tensors: Iterable[str]) -> HeadConfig:
 
 
 def _feature_layers(data: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
-    """At the top they are counted as vLLM does: i is what enters layer i. In `eagle_config`, where SpecForge and
-    ModelOpt write them and SGLang reads them, i is what layer i gives."""
+    """The target's layers whose inputs the head reads, or None where config.json names none.
+
+    At the top level config.json counts as vLLM does: i stands for the input of layer i. In `eagle_config`, which
+    SpecForge and ModelOpt write and SGLang reads, i stands for the output of layer i.
+    """
     name = "eagle_aux_hidden_state_layer_ids"
     nested = data.get("eagle_config")
     top: tuple[int, ...] = decode(tuple[int, ...], data.get(name) or [], f"{where}: {name}")

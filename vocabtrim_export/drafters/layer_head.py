@@ -13,12 +13,15 @@ from vocabtrim_export.drafters.base import FeatureHead
 
 
 class LayerHead(FeatureHead):
-    """The layer reads what `fc` makes of the token's embedding and the hidden state, side by side. The features are
-    what the target's LM head reads; the next draft step reads what this head's own LM head reads.
+    """A head around one whole decoder layer, as EAGLE-1, EAGLE-2 and multi-token prediction have it.
 
-    Of the configuration, beside the layer's: head_rows, rows of the LM head; biases, the linear layers that have one
-    which the architecture has not; has_norms, of embedding, hidden state, the layer's input and its output (EAGLE has
-    none of these); hidden_first, the order in front of `fc`.
+    The layer reads what `fc` makes of the token's embedding and the hidden state, side by side. The features are what
+    the target's LM head reads; the next draft step reads what this head's own LM head reads.
+
+    The configuration holds, beside the layer's own: head_rows, the rows of the LM head; biases, the linear layers that
+    have a bias although the architecture has none there; has_norms, whether there are norms of the embedding, of the
+    hidden state, of the layer's input and of its output (EAGLE has none of these); hidden_first, whether the hidden
+    state comes before the embedding in front of `fc`.
     """
 
     layer_class: type[nn.Module]
@@ -56,12 +59,14 @@ class LayerHead(FeatureHead):
 
 
 def layer_head(layer: type[nn.Module], norm: type[nn.Module], rotary: type[nn.Module]) -> type[LayerHead]:
-    """The kind of head with a layer of this class. It counts as code of the layer's module, where tracing finds what
-    it puts stand-ins for."""
+    """Returns the class of heads around a layer of this class.
+
+    The class counts as code of the layer's module, because that is where tracing looks for what it replaces.
+    """
     parts = {"layer_class": layer, "norm_class": norm, "rotary_class": rotary, "__module__": layer.__module__}
     return type(f"{layer.__name__}Head", (LayerHead,), parts)
 
 
 def llama_head() -> type[LayerHead]:
-    """Of EAGLE-1 and EAGLE-2."""
+    """Returns the class of heads of EAGLE-1 and EAGLE-2."""
     return layer_head(LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding)

@@ -23,7 +23,13 @@ _MOST = 64  # heads, and blocks of each: beyond any that exists
 
 
 class MedusaConfig(LlamaConfig):
-    """feature_size: the target's hidden size. head_rows: rows of each head. blocks: of each head, before its rows."""
+    """The configuration of Medusa heads.
+
+    Attributes:
+        feature_size: The target's hidden size.
+        head_rows: Rows of each head.
+        blocks: Residual blocks in front of each head's rows.
+    """
 
     model_type = "medusa"
     feature_size: int = 0
@@ -42,8 +48,10 @@ class _Block(nn.Module):
 
 
 class MedusaHeads(LlamaPreTrainedModel):
-    """Head i, of blocks and a product behind them, predicts the token i + 2 places after the one whose features it
-    reads."""
+    """Medusa heads: from the features of token t, head i predicts token t + i + 2.
+
+    Each head is a few residual blocks and a product.
+    """
 
     config: MedusaConfig
     config_class = MedusaConfig
@@ -58,7 +66,7 @@ class MedusaHeads(LlamaPreTrainedModel):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_output_embeddings(self) -> None:
-        """None: there is more than one."""
+        """Returns None, because there is more than one LM head."""
 
     def forward(self, features: Tensor) -> Tensor:
         """features: [1, S, hidden] → logits [1, heads, S, head_rows]."""
@@ -66,8 +74,15 @@ class MedusaHeads(LlamaPreTrainedModel):
 
 
 def load_medusa(spec: str, target: Source) -> HeadSource:
-    """Load the heads in the directory `spec`, in the dtype of `target`. Raises `VocabtrimError` with what is wrong with
-    them, or why they are not heads of this target."""
+    """Load Medusa heads.
+
+    Args:
+        spec: The directory of the checkpoint.
+        target: The loaded target, whose dtype the heads get.
+
+    Raises:
+        VocabtrimError: The checkpoint is incomplete or of an uncovered form, or its heads are not for this target.
+    """
     directory = Path(spec).expanduser()
     where = str(directory / "config.json")
     data = read(directory / "config.json")

@@ -37,8 +37,13 @@ _UNCOVERED = {"experts": "a mixture of experts", "kv_b_proj": "latent attention"
 
 @dataclass(frozen=True, slots=True)
 class MtpTensors:
-    """The first such layer of a checkpoint. files: the tensors' names there → in `LayerHead`. layers: how many there
-    are. hidden_first: see `LayerHead`."""
+    """The first multi-token-prediction layer of a checkpoint.
+
+    Attributes:
+        files: For each file the names of its tensors and their names in `LayerHead`.
+        layers: How many such layers there are.
+        hidden_first: See `LayerHead`.
+    """
 
     files: Mapping[Path, Mapping[str, str]]
     layers: int
@@ -46,9 +51,10 @@ class MtpTensors:
 
 
 def find_mtp(target: str) -> MtpTensors:
-    """The multi-token-prediction layer in the directory `target`, by the headers of its files.
+    """Find the multi-token-prediction layer in the directory `target`, by the headers of its files.
 
-    Raises `VocabtrimError` where there is none, and for a kind of layer that cannot be exported.
+    Raises:
+        VocabtrimError: There is none, or it is of a kind that cannot be exported.
     """
     directory = Path(target).expanduser()
     if not directory.is_dir():
@@ -71,9 +77,10 @@ def find_mtp(target: str) -> MtpTensors:
 
 
 def load_mtp(found: MtpTensors, target: Source) -> HeadSource:
-    """The layer as the drafter of `target`, whose embedding, LM head and kind of decoder layer it has.
+    """Load the layer as the drafter of `target`, with the target's embedding, LM head and kind of decoder layer.
 
-    Raises `VocabtrimError` where its tensors are not those of such a layer.
+    Raises:
+        VocabtrimError: The tensors are not those of such a layer.
     """
     tensors = read_tensors(found.files)
     embedding, head = own_ends(target)
@@ -102,7 +109,9 @@ def _renamed(style: re.Pattern[str], names: list[str]) -> dict[str, str]:
 
 
 def _config(text: PreTrainedConfig, head_rows: int, hidden_first: bool) -> PreTrainedConfig:
-    """The target's, for one layer: of the type that it states for such layers, or of its last."""
+    """The configuration of the layer: the target's, for one layer of the type that it states for such layers, or of its
+    last.
+    """
     config: Any = copy.deepcopy(text)
     for name in ("layer_types", "mlp_layer_types"):
         if types := getattr(config, name, None):

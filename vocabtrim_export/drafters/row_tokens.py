@@ -9,12 +9,18 @@ from engines.errors import VocabtrimError
 def row_token_ids(
     d2t: NDArray[np.generic] | None, t2d: NDArray[np.generic] | None, rows: int, vocab_size: int, where: str
 ) -> NDArray[np.int64]:
-    """int64[rows]: the token of each row, in any order.
+    """Returns the token of each row of a head: int64[rows], in any order.
 
-    d2t: integers [rows], offsets: row i is token i + d2t[i]. Absolute ids only where `t2d` says that they are such.
-    t2d: [vocab_size], true for the tokens that have a row. Without d2t the rows are these in ascending order, or, for
-    as many rows as tokens, all.
-    Raises `VocabtrimError` where this does not give `rows` different tokens of the vocabulary.
+    Args:
+        d2t: Integers [rows], offsets: row i is token i + d2t[i]. They are absolute ids only where `t2d` shows it.
+        t2d: [vocab_size], true for the tokens that have a row. Without `d2t` the rows are these tokens in ascending
+            order, or, where there are as many rows as tokens, row i is token i.
+        rows: Rows of the LM head.
+        vocab_size: Tokens of the target.
+        where: The checkpoint, for messages.
+
+    Raises:
+        VocabtrimError: This does not give `rows` different tokens of the vocabulary.
     """
     listed = None if t2d is None else _listed(t2d, vocab_size, where)
     if d2t is None:

@@ -32,7 +32,10 @@ NAMES: Mapping[Kind, str] = {
 class HeadSource(Source):
     """A head with its target's tokenizer. The digest covers the head's files and the target's.
 
-    row_token_ids: int64[rows], the token of each row of the LM head. feature_layers: of the target, that it reads.
+    Attributes:
+        kind: The kind of head.
+        row_token_ids: int64[rows], the token of each row of the LM head.
+        feature_layers: The target's layers whose inputs the head reads.
     """
 
     kind: Kind
@@ -40,14 +43,24 @@ class HeadSource(Source):
     feature_layers: tuple[int, ...]
 
     def rows_of(self, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The rows of these tokens, all of which have one."""
+        """Returns the rows of these tokens, int64[n]; every token must have one."""
         order = np.argsort(self.row_token_ids)
         rows: NDArray[np.int64] = order[np.searchsorted(self.row_token_ids, token_ids, sorter=order)]
         return rows
 
 
 def read_tensors(files: Mapping[Path, Mapping[str, str]]) -> dict[str, Tensor]:
-    """Of each .safetensors file the tensors that it maps from their names there to names of ours."""
+    """Read tensors of several .safetensors files.
+
+    Args:
+        files: For each file the names of the tensors to read and our names for them.
+
+    Returns:
+        The tensors by our names.
+
+    Raises:
+        VocabtrimError: A file cannot be read.
+    """
     tensors: dict[str, Tensor] = {}
     for file, names in files.items():
         count_weights(file)
@@ -60,14 +73,22 @@ def read_tensors(files: Mapping[Path, Mapping[str, str]]) -> dict[str, Tensor]:
 
 
 def own_ends(target: Source) -> tuple[Tensor, Tensor]:
-    """The target's embedding and LM head, [vocab, hidden] each: those of a head that has none."""
+    """Returns the target's embedding and LM head, [vocab, hidden] each: a head without its own uses them."""
     embedding: Any = target.model.get_input_embeddings()
     head: Any = target.model.get_output_embeddings()
     return embedding.weight.detach(), head.weight.detach()
 
 
 def weight_files(directory: Path, what: str) -> list[Path]:
-    """The .safetensors files of a head's checkpoint. Raises `VocabtrimError` where there is none. what: it holds."""
+    """Returns the .safetensors files of a head's checkpoint.
+
+    Args:
+        directory: The checkpoint.
+        what: What it holds, for the message.
+
+    Raises:
+        VocabtrimError: There is none.
+    """
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         for pickle in sorted(file for file in directory.iterdir() if file.suffix in PICKLES):
@@ -81,7 +102,18 @@ def weight_files(directory: Path, what: str) -> list[Path]:
 
 
 def assemble(spec: str, kind: Kind, build: Callable[[], Model], tensors: Mapping[str, Tensor], target: Source) -> Model:
-    """What `build` makes, with these tensors, checked against what its configuration says, in the dtype of `target`."""
+    """Build a head's model and give it its tensors.
+
+    Args:
+        spec: The head as the user gave it, for messages.
+        kind: The kind of head.
+        build: Makes the model by its configuration; it runs without memory for weights.
+        tensors: All of the model's tensors by name.
+        target: The target, whose dtype the model gets.
+
+    Raises:
+        VocabtrimError: The configuration describes no such head, or the tensors do not fit it.
+    """
     try:
         with torch.device("meta"):
             model = build()

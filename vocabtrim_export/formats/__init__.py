@@ -1,7 +1,7 @@
-"""Ways out: what an export writes beside its bundles, in the forms of programs that read no bundle.
+"""The formats that an export writes beside its bundles, for programs that do not read bundles.
 
-A format is a module here with `write(exported, directory)`, which fills an empty directory, and a line in `FORMATS`.
-This module stays light: the command line reads its names to answer `--help`.
+A format is a module in this folder with `write(exported, directory)`, which fills an empty directory, and an entry in
+`FORMATS`. This module imports little: the command line reads the names of the formats to answer `--help`.
 """
 
 import importlib
@@ -19,9 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """Where a format is written, and what must be there. needs_target: both models. needs_graph: the graphs of
-    `--format onnx`. has_bf16: its program runs them in bf16 too. drafters: the kinds of drafters that it holds.
-    packages: what must be installed to write it, by the extra of the same name."""
+    """Where a format is written, and what it needs.
+
+    Attributes:
+        module: The module in this folder that writes it.
+        needs_target: It holds both models.
+        needs_graph: It is made of the graphs of `--format onnx`.
+        has_bf16: Its program runs the graphs in bf16, too.
+        drafters: The kinds of drafters that it can hold.
+        packages: Packages that must be installed to write it; the extra of the same name installs them.
+    """
 
     module: str
     needs_target: bool = False
@@ -44,8 +51,18 @@ FORMATS: Mapping[str, Format] = {
 
 
 def check_formats(names: Sequence[str], has_target: bool, is_tensorrt: bool, drafter: str, dtype: str) -> None:
-    """Raise `VocabtrimError` for what cannot be written, before the long work. drafter: its kind. dtype: of the
-    bundles."""
+    """Check, before the long work, that the formats can be written.
+
+    Args:
+        names: The formats.
+        has_target: A target is exported, too.
+        is_tensorrt: The bundles are of `--format trt`.
+        drafter: The drafter's kind.
+        dtype: The bundles' dtype.
+
+    Raises:
+        VocabtrimError: A format is unknown, cannot hold this export, or needs a package that is not installed.
+    """
     for name in names:
         if name not in FORMATS:
             raise VocabtrimError(f"--format {name} is unknown: choose from onnx, trt, {', '.join(FORMATS)}")
@@ -68,9 +85,15 @@ def check_formats(names: Sequence[str], has_target: bool, is_tensorrt: bool, dra
 def write_formats(
     directories: Mapping[str, Path], exported: "Exported", progress: Callable[[str, int, int], None]
 ) -> None:
-    """Fill the empty `directories`, by the formats' names. progress: called with (task, done, total).
+    """Write each format into its empty directory.
 
-    Raises `VocabtrimError` for what a format cannot hold.
+    Args:
+        directories: The directories by the formats' names.
+        exported: The bundles and models.
+        progress: Called with (task, done, total).
+
+    Raises:
+        VocabtrimError: A format cannot hold this export.
     """
     from vocabtrim_export.formats.exported import write_mark
 

@@ -1,4 +1,4 @@
-"""An EAGLE-3 head with fewer rows: its checkpoint in, a checkpoint out that the same runtimes load.
+"""`--format eagle3`: the EAGLE-3 checkpoint with fewer rows, which the same runtimes load.
 
 `d2t` holds offsets: row i of the head is token i + d2t[i] of the target. `t2d` marks the tokens that have a row.
 """
@@ -40,7 +40,11 @@ class Eagle3Head:
 
 
 def read_head(path: Path) -> Eagle3Head:
-    """Read a directory with config.json and .safetensors. Raises `VocabtrimError` for what is no EAGLE-3 head."""
+    """Read a directory with config.json and .safetensors files.
+
+    Raises:
+        VocabtrimError: It is no EAGLE-3 head.
+    """
     files = sorted(path.glob("*.safetensors"))
     if not (path / "config.json").is_file() or not files:
         raise VocabtrimError(f"{path} is no EAGLE-3 head: it needs config.json and .safetensors weights")
@@ -58,7 +62,7 @@ def read_head(path: Path) -> Eagle3Head:
 
 
 def write(exported: Exported, directory: Path) -> None:
-    """The head that was exported, with the rows that its bundle keeps."""
+    """Write the head that was exported, with the rows that its bundle keeps."""
     drafter, target = exported.sources["drafter"], exported.sources["target"]
     vocab = target.vocab_size
     kept = exported.vocab_map or VocabMap.from_ids(range(vocab), vocab)
@@ -67,12 +71,22 @@ def write(exported: Exported, directory: Path) -> None:
 
 
 def write_eagle3(head: Path, vocab_map: VocabMap, directory: Path, target_head: Tensor | None = None) -> VocabMap:
-    """Write the EAGLE-3 checkpoint `head` with only the head rows of `vocab_map` to `directory`, whole or not at all.
+    """Write an EAGLE-3 checkpoint with only the head rows of `vocab_map`, whole or not at all.
 
-    Where the head has a `d2t` already, what is kept is what both keep. target_head: [vocab, hidden], the target's LM
-    head, for a checkpoint without `lm_head.weight`, whose head is the target's. Returns the map that was written.
-    Raises `VocabtrimError` for a map of another vocabulary, a `d2t` that cannot be, and a layout that the runtimes
-    would not load.
+    Where the head has a `d2t` already, the rows are the tokens that both keep.
+
+    Args:
+        head: The checkpoint.
+        vocab_map: The tokens to keep.
+        directory: Where to write it.
+        target_head: [vocab, hidden], the target's LM head, for a checkpoint without `lm_head.weight`, which uses it.
+
+    Returns:
+        The map that was written.
+
+    Raises:
+        VocabtrimError: The map is of another vocabulary, the checkpoint's `d2t` is not valid, or the runtimes would not
+            load the checkpoint's layout.
     """
     with replacing([directory]) as (fresh,):
         return _fill(head, vocab_map, fresh, target_head)

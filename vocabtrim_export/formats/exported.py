@@ -1,4 +1,4 @@
-"""What an export has in hand when the formats beside its bundles are written."""
+"""What an export hands to the formats that are written beside its bundles."""
 
 import json
 import shutil
@@ -17,7 +17,14 @@ _NOT_TOKENIZER = {MANIFEST_NAME, MODEL_NAME, WEIGHTS_NAME, VOCAB_MAP_NAME}
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The bundles that were just written, by role, and the models behind them. vocab_map: None for a full head."""
+    """The bundles that were just written and the models behind them.
+
+    Attributes:
+        bundles: The bundles' directories by role.
+        manifests: Their manifests by role.
+        sources: The models by role.
+        vocab_map: The tokens of the drafter's head; None for a full head.
+    """
 
     bundles: Mapping[Role, Path]
     manifests: Mapping[Role, Manifest]
@@ -26,7 +33,7 @@ class Exported:
 
 
 def write_mark(exported: Exported, directory: Path, name: str) -> None:
-    """Say in a file which format this is and which map it holds; a directory with it may be replaced by an export."""
+    """Write the file that names the format and its map; an export may replace a directory that holds this file."""
     manifest = exported.manifests["drafter"]
     mark = {
         "format": name,
@@ -42,6 +49,6 @@ def write_mark(exported: Exported, directory: Path, name: str) -> None:
 
 
 def copy_tokenizer(exported: Exported, role: Role, directory: Path) -> None:
-    """The tokenizer's files of a bundle, whatever they are called."""
+    """Copy the tokenizer's files of a bundle, whatever their names."""
     for name in sorted(set(exported.manifests[role].files) - _NOT_TOKENIZER):
         shutil.copyfile(exported.bundles[role] / name, directory / name)

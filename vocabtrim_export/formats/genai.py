@@ -15,10 +15,13 @@ _PAST, _PRESENT = f"{PAST}%d.", f"{PRESENT}%d."
 
 
 def write(exported: Exported, directory: Path) -> None:
-    """Both graphs, the tokenizer and `genai_config.json`, whose `model.draft` is the drafter.
+    """Write both graphs, the tokenizer and `genai_config.json`, whose `model.draft` is the drafter.
 
-    GenAI refuses a drafter whose logits are narrower than the target's: a trimmed head's are scattered into a full
-    row. Raises `VocabtrimError` for a drafter with more tokens than its target.
+    GenAI refuses a drafter whose logits are narrower than the target's, so a trimmed head's logits are scattered into a
+    full row.
+
+    Raises:
+        VocabtrimError: The drafter has more tokens than its target.
     """
     check_widths(exported, "genai")
     target = exported.manifests["target"]

@@ -48,7 +48,9 @@ class Trimmed{base}({base}):
 
 
 def write(exported: Exported, directory: Path) -> None:
-    """Weights (unquantised, in the export's dtype), configuration, tokenizer and, for a trimmed head, its class."""
+    """Write the weights (unquantised, in the export's dtype), configuration, tokenizer and, for a trimmed head, its
+    class.
+    """
     source = exported.sources["drafter"]
     if exported.vocab_map is None:
         source.model.save_pretrained(directory)
@@ -74,7 +76,9 @@ def _write_trimmed(source: Source, vocab_map: VocabMap, directory: Path) -> None
 
 
 def _weights(model: torch.nn.Module, vocab_map: VocabMap) -> dict[str, Tensor]:
-    """The state of `model` with the head's rows of `vocab_map`, and the map; a tied embedding keeps all of its rows."""
+    """The state of `model` with only the head's rows of `vocab_map`, and the map; a tied embedding keeps all of its
+    rows.
+    """
     head = model.get_output_embeddings()  # type: ignore[operator]
     prefix = next(name for name, module in model.named_modules() if module is head)
     rows = torch.from_numpy(vocab_map.kept_token_ids.copy())

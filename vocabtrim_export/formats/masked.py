@@ -19,7 +19,11 @@ _OWN_INPUTS = (SEQLENS_K, TOTAL_LENGTH, KEEP)
 
 
 def check_widths(exported: Exported, name: str) -> None:
-    """Raise `VocabtrimError` for a pair whose graphs the format `name` cannot hold."""
+    """Check that the pair's graphs fit a format whose models share one vocabulary.
+
+    Raises:
+        VocabtrimError: The drafter's full head has more tokens than the target.
+    """
     target, drafter = exported.manifests["target"], exported.manifests["drafter"]
     if drafter.head_rows == drafter.vocab_size > target.vocab_size:
         raise VocabtrimError(
@@ -29,12 +33,18 @@ def check_widths(exported: Exported, name: str) -> None:
 
 
 def write_masked(bundle: Path, directory: Path, vocab: int, width: int) -> None:
-    """Write the graph of `bundle`, changed, and a clone of its weights into the empty `directory`.
+    """Write the changed graph of `bundle`, and a clone of its weights.
 
-    Inputs input_ids: int64[1, S], attention_mask: int64[1, past + S], past_key_values.N.key|value as before, and
-    position_ids where the model reads them. Outputs logits: [1, S, width], −inf for every token that a trimmed head
-    has no row for, and present.N.key|value. vocab: tokens of the bundle's model. Where `width`, the target's, is more,
-    an id that only the target has is read as the last one here, for the embedding has no row for it.
+    The graph's inputs are input_ids: int64[1, S]; attention_mask: int64[1, past + S]; past_key_values.N.key|value as
+    before; and position_ids where the model reads them. Its outputs are logits: [1, S, width], −inf for every token
+    that a trimmed head has no row for, and present.N.key|value.
+
+    Args:
+        bundle: A bundle of `--format onnx`.
+        directory: An empty directory.
+        vocab: Tokens of the bundle's model.
+        width: Tokens of the target. Where they are more than `vocab`, an id that only the target has is read as the
+            last one here, because the embedding has no row for it.
     """
     model = onnx.load(bundle / MODEL_NAME, load_external_data=False)
     graph = model.graph
@@ -57,7 +67,7 @@ def write_masked(bundle: Path, directory: Path, vocab: int, width: int) -> None:
 
 
 def _lengths(graph: GraphProto) -> list[NodeProto]:
-    """The lengths that attention reads, from the mask; and all positions of the input for the head."""
+    """Nodes that compute the lengths that attention reads from the mask, and have the head read all positions."""
     _constant(graph, "mask.axis", np.array([1], np.int64))
     return [
         _node("ReduceSum", ["attention_mask", "mask.axis"], "mask.sum", keepdims=0),
@@ -70,7 +80,7 @@ def _lengths(graph: GraphProto) -> list[NodeProto]:
 
 
 def _known_ids(graph: GraphProto, vocab: int) -> list[NodeProto]:
-    """No id of `vocab` or more: a target may have rows that pad its head, or tokens that are not in the drafter."""
+    """Nodes that replace ids of `vocab` or more: the target may pad its head, or have tokens that the drafter lacks."""
     for node in graph.node:
         node.input[:] = ["ids.known" if name == INPUT_IDS else name for name in node.input]
     _constant(graph, "ids.last", np.array(vocab - 1, np.int64))
@@ -78,7 +88,7 @@ def _known_ids(graph: GraphProto, vocab: int) -> list[NodeProto]:
 
 
 def _widen(graph: GraphProto, rows: int, width: int, dtype: int) -> list[NodeProto]:
-    """The logits of `rows` tokens at their places in a row of `width`, −inf elsewhere."""
+    """Nodes that scatter the logits of `rows` tokens into a row of `width`, −inf elsewhere."""
     for node in graph.node:
         for names in (node.input, node.output):
             names[:] = ["logits.kept" if name == LOGITS else name for name in names]

@@ -1,4 +1,4 @@
-"""`--format openvino`: OpenVINO's own files of both models, as OpenVINO GenAI's pipelines open them."""
+"""`--format openvino`: both models in OpenVINO's own files, as OpenVINO GenAI's pipelines open them."""
 
 import json
 import tempfile
@@ -18,11 +18,12 @@ _TOKENIZER_NAMES = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
 
 
 def write(exported: Exported, directory: Path) -> None:
-    """`target` and `drafter`, each a directory with a stateful graph, the tokenizer as graphs, and two config files.
+    """Write `target` and `drafter`: a stateful graph, the tokenizer as graphs, and two config files in each directory.
 
-    Logits of a trimmed head are scattered into a full row, as GenAI's draft models share the target's vocabulary.
-    Raises `VocabtrimError` for a drafter with more tokens than its target, and for attention whose windows or caps
-    would be lost.
+    Logits of a trimmed head are scattered into a full row, because GenAI's draft models share the target's vocabulary.
+
+    Raises:
+        VocabtrimError: The drafter has more tokens than its target, or attention windows or caps would be lost.
     """
     check_widths(exported, "openvino")
     for role, bundle in exported.bundles.items():
@@ -61,9 +62,11 @@ def _write_graph(exported: Exported, role: Role, directory: Path) -> None:
 
 
 def _free_batch(path: Path) -> None:
-    """Of any size, before OpenVINO reads the graph: it would fold the 1 into the shapes that it computes.
+    """Make the batch dimension dynamic, before OpenVINO reads the graph and folds the 1 into the shapes that it
+    computes.
 
-    Models are traced with a batch of 1, which their own code then reshapes to: that 1 becomes what the input has.
+    Models are traced with a batch of 1, and their own code reshapes to it. Those reshapes then take the batch of the
+    input.
     """
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
@@ -85,7 +88,7 @@ def _free_batch(path: Path) -> None:
 
 
 def _write_tokenizer(exported: Exported, directory: Path) -> None:
-    """The target's, which is the drafter's as well."""
+    """Write the target's tokenizer, which is the drafter's as well."""
     import openvino
     from openvino_tokenizers import convert_tokenizer
 

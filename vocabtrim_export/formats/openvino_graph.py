@@ -1,7 +1,7 @@
-"""A masked graph (see `masked`), read by OpenVINO, in the form that OpenVINO GenAI's pipelines rewrite and run.
+"""A masked graph (see `masked`) as an OpenVINO model in the form that OpenVINO GenAI's pipelines rewrite and run.
 
-They want standard attention over a KV cache that is the graph's state, any batch, and positions as an input: what
-`GroupQueryAttention` does inside, which OpenVINO reads and runs, but cannot read back from its own files.
+They want standard attention over a KV cache that is the graph's state, any batch size, and positions as an input.
+OpenVINO reads and runs `GroupQueryAttention`, which does this inside, but cannot read it back from its own files.
 """
 
 from typing import Any
@@ -15,10 +15,13 @@ _ATTENTION = "GroupQueryAttention"
 
 
 def stateful(model: Any) -> Any:
-    """The openvino.Model with attention written out and its cache as state.
+    """Returns the model with attention written out and its KV cache as state.
 
-    Inputs input_ids, attention_mask: int64[batch, length], position_ids: int64[batch, S], beam_idx: int32[batch], whose
-    rows of the state go on. Output logits: float32[batch, S, width]. `model` is used up.
+    Its inputs are input_ids, attention_mask: int64[batch, length]; position_ids: int64[batch, S]; beam_idx:
+    int32[batch], the rows of the state that go on. Its output is logits: float32[batch, S, width].
+
+    Args:
+        model: What OpenVINO read; it is changed in place.
     """
     inputs = {port.get_any_name(): port.get_node() for port in model.inputs}
     caches = [node for name, node in inputs.items() if name.startswith(PAST)]
@@ -37,7 +40,7 @@ def stateful(model: Any) -> Any:
 
 
 class _State:
-    """Attention over the cache as state. written: what puts each layer's keys and values there."""
+    """Attention over a KV cache that is state. written: the nodes that write each layer's keys and values."""
 
     def __init__(self, ids: Any, mask: Any, positions: Any) -> None:
         self.positions = positions
@@ -63,7 +66,9 @@ class _State:
         return opset14.reshape(opset14.transpose(out, _ints(0, 2, 1, 3)), _ints(0, 0, heads * size), True)
 
     def _extended(self, cache: Any, new: Any, kv_heads: int, size: int) -> Any:
-        """The layer's keys or values with the new ones behind: [batch, kv_heads, total, size], empty at first."""
+        """The layer's keys or values with the new ones behind them: [batch, kv_heads, total, size]; the state starts
+        empty.
+        """
         name, dtype = cache.get_any_name(), cache.get_element_type()
         shape = opset14.concat([self.batch, _ints(kv_heads, 0, size)], 0)
         empty = opset14.broadcast(opset14.constant(np.zeros((), dtype.to_dtype())), shape)
@@ -73,7 +78,9 @@ class _State:
         return extended
 
     def _rotated(self, x: Any, tables: Any, size: int) -> Any:
-        """Halves turned by cos and sin of their positions; what lies behind them in a head stays."""
+        """Rotate the first dimensions of each head by the cos and sin of their positions; the dimensions behind them
+        stay.
+        """
         cos, sin = (opset14.unsqueeze(opset14.gather(t, self.positions, _int(0)), _int(1)) for t in tables)
         half = cos.output(0).get_partial_shape()[3].get_length()
         sizes = [half, half] + ([size - 2 * half] if size > 2 * half else [])
@@ -86,16 +93,16 @@ class _State:
 
 
 def _as_float(logits: Any) -> None:
-    """GenAI reads float32, whatever the products are computed in."""
+    """Convert the logits to float32, which GenAI reads, whatever the products are computed in."""
     wide = opset14.convert(logits.input_value(0), "f32")
     logits.input(0).replace_source_output(wide.output(0))
     wide.output(0).get_tensor().set_names({LOGITS})
 
 
 def _seen(ids: Any, mask: Any) -> Any:
-    """bool [batch, 1, S, total]: keys up to a token itself that the mask says are there, and the token's own.
+    """bool[batch, 1, S, total]: the keys that a token sees: those up to itself that the mask keeps, and its own.
 
-    Padding sees itself at least: what it computes from nothing would be NaN, and stay so in sums with a weight of 0.
+    Padding must see at least itself: attention over no keys would be NaN, and NaN stays NaN in sums with a weight of 0.
     """
     total, fed = (opset14.squeeze(_sizes(x, 1), _int(0)) for x in (mask, ids))
     keys = opset14.range(_int(0), total, _int(1), "i64")
@@ -106,7 +113,9 @@ def _seen(ids: Any, mask: Any) -> Any:
 
 
 def _repeated(x: Any, heads: int, kv_heads: int, size: int) -> Any:
-    """[batch, kv_heads, total, size] → [batch, heads, total, size], each as often as its group has heads."""
+    """[batch, kv_heads, total, size] → [batch, heads, total, size]: each key/value head once for every head of its
+    group.
+    """
     if heads == kv_heads:
         return x
     shape = opset14.concat([_sizes(x, 0, 1), _ints(heads // kv_heads), _sizes(x, 2, 3)], 0)
@@ -121,7 +130,7 @@ def _input(name: str, dtype: Any, shape: list[int]) -> Any:
 
 
 def _sizes(x: Any, *axes: int) -> Any:
-    """int64[len(axes)]: sizes of `x`."""
+    """int64[len(axes)]: the sizes of `x` along `axes`."""
     return opset14.gather(opset14.shape_of(x), _ints(*axes), _int(0))
 
 

@@ -11,10 +11,12 @@ MAP_NAME = "hot_token_ids.pt"
 
 
 def write(exported: Exported, directory: Path) -> None:
-    """A list of the kept tokens' absolute ids, ascending, in PyTorch's format, which is the only one SGLang takes.
+    """Write the kept tokens' absolute ids, ascending, in PyTorch's format, the only one that SGLang takes.
 
-    SGLang opens it with `weights_only=True` and cuts the head of an EAGLE-2 drafter by it when it loads.
-    Raises `VocabtrimError` where nothing was trimmed: there is no map.
+    SGLang opens the file with `weights_only=True` and cuts the head of an EAGLE-2 drafter by it when it loads.
+
+    Raises:
+        VocabtrimError: Nothing was trimmed, so there is no map.
     """
     if exported.vocab_map is None:
         raise VocabtrimError("--format sglang-token-map: --k keeps every token, so there is no map: give a smaller --k")

@@ -25,7 +25,7 @@ _TYPES: Mapping[int, str] = {
 
 
 def write(exported: Exported, directory: Path) -> None:
-    """`drafter/1/model.onnx` and, with a target, `target/1/model.onnx`, each with its `config.pbtxt`."""
+    """Write `drafter/1/model.onnx` and, with a target, `target/1/model.onnx`, each with its `config.pbtxt`."""
     for role, bundle in exported.bundles.items():
         place = directory / role
         (place / "1").mkdir(parents=True)
@@ -38,7 +38,11 @@ def write(exported: Exported, directory: Path) -> None:
 
 
 def _config(name: str, graph: onnx.GraphProto, manifest: Manifest) -> str:
-    """Dimensions in full, as `max_batch_size: 0` means; a symbolic one is -1, that of the KV cache its capacity."""
+    """The text of `config.pbtxt`.
+
+    Dimensions are written in full, as `max_batch_size: 0` means; a symbolic one is -1, that of the KV cache its
+    capacity.
+    """
     sizes = {"capacity": manifest.context_length}
     inputs = [_tensor(value, sizes) for value in graph.input if not value.name.startswith(PAST)]
     outputs = [_tensor(value, sizes) for value in graph.output if not value.name.startswith(PRESENT)]
