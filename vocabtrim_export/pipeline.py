@@ -18,9 +18,8 @@ from vocabtrim_export.calibration import Skipped, TokenCounts, skipped_note
 from vocabtrim_export.calibration.counting import CalibrationSettings, count_tokens, read_calibration
 from vocabtrim_export.calibration.moments import head_run, input_moments
 from vocabtrim_export.drafters.base import FeatureHead
-from vocabtrim_export.drafters.eagle_checkpoint import load_head
-from vocabtrim_export.drafters.medusa import MedusaHeads, load_medusa
-from vocabtrim_export.drafters.mtp import find_mtp, load_mtp
+from vocabtrim_export.drafters.kinds import FIND_HEAD
+from vocabtrim_export.drafters.medusa import MedusaHeads
 from vocabtrim_export.drafters.shared_tokens import differing_note, proposable_tokens
 from vocabtrim_export.drafters.source import HeadSource
 from vocabtrim_export.formats import check_formats, write_formats
@@ -194,11 +193,10 @@ def _moments(source: Source, sources: Mapping[Role, Source]) -> dict[str, Tensor
 def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> dict[Role, Source]:
     progress("load", 0, 1)
     if target and (kind := head_kind(drafter)):
-        layer = find_mtp(target) if kind == "mtp" else None
-        load = load_medusa if kind == "medusa" else load_head
+        load_head = FIND_HEAD[kind](drafter, target)
         read = load_source(target, DTYPES[dtype])
         decoder_layers(read.model)  # refuses before the long work
-        head = load_mtp(layer, read) if layer else load(drafter, read)
+        head = load_head(read)
         progress("load", 1, 1)
         return {"drafter": head, "target": read}
     sources: dict[Role, Source] = {"drafter": load_source(drafter, DTYPES[dtype])}

@@ -71,9 +71,7 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Ten
 def head_run(
     head: FeatureHead | MedusaHeads, target: PreTrainedModel, layers: Sequence[int]
 ) -> Callable[[Tensor], None]:
-    """Returns what `input_moments` runs for a head: it reads a text's true rows, then the rows of two draft steps.
-
-    Medusa heads read the target's features alone, and are run once.
+    """Returns what `input_moments` runs for a head: the target reads a text, and the head reads its features.
 
     Args:
         head: The head.
@@ -84,14 +82,6 @@ def head_run(
     def run(piece: Tensor) -> None:
         with layer_inputs(target, layers) as entered:
             target(piece, use_cache=False)
-        hidden = torch.cat(entered(), -1)
-        if isinstance(head, MedusaHeads):
-            head(hidden)
-            return
-        if head.fuse is not None:
-            hidden = head.fuse(hidden)
-        for step in range(1, 3):
-            tokens, hidden = piece[:, step:], hidden[:, :-1]
-            hidden = head(tokens, torch.arange(tokens.shape[1])[None], hidden).hidden_states
+        head.read_text(piece, torch.cat(entered(), -1))
 
     return run

@@ -1,5 +1,6 @@
 """`FeatureHead`: what all heads that read a target's hidden states have in common."""
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import (
@@ -36,3 +37,15 @@ class FeatureHead(LlamaPreTrainedModel):
             logits: [1, S, head_rows]; hidden_states: [1, S, hidden], what the next draft step reads.
         """
         raise NotImplementedError
+
+    def read_text(self, token_ids: Tensor, features: Tensor) -> None:
+        """Read the true rows of a text, then one drafted row after each: what calibration measures the inputs of.
+
+        Args:
+            token_ids: int64[1, n].
+            features: [1, n, features], the target's, of the same text.
+        """
+        hidden = features if self.fuse is None else self.fuse(features)
+        for step in range(1, 3):
+            tokens, hidden = token_ids[:, step:], hidden[:, :-1]
+            hidden = self(tokens, torch.arange(tokens.shape[1])[None], hidden).hidden_states

@@ -72,6 +72,10 @@ class MedusaHeads(LlamaPreTrainedModel):
         """features: [1, S, hidden] → logits [1, heads, S, head_rows]."""
         return torch.stack([head(features) for head in self.heads], 1)
 
+    def read_text(self, _token_ids: Tensor, features: Tensor) -> None:
+        """Read a text by its features, [1, n, hidden]: what calibration measures the inputs of."""
+        self(features)
+
 
 def load_medusa(spec: str, target: Source) -> HeadSource:
     """Load Medusa heads.
