@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle.read import Manifest
-from engines.bundle.vocab_map import VocabMap
+from engines.bundle.vocab_map import HeadTokens, VocabMap
 from engines.errors import VocabtrimError
 from engines.exclusive_use import ExclusiveUse
 from engines.sampling_params import Sampling
@@ -35,7 +35,7 @@ class StepOutput:
 
     @property
     def logits(self) -> NDArray[np.float32]:
-        """float32[keep, head_rows]; column `i` of a trimmed drafter is token `vocab_map.kept_token_ids[i]`.
+        """float32[keep, columns]; column `i` of a trimmed drafter is token `Engine.head_tokens.kept_token_ids[i]`.
 
         Copied from where the engine runs when asked for: greedy decoding never needs them.
         """
@@ -102,6 +102,16 @@ class Engine(ABC):
         self.max_draft: int | None = None
         self.features_given = self.features_read = 0
 
+    @property
+    def head_tokens(self) -> HeadTokens | None:
+        """The token of each column of the logits; None where column `i` is token `i`. Of a drafter with slots it
+        changes with `remember` and `rewind`."""
+        return self.vocab_map
+
+    def remember(self, token_ids: Sequence[int]) -> None:  # noqa: B027
+        """The text goes on with `token_ids`: a drafter with slots can propose them from now on, the latest of them if
+        they are more. Feeds nothing."""
+
     @abstractmethod
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         """Append `token_ids` (at least one) to the cache and predict after the last `keep` of them.
@@ -160,7 +170,8 @@ class Engine(ABC):
         return {}
 
     def rewind(self, length: int) -> None:
-        """Forget everything after the first `length` tokens. Moves no data."""
+        """Forget everything after the first `length` tokens. Moves no data. 0 also empties the slots of a drafter that
+        has some; they hold no more than hints, so any other length keeps them."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
         self.length = length

@@ -38,6 +38,11 @@ def load_engine(
     kind = bundle.manifest.kind
     if device == "cuda" and kind == "medusa":
         raise VocabtrimError(f"{path} holds Medusa heads, which run on the CPU only so far: use device 'cpu'")
+    if device == "cuda" and bundle.manifest.slots:
+        raise VocabtrimError(
+            f"{path} has slots, which run with ONNX Runtime on the CPU only so far: load it with device 'cpu' "
+            "(--drafter-device cpu), or export it without --slots"
+        )
     if profile and kind == "medusa":
         raise VocabtrimError("the operators of Medusa heads are not profiled yet: leave --profile out")
     if device == "cuda" and bundle.manifest.tensorrt is not None:

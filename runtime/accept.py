@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Accepted
-from engines.bundle.vocab_map import NOT_KEPT, VocabMap
+from engines.bundle.vocab_map import NOT_KEPT, HeadTokens
 from engines.errors import VocabtrimError
 from runtime.sampling import sample
 
@@ -35,7 +35,7 @@ def accept_sampled(
     draft: Sequence[int],
     q: Sequence[NDArray[np.float32]],
     p: Callable[[int], NDArray[np.float32]],
-    vocab_map: VocabMap | None,
+    head_tokens: HeadTokens | None,
     rng: np.random.Generator,
 ) -> Accepted:
     """Keep or replace drafted tokens so that what comes out is distributed as the target alone would have it.
@@ -44,7 +44,7 @@ def accept_sampled(
 
     draft: g token ids, token i sampled from q[i].
     q: g times float32[rows], the drafter's distribution over the rows of its head: token `kept_token_ids[row]`, or
-        `row` itself with no `vocab_map`. All other tokens have probability zero.
+        `row` itself with no `head_tokens`. All other tokens have probability zero.
     p: p(i), float32[n], is the target's distribution after i drafted tokens; ids from n on have probability zero.
         A function, as computing it costs most of all here, and no row after the first rejection is needed.
     Raises `VocabtrimError` for a token that q[i] cannot have given, and where the outcome would hang on a number that
@@ -53,7 +53,7 @@ def accept_sampled(
     for i, token in enumerate(draft):
         p_i = p(i)
         p_token = float(p_i[token]) if token < len(p_i) else 0.0
-        row = token if vocab_map is None else int(vocab_map.inverse[token])
+        row = token if head_tokens is None else int(head_tokens.inverse[token])
         q_token = float(q[i][row]) if row != NOT_KEPT else 0.0
         if not (0 < q_token < math.inf and 0 <= p_token < math.inf):  # NaN compares false
             raise VocabtrimError(
@@ -62,23 +62,23 @@ def accept_sampled(
             )
         # q <= p: always accept. q > p: accept with probability p / q.
         if rng.random() * q_token >= p_token:
-            return Accepted(i, sample(residual(p_i, q[i], vocab_map), rng))
+            return Accepted(i, sample(residual(p_i, q[i], head_tokens), rng))
     return Accepted(len(draft), sample(p(len(draft)), rng))
 
 
-def residual(p: NDArray[np.float32], q: NDArray[np.float32], vocab_map: VocabMap | None) -> NDArray[np.float32]:
+def residual(p: NDArray[np.float32], q: NDArray[np.float32], head_tokens: HeadTokens | None) -> NDArray[np.float32]:
     """The positive part of p − q, float32[n], which a rejected token is replaced from. Not normalised.
 
     p: float32[n] over token ids. q: float32[rows] over head rows, as in `accept_sampled`.
     """
     rest = p.copy()
-    if vocab_map is None:
+    if head_tokens is None:
         width = min(len(p), len(q))  # one head may be padded further than the other
         rest[:width] -= q[:width]
     else:
-        kept = vocab_map.kept_token_ids
-        inside = len(kept) if kept[-1] < len(p) else int(kept.searchsorted(len(p)))
-        rest[kept[:inside]] -= q[:inside]
+        kept = head_tokens.kept_token_ids[: len(q)]
+        inside = (kept != NOT_KEPT) & (kept < len(p))
+        rest[kept[inside]] -= q[inside]
     np.maximum(rest, 0, out=rest)
     # Where p equals q, rounding alone rejected, and nothing is left over.
     return rest if rest.any() else p

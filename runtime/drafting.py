@@ -13,6 +13,7 @@ class TokenReader:
 
     def __init__(self, drafter: Engine, vocab_size: int) -> None:
         self.drafter, self.vocab_size = drafter, vocab_size
+        self.remembered = 0  # tokens of the text that the drafter was told of for its slots
 
     def target_fed(self, output: StepOutput, kept: int) -> None:
         """The target made `output`, and `kept` of the tokens fed for it are part of the text."""
@@ -22,6 +23,7 @@ class TokenReader:
 
     def unread(self, sequence: Sequence[int]) -> list[int]:
         """What the drafter has not been fed of the text: at least one token."""
+        self._remember(sequence)
         return self._known(sequence[self.drafter.length :])
 
     def read(self, tokens: list[int]) -> StepOutput:
@@ -34,6 +36,10 @@ class TokenReader:
     def rewind(self, length: int) -> None:
         """Forget drafted tokens. length: tokens of the text that the target has read."""
         self.drafter.rewind(min(self.drafter.length, length))
+
+    def _remember(self, sequence: Sequence[int]) -> None:
+        self.drafter.remember(sequence[self.remembered :])
+        self.remembered = len(sequence)
 
     def _known(self, tokens: Sequence[int]) -> list[int]:
         last = self.drafter.manifest.vocab_size - 1
@@ -68,6 +74,7 @@ class FeatureReader(TokenReader):
             self.held.append(output.features[:kept].copy())  # valid until the target's next call only
 
     def unread(self, sequence: Sequence[int]) -> list[int]:
+        self._remember(sequence)
         return self._known(sequence[self.rows + 1 :])
 
     def read(self, tokens: list[int]) -> StepOutput:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle.manifest import Manifest
-from engines.bundle.vocab_map import NOT_KEPT, VocabMap
+from engines.bundle.vocab_map import NOT_KEPT, HeadTokens
 from engines.generation_rules import GenerationRules
 from engines.sampling_params import SamplingParams
 
@@ -17,8 +17,8 @@ FORBIDDEN = np.float32(-np.inf)
 class Columns:
     """Where token ids stand in a head's logits: float32[width], column i is token i or `kept_token_ids[i]`."""
 
-    def __init__(self, width: int, vocab_map: VocabMap | None = None) -> None:
-        self.width, self._inverse = width, None if vocab_map is None else vocab_map.inverse
+    def __init__(self, width: int, head_tokens: HeadTokens | None = None) -> None:
+        self.width, self._inverse = width, None if head_tokens is None else head_tokens.inverse
 
     def find(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The columns of those of `ids` that the head has, and which these are: bool[len(ids)]."""
@@ -128,7 +128,6 @@ def ruled_rows(
     rows: NDArray[np.float32],
     tokens: Sequence[int],
     rules: LogitRules | None,
-    vocab_map: VocabMap | None = None,
     first: int = 0,
 ) -> NDArray[np.float32]:
     """Rows of logits along a generation, as `rules` leave them.
@@ -137,12 +136,11 @@ def ruled_rows(
         rows: float32[n, width]; row i comes after the prompt and the first `first + i` of `tokens`.
         tokens: What was generated after the prompt that `rules` hold.
         rules: None changes nothing.
-        vocab_map: Of the head that gave `rows`, if it is trimmed.
         first: How many tokens the first row comes after.
     """
     if rules is None:
         return rows
-    columns = Columns(rows.shape[1], vocab_map)
+    columns = Columns(rows.shape[1])
     return np.stack([rules.apply(row, tokens[: first + i], columns) for i, row in enumerate(rows)])
 
 

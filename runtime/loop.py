@@ -229,8 +229,8 @@ class _Loop:
     def draft(self, reader: TokenReader, room: int) -> tuple[list[int], float]:
         """The drafted tokens, and the seconds that the drafter's prefill took if this was its first draft."""
         draft: list[int] = []
-        drafter, unread = reader.drafter, reader.unread(self.sequence)
-        start, is_first = perf_counter(), drafter.length == 0
+        drafter, start = reader.drafter, perf_counter()
+        unread, is_first = reader.unread(self.sequence), drafter.length == 0
         at_once = self.greedy and self.rule.runs_on_device and not is_first and drafter.unrolled == room
         at_once = at_once and not self.length.adapts
         if at_once and (drafted := drafter.draft(unread)) is not None:

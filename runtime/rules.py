@@ -124,7 +124,7 @@ class Sampled:
                 return self.warped(logits[i])
             return self.warped(require_choice(self.rules.apply(logits[i], draft[:i], self.columns)))
 
-        accepted = accept_sampled(draft, q, p, self.head.vocab_map, self.sampling.rng)
+        accepted = accept_sampled(draft, q, p, self.head.tokens, self.sampling.rng)
         if self.rules:
             self.rules.extend([*draft[: accepted.count], accepted.next_token])
         return accepted
@@ -137,17 +137,20 @@ class Sampled:
 class DrafterHead:
     """Which tokens the rows of a drafter's head are.
 
-    Rows of tokens that the target lacks (padding) can never be accepted: `columns` leaves them out.
+    Rows of tokens that the target lacks (padding) can never be accepted: `columns` leaves them out. Slots are filled
+    from the target's text alone.
     """
 
     def __init__(self, drafter: Engine | None, vocab_size: int) -> None:
-        self.vocab_map = drafter.vocab_map if drafter else None
-        kept = self.vocab_map.kept_token_ids if self.vocab_map else None
-        width = vocab_size if kept is None else int(kept.searchsorted(vocab_size))
-        self.columns = Columns(width, self.vocab_map)
+        self.tokens = drafter.head_tokens if drafter else None
+        kept = self.tokens.kept_token_ids if self.tokens else None
+        width = vocab_size
+        if kept is not None:
+            width = int(np.append(np.flatnonzero(kept >= vocab_size), len(kept))[0])
+        self.columns = Columns(width, self.tokens)
 
     def token(self, row: int) -> int:
-        return int(self.vocab_map.kept_token_ids[row]) if self.vocab_map else row
+        return int(self.tokens.kept_token_ids[row]) if self.tokens else row
 
 
 def make_rule(

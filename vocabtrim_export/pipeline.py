@@ -22,7 +22,7 @@ from vocabtrim_export.drafters.kinds import FIND_HEAD
 from vocabtrim_export.drafters.medusa import MedusaHeads
 from vocabtrim_export.drafters.shared_tokens import differing_note, proposable_tokens
 from vocabtrim_export.drafters.source import HeadSource
-from vocabtrim_export.formats import check_formats, write_formats
+from vocabtrim_export.formats import FORMATS, check_formats, write_formats
 from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.generation_rules import rule_notes
 from vocabtrim_export.lowering.graph_files import Progress
@@ -46,6 +46,8 @@ class ExportSettings:
     quantize_drafter: None does as `quantize` says.
     max_length: tokens that the KV caches hold; None: what the models were made for, at most 4,096.
     formats: of `vocabtrim_export.formats`, written beside the bundles.
+    slots: in-context slots of the drafter's head: so many tokens that it lacks can be proposed nevertheless, those that
+    the text had last. As many as the head loses at most; 0 for none.
     """
 
     k: int | Coverage
@@ -55,6 +57,7 @@ class ExportSettings:
     quantize_drafter: Quantization | None = None
     max_length: int | None = None
     formats: tuple[str, ...] = ()
+    slots: int = 0
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     force: bool = False
 
@@ -104,6 +107,7 @@ def export(
     check_k(settings.k)
     kind = head_kind(drafter)
     _check_format(settings, target is not None, kind or "language-model")
+    _check_slots(settings, kind or "language-model")
     if kind:
         _check_head(drafter, target, settings)
     given = read_calibration(settings.calibration.calibration)
@@ -123,6 +127,11 @@ def export(
             skipped.append,
         )
         selection = _select(counts, sources, settings.k, shared.token_ids)
+        if settings.slots and not selection.lost_token_ids.size:
+            raise VocabtrimError(
+                f"--slots {settings.slots} is for tokens that the head lost, and this K keeps all of them: give a "
+                "smaller K, or leave --slots out"
+            )
         with placing([output / name for name in names]) as directories:
             places = dict(zip(roles, directories, strict=False))
             manifests = _write_bundles(places, sources, selection, counts, settings, progress)
@@ -144,6 +153,21 @@ def _check_format(settings: ExportSettings, has_target: bool, kind: Kind) -> Non
         check_buildable(settings.trt, {settings.weights_dtype, settings.quantize, drafters})
     elif "fp8" in (settings.quantize, settings.quantize_drafter):
         raise VocabtrimError("ONNX Runtime has no fp8 products on the CPU: use int8 or int4, or --format trt")
+
+
+def _check_slots(settings: ExportSettings, kind: Kind) -> None:
+    if settings.slots < 0:
+        raise VocabtrimError(f"--slots is {settings.slots}: give the number of slots, or 0 for none")
+    if not settings.slots:
+        return
+    graphs = [name for name in settings.formats if FORMATS[name].needs_graph]
+    if settings.trt is not None or graphs:
+        name = "trt" if settings.trt is not None else graphs[0]
+        raise VocabtrimError(f"--format {name} cannot hold --slots: only bundles of --format onnx can")
+    if kind == "medusa":
+        raise VocabtrimError("Medusa heads cannot have --slots yet: only language models, EAGLE and layer heads can")
+    if settings.weights_dtype == "bf16":
+        raise VocabtrimError("--slots is for the CPU so far, which has no bf16 products: give --dtype fp32 or fp16")
 
 
 def _check_head(drafter: str, target: str | None, settings: ExportSettings) -> None:
@@ -237,4 +261,6 @@ def _plan(
     quantization = settings.quantize_drafter or settings.quantize
     plan = BundlePlan(role, source, settings.weights_dtype, quantization, context, trt=settings.trt)
     vocab_map = None if selection.is_noop else selection.vocab_map
+    lost = selection.lost_token_ids
+    plan = replace(plan, slots=min(settings.slots, len(lost)), lost_token_ids=lost)
     return replace(plan, vocab_map=vocab_map, coverage=selection.coverage, calibration=counts.describe())

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,7 +50,8 @@ class Selection:
     requested_coverage: what K was to reach, if it was given so; only `available` can keep `coverage` below it.
     counted, always_kept, filler: rows seen in the counts that choose; rows of `always_keep`; rows that are neither,
     there only because K asks for them. The first two may overlap.
-    is_noop: every token is kept, nothing is trimmed.
+    is_noop: every token is kept, nothing is trimmed. lost_token_ids: int64[n], ascending, the ids that a larger K would
+    keep.
     """
 
     vocab_map: VocabMap
@@ -60,6 +61,7 @@ class Selection:
     always_kept: int
     filler: int
     is_noop: bool
+    lost_token_ids: NDArray[np.int64] = field(compare=False, repr=False)
 
 
 def select_vocab(
@@ -108,6 +110,7 @@ def select_vocab(
         always_kept=len(always),
         filler=int((~seen[len(always) :]).sum()),
         is_noop=kept_rows == limit,
+        lost_token_ids=np.sort(rank[kept_rows:]),
     )
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from engines.bundle.graph_file import PREFIX, GraphFile, is_plain_name
+from engines.bundle.head_rows import HeadRows
 from engines.bundle.manifest import (
     DRAFT_MODEL_NAME,
     DRAFT_PLAN_NAME,
     FEATURES_NAME,
+    HEAD_ROWS_NAME,
     MANIFEST_NAME,
     MODEL_NAME,
     PLAN_NAME,
@@ -28,7 +30,7 @@ from engines.errors import VocabtrimError
 # what a load reads where it is there: none of them may appear beside the files that the manifest names
 _READ_IF_THERE = (
     *(MODEL_NAME, DRAFT_MODEL_NAME, FEATURES_NAME, PLAN_NAME, DRAFT_PLAN_NAME, VOCAB_MAP_NAME),
-    *(TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME, TEMPLATES_NAME),
+    *(HEAD_ROWS_NAME, TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME, TEMPLATES_NAME),
 )
 
 
@@ -59,6 +61,8 @@ def content_checks(root: Path, manifest: Manifest, thorough: bool) -> list[Check
             checks[f"{name} metadata"] = lambda name=name: _check_metadata(root / name, manifest)  # type: ignore[misc]
     if MODEL_NAME in manifest.files and manifest.vocab_map:
         checks["baked table"] = lambda: _check_table(root, manifest)
+    if manifest.slots:
+        checks["rows for slots"] = lambda: _check_head_rows(root, manifest)
     if MODEL_NAME in manifest.files and thorough:
         checks["head rows"] = lambda: _check_head(root / MODEL_NAME, manifest)
     return _run(checks)
@@ -157,6 +161,11 @@ def _check_table(root: Path, manifest: Manifest) -> None:
     vocab_map = load_map(root, manifest)
     if vocab_map and not np.array_equal(GraphFile.read(root / MODEL_NAME).table(), vocab_map.kept_token_ids):
         raise VocabtrimError(f"the table inside {root / MODEL_NAME} is not {VOCAB_MAP_NAME}: export again")
+
+
+def _check_head_rows(root: Path, manifest: Manifest) -> None:
+    if (vocab_map := load_map(root, manifest)) is not None:
+        HeadRows(root / HEAD_ROWS_NAME, vocab_map, manifest.quantization)
 
 
 def _check_head(path: Path, manifest: Manifest) -> None:

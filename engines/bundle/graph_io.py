@@ -17,8 +17,13 @@ KEEP = "num_logits_to_keep"  # int64[1]: how many of the last positions the LM h
 LOGITS_POSITIONS = "logits_positions"  # int64[keep]: the positions that the LM head reads
 ATTENDED_SLOTS = "attended_slots"  # int64[span], the numbers from 0 on: the slots of the KV cache that are read
 
+# Inputs of drafters with M in-context slots: columns of the logits behind those of the LM head.
+SLOT_WEIGHT = "slot_weight"  # [hidden, M]
+SLOT_BIAS = "slot_bias"  # [M], where the LM head has a bias
+SLOT_TOKEN_IDS = "slot_token_ids"  # int64[M], -1 for an empty slot
+
 # Outputs of every decoder.
-LOGITS = "logits"  # [1, keep, head_rows]
+LOGITS = "logits"  # [1, keep, head_rows], or head_rows + M columns
 TOKEN_IDS = "token_ids"  # int64[1, keep]: the most likely token at each position
 PRESENT = "present."  # the KV cache after the call, by the same ends as under `PAST`
 

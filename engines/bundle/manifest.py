@@ -20,6 +20,7 @@ PLAN_NAME = "model.engine"
 DRAFT_MODEL_NAME = "draft.onnx"
 DRAFT_PLAN_NAME = "draft.engine"
 FEATURES_NAME = "features.onnx"
+HEAD_ROWS_NAME = "head_rows.safetensors"
 
 Role = Literal["target", "drafter"]
 Kind = Literal["language-model", "eagle", "eagle3", "medusa", "mtp"]
@@ -90,6 +91,8 @@ class Manifest:
     of a head those that it reads; the number of all layers stands for the LM head. feature_size: numbers in these for
     one position.
     rules: what the target's generation config does to its logits.
+    slots: columns of a trimmed drafter's logits behind those of `head_rows`, for tokens that its head lacks: they come
+    from `head_rows.safetensors` when the text has them. weight_bytes_per_step and head_bytes include them.
     """
 
     role: Role
@@ -122,6 +125,7 @@ class Manifest:
     feature_layers: tuple[int, ...] = ()
     feature_size: int = 0
     rules: GenerationRules = field(default_factory=GenerationRules)
+    slots: int = 0
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -150,13 +154,21 @@ class Manifest:
         manifest: Manifest = decode(cls, {**_ADDED, **data}, where)
         if not 0 < manifest.head_rows <= manifest.vocab_size <= MAX_VOCAB or not manifest.context_length:
             raise VocabtrimError(f"{where} describes no model: a vocabulary, a head or a context of an impossible size")
+        if manifest.slots > manifest.vocab_size - manifest.head_rows:
+            raise VocabtrimError(f"{where} has more slots than tokens that its head lacks: export the bundle again")
+        if manifest.slots and HEAD_ROWS_NAME not in manifest.files:
+            raise VocabtrimError(f"{where} has slots and names no {HEAD_ROWS_NAME}: export the bundle again")
         return manifest
 
 
 # what manifests of this format had not from the start, as JSON has it
-_ADDED: Mapping[str, Any] = json.loads(
-    json.dumps({"kind": "language-model", "feature_layers": [], "feature_size": 0, "rules": asdict(GenerationRules())})
-)
+_ADDED: Mapping[str, Any] = {
+    "kind": "language-model",
+    "feature_layers": [],
+    "feature_size": 0,
+    "rules": json.loads(json.dumps(asdict(GenerationRules()))),
+    "slots": 0,
+}
 
 
 def _digest(data: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,18 @@ from engines.errors import VocabtrimError
 
 NOT_KEPT = -1
 MAX_VOCAB = 1 << 24  # far beyond any tokenizer; nothing is allocated for more
+
+
+class HeadTokens(Protocol):
+    """Which token each row of an LM head is: a `VocabMap`, or one with rows that change."""
+
+    @property
+    def kept_token_ids(self) -> NDArray[np.int64]:
+        """int64[rows]: the token of each row, `NOT_KEPT` for a row that is none at present."""
+
+    @property
+    def inverse(self) -> NDArray[np.int64]:
+        """int64[full_vocab]: the row of each token, `NOT_KEPT` for one that has none."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Engine, Speculation, StepOutput
+from engines.bundle.vocab_map import HeadTokens
 from engines.sampling_params import Sampling
 from runtime.loop import Round, decode_rounds
 
@@ -77,6 +78,13 @@ class TimedEngine(Engine):
         self.features_given, self.features_read = engine.features_given, engine.features_read
         self.engine, self.use = engine, engine.use
         self.feeds: list[Feed] = []
+
+    @property
+    def head_tokens(self) -> HeadTokens | None:
+        return self.engine.head_tokens
+
+    def remember(self, token_ids: Sequence[int]) -> None:
+        self.engine.remember(token_ids)
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         return self._timed(lambda: self.engine.feed(token_ids, keep), len(token_ids), keep)

@@ -171,33 +171,24 @@ def _points(
         rules = make_logit_rules(params, decoder.target.manifest, prompt)
         rows = ruled_rows(forced_logits(decoder.target, prompt, tokens), tokens, rules)
         drafts = forced_drafts(decoder.target, drafter, prompt, tokens)
-        theirs = ruled_rows(drafts, tokens, rules, drafter.vocab_map, first=1) if len(drafts) else drafts
-        for token, row, their_row in zip(tokens[1:], rows[1:], theirs, strict=True):
+        theirs = ruled_rows(drafts, tokens, rules, first=1) if len(drafts) else drafts
+        for index, (token, row, their_row) in enumerate(zip(tokens[1:], rows[1:], theirs, strict=True)):
             p = distribution(row[None], params)[0]
             drafted = (
                 np.zeros_like(their_row) if np.isneginf(their_row).all() else distribution(their_row[None], params)[0]
             )
-            q = _over_all(drafter, drafted, len(p))
+            q = _resized(drafted, len(p))
             impossible = bool(p[token] == 0 and distribution(row[None], _wider(params))[0][token] == 0)
             uniform = rng.random()
             at = point_of(token, p, q, uniform), point_of(token, p, np.ones_like(p), uniform)
-            yield _Point(at, float(p[~_kept(drafter, len(p))].sum()), impossible)
+            lacking = ~_resized(drafts[index] > -np.inf, len(p))
+            yield _Point(at, float(p[lacking].sum()), impossible)
     raise VocabtrimError("these prompts end after few tokens: give others, or fewer --draws")
 
 
-def _over_all(drafter: Engine, q: NDArray[np.float32], width: int) -> NDArray[np.float32]:
-    """float32[width] over token ids of q, float32[rows] over the drafter's head."""
-    spread = np.zeros(max(width, drafter.manifest.vocab_size), np.float32)
-    spread[: len(q)] = q
-    if drafter.vocab_map is not None:
-        spread[:] = 0
-        spread[drafter.vocab_map.kept_token_ids] = q
-    return spread[:width]
-
-
-def _kept(drafter: Engine, width: int) -> NDArray[np.bool_]:
-    """bool[width]: the tokens that the drafter can propose."""
-    return _over_all(drafter, np.ones(drafter.manifest.head_rows, np.float32), width) > 0
+def _resized(values: NDArray[Any], width: int) -> NDArray[Any]:
+    """The first `width` of `values`, filled up with zeros: one of the two models may lack the last token ids."""
+    return np.pad(values[:width], (0, max(0, width - len(values))))
 
 
 def _wider(params: SamplingParams) -> SamplingParams:

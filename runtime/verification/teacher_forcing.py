@@ -21,19 +21,21 @@ def forced_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) 
 
 
 def forced_drafts(target: Engine, drafter: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
-    """What `drafter` makes of the same text, float32[len(tokens) - 1, head_rows]: row i after i + 1 tokens.
+    """What `drafter` makes of the same text, float32[len(tokens) - 1, vocab_size]: row i after i + 1 tokens.
 
+    Column i is token i; -inf for one that the drafter cannot propose there. Slots hold what the text has had by then.
     A head reads the features of `target`, of at most `max_keep` tokens. Whatever the caches held is forgotten.
     """
-    if not drafter.features_read:
-        return forced_logits(drafter, prompt, tokens)[1:]
+    spread = np.full((len(tokens) - 1, drafter.manifest.vocab_size), -np.inf, np.float32)
     if len(tokens) == 1:
-        return np.zeros((0, drafter.manifest.head_rows), np.float32)
-    target.rewind(0)
-    drafter.rewind(0)
-    fed = [*prompt, *tokens[:-1]]
-    features = target.feed(fed).features[:-1]  # of each token before another
-    return drafter.feed_features(fed[1:], features, keep=len(tokens) - 1).logits.copy()
+        return spread
+    head, at = drafter.head_tokens, 0
+    for rows in _drafter_blocks(target, drafter, prompt, tokens):
+        columns = np.arange(rows.shape[1]) if head is None else head.kept_token_ids
+        is_token = columns >= 0
+        spread[at : at + len(rows), columns[is_token]] = rows[:, is_token]
+        at += len(rows)
+    return spread
 
 
 def stepped_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
@@ -45,6 +47,29 @@ def stepped_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int])
     yield engine.feed(prompt).logits[-1]
     for token in tokens[:-1]:  # nothing is asked after the last one
         yield engine.feed([token]).logits[-1]
+
+
+def _drafter_blocks(
+    target: Engine, drafter: Engine, prompt: Sequence[int], tokens: Sequence[int]
+) -> Iterator[NDArray[np.float32]]:
+    """Rows of the drafter's logits, with what its slots held then until the next block is asked for."""
+    fed, first = [*prompt, *tokens[:-1]], len(prompt)
+    if drafter.features_read:
+        target.rewind(0)
+        features = target.feed(fed).features[:-1].copy()  # of each token before another
+    drafter.rewind(0)
+    one_call = len(tokens) - 1
+    step = 1 if drafter.manifest.slots else one_call if drafter.features_read else min(one_call, drafter.max_keep)
+    begin = 0
+    for end in [*range(first + step, len(fed), step), len(fed)]:
+        drafter.remember(fed[begin:end])
+        keep = end - max(begin, first)
+        if drafter.features_read:
+            output = drafter.feed_features(fed[begin or 1 : end], features[max(begin - 1, 0) : end - 1], keep=keep)
+        else:
+            output = drafter.feed(fed[begin:end], keep=keep)
+        yield output.logits
+        begin = end
 
 
 def _blocks(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:

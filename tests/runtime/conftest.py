@@ -72,7 +72,7 @@ class FakeEngine(Engine):
         rows = [self.logits(self.tokens[: self.length - keep + 1 + i]) for i in range(keep)]
         logits = np.stack(rows)
         chosen = logits.argmax(axis=1)
-        token_ids = chosen if self.vocab_map is None else self.vocab_map.kept_token_ids[chosen]
+        token_ids = chosen if self.head_tokens is None else self.head_tokens.kept_token_ids[chosen]
         self._outputs = [token_ids.astype(np.int64), logits]
         return StepOutput(self._outputs[0], lambda: logits)
 

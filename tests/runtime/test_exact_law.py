@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import runtime.accept
 import runtime.rules
+from engines.bundle.head_rows import HeadRows
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
+from engines.ort.slots import Slots
 from engines.sampling_params import SamplingParams
 from runtime.accept import accept_sampled
 from runtime.loop import decode_rounds
 from runtime.sampling import distribution, sample
+from tests.runtime.conftest import FakeEngine
 
 
 class Enumeration:
@@ -164,6 +168,71 @@ def test_the_law_of_whole_generations_is_the_targets(make_target, make_drafter, 
         rounds = decode_rounds(target, drafter, [0], max_new_tokens=4, draft_length=draft_length, sampling=params)
         tokens = tuple(token for entry in rounds for token in entry.tokens)
         law[tokens] += way.weight
+    p = distribution(mine, params)
+    for tokens, chance in chain(p, 0, 4).items():
+        end = tokens.index(1) + 1 if 1 in tokens else 4
+        expected[tokens[:end]] += chance
+    assert total_variation(law, expected) < 1e-6
+
+
+class SlottedDrafter(FakeEngine):
+    """Keeps `kept` of three tokens, and has slots for the others."""
+
+    def __init__(self, drafter, logits_by_last, rows, count):
+        super().__init__(drafter.manifest, drafter.vocab_map)
+        self.logits_by_last = logits_by_last
+        self.slots = Slots(drafter.vocab_map, rows, (4, count), np.dtype(np.float32))
+
+    @property
+    def head_tokens(self):
+        return self.slots
+
+    def remember(self, token_ids):
+        self.slots.see(token_ids)
+
+    def rewind(self, length):
+        super().rewind(length)
+        if length == 0:
+            self.slots.clear()
+
+    def logits(self, prefix):
+        tokens = self.slots.kept_token_ids
+        return np.where(tokens >= 0, self.logits_by_last[prefix[-1]][tokens], np.float32(-np.inf))
+
+
+@pytest.fixture(scope="session")
+def rows_outside(tmp_path_factory):
+    """rows_outside(kept) → the file of rows of the others."""
+
+    def make(kept):
+        path = tmp_path_factory.mktemp("rows") / "rows.safetensors"
+        lost = np.setdiff1d(np.arange(3), kept)
+        save_file({"token_ids": lost, "weight": np.zeros((len(lost), 4), np.float32)}, path)
+        return HeadRows(path, VocabMap.from_ids(kept, 3), "none")
+
+    return make
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    draft_length=st.integers(1, 3),
+    kept=st.sampled_from([[0], [2], [1, 2]]),
+    count=st.integers(1, 2),
+    params=st.sampled_from([SamplingParams(1.0), SamplingParams(0.5, top_k=2), SamplingParams(2.0, top_p=0.8)]),
+)
+def test_the_law_with_slots_is_the_targets(
+    make_target, make_drafter, rows_outside, seed, draft_length, kept, count, params
+):
+    """The drafter's columns change with the text: q is over those that there were when the token was drafted."""
+    rng = np.random.default_rng(seed)
+    mine, its = (2 * rng.standard_normal((3, 3)).astype(np.float32) for _ in range(2))
+    target = bare(make_target(rows=3), mine, None)
+    drafter = SlottedDrafter(make_drafter(kept, rows=3), its, rows_outside(kept), count)
+    law, expected = defaultdict(float), defaultdict(float)
+    for way in every_way():
+        rounds = decode_rounds(target, drafter, [0], max_new_tokens=4, draft_length=draft_length, sampling=params)
+        law[tuple(token for entry in rounds for token in entry.tokens)] += way.weight
     p = distribution(mine, params)
     for tokens, chance in chain(p, 0, 4).items():
         end = tokens.index(1) + 1 if 1 in tokens else 4

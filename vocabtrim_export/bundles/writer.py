@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.bundle.checks import graph_metadata
@@ -19,6 +20,7 @@ from engines.bundle.graph_file import HEAD_TENSORS, GraphFile
 from engines.bundle.graph_io import TOKEN_TABLE
 from engines.bundle.read import (
     FEATURES_NAME,
+    HEAD_ROWS_NAME,
     MANIFEST_NAME,
     MODEL_NAME,
     VOCAB_MAP_NAME,
@@ -37,7 +39,7 @@ from vocabtrim_export.generation_rules import generation_rules
 from vocabtrim_export.lowering.graph_files import Progress, clone_file, save_graph, save_like, save_small, stamp_graph
 from vocabtrim_export.lowering.lowered import Lowered
 from vocabtrim_export.lowering.medusa import lower_medusa
-from vocabtrim_export.lowering.pipeline import Weights, lower, lower_features
+from vocabtrim_export.lowering.pipeline import Weights, lower, lower_features, lower_slot_rows
 from vocabtrim_export.lowering.quantize import Quantization
 from vocabtrim_export.sources.source import DTYPES, Source
 from vocabtrim_export.tracing.trace import Traced
@@ -56,7 +58,8 @@ class BundlePlan:
 
     vocab_map: None for a full head; coverage, calibration: how the map came about. moments: see `input_moments`.
     trt: how to build TensorRT plans; None makes a bundle for ONNX Runtime.
-    features_given: layers of a target whose inputs a head reads.
+    features_given: layers of a target whose inputs a head reads. slots: in-context slots of a trimmed head;
+    lost_token_ids: int64[n], ascending, the tokens that may enter them.
     """
 
     role: Role
@@ -70,19 +73,22 @@ class BundlePlan:
     moments: Mapping[str, Tensor] | None = None
     trt: TensorRTSettings | None = None
     features_given: tuple[int, ...] = ()
+    slots: int = 0
+    lost_token_ids: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def head_rows(self) -> NDArray[np.int64] | None:
         """int64[K], the rows of the model's LM head that the bundle keeps; None for all."""
-        if self.vocab_map is None:
-            return None
-        kept = self.vocab_map.kept_token_ids
-        return self.source.rows_of(kept) if isinstance(self.source, HeadSource) else kept.copy()
+        return None if self.vocab_map is None else self.rows_of(self.vocab_map.kept_token_ids)
 
     @property
     def weights(self) -> Weights:
-        rows = torch.from_numpy(self.head_rows) if isinstance(self.source, HeadSource) and self.vocab_map else None
-        return Weights(DTYPES[self.dtype], self.quantization, self.vocab_map, self.moments, rows)
+        rows = None if self.head_rows is None else torch.from_numpy(self.head_rows)
+        return Weights(DTYPES[self.dtype], self.quantization, self.vocab_map, self.moments, rows, self.slots)
+
+    def rows_of(self, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of these tokens in the model's LM head, int64[n] both."""
+        return self.source.rows_of(token_ids) if isinstance(self.source, HeadSource) else token_ids.copy()
 
 
 def write_bundle(
@@ -97,6 +103,8 @@ def write_bundle(
     _save_tokenizer(plan.source, directory)
     if plan.vocab_map is not None:
         (directory / VOCAB_MAP_NAME).write_bytes(plan.vocab_map.to_bytes())
+    if plan.slots and traced is not None:
+        _save_head_rows(directory, traced, plan)
     graph = GraphFile.read(directory / MODEL_NAME)
     names = list(lowered.head_tensors)
     manifest = replace(_manifest(plan, lowered), head=graph.digest(names), tensorrt=tensorrt)
@@ -133,6 +141,13 @@ def _write_graphs(
         else:
             save_small(lower_features(model.fuse, weights), directory / FEATURES_NAME)
     return lowered, None
+
+
+def _save_head_rows(directory: Path, traced: Traced, plan: BundlePlan) -> None:
+    """The rows of the tokens that the trimmed head lacks, in their order, and these tokens."""
+    parts = lower_slot_rows(traced, plan.weights, torch.from_numpy(plan.rows_of(plan.lost_token_ids)))
+    tensors = {name: weight.load().contiguous() for name, weight in parts.items()}
+    save_file({"token_ids": torch.from_numpy(plan.lost_token_ids.copy()), **tensors}, directory / HEAD_ROWS_NAME)
 
 
 def _save_tokenizer(source: Source, directory: Path) -> None:
@@ -176,6 +191,7 @@ def _manifest(plan: BundlePlan, lowered: Lowered) -> Manifest:
         coverage=plan.coverage,
         calibration=plan.calibration,
         rules=generation_rules(source.model.generation_config) if plan.role == "target" else GenerationRules(),
+        slots=plan.slots,
         **_features(plan),
     )
 

@@ -40,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "share of held-out tokens",
     )
     parser.add_argument(
+        "--slots",
+        type=int,
+        default=0,
+        metavar="M",
+        help="in-context slots of the drafter's head: it can also propose the last M distinct tokens of the text that "
+        "are not among the K (default: 0; CPU)",
+    )
+    parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="gets DIR/drafter, DIR/target and DIR/FORMAT"
     )
     add_format_argument(parser)
@@ -75,6 +83,7 @@ def run(options: argparse.Namespace) -> None:
         quantize_drafter=options.quantize_drafter,
         max_length=options.max_length,
         formats=other_formats(options),
+        slots=options.slots,
         calibration=calibration_settings(options),
         force=options.force,
     )
@@ -110,7 +119,7 @@ def summary(result: "ExportResult") -> dict[str, object]:
 def text(result: "ExportResult") -> str:
     selection, drafter, target = result.selection, result.drafter_manifest, result.target_manifest
     lines = [
-        kept(selection),
+        kept(selection) + (f", and {drafter.slots} slots" if drafter.slots else ""),
         f"drafter  {result.drafter}: {drafter.weight_bytes_per_step / 1e6:.1f} MB a step, "
         f"head {drafter.head_bytes / 1e6:.1f} MB",
     ]

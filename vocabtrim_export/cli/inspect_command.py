@@ -179,6 +179,7 @@ def _facts(manifest: "Manifest") -> dict[str, str]:
         "quantization": manifest.quantization,
         "head rows": f"{manifest.head_rows:,} of {manifest.vocab_size:,} ({share})",
         "kept tokens": f"map {manifest.vocab_map[:12]}" if manifest.vocab_map else "all",
+        "slots": f"{manifest.slots} for tokens of the text that are not kept" if manifest.slots else "none",
         "coverage": "unknown" if manifest.coverage is None else f"{manifest.coverage:.2%} of held-out tokens",
         "context length": f"{manifest.context_length:,} tokens",
         "weights per step": f"{manifest.weight_bytes_per_step:,} bytes, of the head {manifest.head_bytes:,}",

@@ -7,7 +7,7 @@ import sys
 from engines.errors import VocabtrimError
 from vocabtrim_export.cli.console import progress_reporter
 
-_NOT_FOR_ONNX = ("target", "dtype", "quantize_drafter", "max_length")
+_NOT_FOR_ONNX = ("target", "dtype", "quantize_drafter", "max_length", "slots")
 
 
 def run_onnx(options: argparse.Namespace) -> None:

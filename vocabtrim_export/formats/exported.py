@@ -6,13 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.bundle.manifest import MANIFEST_NAME, MODEL_NAME, VOCAB_MAP_NAME, WEIGHTS_NAME, Manifest, Role
+from engines.bundle.manifest import (
+    HEAD_ROWS_NAME,
+    MANIFEST_NAME,
+    MODEL_NAME,
+    VOCAB_MAP_NAME,
+    WEIGHTS_NAME,
+    Manifest,
+    Role,
+)
 from engines.bundle.vocab_map import VocabMap
 from vocabtrim_export.bundles.output import FORMAT_MARK
 from vocabtrim_export.sources.source import Source
 from vocabtrim_export.version import __version__
 
-_NOT_TOKENIZER = {MANIFEST_NAME, MODEL_NAME, WEIGHTS_NAME, VOCAB_MAP_NAME}
+_NOT_TOKENIZER = {HEAD_ROWS_NAME, MANIFEST_NAME, MODEL_NAME, WEIGHTS_NAME, VOCAB_MAP_NAME}
 
 
 @dataclass(frozen=True, slots=True)

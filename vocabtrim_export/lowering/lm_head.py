@@ -49,12 +49,16 @@ def trim_head(decoder: DecoderGraph, rows: Tensor) -> None:
             head.replace_input_with(index, decoder.add_weight(f"{name}.kept", decoder.weights[name].rows(rows)))
 
 
-def bake_token_ids(decoder: DecoderGraph, vocab_map: VocabMap | None) -> None:
+def bake_token_ids(decoder: DecoderGraph, vocab_map: VocabMap | None, slots: ir.Value | None = None) -> None:
     """Add the output token_ids: int64[1, keep]: ArgMax of the logits (the first of equals), then, for a trimmed
-    head, Gather from the table of kept token ids. Runs first of the outputs' edits: logits is output 0."""
+    head, Gather from the table of kept token ids. Runs first of the outputs' edits: logits is output 0.
+
+    slots: int64[M], the token ids of as many more columns of the logits; None where there are none."""
     logits = decoder.graph.outputs[0]
-    vocab = len(vocab_map) if vocab_map else int(logits.shape[-1])  # type: ignore[index, arg-type]
-    logits.shape = ir.Shape([1, "keep", vocab])
+    columns = len(vocab_map) if vocab_map else int(logits.shape[-1])  # type: ignore[index, arg-type]
+    if slots is not None and slots.shape is not None:
+        columns += int(slots.shape[0])  # type: ignore[arg-type]
+    logits.shape = ir.Shape([1, "keep", columns])
     compared = logits
     if decoder.dtype is torch.bfloat16:  # which ONNX Runtime's CUDA has no ArgMax for; a cast to float changes no order
         cast = ir.node("Cast", [logits], {"to": ir.DataType.FLOAT})
@@ -64,6 +68,10 @@ def bake_token_ids(decoder: DecoderGraph, vocab_map: VocabMap | None) -> None:
     decoder.graph.append(top)
     if vocab_map is not None:
         table = decoder.initializer("kept_token_ids", ir.Tensor(vocab_map.kept_token_ids, name="kept_token_ids"))
+        if slots is not None:
+            tables = ir.node("Concat", [table, slots], {"axis": 0})
+            decoder.graph.append(tables)
+            table = tables.outputs[0]
         top = ir.node("Gather", [table, top.outputs[0]])
         decoder.graph.append(top)
     decoder.output(top.outputs[0], "token_ids", ir.DataType.INT64, [1, "keep"])

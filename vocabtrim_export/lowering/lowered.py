@@ -1,10 +1,11 @@
 """`Lowered`: a finished graph, and what one decode step of it reads."""
 
+import math
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from engines.bundle.graph_io import PAST
+from engines.bundle.graph_io import PAST, SLOT_WEIGHT
 from engines.errors import VocabtrimError
 from vocabtrim_export.lowering.graph import DecoderGraph
 
@@ -14,7 +15,8 @@ _TABLES = {"Gather": (0,), "GroupQueryAttention": (7, 8), "RotaryEmbedding": (1,
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """A finished model, and the bytes of weights that one decode step reads: in all, and of the head alone.
+    """A finished model, and the bytes of weights that one decode step reads: in all, and of the head alone, its slots
+    included.
 
     head_tensors: the initializers that the head reads.
     """
@@ -33,10 +35,12 @@ class Lowered:
         """head_weights: the initializers that the head reads."""
         caches = [value for value in decoder.graph.inputs if str(value.name).startswith(PAST)]
         heads, head_dim = _cache_form(caches)
+        slots = sum(math.prod(_dims(value)) for value in decoder.graph.inputs if value.name == SLOT_WEIGHT)
+        slot_bytes = slots * decoder.dtype.itemsize
         return cls(
             decoder.model,
-            weight_bytes_per_step=_bytes_per_step(decoder.graph),
-            head_bytes=sum(_size(decoder.graph.initializers[name]) for name in head_weights),
+            weight_bytes_per_step=_bytes_per_step(decoder.graph) + slot_bytes,
+            head_bytes=sum(_size(decoder.graph.initializers[name]) for name in head_weights) + slot_bytes,
             kv_bytes_per_token=len(caches) * heads * head_dim * decoder.dtype.itemsize,
             num_layers=len(caches) // 2,
             num_kv_heads=heads,

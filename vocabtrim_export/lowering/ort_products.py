@@ -38,14 +38,20 @@ def lower_products(decoder: DecoderGraph, quantization: Quantization) -> list[st
     return head_weights
 
 
-def _quantized_product(decoder: DecoderGraph, x: ir.Value, name: str, dense: Weight, bits: int) -> ir.Node:
+def quantized_parts(dense: Weight, bits: int) -> dict[str, Weight]:
+    """`dense`, [out, in], as `Blocks` has it: quantized, scales and zero_points. Computed when they are written:
+    graphs that share this weight need not."""
     rows, count = dense.shape[0], -(-dense.shape[1] // BLOCK)
     compute = cache(lambda: quantize_blocks(dense.load(), bits, dense.moments if bits == 4 else None))
-    parts = {  # computed when they are written: graphs that share this weight need not
+    return {
         "quantized": Weight((rows, count, BLOCK * bits // 8), torch.uint8, lambda: compute().packed),
         "scales": Weight((rows, count), dense.dtype, lambda: compute().scales),
         "zero_points": Weight((rows, -(-count * bits // 8)), torch.uint8, lambda: compute().zero_points),
     }
+
+
+def _quantized_product(decoder: DecoderGraph, x: ir.Value, name: str, dense: Weight, bits: int) -> ir.Node:
+    parts = quantized_parts(dense, bits)
     inputs = [decoder.add_weight(f"{name}.{part}", weight) for part, weight in parts.items()]
     options = {"K": dense.shape[1], "N": dense.shape[0], "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
     return ir.node("MatMulNBits", [x, *inputs], options, domain=CONTRIB)

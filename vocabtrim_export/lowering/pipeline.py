@@ -22,6 +22,7 @@ from vocabtrim_export.lowering.nodes import name_nodes
 from vocabtrim_export.lowering.ort_operators import CONTRIB, lower_attention, lower_norms
 from vocabtrim_export.lowering.ort_products import lower_products
 from vocabtrim_export.lowering.quantize import HEAD, Quantization
+from vocabtrim_export.lowering.slots import add_slots, slot_weights
 from vocabtrim_export.lowering.standard_operators import STANDARD_OPSET, CacheForm, standard_attention, standard_norms
 from vocabtrim_export.lowering.standard_products import standard_products
 from vocabtrim_export.lowering.tidy import pack_projections, tidy
@@ -37,7 +38,7 @@ class Weights:
 
     vocab_map: the tokens of the head's rows, None for all. head_rows: int64[K], the model's rows for these tokens; None
     where a token's row is its id. moments: of the linear layers' inputs, as `input_moments` measures them; int4 is
-    better with them.
+    better with them. slots: in-context slots of a trimmed head (see `add_slots`), 0 for none.
     """
 
     dtype: torch.dtype
@@ -45,6 +46,7 @@ class Weights:
     vocab_map: VocabMap | None = None
     moments: Mapping[str, Tensor] | None = None
     head_rows: Tensor | None = None
+    slots: int = 0
 
 
 def lower(traced: Traced, weights: Weights) -> Lowered:
@@ -61,6 +63,11 @@ def lower(traced: Traced, weights: Weights) -> Lowered:
         node.metadata_props.clear()  # the lines that traced it, with the paths of this machine
     decoder.graph.opset_imports.update({"": OPSET, CONTRIB: 1})
     return Lowered.of(decoder, head_weights)
+
+
+def lower_slot_rows(traced: Traced, weights: Weights, rows: Tensor) -> dict[str, Weight]:
+    """The head's rows that may enter slots, int64[n]; see `slot_weights`. `traced` stays as it was."""
+    return slot_weights(_start(traced, weights), weights.quantization, rows)
 
 
 def lower_features(linear: nn.Linear, weights: Weights) -> ir.Model:
@@ -121,10 +128,12 @@ def _start(traced: Traced, weights: Weights) -> DecoderGraph:
 
 
 def _finish_head(decoder: DecoderGraph, weights: Weights) -> None:
+    slots = None
     if weights.vocab_map is not None:
+        slots = add_slots(decoder, weights.slots) if weights.slots else None
         rows = torch.from_numpy(weights.vocab_map.kept_token_ids.copy())
         trim_head(decoder, rows if weights.head_rows is None else weights.head_rows)
-    bake_token_ids(decoder, weights.vocab_map)
+    bake_token_ids(decoder, weights.vocab_map, slots)
 
 
 def _finish_standard(

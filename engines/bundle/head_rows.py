@@ -1,0 +1,98 @@
+"""`HeadRows`: the rows that a trimmed head lacks, in a file that is mapped into memory and read row by row."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from engines.bundle.typed_json import brief
+from engines.bundle.vocab_map import NOT_KEPT, VocabMap
+from engines.errors import VocabtrimError
+
+_BLOCK = 32
+_BITS = {"int8": 8, "int4": 4}
+
+
+class HeadRows:
+    """The rows of an LM head for the tokens that are not in `vocab_map`.
+
+    index: int64[full_vocab], token id → row of the file, `NOT_KEPT` for a token that has none here.
+    has_bias: each row has one.
+    """
+
+    def __init__(self, path: Path, vocab_map: VocabMap, quantization: str) -> None:
+        """Raises `VocabtrimError` where the file does not hold rows of this quantisation for tokens outside the map."""
+        self._bits = _BITS.get(quantization)
+        try:
+            file: Any = safe_open(path, framework="numpy")  # mapped into memory, and read by `read`
+            names = set(file.keys())
+            token_ids = file.get_tensor("token_ids")
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise VocabtrimError(f"{path} is not a file of head rows ({brief(error)})") from error
+        self.has_bias = "bias" in names
+        parts = ("weight",) if self._bits is None else ("quantized", "scales", "zero_points")
+        if names != {"token_ids", *parts, *(["bias"] if self.has_bias else [])}:
+            raise VocabtrimError(f"{path} does not hold the rows of a head that is {quantization}: export again")
+        self._parts = {name: file.get_slice(name) for name in names - {"token_ids"}}
+        self.index = _index(token_ids, vocab_map, path)
+        self._size = self._check_shapes(len(token_ids), path)
+
+    def holds(self, hidden: int) -> bool:
+        """Whether the rows are those of a model with this hidden size."""
+        return self._size == hidden if self._bits is None else 0 <= self._size - hidden < _BLOCK
+
+    def read(self, token_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The weights float32[n, size] and the biases float32[n], zeros where there are none, of tokens with a row.
+
+        Quantised weights are what a product of the head multiplies with, (q - zero point) · scale; their last block
+        is filled up.
+        """
+        rows = self.index[token_ids].tolist()
+        read = {name: np.stack([part[row] for row in rows]) for name, part in self._parts.items()}
+        bias = read["bias"].astype(np.float32) if self.has_bias else np.zeros(len(rows), np.float32)
+        if self._bits is None:
+            return read["weight"].astype(np.float32, copy=False), bias
+        scales = read["scales"].astype(np.float32)
+        values, zeros = read["quantized"], read["zero_points"]
+        if self._bits == 4:
+            values, zeros = _nibbles(values), _nibbles(zeros)
+        zeros = zeros[:, : scales.shape[1], None].astype(np.float32)
+        weights = (values.astype(np.float32) - zeros) * scales[:, :, None]
+        return weights.reshape(len(rows), -1), bias
+
+    def _check_shapes(self, rows: int, path: Path) -> int:
+        """Returns the numbers in a row."""
+        shapes = {name: tuple(part.get_shape()) for name, part in self._parts.items()}
+        dtypes = {name: part.get_dtype() for name, part in self._parts.items()}
+        count = shapes.get("scales", (0, 0))[-1]
+        bits = self._bits or 0
+        wanted: dict[str, tuple[int, ...]] = {
+            "weight": (rows, shapes.get("weight", (0, 0))[-1]),
+            "quantized": (rows, count, _BLOCK * bits // 8),
+            "scales": (rows, count),
+            "zero_points": (rows, -(-count * bits // 8)),
+            "bias": (rows,),
+        }
+        bytes_of = {"quantized", "zero_points"}
+        for name, shape in shapes.items():
+            if shape != wanted[name] or dtypes[name] not in (("U8",) if name in bytes_of else ("F32", "F16")):
+                raise VocabtrimError(f"{path}: {name} is {dtypes[name]}{list(shape)}, which no head has: export again")
+        return wanted["weight"][1] if self._bits is None else count * _BLOCK
+
+
+def _index(token_ids: NDArray[Any], vocab_map: VocabMap, path: Path) -> NDArray[np.int64]:
+    index = np.full(vocab_map.full_vocab, NOT_KEPT, np.int64)
+    is_list = token_ids.ndim == 1 and token_ids.dtype == np.int64
+    if not is_list or np.any(token_ids < 0) or np.any(token_ids >= vocab_map.full_vocab):
+        raise VocabtrimError(f"{path} names tokens outside the vocabulary: export again")
+    index[token_ids] = np.arange(len(token_ids))
+    if np.count_nonzero(index != NOT_KEPT) != len(token_ids) or np.any(index[vocab_map.kept_token_ids] != NOT_KEPT):
+        raise VocabtrimError(f"{path} has a row twice, or one that the head keeps: export again")
+    return index
+
+
+def _nibbles(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Two 4-bit values of each byte, the low one first, along the last axis."""
+    return np.stack([values & 15, values >> 4], -1).reshape(*values.shape[:-1], -1)

@@ -1,0 +1,76 @@
+"""`Slots`: which tokens stand in the in-context slots of a drafter's head."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.bundle.graph_io import SLOT_BIAS, SLOT_TOKEN_IDS, SLOT_WEIGHT
+from engines.bundle.head_rows import HeadRows
+from engines.bundle.vocab_map import NOT_KEPT, VocabMap
+
+
+class Slots:
+    """Columns of a head for tokens that it lacks. The least recently seen token leaves.
+
+    kept_token_ids: int64[K + M], the token of each column of the logits, `NOT_KEPT` for an empty slot. inverse:
+    int64[full_vocab], the column of each token, `NOT_KEPT` for one that has none. Both change as the slots do.
+    inputs: what the graph reads, by name; a session that is bound to these arrays sees every change.
+    """
+
+    def __init__(
+        self, vocab_map: VocabMap, rows: HeadRows, shape: tuple[int, int], dtype: np.dtype[np.generic]
+    ) -> None:
+        """shape, dtype: of the graph's slot_weight, [hidden, M]."""
+        count = shape[1]
+        self._rows, self._count, self._kept = rows, count, len(vocab_map)
+        self.kept_token_ids = np.concatenate([vocab_map.kept_token_ids, np.full(count, NOT_KEPT, np.int64)])
+        self.inverse = vocab_map.inverse.copy()
+        self._weight, self._bias = np.zeros(shape, dtype), np.zeros(count, dtype)
+        self._token_ids = self.kept_token_ids[self._kept :]
+        self._slot_of: dict[int, int] = {}  # token → slot, the least recently seen first
+
+    @property
+    def inputs(self) -> Mapping[str, NDArray[np.generic]]:
+        bias = {SLOT_BIAS: self._bias} if self._rows.has_bias else {}
+        return {SLOT_WEIGHT: self._weight, SLOT_TOKEN_IDS: self._token_ids, **bias}
+
+    def clear(self) -> None:
+        """Empty all slots."""
+        self.inverse[list(self._slot_of)] = NOT_KEPT
+        self._token_ids.fill(NOT_KEPT)
+        self._slot_of.clear()
+
+    def see(self, token_ids: Sequence[int]) -> None:
+        """Give a slot to those of these tokens, in the order of the text, that the head lacks.
+
+        Only the last M distinct ones are read from the file, whatever the length of the text.
+        """
+        ids = np.asarray(token_ids, np.int64)
+        ids = ids[ids < len(self.inverse)]
+        ids = ids[self._rows.index[ids] != NOT_KEPT]
+        latest = list(dict.fromkeys(reversed(ids.tolist())))[: self._count][::-1]
+        staying = {token: self._slot_of.pop(token) for token in latest if token in self._slot_of}
+        entering = [token for token in latest if token not in staying]
+        slots = self._free(len(entering), used=len(staying))
+        staying |= zip(entering, slots, strict=True)
+        self._slot_of |= {token: staying[token] for token in latest}
+        if entering:
+            self._write(np.array(entering), np.array(slots))
+
+    def _free(self, count: int, used: int) -> list[int]:
+        """`count` slots, made free where none is. used: slots that are not in `_slot_of` just now."""
+        taken = len(self._slot_of) + used
+        slots = list(range(taken, min(taken + count, self._count)))  # they are first taken in order
+        while len(slots) < count:
+            oldest = next(iter(self._slot_of))
+            slots.append(self._slot_of.pop(oldest))
+            self.inverse[oldest] = NOT_KEPT
+        return slots
+
+    def _write(self, token_ids: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
+        weights, biases = self._rows.read(token_ids)
+        self._weight[:, slots] = weights.T[: len(self._weight)]
+        self._bias[slots] = biases
+        self._token_ids[slots] = token_ids
+        self.inverse[token_ids] = self._kept + slots

@@ -1,0 +1,98 @@
+"""In-context slots: columns of the LM head that are inputs of the graph, for tokens that the trimmed head lacks."""
+
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor
+
+from engines.bundle.graph_io import SLOT_BIAS, SLOT_TOKEN_IDS, SLOT_WEIGHT
+from engines.errors import VocabtrimError
+from vocabtrim_export.lowering.graph import DecoderGraph, name_of
+from vocabtrim_export.lowering.nodes import Nodes
+from vocabtrim_export.lowering.ort_products import quantized_parts
+from vocabtrim_export.lowering.quantize import BITS, Quantization
+from vocabtrim_export.lowering.weights import Weight
+
+_BEHIND_A_HEAD = {"Add", "Cast", "Div", "Mul", "Sub", "Tanh"}  # element by element
+
+
+def add_slots(decoder: DecoderGraph, slots: int) -> ir.Value:
+    """Give the logits `slots` more columns behind those of the head.
+
+    Adds the inputs slot_weight: [hidden, slots] in the compute dtype, slot_token_ids: int64[slots], -1 where a slot is
+    empty, and slot_bias: [slots] where the head has a bias. The logits of slots are computed as the head's, and those
+    of empty ones are -inf.
+
+    Returns:
+        slot_token_ids.
+
+    Raises:
+        VocabtrimError: The model computes something behind its head that is not element by element.
+    """
+    (head,) = decoder.composites("Head")
+    x, weight, *bias = head.inputs
+    hidden = decoder.weights[name_of(weight)].shape[1]
+    nodes = Nodes(decoder, head)
+    values = nodes("MatMul", x, decoder.input(SLOT_WEIGHT, decoder.ir_dtype, [hidden, slots]))
+    if bias and bias[0] is not None:
+        values = nodes("Add", values, decoder.input(SLOT_BIAS, decoder.ir_dtype, [slots]))
+    token_ids = decoder.input(SLOT_TOKEN_IDS, ir.DataType.INT64, [slots])
+    logits = decoder.graph.outputs[0]
+    for node in _behind(head, logits):
+        inputs = [values if value is not None and not _is_number(value) else value for value in node.inputs]
+        copy = ir.node(node.op_type, inputs, node.attributes)
+        decoder.graph.append(copy)
+        values = copy.outputs[0]
+    decoder.graph.outputs[0] = _join(decoder, logits, values, token_ids)
+    return token_ids
+
+
+def slot_weights(decoder: DecoderGraph, quantization: Quantization, rows: Tensor) -> dict[str, Weight]:
+    """These rows of the head, int64[n], as the trimmed head has its own.
+
+    Returns:
+        weight: [n, hidden], or quantised the parts of `quantized_parts`; and bias: [n] where the head has one.
+    """
+    (head,) = decoder.composites("Head")
+    _, weight, *bias = head.inputs
+    dense = decoder.weights[name_of(weight)].rows(rows)
+    bits = BITS.get(quantization)
+    parts = {"weight": dense} if bits is None else quantized_parts(dense, bits)
+    if bias and bias[0] is not None:
+        parts["bias"] = decoder.weights[name_of(bias[0])].rows(rows)
+    return parts
+
+
+def _join(decoder: DecoderGraph, logits: ir.Value, values: ir.Value, token_ids: ir.Value) -> ir.Value:
+    """The logits with those of the slots behind them, empty ones masked."""
+    dtype = logits.dtype
+    assert dtype is not None
+    zero = decoder.initializer("slot_zero", ir.Tensor(np.array(0, np.int64), name="slot_zero"))
+    lowest = decoder.initializer("slot_lowest", ir.Tensor(np.array(-np.inf, dtype.numpy()), name="slot_lowest"))
+    is_empty = ir.node("Less", [token_ids, zero])
+    masked = ir.node("Where", [is_empty.outputs[0], lowest, values])
+    joined = ir.node("Concat", [logits, masked.outputs[0]], {"axis": -1})
+    for node in (is_empty, masked, joined):
+        decoder.graph.append(node)
+    output = joined.outputs[0]
+    output.name, logits.name = logits.name, "kept_logits"
+    output.type = ir.TensorType(dtype)
+    return output
+
+
+def _behind(head: ir.Node, logits: ir.Value) -> list[ir.Node]:
+    """The nodes that make the logits of the head's product, in order."""
+    chain: list[ir.Node] = []
+    value = logits
+    while (node := value.producer()) is not head:
+        computed = [each for each in node.inputs if each is not None and not _is_number(each)] if node else []
+        if node is None or node.op_type not in _BEHIND_A_HEAD or len(computed) != 1:
+            what = node.op_type if node else "an input"
+            raise VocabtrimError(f"slots cannot follow this model's head ({what} stands behind it): leave --slots out")
+        chain.append(node)
+        value = computed[0]
+    return chain[::-1]
+
+
+def _is_number(value: ir.Value) -> bool:
+    tensor = ir.convenience.get_const_tensor(value)
+    return tensor is not None and tensor.size == 1
