@@ -152,6 +152,25 @@ def test_a_reduced_head_is_trimmed_further(write_head, export_head, target_model
                 assert drafted == sequential_drafts(full, target_model, text, steps=len(drafted), **options)
 
 
+def test_a_reduced_head_with_all_of_its_tokens_in_slots_is_whole(write_head, export_head):
+    full, ids = make_tensors(), np.random.default_rng(2).permutation(VOCAB)[:300]
+    tensors = {**full, "lm_head.weight": full["lm_head.weight"][ids], "d2t": permuted(ids)}
+    head = write_head(tensors, eagle_aux_hidden_state_layer_ids=list(LAYERS))
+    whole, slotted = export_head(head), export_head(head, k=128, slots=1000)
+    assert slotted.drafter_manifest.slots == 300 - 128
+    features = np.random.default_rng(0).standard_normal((12, 3 * HIDDEN)).astype(np.float32)
+    with load_engine(slotted.drafter) as engine, load_engine(whole.drafter) as other:
+        engine.remember(range(VOCAB))
+        found, wanted = (each.feed_features(range(30, 42), features, keep=12) for each in (engine, other))
+        columns = engine.head_tokens.inverse[other.head_tokens.kept_token_ids]
+        np.testing.assert_allclose(found.logits[:, columns], wanted.logits, atol=1e-4)
+        assert found.token_ids.tolist() == wanted.token_ids.tolist()
+    with SpeculativeDecoder.load(slotted.target) as alone:
+        wanted = alone.generate(PROMPTS[1], max_new_tokens=40).token_ids
+    with SpeculativeDecoder.load(slotted.target, slotted.drafter) as decoder:
+        assert decoder.generate(PROMPTS[1], max_new_tokens=40).token_ids == wanted
+
+
 def test_int4_heads_draft_much_the_same(write_head, export_head, pair):
     head = write_head(make_tensors(), eagle_aux_hidden_state_layer_ids=list(LAYERS))
     result = export_head(head, quantize_drafter="int4")
