@@ -19,10 +19,14 @@ from engines.bundle.graph_io import (
     PAST,
     POSITION_IDS,
     SEQLENS_K,
+    SLOT_BIAS,
+    SLOT_TOKEN_IDS,
+    SLOT_WEIGHT,
     TOTAL_LENGTH,
     present_name,
 )
 from engines.bundle.read import MODEL_NAME
+from engines.bundle.vocab_map import NOT_KEPT
 from engines.errors import VocabtrimError
 from engines.ort.session import open_session, reason
 from vocabtrim_export.proof.float32_view import float32_view
@@ -59,7 +63,7 @@ class Decoding:
 
     def feed(self, token_ids: NDArray[np.int64], hidden: NDArray[np.float32] | None = None) -> dict[str, Rows]:
         """Feed int64[S], and a head's hidden states, [S, hidden]. Returns its outputs without their batch
-        dimension: [S, …] those for each token."""
+        dimension: [S, …] those for each token. In-context slots are empty."""
         begin, self.length = self.length, self.length + len(token_ids)
         inputs: dict[str, Rows] = {
             INPUT_IDS: token_ids[None],
@@ -72,7 +76,11 @@ class Decoding:
         }
         if hidden is not None:
             inputs[HIDDEN_INPUT] = hidden[None]
-        wanted = {value.name for value in self._session.get_inputs()}
+        wanted = {value.name: value.shape for value in self._session.get_inputs()}
+        for name in {SLOT_WEIGHT, SLOT_BIAS} & set(wanted):
+            inputs[name] = np.zeros(wanted[name], np.float32)
+        if SLOT_TOKEN_IDS in wanted:
+            inputs[SLOT_TOKEN_IDS] = np.full(wanted[SLOT_TOKEN_IDS], NOT_KEPT, np.int64)
         fed = {name: value for name, value in inputs.items() if name in wanted} | dict(self.cache)
         names = [value.name for value in self._session.get_outputs()]
         outputs = dict(zip(names, _run(self._session, fed), strict=True))
