@@ -12,7 +12,6 @@ from engines.bundle.read import Kind, Manifest, Role
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.notes import no_gain, target_notes
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
-from vocabtrim_export.bundles.proven import trace_source, write_proven
 from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.calibration import Skipped, TokenCounts, skipped_note
 from vocabtrim_export.calibration.counting import CalibrationSettings, count_tokens, read_calibration
@@ -27,6 +26,7 @@ from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.generation_rules import rule_notes
 from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.lowering.quantize import Quantization
+from vocabtrim_export.proof.proven import trace_source, write_proven
 from vocabtrim_export.selection import Coverage, Selection, check_k, select_vocab, structural_token_ids
 from vocabtrim_export.sources.head_kind import head_kind
 from vocabtrim_export.sources.rotation import context_length, fix_long_tables

@@ -2,7 +2,7 @@
 
 from tests.mutations.mutation import Mutation
 
-TESTS, PROVEN = "tests/integration/test_proof.py", "vocabtrim_export/bundles/proven.py"
+TESTS, PROVEN = "tests/integration/test_proof.py", "vocabtrim_export/proof/proven.py"
 
 PROOF = (
     Mutation(
