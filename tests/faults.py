@@ -24,10 +24,10 @@ from engines.bundle.atomic_replace import LOCK_NAME
 from engines.bundle.read import read_bundle
 from engines.errors import VocabtrimError
 from vocabtrim_export import pipeline
-from vocabtrim_export.bundles import proven
 from vocabtrim_export.bundles.output import COUNTS_NAME, alone, reserved
 from vocabtrim_export.calibration import BatchLimits, Corpus, Document, TokenCounts, calibrate
 from vocabtrim_export.calibration.counting import CalibrationSettings
+from vocabtrim_export.proof import proven
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

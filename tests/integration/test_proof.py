@@ -15,10 +15,10 @@ from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from tests.bundles import ARCHITECTURES
 from tests.integration import eagle_heads, test_medusa
-from vocabtrim_export.bundles import proven
 from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
 from vocabtrim_export.drafters.eagle_checkpoint import load_head
 from vocabtrim_export.drafters.medusa import load_medusa
+from vocabtrim_export.proof import proven
 from vocabtrim_export.proof.prove import find_difference
 from vocabtrim_export.proof.proven import trace_source
 from vocabtrim_export.sources.source import DTYPES, load_source
