@@ -174,5 +174,6 @@ def test_mistakes_of_a_bundle(pair, tmp_path):
     assert all(check.wrong is None for check in check_bundle(pair.drafter))
     manifest = json.loads((older / MANIFEST_NAME).read_text())
     assert manifest["slots"] == 16
+    assert len({path.stat().st_mode for path in pair.drafter.iterdir()}) == 1  # whoever reads one file reads all
     text = read_bundle(pair.target).manifest.to_json()
     assert Manifest.from_json(text, "here").slots == 0

@@ -148,6 +148,7 @@ def _save_head_rows(directory: Path, traced: Traced, plan: BundlePlan) -> None:
     parts = lower_slot_rows(traced, plan.weights, torch.from_numpy(plan.rows_of(plan.lost_token_ids)))
     tensors = {name: weight.load().contiguous() for name, weight in parts.items()}
     save_file({"token_ids": torch.from_numpy(plan.lost_token_ids.copy()), **tensors}, directory / HEAD_ROWS_NAME)
+    shutil.copymode(directory / MODEL_NAME, directory / HEAD_ROWS_NAME)  # save_file lets the owner alone read it
 
 
 def _save_tokenizer(source: Source, directory: Path) -> None:
