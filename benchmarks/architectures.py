@@ -118,7 +118,7 @@ def export_pair(model: Path, output: Path) -> Any:
     place = model / "counts.safetensors"
     TokenCounts(counts, counts, tokenizer_digest(tokenizer.backend_tokenizer), ()).save(place)
     calibration = CalibrationSettings(calibration=(place,))
-    return export(str(model), str(model), output, ExportSettings(k="192", max_length=128, calibration=calibration))
+    return export(str(model), str(model), output, ExportSettings(k=192, max_length=128, calibration=calibration))
 
 
 def compare(result: Any, ids: list[int], logits: NDArray[np.float32]) -> dict[str, Any]:

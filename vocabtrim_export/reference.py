@@ -7,24 +7,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engines.bundle.read import Manifest
+from engines.base import Engine
+from engines.bundle.vocabulary import Vocabulary, shared_tokens
 from engines.errors import VocabtrimError
 from runtime.verification.teacher_forcing import Predict
 from vocabtrim_export.generation_rules import generation_rules
 from vocabtrim_export.sources.rotation import fix_long_tables
-from vocabtrim_export.sources.source import load_source
+from vocabtrim_export.sources.source import Source, load_source
 
 
-def transformers_reference(spec: str, target: Manifest) -> Predict:
-    """What MODEL predicts in transformers, in float32. Raises `VocabtrimError` where it cannot judge `target`."""
+def transformers_reference(spec: str, engine: Engine) -> Predict:
+    """What a model predicts in transformers, in float32.
+
+    Args:
+        spec: The model: a hub id, a local directory or a .gguf file. Its file may be another one than the target's (a
+            .gguf file for a bundle made from safetensors), as long as its tokens are the same.
+        engine: The target that it is to judge.
+
+    Raises:
+        VocabtrimError: The model cannot judge this target.
+    """
+    target = engine.manifest
     if target.quantization != "none":
         raise VocabtrimError(
             f"the target's weights are {target.quantization}, so that its output need not be that of {spec}: "
             "leave --reference out to check it against its own engine"
         )
     source = load_source(spec, torch.float32)
-    if source.tokenizer_digest != target.tokenizer:
-        raise VocabtrimError(f"{spec} has another tokenizer than the target: give the model that it was exported from")
+    _check_tokens(spec, source, engine)
     if generation_rules(source.model.generation_config) != target.rules:
         raise VocabtrimError(
             f"the generation config of {spec} has other rules than the target's bundle: export the bundle again"
@@ -38,6 +48,22 @@ def transformers_reference(spec: str, target: Manifest) -> Predict:
         ids = torch.tensor([[*prompt, *tokens[:-1]]])
         keep = {"logits_to_keep": len(tokens)} if can_keep else {}
         rows: NDArray[np.float32] = model(ids, **keep).logits[0, -len(tokens) :].numpy()
-        return rows[:, : target.vocab_size]
+        missing = max(0, target.vocab_size - rows.shape[1])  # rows that a file of the same model may leave out
+        return np.pad(rows, ((0, 0), (0, missing)), constant_values=-np.inf)[:, : target.vocab_size]
 
     return predict
+
+
+def _check_tokens(spec: str, source: Source, engine: Engine) -> None:
+    if source.tokenizer_digest == engine.manifest.tokenizer:
+        return
+    file = engine.tokenizer_file
+    try:
+        if file is None:
+            raise VocabtrimError("the target's bundle has no tokenizer to compare it with")
+        ours = Vocabulary.load(file, engine.manifest.vocab_size)
+        shared_tokens(ours, Vocabulary.of(source.tokenizer.backend_tokenizer, source.vocab_size))
+    except VocabtrimError as error:
+        raise VocabtrimError(
+            f"{spec} has another tokenizer than the target ({error}): give the model that it was exported from"
+        ) from error

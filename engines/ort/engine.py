@@ -140,6 +140,7 @@ class OnnxRuntimeEngine(Engine):
             self._slots.clear()
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
+        self.use.check_open()
         ids = np.asarray(token_ids, np.int64)
         if not 1 <= keep <= min(len(ids), CHUNK):
             raise ValueError(f"cannot keep {keep} of {len(ids)} positions (at most {CHUNK})")

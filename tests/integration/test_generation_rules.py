@@ -63,7 +63,7 @@ def test_greedy_output_is_that_of_generate(directory, plain, result):
             assert found.stats.accepted > 0
             assert (found.token_ids[0] == first) == (prompt == PROMPTS[2])  # the rules say something
         report = verify(
-            decoder, PROMPTS, max_new_tokens=40, predict=transformers_reference(str(directory), decoder.target.manifest)
+            decoder, PROMPTS, max_new_tokens=40, predict=transformers_reference(str(directory), decoder.target)
         )
         assert report.passed
 
@@ -87,7 +87,7 @@ def test_what_is_not_applied_is_named_at_export_and_at_load(result, plain, caplo
     with caplog.at_level("WARNING", "engines"), load_engine(result.target), load_engine(result.drafter):
         assert [record.getMessage() for record in caplog.records] == [f"{result.target}: {named}"]
     with load_engine(result.target) as engine, pytest.raises(VocabtrimError, match="has other rules than the target's"):
-        transformers_reference(str(plain[0]), engine.manifest)
+        transformers_reference(str(plain[0]), engine)
 
 
 def test_the_command_takes_rules_and_gives_logprobs(result, capsys):

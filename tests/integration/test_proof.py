@@ -21,6 +21,7 @@ from vocabtrim_export.drafters.medusa import load_medusa
 from vocabtrim_export.proof import proven
 from vocabtrim_export.proof.prove import find_difference
 from vocabtrim_export.proof.proven import trace_source
+from vocabtrim_export.proof.tokens import calls, window_of
 from vocabtrim_export.sources.source import DTYPES, load_source
 from vocabtrim_export.trt.settings import TensorRTSettings
 
@@ -148,6 +149,23 @@ def quantized_swapped(parts):
     return change
 
 
+def quantized_data_swapped(graph):
+    """Exchange what is stored of two quantised products: the graph is right, the writer took another layer's weight."""
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    for a, b in itertools.combinations(nodes, 2):
+        first, second = ([known[node.input[part]] for part in (1, 2, 3)] for node in (a, b))
+        if first[0] is not second[0] and first[0].dims == second[0].dims:
+            for x, y in zip(first, second, strict=True):
+                kept = list(x.external_data)
+                for tensor, entries in ((x, list(y.external_data)), (y, kept)):
+                    copies = [type(entry).FromString(entry.SerializeToString()) for entry in entries]
+                    del tensor.external_data[:]
+                    tensor.external_data.extend(copies)
+            return True
+    return False
+
+
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "phi3", "cohere", "gpt2"])
 def test_each_wrong_quantized_graph_is_noticed(architecture, quantization, random_model, tmp_path):
@@ -156,7 +174,7 @@ def test_each_wrong_quantized_graph_is_noticed(architecture, quantization, rando
     (right := tmp_path / "right").mkdir()
     write_bundle(right, trace_source(plan), plan, lambda *_: None)
     assert find_difference(right, plan) is None
-    swaps = (quantized_swapped((1, 2, 3)), quantized_swapped((2,)))
+    swaps = (quantized_swapped((1, 2, 3)), quantized_swapped((2,)), quantized_data_swapped)
     missed, changed = [], []
     for number, change in enumerate((*CORRUPTIONS, *swaps)):
         shutil.copytree(right, wrong := tmp_path / str(number))
@@ -225,6 +243,7 @@ def test_a_long_window_is_proven_on_few_tokens(dtype, random_model, tmp_path):
     source = load_source(str(random_model("mistral", sliding_window=100)), DTYPES[dtype])
     plan = BundlePlan("target", source, dtype, "none", context_length=128)
     write_bundle(tmp_path, trace_source(plan), plan, lambda *_: None)
+    assert len(calls(source, plan.context_length, window_of(source.model, plan.context_length, narrow=True))) < 40
     assert find_difference(tmp_path, plan) is None
     assert corrupt(tmp_path, window_dropped)
     assert find_difference(tmp_path, plan)

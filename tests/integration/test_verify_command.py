@@ -84,10 +84,20 @@ def test_a_target_that_is_not_the_reference_is_different(verify, random_model):
     assert "different at token 0" in out
 
 
-def test_mistakes_are_one_line(verify, model, random_model, export_pair, tmp_path):
+def test_a_reference_may_name_a_reserved_token_otherwise(verify, model, tmp_path):
     renamed = shutil.copytree(model, tmp_path / "renamed")
     text = (renamed / "tokenizer.json").read_text()
     (renamed / "tokenizer.json").write_text(text.replace("<|unused_0|>", "<|unused_9|>"))
+    code, _, _ = verify("--reference", renamed, "--num-prompts", "1")
+    assert code == 0
+
+
+def test_mistakes_are_one_line(verify, model, random_model, export_pair, tmp_path):
+    renamed = shutil.copytree(model, tmp_path / "renamed")
+    said = json.loads((renamed / "tokenizer.json").read_text())
+    table = said["model"]["vocab"]
+    table["a"], table["b"] = table["b"], table["a"]
+    (renamed / "tokenizer.json").write_text(json.dumps(said))
     quantized = export_pair(model, quantize="int8").target
     for options, target, message in [
         (["--reference", renamed], None, "another tokenizer than the target"),

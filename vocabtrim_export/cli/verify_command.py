@@ -146,7 +146,7 @@ def _verify(
     if options.reference:
         from vocabtrim_export.reference import transformers_reference
 
-        predict = transformers_reference(options.reference, decoder.target.manifest)
+        predict = transformers_reference(options.reference, decoder.target)
         judge = {"predict": predict, "reference": f"{options.reference} in transformers, float32"}
     return verify(
         decoder,

@@ -36,7 +36,8 @@ _CAUSES = (
     ),
     (
         re.compile(r"\.(bias|[qkvo]?_?bias)$"),
-        "biases that a model with this config.json does not have: correct the config",
+        "biases that the model has no place for by its config.json (a .gguf file: by its header): give a checkpoint "
+        "whose configuration names them",
     ),
 )
 
