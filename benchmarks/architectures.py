@@ -115,7 +115,7 @@ def export_pair(model: Path, output: Path) -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     counts = np.random.default_rng(0).permutation(VOCABULARY)
     counts[len(tokenizer) :] = 0
-    place = model / "counts.safetensors"
+    place = model.with_name(f"{model.name}-counts.safetensors")  # not among the weights
     TokenCounts(counts, counts, tokenizer_digest(tokenizer.backend_tokenizer), ()).save(place)
     calibration = CalibrationSettings(calibration=(place,))
     return export(str(model), str(model), output, ExportSettings(k=192, max_length=128, calibration=calibration))
