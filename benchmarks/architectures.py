@@ -9,6 +9,7 @@ FILE has already are not run again, so that a run may be cut off. --document wri
 """
 
 import argparse
+import inspect
 import json
 import logging
 import multiprocessing
@@ -100,7 +101,11 @@ def reference(model: Any) -> tuple[list[int], NDArray[np.float32]]:
         whole = model.generate(
             ids, attention_mask=ones, max_new_tokens=NEW, do_sample=False, num_beams=1, pad_token_id=2
         )
-        logits = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits[0].float()
+        options = {}
+        if "position_ids" in inspect.signature(model.forward).parameters and not hasattr(model.config, "text_config"):
+            options["position_ids"] = torch.arange(whole.shape[1])[None]  # as generate gives them: RoBERTa's own differ
+        mask = torch.ones_like(whole)
+        logits = model(input_ids=whole, attention_mask=mask, use_cache=False, **options).logits[0].float()
     return whole[0].tolist(), logits.numpy()
 
 
