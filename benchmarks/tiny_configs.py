@@ -37,6 +37,10 @@ _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 # What shrinking by name alone leaves inconsistent. "name:variant" is a second configuration of an architecture.
 CHANGES: dict[str, dict[str, Any]] = {
+    **{
+        name: {"text_config": {"rope_parameters": {"mrope_section": [4, 6, 6]}}}  # the default is for wider heads
+        for name in ("qwen2_vl", "qwen2_5_vl")
+    },
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 256},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"]},
