@@ -33,7 +33,7 @@ def accept_forced(draft: Sequence[int], verified: NDArray[np.int64], count: int)
 
 def accept_sampled(
     draft: Sequence[int],
-    q: Sequence[NDArray[np.float32]],
+    q: Sequence[NDArray[np.float32] | None],
     p: Callable[[int], NDArray[np.float32]],
     head_tokens: HeadTokens | None,
     rng: np.random.Generator,
@@ -44,7 +44,8 @@ def accept_sampled(
 
     draft: g token ids, token i sampled from q[i].
     q: g times float32[rows], the drafter's distribution over the rows of its head: token `kept_token_ids[row]`, or
-        `row` itself with no `head_tokens`. All other tokens have probability zero.
+        `row` itself with no `head_tokens`. All other tokens have probability zero. None: token i was not sampled, but
+        certain, as one that was looked up is.
     p: p(i), float32[n], is the target's distribution after i drafted tokens; ids from n on have probability zero.
         A function, as computing it costs most of all here, and no row after the first rejection is needed.
     Raises `VocabtrimError` for a token that q[i] cannot have given, and where the outcome would hang on a number that
@@ -53,8 +54,8 @@ def accept_sampled(
     for i, token in enumerate(draft):
         p_i = p(i)
         p_token = float(p_i[token]) if token < len(p_i) else 0.0
-        row = token if head_tokens is None else int(head_tokens.inverse[token])
-        q_token = float(q[i][row]) if row != NOT_KEPT else 0.0
+        q_i = q[i]
+        q_token = 1.0 if q_i is None else _probability(token, q_i, head_tokens)
         if not (0 < q_token < math.inf and 0 <= p_token < math.inf):  # NaN compares false
             raise VocabtrimError(
                 f"token {token} was drafted with probability {q_token} and has {p_token} in the target: "
@@ -62,8 +63,22 @@ def accept_sampled(
             )
         # q <= p: always accept. q > p: accept with probability p / q.
         if rng.random() * q_token >= p_token:
-            return Accepted(i, sample(residual(p_i, q[i], head_tokens), rng))
+            rest = _without(p_i, token) if q_i is None else residual(p_i, q_i, head_tokens)
+            return Accepted(i, sample(rest, rng))
     return Accepted(len(draft), sample(p(len(draft)), rng))
+
+
+def _probability(token: int, q: NDArray[np.float32], head_tokens: HeadTokens | None) -> float:
+    row = token if head_tokens is None else int(head_tokens.inverse[token])
+    return float(q[row]) if row != NOT_KEPT else 0.0
+
+
+def _without(p: NDArray[np.float32], token: int) -> NDArray[np.float32]:
+    """`p` less a q that is certain of `token`, which was rejected. Not normalised."""
+    rest = p.copy()
+    if token < len(rest):
+        rest[token] = 0
+    return rest if rest.any() else p  # p was certain of it, and rounding alone rejected
 
 
 def residual(p: NDArray[np.float32], q: NDArray[np.float32], head_tokens: HeadTokens | None) -> NDArray[np.float32]:

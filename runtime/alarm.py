@@ -55,7 +55,7 @@ class AcceptanceAlarm:
 
     def observe(self, entry: Round) -> Collapse | None:
         """`collapse` when this round shows it, which happens once."""
-        if not entry.drafted or self.collapse:
+        if not entry.drafted or entry.looked_up or self.collapse:
             return None
         self._rounds += 1
         self._accepted += entry.accepted > 0

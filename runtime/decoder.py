@@ -17,10 +17,13 @@ from engines.bundle.tokenizer import TOKENIZER_NAME, Tokenizer
 from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from runtime.alarm import AcceptanceAlarm
-from runtime.draft_length import DraftLength, FixedLength
+from runtime.draft_length import AdaptiveLength, DraftLength
 from runtime.loop import GREEDY, Round, decode_rounds
-from runtime.pair import Auto, check_pair, make_draft_length, resolve_draft_length
+from runtime.pair import Auto, check_pair, make_draft_length
+from runtime.round_costs import GivenCosts
 from runtime.stream import Generation, Stream
+
+SEEDED_COSTS = GivenCosts(step=0.15, row=0.04)  # typical of a trimmed int4 drafter and a target in fp32
 
 # Text, the messages of a conversation (`{"role": …, "content": …}`, or pydantic models of them), or token ids.
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | NDArray[np.int64]
@@ -41,6 +44,7 @@ class SpeculativeDecoder:
         drafter: Engine | None = None,
         tokenizer: Tokenizer | None = None,
         draft_length: int | Auto | None = None,
+        prompt_lookup: bool = True,
     ) -> None:
         """Make a decoder of two loaded engines.
 
@@ -48,10 +52,12 @@ class SpeculativeDecoder:
             target: The engine whose output is generated.
             drafter: The engine that drafts; None: the target decodes alone.
             tokenizer: The target's tokenizer; without it prompts are token ids.
-            draft_length: γ, the tokens drafted per round; None: 4, or fewer where the target verifies no more. "auto":
-                as many as are worth their time on this text and machine, 16 at most, or none; both engines must be on
-                the CPU. "auto" depends on measured times, so sampling with a seed, which must repeat itself, drafts as
-                many as None does.
+            draft_length: γ, the tokens drafted per round. "auto": as many as are worth their time on this text and
+                machine, 16 at most, or none; both engines must be on the CPU. None: 4, or fewer where the target
+                verifies no more. Measured times are not the same twice, so sampling with a seed, which must repeat
+                itself, decides by fixed costs.
+            prompt_lookup: Whether "auto" also drafts what followed the last tokens where they stood in the text before,
+                as far as that gains more than the drafter does.
 
         Raises:
             VocabtrimError: The two engines do not belong together, or the target cannot verify so many tokens.
@@ -60,7 +66,7 @@ class SpeculativeDecoder:
         self.target = target
         self.drafter = drafter
         self.tokenizer = tokenizer
-        self.length = make_draft_length(target, drafter, draft_length)
+        self.length = make_draft_length(target, drafter, draft_length, prompt_lookup)
         self._alarm = AcceptanceAlarm(drafter.manifest if drafter else None)
 
     @classmethod
@@ -71,6 +77,7 @@ class SpeculativeDecoder:
         device: str = "cpu",
         draft_length: int | Auto | None = None,
         drafter_device: str | None = None,
+        prompt_lookup: bool = True,
     ) -> Self:
         """Load bundles, and the tokenizer of the target's.
 
@@ -82,6 +89,7 @@ class SpeculativeDecoder:
             device: "cpu" or "cuda".
             draft_length: γ, None or "auto", see the constructor.
             drafter_device: The drafter's device; None: `device`.
+            prompt_lookup: See the constructor.
 
         Raises:
             VocabtrimError: A bundle is damaged or cannot run on its device, or the two do not belong together.
@@ -95,7 +103,7 @@ class SpeculativeDecoder:
                 drafter_engine = opened.enter_context(load_engine(drafter, drafter_device or device, target_engine))
             has_tokenizer = TOKENIZER_NAME in target_engine.manifest.files
             tokenizer = Tokenizer.load(target) if has_tokenizer else None
-            decoder = cls(target_engine, drafter_engine, tokenizer, draft_length)
+            decoder = cls(target_engine, drafter_engine, tokenizer, draft_length, prompt_lookup)
             opened.pop_all()
         return decoder
 
@@ -111,7 +119,8 @@ class SpeculativeDecoder:
         target, drafter = self.target.fork(), None
         if self.drafter:
             drafter = self.drafter.fork(target if self.drafter.cache is self.target.cache else None)
-        return type(self)(target, drafter, self.tokenizer, "auto" if self.length.adapts else self.draft_length)
+        length: int | Auto = "auto" if self.length.adapts else self.draft_length
+        return type(self)(target, drafter, self.tokenizer, length, self.length.lookups is not None)
 
     @property
     def draft_length(self) -> int:
@@ -283,12 +292,12 @@ class SpeculativeDecoder:
         return self.tokenizer
 
     def _length_for(self, sampling: SamplingParams) -> DraftLength:
-        """The draft length for `sampling`. Where a seed promises the same text, every draft is as long, whatever was
-        measured.
+        """The draft length for `sampling`. Where a seed promises the same text, neither measured times nor what was
+        learnt from earlier texts may count.
         """
         if not self.length.adapts or sampling.is_greedy or sampling.seed is None:
             return self.length
-        return FixedLength(resolve_draft_length(self.target, self.drafter, None))
+        return AdaptiveLength(self.draft_length, self.length.lookups is not None, SEEDED_COSTS)
 
     def _watched(self, rounds: Generator[Round, None, None]) -> Generator[Round, None, None]:
         """Pass `rounds` on, with a warning once acceptance collapses."""

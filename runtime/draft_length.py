@@ -1,20 +1,42 @@
 """How many tokens a round drafts: a fixed number, or as many as are worth their time on this text and machine."""
 
-from dataclasses import dataclass, field
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
-_BINS = 10  # of the drafter's confidence, of equal width
-_PRIOR = 4.0  # judged tokens that the drafter's own confidence counts for
-_MEMORY = 200.0  # judged tokens that a bin remembers
-_WEIGHT = 1 / 16  # of the newest round in running means
-_FIRST_WAIT = 4  # rounds without a draft before the first probe
-_PLAIN_EVERY = 256  # rounds after which one without a draft measures the target's single step again
+from runtime.prompt_lookup import LOOKUP_PRIORS
+from runtime.round_costs import Costs, MeasuredCosts
+from runtime.shares import Shares
+
+_EDGES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)  # between bins of the drafter's confidence
+_LOOP_MEMORY = 64.0  # rounds that the loop's rate remembers
+_DRAFTED_MEMORY = 8.0  # rounds with a draft that decide whether drafting pays
+_PRIOR_TOKENS = 2.5  # of the one round with a draft that is assumed before any
+_FIRST_WAIT, _LONGEST_WAIT = 4, 64  # rounds without a draft before a probe
+_CLOSE = 1.3  # times target-only decoding: below it, what a plain round takes must be known exactly
+_PLAIN_EVERY = 256  # rounds after which a plain one is measured again
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Of one round. looked_up: tokens of the match to draft. drafted: the most tokens that the drafter drafts.
+
+    pays: False where a round with a draft is expected to take longer than what it gains; then this one is a probe, or
+    has no draft.
+    """
+
+    looked_up: int
+    drafted: int
+    pays: bool = True
 
 
 class DraftLength(Protocol):
     """Decides how long drafts are.
 
     longest: no draft is longer. adapts: drafts are made token by token, and `goes_on` is asked after each.
+    lookups: how often looked-up tokens were right, see `PromptLookup`; None where nothing is looked up.
     """
 
     @property
@@ -23,15 +45,19 @@ class DraftLength(Protocol):
     @property
     def adapts(self) -> bool: ...
 
-    def begin(self) -> int:
-        """Returns the most tokens that the next round may draft; 0 for a round without a draft."""
+    @property
+    def lookups(self) -> Shares | None: ...
+
+    def begin(self, chances: Sequence[float] = ()) -> Plan:
+        """Plan the next round. chances: see `Match`; empty where nothing was looked up."""
 
     def goes_on(self, confidence: float) -> bool:
         """Whether to draft one more token. confidence: the drafter's probability of its most likely token, for the
         token that was drafted last."""
 
     def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
-        """Take in a round: tokens drafted and accepted, and seconds of drafting, of verifying and of all of it."""
+        """Take in a round as it was planned: tokens drafted and accepted, by whichever way, and seconds of drafting, of
+        verifying and of all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +66,10 @@ class FixedLength:
 
     longest: int
     adapts = False
+    lookups = None
 
-    def begin(self) -> int:
-        return self.longest
+    def begin(self, chances: Sequence[float] = ()) -> Plan:  # noqa: ARG002
+        return Plan(0, self.longest)
 
     def goes_on(self, confidence: float) -> bool:  # noqa: ARG002
         return True
@@ -52,52 +79,31 @@ class FixedLength:
 
 
 class _Rate:
-    """A running share of successes in each bin of confidence, that starts at the confidence itself."""
+    """Tokens per second of the last rounds: `memory` of them, older ones fade."""
 
-    def __init__(self) -> None:
-        self._tried = [_PRIOR] * _BINS
-        self._hits = [_PRIOR * (i + 0.5) / _BINS for i in range(_BINS)]
+    def __init__(self, memory: float) -> None:
+        self._keep = 1 - 1 / memory
+        self._rounds = self._tokens = self._seconds = 0.0
 
-    def __getitem__(self, index: int) -> float:
-        return self._hits[index] / self._tried[index]
+    def add(self, tokens: float, seconds: float) -> None:
+        self._rounds = self._rounds * self._keep + 1
+        self._tokens = self._tokens * self._keep + tokens
+        self._seconds = self._seconds * self._keep + seconds
 
-    def count(self, index: int, hit: bool) -> None:
-        fade = min(1.0, _MEMORY / (self._tried[index] + 1))
-        self._tried[index] = (self._tried[index] + 1) * fade
-        self._hits[index] = (self._hits[index] + hit) * fade
+    @property
+    def value(self) -> float:
+        """0 before the first round."""
+        return self._tokens / self._seconds if self._seconds else 0.0
 
-
-class _Mean:
-    """A running mean. One value far above the mean, such as another program's turn on the core, counts as three."""
-
-    def __init__(self, value: float | None = None) -> None:
-        self.value = value
-
-    def add(self, value: float) -> None:
-        if self.value is None:
-            self.value = value
-        else:
-            self.value += _WEIGHT * (min(value, 3 * self.value) - self.value)
+    @property
+    def mean(self) -> tuple[float, float]:
+        """Tokens and seconds of a round, of which there was one."""
+        return self._tokens / self._rounds, self._seconds / self._rounds
 
 
-@dataclass(slots=True)
-class _Costs:
-    """Measured seconds. verify: of the target's call by its number of rows. step: of one drafted token."""
-
-    verify: dict[int, _Mean] = field(default_factory=dict)
-    step: _Mean = field(default_factory=_Mean)
-
-    def verify_seconds(self, rows: int) -> float:
-        """Between two measured numbers of rows, interpolated; outside of them, the nearest one's."""
-        known = sorted(self.verify)
-        below = max((n for n in known if n <= rows), default=known[0])
-        above = min((n for n in known if n >= rows), default=known[-1])
-        low, high = self.verify[below].value or 0.0, self.verify[above].value or 0.0
-        return low if below >= above else low + (high - low) * (rows - below) / (above - below)
-
-    def next_token(self, drafted: int) -> float:
-        """Seconds that one more drafted token costs after `drafted` ones: its step, and one more row to verify."""
-        return (self.step.value or 0.0) + self.verify_seconds(drafted + 2) - self.verify_seconds(drafted + 1)
+def _confidences() -> Shares:
+    edges = (0.0, *_EDGES, 1.0)
+    return Shares(tuple((low + high) / 2 for low, high in pairwise(edges)))
 
 
 class AdaptiveLength:
@@ -109,79 +115,101 @@ class AdaptiveLength:
         P(all drafted so far are accepted) · P(the next one is) > tokens per second · seconds of the next one.
 
     The probabilities are running shares of accepted tokens by the drafter's confidence in the token before. The rate is
-    the loop's own, and never less than target-only decoding's. Where even the first token is not worth its time, rounds
-    draft nothing; after ever longer waits one of them probes, so that a text which becomes predictable is noticed.
+    the loop's own, and never less than target-only decoding's. Where rounds with a draft gain less than target-only
+    decoding, rounds draft nothing; after ever longer waits one of them probes, so that a text which becomes predictable
+    is noticed. Seconds are medians of what was measured, so that a single slow moment of the machine decides nothing.
 
-    longest: the most tokens of a draft. Its state outlives a generation: costs and confidence belong to the pair.
+    Its state outlives a generation: costs and confidence belong to the pair.
     """
 
     adapts = True
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, prompt_lookup: bool = True, costs: Costs | None = None) -> None:
+        """longest: the most tokens of a draft. costs: of a round's parts; None measures them."""
         self.longest = longest
-        self._is_right, self._next_is_right = _Rate(), _Rate()
-        self._first = _Mean(0.7)  # share of the rounds with a draft whose first token was accepted
-        self._later = _Mean(0.7)  # share of later tokens, of those that were judged
-        self._costs = _Costs()
-        self._tokens, self._seconds = _Mean(), _Mean()  # of a round
+        self.lookups = Shares(LOOKUP_PRIORS) if prompt_lookup else None
+        self._costs = MeasuredCosts() if costs is None else costs
+        self._is_right, self._next_is_right = _confidences(), _confidences()
+        self._loop, self._drafted = _Rate(_LOOP_MEMORY), _Rate(_DRAFTED_MEMORY)
         self._bins: list[int] = []  # of the draft at hand
         self._chance = 1.0  # that all of it is accepted
-        self._is_probe = False
         self._wait, self._left = _FIRST_WAIT, 0
-        self._rounds = 0
+        self._rounds, self._is_lookup = 0, False
 
-    def begin(self) -> int:
-        self._bins, self._chance, self._is_probe = [], 1.0, False
+    def begin(self, chances: Sequence[float] = ()) -> Plan:
+        self._bins, self._chance = [], 1.0
         self._rounds += 1
-        if self._rounds % _PLAIN_EVERY == 2:  # also early: the rate of target-only decoding is what drafts must beat
-            return 0
-        if self._pays():
-            self._wait, self._left = _FIRST_WAIT, 0
-            return self.longest
+        pays = self._pays()
+        looked_up, gain = self._looked_up(chances)
+        self._is_lookup = looked_up > 0 and gain > (self._drafter_gain() if pays else 0.0)
+        if self._is_lookup:
+            return Plan(looked_up, 0)
+        if pays:
+            self._left = 0
+            return Plan(0, 0 if self._must_measure_plain() else self.longest)
         if self._left == 0:
             self._left = self._wait
         self._left -= 1
-        self._is_probe = self._left == 0
-        return 1 if self._is_probe else 0
+        return Plan(0, 0 if self._left else self.longest, pays=False)
 
     def goes_on(self, confidence: float) -> bool:
-        index = min(int(confidence * _BINS), _BINS - 1)
+        index = bisect(_EDGES, confidence)
         self._bins.append(index)
         self._chance *= self._is_right[index]
-        if not self._costs.verify:  # nothing measured yet
-            return len(self._bins) < 4
         gain = self._chance * self._next_is_right[index]
-        return gain > self._rate() * self._costs.next_token(len(self._bins))
+        return gain > self._rate() * self._costs.next_drafted
 
     def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
-        self._costs.verify.setdefault(drafted + 1, _Mean()).add(verify_seconds)
-        self._tokens.add(accepted + 1)
-        self._seconds.add(seconds)
-        if drafted == 0:
+        stepped = 0 if self._is_lookup else drafted
+        self._costs.observe(stepped, drafted, draft_seconds, verify_seconds, seconds)
+        spent = self._costs.round(stepped, drafted)
+        self._loop.add(accepted + 1, spent)
+        if drafted == 0 or self._is_lookup:
             return
-        self._costs.step.add(draft_seconds / drafted)
-        self._first.add(float(accepted > 0))
+        if self._drafted.value == 0:
+            self._drafted.add(_PRIOR_TOKENS, self._costs.round(1, 1))
+        self._drafted.add(accepted + 1, spent)
         for i, index in enumerate(self._bins[: accepted + 1]):
             self._is_right.count(index, i < accepted)
             if i > 0:
-                self._later.add(float(i < accepted))
                 self._next_is_right.count(self._bins[i - 1], i < accepted)
-        if self._is_probe:
-            self._wait = 1 if accepted else max(_FIRST_WAIT, 2 * self._wait)
+        if self._pays():
+            self._wait = _FIRST_WAIT
+        elif self._left == 0:  # this was a probe, or the draft that told that drafting does not pay
+            gained = accepted + 1 > spent * self._plain_rate()
+            self._wait = 1 if gained else min(_LONGEST_WAIT, max(_FIRST_WAIT, 2 * self._wait))
+
+    def _looked_up(self, chances: Sequence[float]) -> tuple[int, float]:
+        """How many tokens of a match are worth verifying, and the tokens that they gain beyond what their time would.
+
+        Each further token is less likely than the one before, so the first that is not worth it ends them.
+        """
+        cost, chance, gain = self._rate() * self._costs.next_row, 1.0, 0.0
+        for count, share in enumerate(chances[: self.longest]):
+            chance *= share
+            if chance <= cost:
+                return count, gain
+            gain += chance - cost
+        return min(len(chances), self.longest), gain
+
+    def _drafter_gain(self) -> float:
+        """The tokens that a round of the drafter's gains beyond what its time would."""
+        tokens, seconds = self._drafted.mean if self._drafted.value else (_PRIOR_TOKENS, self._costs.round(1, 1))
+        return tokens - 1 - self._rate() * (seconds - self._costs.round(0, 0))
 
     def _pays(self) -> bool:
-        """Whether a draft of some length is expected to gain more than its time."""
-        if not self._costs.verify or self._costs.step.value is None:
-            return True
-        gain, chance, rate = 0.0, self._first.value or 0.0, self._rate()
-        for drafted in range(self.longest):
-            gain += chance - rate * self._costs.next_token(drafted)
-            if gain > 0:
-                return True
-            chance *= self._later.value or 0.0
-        return False
+        return self._drafted.value == 0 or self._drafted.value > self._plain_rate()
+
+    def _must_measure_plain(self) -> bool:
+        """Whether drafting pays so little that this round should find out what one without a draft takes."""
+        if self._drafted.value > _CLOSE * self._plain_rate() or self._drafted.value == 0:
+            return False
+        return not self._costs.knows_plain or self._rounds % _PLAIN_EVERY == 0
+
+    def _plain_rate(self) -> float:
+        """Tokens per second of rounds without a draft."""
+        return 1 / self._costs.round(0, 0)
 
     def _rate(self) -> float:
         """Tokens per second: the loop's, or target-only decoding's where that is more."""
-        loop = (self._tokens.value or 0.0) / (self._seconds.value or 1.0)
-        return max(loop, 1 / self._costs.verify_seconds(1))
+        return max(self._loop.value, self._plain_rate())

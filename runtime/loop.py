@@ -8,10 +8,11 @@ from typing import Literal
 from engines.base import Accepted, Engine, StepOutput
 from engines.exclusive_use import Claim
 from engines.sampling_params import SamplingParams
-from runtime.draft_length import DraftLength, FixedLength
+from runtime.draft_length import DraftLength, FixedLength, Plan
 from runtime.drafting import TokenReader, make_reader
 from runtime.logprobs import TokenLogprob, token_logprobs
 from runtime.profiling import DRAFTER, NO_PROFILER, TARGET, Profiler
+from runtime.prompt_lookup import NO_MATCH, PromptLookup
 from runtime.rules import make_rule
 
 FinishReason = Literal["stop", "length"]
@@ -29,6 +30,8 @@ class Round:
     draft_seconds, verify_seconds: proposing tokens, and the target's call on them. seconds: the whole round.
     finish_reason: set on the last round: "stop" after an EOS, "length" at the tokens asked for or a full cache.
     logprobs: of `tokens`, where they were asked for.
+    looked_up: drafted tokens, the first ones, that the text itself gave (prompt lookup) and not the drafter.
+    is_paused: an adaptive draft length finds that drafting does not pay here: this round drafts nothing, or probes.
     """
 
     tokens: tuple[int, ...]
@@ -41,6 +44,8 @@ class Round:
     seconds: float
     finish_reason: FinishReason | None
     logprobs: tuple[TokenLogprob, ...] = ()
+    looked_up: int = 0
+    is_paused: bool = False
 
 
 def decode_rounds(
@@ -86,7 +91,7 @@ def decode_rounds(
 class _Move:
     """The tokens of a draft that can be used, and what the target makes of the last token and at least them.
 
-    accepted: where the device has decided already.
+    accepted: where the device has decided already. looked_up, is_paused: see `Round`.
     """
 
     draft: list[int]
@@ -95,6 +100,8 @@ class _Move:
     draft_seconds: float
     verify_seconds: float
     accepted: Accepted | None = None
+    looked_up: int = 0
+    is_paused: bool = False
 
 
 class _Loop:
@@ -121,6 +128,8 @@ class _Loop:
         self.target, self.drafter = target, drafter
         self.length = FixedLength(draft_length) if isinstance(draft_length, int) else draft_length
         self.vocab_size = target.manifest.vocab_size
+        lookups = self.length.lookups if drafter else None
+        self.lookup = None if lookups is None else PromptLookup(prompt, self.length.longest, lookups)
         # Forced runs have their full length: the EOS that they may meet is none that the target chose.
         self.stop = frozenset(target.manifest.eos_token_ids if force_accepted is None else ())
         self.greedy, self.logprobs = sampling.is_greedy, logprobs
@@ -151,7 +160,7 @@ class _Loop:
             self.reader.target_fed(output, len(self.sequence))
         with self.profiler.span("accept", drafted=0):
             token = self.rule.accept([], output).next_token
-        self.sequence.append(token)
+        self.append([token])
         times = fed - start, 0.0, 0.0, perf_counter() - start
         return Round((token,), True, 0, 0, *times, self.finish_reason, self.logprobs_of([token], output))
 
@@ -167,7 +176,7 @@ class _Loop:
         tokens = draft[: accepted.count]
         if not tokens or tokens[-1] not in self.stop:
             tokens.append(accepted.next_token)
-        self.sequence += tokens
+        self.append(tokens)
         with self.profiler.span("rewind"):
             self.target.rewind(len(self.sequence) - 1)
             if self.reader:
@@ -184,7 +193,15 @@ class _Loop:
             perf_counter() - start,
             self.finish_reason,
             self.logprobs_of(tokens, output),
+            move.looked_up,
+            move.is_paused,
         )
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """The text goes on with `tokens`."""
+        self.sequence += tokens
+        if self.lookup:
+            self.lookup.extend(tokens)
 
     def logprobs_of(self, tokens: Sequence[int], output: StepOutput) -> tuple[TokenLogprob, ...]:
         """Nothing where none were asked for: an engine then need not hand its logits over."""
@@ -193,23 +210,28 @@ class _Loop:
     def move(self) -> _Move:
         """Draft and verify: in one go of the device where the engines can, else one after the other."""
         room = self.room(self.drafter) if self.drafter else 0
-        if self.reader and room > 0:
+        match = self.lookup.match() if self.lookup and room > 0 else NO_MATCH
+        plan = self.length.begin(match.chances) if room > 0 else Plan(0, 0)
+        steps = min(plan.drafted, room)
+        if self.reader and steps > 0:
             if self.one_cache:
                 self.reader.drafter.adopt(self.target.length)
-            if made := self.speculate(self.reader, room):
+            if made := self.speculate(self.reader, steps):
                 return made
         start = perf_counter()
-        draft: list[int] = []
-        prefill_seconds = 0.0
-        if self.reader and room > 0:
+        draft = self.usable(list(match.tokens[: min(plan.looked_up, room)]))
+        looked_up, prefill_seconds = len(draft), 0.0
+        self.rule.look_up(looked_up)
+        if self.reader and steps > 0:
             with self.profiler.span("draft", DRAFTER, length=len(self.sequence)):
-                draft, prefill_seconds = self.draft(self.reader, room)
+                draft, prefill_seconds = self.draft(self.reader, steps)
         drafted = perf_counter()
         with self.profiler.span("verify", TARGET, tokens=len(draft) + 1):
             if self.reader:
                 self.reader.hold()
             output = self.target.feed([self.sequence[-1], *draft], keep=len(draft) + 1)
-        return _Move(draft, output, prefill_seconds, drafted - start - prefill_seconds, perf_counter() - drafted)
+        times = prefill_seconds, drafted - start - prefill_seconds, perf_counter() - drafted
+        return _Move(draft, output, *times, None, looked_up, not plan.pays)
 
     def speculate(self, reader: TokenReader, room: int) -> _Move | None:
         """One call for both engines. Not for a drafter's first tokens, which are a prompt."""
@@ -259,10 +281,10 @@ class _Loop:
         return drafted
 
     def room(self, drafter: Engine) -> int:
-        """How many tokens to draft: no more than can be used, since the target adds one, or than the caches hold."""
-        length = len(self.sequence)
+        """The most tokens to draft: no more than can be used, since the target adds one, or than the caches hold."""
+        length, longest = len(self.sequence), self.length.longest
         return min(
-            self.length.begin() if drafter.max_draft is None else min(self.length.begin(), drafter.max_draft),
+            longest if drafter.max_draft is None else min(longest, drafter.max_draft),
             self.end - length - 1,
             self.target.capacity - self.target.length - 1,
             drafter.capacity - length + 1,  # the last drafted token is not fed

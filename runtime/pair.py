@@ -33,7 +33,9 @@ def resolve_draft_length(target: Engine, drafter: Engine | None, draft_length: i
     return draft_length
 
 
-def make_draft_length(target: Engine, drafter: Engine | None, draft_length: int | Auto | None) -> DraftLength:
+def make_draft_length(
+    target: Engine, drafter: Engine | None, draft_length: int | Auto | None, prompt_lookup: bool = True
+) -> DraftLength:
     """How long drafts are.
 
     Args:
@@ -41,21 +43,21 @@ def make_draft_length(target: Engine, drafter: Engine | None, draft_length: int 
         drafter: The engine that drafts, None for the target alone.
         draft_length: A number as in `resolve_draft_length`, or "auto": up to LONGEST_DRAFT tokens, as many as are
             worth their time.
+        prompt_lookup: Whether an adaptive length also drafts what the text itself repeats.
 
     Raises:
         VocabtrimError: The target verifies fewer tokens, or "auto" is asked of engines that draft on a GPU.
     """
-    if draft_length != "auto":
-        return FixedLength(resolve_draft_length(target, drafter, draft_length))
-    resolve_draft_length(target, drafter, None)
-    if drafter is None:
-        return FixedLength(1)
-    if "cuda" in (target.device, drafter.device):
+    fixed = resolve_draft_length(target, drafter, None if draft_length == "auto" else draft_length)
+    if drafter is None or draft_length != "auto":
+        return FixedLength(fixed)
+    # Engines that draft without the host in between, or all at once, do not stop within a draft.
+    if "cuda" in (target.device, drafter.device) or drafter.unrolled:
         raise VocabtrimError(
             "draft_length is auto, which decides after each drafted token and so needs both engines on the CPU: "
             "give a number"
         )
-    return AdaptiveLength(min(target.max_keep - 1, LONGEST_DRAFT, drafter.max_draft or LONGEST_DRAFT))
+    return AdaptiveLength(min(target.max_keep - 1, LONGEST_DRAFT, drafter.max_draft or LONGEST_DRAFT), prompt_lookup)
 
 
 def check_pair(target: Engine, drafter: Engine | None) -> None:

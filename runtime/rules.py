@@ -28,6 +28,9 @@ class Rule(Protocol):
     def propose(self, draft: list[int], output: StepOutput) -> int | None:
         """The drafter's next token after the text and `draft`; None where it has none that may be chosen."""
 
+    def look_up(self, count: int) -> None:
+        """The draft begins with `count` tokens that were looked up: no distribution stands behind them."""
+
     def confidence(self, output: StepOutput) -> float:
         """The drafter's probability of its most likely token, where `propose` has just chosen one."""
 
@@ -40,6 +43,9 @@ class Greedy:
 
     runs_on_device = True
     sampling: Sampling | None = None
+
+    def look_up(self, count: int) -> None:
+        """Nothing: any token may be drafted."""
 
     def propose(self, draft: list[int], output: StepOutput) -> int | None:  # noqa: ARG002
         return int(output.token_ids[-1])
@@ -71,6 +77,9 @@ class RuledGreedy:
         self.rules, self.columns = rules, Columns(vocab_size)
         self.head = DrafterHead(drafter, vocab_size)
 
+    def look_up(self, count: int) -> None:
+        """Nothing: any token may be drafted."""
+
     def propose(self, draft: list[int], output: StepOutput) -> int | None:
         head = self.head
         row = self.rules.apply(output.logits[-1, : head.columns.width], draft, head.columns)
@@ -101,7 +110,10 @@ class Sampled:
         self.sampling = Sampling(params, np.random.default_rng(params.seed))
         self.rules, self.runs_on_device = rules, rules is None
         self.columns, self.head = Columns(vocab_size), DrafterHead(drafter, vocab_size)
-        self.q: list[NDArray[np.float32]] = []
+        self.q: list[NDArray[np.float32] | None] = []
+
+    def look_up(self, count: int) -> None:
+        self.q = [None] * count
 
     def propose(self, draft: list[int], output: StepOutput) -> int | None:
         row = output.logits[-1, : self.head.columns.width]
@@ -114,7 +126,7 @@ class Sampled:
         return self.head.token(sample(q, self.sampling.rng))
 
     def confidence(self, output: StepOutput) -> float:  # noqa: ARG002
-        return float(self.q[-1].max())
+        return 0.0 if self.q[-1] is None else float(self.q[-1].max())
 
     def accept(self, draft: list[int], output: StepOutput) -> Accepted:
         logits, q, self.q = output.logits, self.q, []

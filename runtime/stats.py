@@ -27,6 +27,9 @@ class Stats:
         draft_seconds: Drafting.
         verify_seconds: The target's verification.
         collapse: The first collapse of acceptance that the decoder has had, in this generation or an earlier one.
+        looked_up: Drafted tokens that the text itself gave (prompt lookup) and not the drafter.
+        looked_up_accepted: Those of them that the target accepted.
+        paused: Rounds of an adaptive draft length that found that drafting does not pay; few of them draft, as probes.
     """
 
     tokens: int
@@ -40,6 +43,9 @@ class Stats:
     draft_seconds: float
     verify_seconds: float
     collapse: Collapse | None = None
+    looked_up: int = 0
+    looked_up_accepted: int = 0
+    paused: int = 0
 
     @property
     def other_seconds(self) -> float:
@@ -98,6 +104,9 @@ def summarize(rounds: Iterable[Round], collapse: Collapse | None = None) -> Stat
         draft_seconds=sum(entry.draft_seconds for entry in every),
         verify_seconds=sum(entry.verify_seconds for entry in every),
         collapse=collapse,
+        looked_up=sum(entry.looked_up for entry in later),
+        looked_up_accepted=sum(min(entry.accepted, entry.looked_up) for entry in later),
+        paused=sum(entry.is_paused for entry in later),
     )
 
 

@@ -14,6 +14,7 @@ from runtime.measure.environment import environment
 from runtime.measure.outputs import output_differences
 from runtime.measure.report import BenchReport, mode_report
 from runtime.measure.timing import Way, measure
+from runtime.pair import check_pair, resolve_draft_length
 
 TARGET_ONLY = "target_only"
 Forced: TypeAlias = int | Literal["all"] | None
@@ -39,7 +40,7 @@ def bench(
         drafters: The drafters by the names of their modes, such as "full_drafter" and "trimmed_drafter".
         prompts: Token ids.
         max_new_tokens: The most tokens to generate for a prompt.
-        draft_length: See `SpeculativeDecoder`.
+        draft_length: γ; None: 4, or fewer where the target verifies no more.
         repeats: How often each mode decodes each prompt.
         force_accepted: The drafted tokens that each round accepts, see `decode_rounds`; "all" for γ. Nothing is then
             said of equal outputs.
@@ -55,7 +56,8 @@ def bench(
     token_ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts]
     length = 1
     for drafter in modes.values():  # the first without a drafter; refuses what does not belong together
-        length = SpeculativeDecoder(target, drafter, draft_length=draft_length).draft_length
+        check_pair(target, drafter)
+        length = resolve_draft_length(target, drafter, draft_length)
     forced = resolve_forced(force_accepted, length)
     ways = {mode: Way(drafter, length, token_ids, max_new_tokens, forced) for mode, drafter in modes.items()}
     speeds = bandwidths((target, *drafters.values()), bandwidth)

@@ -13,13 +13,14 @@ from runtime.measure.bench import TARGET_ONLY, Forced, measured_on, resolve_forc
 from runtime.measure.outputs import output_differences
 from runtime.measure.report import ModeReport, mode_report
 from runtime.measure.timing import Way, measure
+from runtime.pair import check_pair, resolve_draft_length
 
 Prompts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class SweepSettings:
-    """draft_lengths: γ; empty: the default of `SpeculativeDecoder`. The rest as in `bench`.
+    """draft_lengths: γ; empty: 4, or fewer where the target verifies no more. The rest as in `bench`.
 
     contexts: tokens that the prompts are cut or repeated to; empty: as they are.
     """
@@ -137,7 +138,8 @@ def check_settings(
     lengths: set[int] = set()
     for drafter in drafters.values():
         for length in settings.draft_lengths or (None,):
-            lengths.add(SpeculativeDecoder(target, drafter, draft_length=length).draft_length)
+            check_pair(target, drafter)
+            lengths.add(resolve_draft_length(target, drafter, length))
     for length in lengths:
         resolve_forced(settings.force_accepted, length)
     _check_contexts((target, *drafters.values()), settings)

@@ -23,6 +23,7 @@ from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from runtime.decoder import SpeculativeDecoder
 from runtime.logit_rules import make_logit_rules, ruled_rows
+from runtime.pair import Auto, resolve_draft_length
 from runtime.sampling import distribution
 from runtime.verification import chi_square
 from runtime.verification.teacher_forcing import forced_drafts, forced_logits
@@ -115,7 +116,8 @@ def verify_sampling(
     """Sample with target and drafter until `draws` tokens are tested, for each of `settings`.
 
     Drafts are of 1 to the decoder's γ tokens in turn: long ones are seldom accepted whole, and what follows a whole one
-    would hardly be tested.
+    would hardly be tested. Where the decoder adapts, they are of 1 to 4 and then of its own lengths, with what it looks
+    up.
     prompts: token ids, taken in turn. The seed of a setting is its first generation's; the next ones count on from it.
     progress: called with the tokens tested and their number. Raises `VocabtrimError` for input that cannot run.
     """
@@ -161,12 +163,15 @@ def _points(
 ) -> Iterator[_Point]:
     """The points of as many generations as it takes. Raises `VocabtrimError` where they end too soon to test much."""
     first = params.seed or 0
+    longest = resolve_draft_length(decoder.target, drafter, None if decoder.length.adapts else decoder.draft_length)
+    lengths: list[int | Auto] = [*range(1, longest + 1)]
+    if decoder.length.adapts:
+        lengths.append("auto")
     rng = np.random.default_rng([0xD1CE, first])  # not the generations' own numbers
     for run in range(20 + 4 * draws // _NEW_TOKENS):
         prompt = prompts[run % len(prompts)]
         drawn = replace(params, seed=first + run)
-        length = 1 + run % decoder.draft_length
-        drafting = SpeculativeDecoder(decoder.target, drafter, draft_length=length)
+        drafting = SpeculativeDecoder(decoder.target, drafter, draft_length=lengths[run % len(lengths)])
         tokens = drafting.generate(prompt, max_new_tokens=_NEW_TOKENS, sampling=drawn).token_ids
         rules = make_logit_rules(params, decoder.target.manifest, prompt)
         rows = ruled_rows(forced_logits(decoder.target, prompt, tokens), tokens, rules)

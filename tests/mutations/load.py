@@ -102,8 +102,8 @@ LOAD = (
         "Collapsed acceptance is said, once",
         "it rings for every window",
         "runtime/alarm.py",
-        "if not entry.drafted or self.collapse:",
-        "if not entry.drafted:",
+        "if not entry.drafted or entry.looked_up or self.collapse:",
+        "if not entry.drafted or entry.looked_up:",
         ALARM_TESTS,
     ),
     Mutation(

@@ -27,7 +27,7 @@ def warnings(caplog):
 def collapsing(make_target, make_drafter):
     drafter = make_drafter(range(2, 40), context=512)
     drafter.seed = 77  # random weights of another model
-    return SpeculativeDecoder(make_target(context=512), drafter)
+    return SpeculativeDecoder(make_target(context=512), drafter, draft_length=4)
 
 
 @pytest.mark.statistical
@@ -57,7 +57,8 @@ def test_a_bench_reports_it(make_target, make_drafter):
 @pytest.mark.statistical
 def test_a_normal_pair_is_never_accused(make_target, make_drafter, warnings):
     """Half of the vocabulary, and noise as large as half of the logits: a first token is accepted in a third."""
-    decoder = SpeculativeDecoder(make_target(context=512), make_drafter(range(0, 48, 2), noise=1.0, context=512))
+    drafter = make_drafter(range(0, 48, 2), noise=1.0, context=512)
+    decoder = SpeculativeDecoder(make_target(context=512), drafter, draft_length=4)
     for seed in range(3):
         result = decoder.generate([3, seed], max_new_tokens=500, sampling=SamplingParams(1.0, seed=seed))
     assert 0.2 < result.stats.acceptance[0] < 0.6

@@ -191,7 +191,7 @@ def test_a_stream_that_another_overtook_says_so(make_target):
 
 def test_the_stats_add_up(make_target):
     """γ = 4 and a drafter that is always right: a prefill, two rounds of five tokens, one of two."""
-    result = SpeculativeDecoder(make_target(), make_target()).generate([3], max_new_tokens=13)
+    result = SpeculativeDecoder(make_target(), make_target(), draft_length=4).generate([3], max_new_tokens=13)
     stats = result.stats
     assert (stats.tokens, stats.prefills, stats.rounds, stats.drafted, stats.accepted) == (13, 1, 3, 9, 9)
     assert stats.block_efficiency == 12 / 3

@@ -7,6 +7,7 @@ import pytest
 from engines.errors import VocabtrimError
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.draft_length import AdaptiveLength, DraftLength, FixedLength
+from runtime.round_costs import GivenCosts
 
 STEP, OVERHEAD = 5.0, 0.2  # ms of a draft step, and of a round outside the engines
 
@@ -45,7 +46,7 @@ def speed(length: DraftLength, text, verify, tokens=4000):
     """Tokens a ms of rounds whose lengths `length` decides."""
     rng, spent, made = random.Random(0), 0.0, 0
     while made < tokens:
-        room, draft = length.begin(), []
+        room, draft = length.begin().drafted, []
         for confidence, is_right in text(rng, made)[:room]:
             draft.append(is_right)
             if len(draft) < room and not length.goes_on(confidence):
@@ -95,8 +96,29 @@ def test_a_seed_repeats_the_text(make_target, make_drafter):
     assert decoder.draft_length == 16
 
 
+def test_auto_adapts_and_looks_up_and_a_number_stays(make_target, make_drafter):
+    decoder = SpeculativeDecoder(make_target(), make_drafter(), draft_length="auto")
+    assert decoder.length.adapts
+    assert decoder.length.lookups is not None
+    assert SpeculativeDecoder(make_target(), make_drafter(), prompt_lookup=False).length == FixedLength(4)
+    assert SpeculativeDecoder(make_target(), make_drafter(), draft_length=3).length == FixedLength(3)
+    assert SpeculativeDecoder(make_target()).length == FixedLength(4)
+
+
 def test_a_gpu_needs_a_number(make_target, make_drafter):
     drafter = make_drafter()
     drafter.device = "cuda"
+    assert SpeculativeDecoder(make_target(), drafter).length == FixedLength(4)
     with pytest.raises(VocabtrimError, match="draft_length is auto"):
         SpeculativeDecoder(make_target(), drafter, draft_length="auto")
+
+
+def test_a_drafter_that_is_never_right_rests_and_the_stats_say_so(make_target, make_drafter):
+    """Each feed costs the same here: a round with a draft takes twice as long as one without."""
+    drafter = make_drafter(context=512)
+    drafter.seed = 77  # random weights of another model
+    decoder = SpeculativeDecoder(make_target(context=512), drafter, draft_length="auto")
+    decoder.length = AdaptiveLength(16, costs=GivenCosts(step=0.5, row=0.05))
+    stats = decoder.generate([3], max_new_tokens=400).stats
+    assert stats.paused > 0.9 * stats.rounds
+    assert 2 < stats.drafted < 40  # probes

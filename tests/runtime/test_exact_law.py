@@ -17,7 +17,9 @@ from engines.errors import VocabtrimError
 from engines.ort.slots import Slots
 from engines.sampling_params import SamplingParams
 from runtime.accept import accept_sampled
+from runtime.draft_length import AdaptiveLength
 from runtime.loop import decode_rounds
+from runtime.round_costs import GivenCosts
 from runtime.sampling import distribution, sample
 from tests.runtime.conftest import FakeEngine
 
@@ -124,19 +126,25 @@ def total_variation(law, expected):
     kept=st.sampled_from(list(MAPS)),
     zeros=st.sampled_from([0.0, 0.5, 1.0]),
     ties=st.booleans(),
+    looked_up=st.lists(st.integers(0, 2), max_size=2),
 )
-def test_a_block_followed_by_the_targets_chain_is_the_targets_chain(seed, draft_length, kept, zeros, ties):
-    """Total variation of γ + 1 tokens. zeros = 1: every law is one-hot, of p and q on different tokens mostly."""
+def test_a_block_followed_by_the_targets_chain_is_the_targets_chain(seed, draft_length, kept, zeros, ties, looked_up):
+    """Total variation of γ + 1 tokens. zeros = 1: every law is one-hot, of p and q on different tokens mostly.
+
+    looked_up: what the draft begins with, whatever the drafter keeps.
+    """
     p, q = markov(seed, MAPS[kept], zeros, ties)
     vocab_map = MAPS[kept] and VocabMap.from_ids(MAPS[kept], 3)
     law = defaultdict(float)
     for way in every_way():
-        draft, at = [], [0]
-        for _ in range(draft_length):
+        draft = looked_up[:draft_length]
+        at = [0, *draft]
+        for _ in range(draft_length - len(draft)):
             row = way.choose(q[at[-1]])
             draft.append(MAPS[kept][row] if vocab_map else row)
             at.append(draft[-1])
-        accepted = accept_sampled(draft, q[at], lambda i, at=at: p[at[i]], vocab_map, way)
+        laws = [None if i < len(looked_up) else q[last] for i, last in enumerate(at)]
+        accepted = accept_sampled(draft, laws, lambda i, at=at: p[at[i]], vocab_map, way)
         block = (*draft[: accepted.count], accepted.next_token)
         for rest, chance in chain(p, block[-1], draft_length + 1 - len(block)).items():
             law[block + rest] += way.weight * chance
@@ -240,6 +248,31 @@ def test_the_law_with_slots_is_the_targets(
     assert total_variation(law, expected) < 1e-6
 
 
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    kept=st.sampled_from(list(MAPS)),
+    prompt=st.sampled_from([[0, 2] * 9, [2, 0, 0] * 6]),
+    params=st.sampled_from([SamplingParams(1.0), SamplingParams(1.0, presence_penalty=0.4, frequency_penalty=-0.3)]),
+)
+def test_the_law_of_adaptive_drafts_and_looked_up_tokens_is_the_targets(
+    make_target, make_drafter, seed, kept, prompt, params
+):
+    """A draft ends where the drafter's own confidence says, and begins with tokens that no distribution gave."""
+    rng = np.random.default_rng(seed)
+    mine, its = (2 * rng.standard_normal((3, 3)).astype(np.float32) for _ in range(2))
+    target = bare(make_target(rows=3), mine, None)
+    drafter = bare(make_drafter(MAPS[kept], rows=3), its, MAPS[kept])
+    law, looked_up = defaultdict(float), 0
+    for way in every_way():
+        length = AdaptiveLength(3, costs=GivenCosts(step=0.4, row=0.02))  # its state is of this way alone
+        rounds = list(decode_rounds(target, drafter, prompt, max_new_tokens=4, draft_length=length, sampling=params))
+        law[tuple(token for entry in rounds for token in entry.tokens)] += way.weight
+        looked_up += sum(entry.looked_up for entry in rounds)
+    assert total_variation(law, law_under(mine, prompt, params, 4)) < 1e-6
+    assert looked_up > 0
+
+
 RULES = {
     "penalties": SamplingParams(1.0, repetition_penalty=1.7, presence_penalty=0.4, frequency_penalty=-0.3),
     "bias": SamplingParams(0.8, logit_bias={0: 1.5, 2: -0.5}, repetition_penalty=1.3, min_p=0.2),
@@ -277,20 +310,25 @@ def test_the_law_under_rules_is_that_of_the_target_under_rules(
     rng, params, prompt, columns = np.random.default_rng(seed), RULES[rules], [0, 2], MAPS[kept]
     mine, its = (2 * rng.standard_normal((3, 3)).astype(np.float32) for _ in range(2))
     target, drafter = bare(make_target(rows=3), mine, None), bare(make_drafter(columns, rows=3), its, columns)
-    law, expected = defaultdict(float), defaultdict(float)
+    law = defaultdict(float)
     for way in every_way():
         rounds = decode_rounds(target, drafter, prompt, max_new_tokens=4, draft_length=draft_length, sampling=params)
         law[tuple(token for entry in rounds for token in entry.tokens)] += way.weight
-    stack = [((), 1.0)]
+    assert total_variation(law, law_under(mine, prompt, params, 4)) < 1e-6
+
+
+def law_under(logits_by_last, prompt, params, length):
+    """The law of up to `length` tokens after `prompt` under rules and sampling."""
+    expected, stack = defaultdict(float), [((), 1.0)]
     while stack:
         output, chance = stack.pop()
-        if len(output) == 4 or 1 in output:
+        if len(output) == length or 1 in output:
             expected[output] += chance
             continue
-        row = ruled(mine[(*prompt, *output)[-1]], prompt, output, params)
+        row = ruled(logits_by_last[(*prompt, *output)[-1]], prompt, output, params)
         p = distribution(row[None], params)[0]
         stack += [((*output, token), chance * float(p[token])) for token in range(3) if p[token] > 0]
-    assert total_variation(law, expected) < 1e-6
+    return expected
 
 
 NAN, INF = float("nan"), float("inf")

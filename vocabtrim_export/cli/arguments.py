@@ -202,5 +202,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prompt_lookup_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-prompt-lookup",
+        action="store_false",
+        dest="prompt_lookup",
+        help="where the draft length is auto: never draft what the text itself repeats",
+    )
+
+
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")

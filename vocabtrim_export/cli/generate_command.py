@@ -4,21 +4,26 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.cli.arguments import (
     add_engine_arguments,
     add_json_argument,
+    add_prompt_lookup_argument,
     add_rule_arguments,
     rule_options,
 )
 from vocabtrim_export.cli.prompt_arguments import add_template_arguments, read_json, template_args
 from vocabtrim_export.cli.streams import read_prompt
 
+if TYPE_CHECKING:
+    from runtime import Stats
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
+    add_prompt_lookup_argument(parser)
     parser.add_argument("--drafter", type=Path, metavar="DIR", help="the drafter's bundle; without, the target alone")
     parser.add_argument("--prompt", help="what to answer (default: read standard input)")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
@@ -67,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
         device=options.device,
         draft_length=options.draft_length,
         drafter_device=options.drafter_device,
+        prompt_lookup=options.prompt_lookup,
     ) as decoder:
         stream = decoder.stream(
             prompt,
@@ -91,9 +97,16 @@ def run(options: argparse.Namespace) -> None:
         stats = result.stats
         print(
             f"[{len(result.token_ids)} tokens, {result.finish_reason}; {stats.tokens_per_second:.1f} tokens/s, "
-            f"block efficiency {stats.block_efficiency:.2f}{', acceptance collapsed' if stats.collapse else ''}]",
+            f"block efficiency {stats.block_efficiency:.2f}{_notes(stats)}]",
             file=sys.stderr,
         )
+
+
+def _notes(stats: "Stats") -> str:
+    """What the numbers alone do not say."""
+    notes = f", {stats.looked_up_accepted} tokens from prompt lookup" if stats.looked_up_accepted else ""
+    notes += f", drafting did not pay in {stats.paused} of {stats.rounds} rounds" if stats.paused else ""
+    return notes + (", acceptance collapsed" if stats.collapse else "")
 
 
 def _prompt(options: argparse.Namespace) -> tuple[Any, Any]:

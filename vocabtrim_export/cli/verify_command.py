@@ -15,6 +15,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.cli.arguments import (
     add_engine_arguments,
     add_json_argument,
+    add_prompt_lookup_argument,
     add_rule_arguments,
     rule_options,
 )
@@ -42,6 +43,7 @@ PROMPTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
+    add_prompt_lookup_argument(parser)
     parser.add_argument("--drafter", type=Path, required=True, metavar="DIR", help="the drafter's bundle")
     parser.add_argument(
         "--reference",
@@ -81,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
             device=options.device,
             draft_length=options.draft_length,
             drafter_device=options.drafter_device,
+            prompt_lookup=options.prompt_lookup,
         ) as decoder,
         progress_reporter() as progress,
     ):
@@ -168,7 +171,8 @@ def _data(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "Sp
 
 
 def _show(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "SpeculativeDecoder") -> None:
-    print(f"greedy, γ = {greedy.draft_length}, against {greedy.reference}")
+    length = f"up to {greedy.draft_length}" if decoder.length.adapts else greedy.draft_length
+    print(f"greedy, γ = {length}, against {greedy.reference}")
     for index, prompt in enumerate(greedy.prompts):
         deviation = "" if prompt.deviation is None else f", logits within {prompt.deviation:.0f} roundings"
         print(f"  prompt {index}: {prompt.verdict}, {prompt.tokens} tokens{deviation}")

@@ -1,0 +1,120 @@
+"""What the parts of a round cost: measured while the loop runs, or given."""
+
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+from typing import Protocol
+
+_WINDOW = 15  # measured values that a median is of
+_SLOPE = 0.04  # of a verification's time, what a further row is assumed to cost before two numbers of rows are known
+_CERTAINTY = 8.0  # of that, as the squared distance of measured numbers of rows that counts as much
+_STEP = 0.2  # of a verification's time, what a drafted token is assumed to cost before one is measured
+
+
+class Costs(Protocol):
+    """Costs of rounds, all in one unit of time."""
+
+    @property
+    def knows_plain(self) -> bool:
+        """Whether a round without a draft is known and not deduced from others."""
+
+    @property
+    def next_row(self) -> float:
+        """One more token to verify."""
+
+    @property
+    def next_drafted(self) -> float:
+        """One more token to draft and to verify."""
+
+    def observe(self, drafted: int, verified: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
+        """Take in what a round took that verified so many tokens, of which the drafter drafted so many."""
+
+    def round(self, drafted: int, verified: int) -> float:
+        """A round that verifies so many tokens, of which the drafter drafts so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenCosts:
+    """Costs as shares of a round without a draft. step: of a drafted token. row: of a further row to verify."""
+
+    step: float
+    row: float
+    knows_plain = True
+
+    @property
+    def next_row(self) -> float:
+        return self.row
+
+    @property
+    def next_drafted(self) -> float:
+        return self.step + self.row
+
+    def observe(self, drafted: int, verified: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
+        """Nothing: they are given."""
+
+    def round(self, drafted: int, verified: int) -> float:
+        return 1 + drafted * self.step + verified * self.row
+
+
+class _Recent:
+    """The median of the last values."""
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=_WINDOW)
+        self.median = 0.0
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, value: float) -> None:
+        self._values.append(value)
+        self.median = median(self._values)
+
+
+class MeasuredCosts:
+    """Medians of measured seconds. A verification's are a line over its number of rows, but for one row."""
+
+    def __init__(self) -> None:
+        self._verify: dict[int, _Recent] = {}  # by rows
+        self._step, self._other = _Recent(), _Recent()
+        self._base, self._slope = 1.0, _SLOPE  # until the first round, a verification is the unit
+
+    @property
+    def knows_plain(self) -> bool:
+        return 1 in self._verify
+
+    @property
+    def next_row(self) -> float:
+        return self._slope
+
+    @property
+    def next_drafted(self) -> float:
+        return self._step_seconds() + self._slope
+
+    def observe(self, drafted: int, verified: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
+        self._verify.setdefault(verified + 1, _Recent()).add(verify_seconds)
+        self._other.add(seconds - draft_seconds - verify_seconds)
+        if drafted:
+            self._step.add(draft_seconds / drafted)
+        self._fit()
+
+    def round(self, drafted: int, verified: int) -> float:
+        verify = self._base + self._slope * (verified + 1)
+        if verified == 0 and self.knows_plain:
+            verify = self._verify[1].median
+        return drafted * self._step_seconds() + verify + self._other.median
+
+    def _step_seconds(self) -> float:
+        return self._step.median if len(self._step) else _STEP * (self._base + self._slope)
+
+    def _fit(self) -> None:
+        """A line through the medians by least squares, that the assumed slope draws to itself while there are few."""
+        several = {rows: each for rows, each in self._verify.items() if rows > 1} or self._verify
+        weight = sum(len(each) for each in several.values())
+        rows = sum(len(each) * n for n, each in several.items()) / weight
+        seconds = sum(len(each) * each.median for each in several.values()) / weight
+        spread = sum(len(each) * (n - rows) ** 2 for n, each in several.items())
+        product = sum(len(each) * (n - rows) * (each.median - seconds) for n, each in several.items())
+        assumed = _SLOPE * seconds
+        self._slope = max(0.0, (product + _CERTAINTY * assumed) / (spread + _CERTAINTY))
+        self._base = seconds - self._slope * rows
