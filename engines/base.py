@@ -25,8 +25,10 @@ Device = Literal["cpu", "cuda"]
 class StepOutput:
     """What the last `keep` fed positions predict. All arrays are valid until the engine's next `feed` or `draft`.
 
-    token_ids: int64[keep], the most likely next token of each position, as full-vocabulary ids.
-    read_features: see `features`; None where the engine gives none.
+    Attributes:
+        token_ids: int64[keep], the most likely next token of each position, as full-vocabulary ids.
+        read_logits: See `logits`.
+        read_features: See `features`; None where the engine gives none.
     """
 
     token_ids: NDArray[np.int64]
@@ -51,7 +53,12 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The first `count` drafted tokens stay, and `next_token`, the target's own, follows them."""
+    """The outcome of a verification.
+
+    Attributes:
+        count: How many of the first drafted tokens are accepted.
+        next_token: The target's own token, which follows them.
+    """
 
     count: int
     next_token: int
@@ -59,11 +66,15 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """A draft and the target's verdict on it, made by both engines in one go of their device.
+    """A draft and its verification, both computed in one piece of work for the device.
 
-    drafted: int64[γ]. verified: as the target's `feed` gives it for the last token before the draft and all of the
-    draft, keep = γ + 1. draft_seconds, verify_seconds: by the device's clock. accepted: what stays of a sampled draft;
-    None where it was greedy, and `verified` says it.
+    Attributes:
+        drafted: int64[γ].
+        verified: What the target's `feed` would give for the last token before the draft and all of the draft, with
+            keep = γ + 1.
+        draft_seconds: The time of drafting, by the device's clock.
+        verify_seconds: The time of the verification, by the device's clock.
+        accepted: The outcome for a sampled draft; None for a greedy one, whose outcome follows from `verified`.
     """
 
     drafted: NDArray[np.int64]
@@ -76,15 +87,21 @@ class Speculation:
 class Engine(ABC):
     """A decoder and its KV cache of `capacity` tokens, of which the first `length` are filled.
 
-    cache: identifies the memory of the KV cache. Engines of one model may share it (see `load_engine`); then what one
-    of them fed, the others can `adopt`.
-    tokenizer_file: the bundle's `tokenizer.json`, None where there is none.
-    use: keeps a second generation from writing into the KV cache while one is unfinished.
-    device: where it runs, "cpu" or "cuda".
-    max_keep: positions that one run can predict after. unrolled: tokens that `draft` gives (γ), 0 if it gives none.
-    max_draft: tokens that it can draft one after another; None: as many as the cache holds.
-    features_given: numbers in a row of `StepOutput.features`, 0 where there are none. features_read: numbers in a row
-    that `feed_features` takes, 0 for an engine that reads tokens alone.
+    Attributes:
+        manifest: What the bundle holds.
+        vocab_map: The tokens of a trimmed head's rows; None for a full head.
+        tokenizer_file: The bundle's `tokenizer.json`; None where there is none.
+        capacity: The tokens that the KV cache can hold.
+        length: The tokens that it holds.
+        cache: Identifies the memory of the KV cache. Engines of one model may share it (see `load_engine`); then what
+            one of them fed, the others can `adopt`.
+        use: Keeps a second generation from writing into the KV cache while one is unfinished.
+        device: "cpu" or "cuda".
+        max_keep: The positions that one run can predict after.
+        unrolled: γ, the tokens that `draft` gives; 0 if it gives none.
+        max_draft: The tokens that it can draft one after another; None: as many as the cache holds.
+        features_given: The numbers in a row of `StepOutput.features`; 0 where there are none.
+        features_read: The numbers in a row that `feed_features` takes; 0 for an engine that reads tokens alone.
     """
 
     device: Device = "cpu"
@@ -114,10 +131,14 @@ class Engine(ABC):
 
     @abstractmethod
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
-        """Append `token_ids` (at least one) to the cache and predict after the last `keep` of them.
+        """Append tokens to the cache and predict after the last of them. Long inputs run in chunks.
 
-        Long inputs run in chunks; `keep` is at most 256.
-        Raises `ContextFull` if they do not fit; the cache is then as before.
+        Args:
+            token_ids: int64[n], at least one.
+            keep: How many of the last positions to predict after, at most 256.
+
+        Raises:
+            ContextFull: The tokens do not fit; the cache is unchanged.
         """
 
     def feed_features(
@@ -126,18 +147,30 @@ class Engine(ABC):
         features: NDArray[np.float32],  # noqa: ARG002
         keep: int = 1,  # noqa: ARG002
     ) -> StepOutput:
-        """As `feed`, for a drafter that reads its target's features: float32[len(token_ids), features_read].
+        """Append tokens to the cache of a head, with the target's features, and predict after the last of them.
 
-        Row i belongs to the token before `token_ids[i]`, which the target has read. Without features, `feed` goes on
-        from the hidden state that the last position left, one token at a time.
+        Without features, `feed` goes on from the hidden state that the last position left, one token at a time.
+
+        Args:
+            token_ids: int64[n], at least one.
+            features: float32[n, features_read]; row i belongs to the token before `token_ids[i]`, which the target has
+                read.
+            keep: How many of the last positions to predict after.
         """
         raise ValueError("this engine reads no features")
 
     def draft(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64] | None:  # noqa: ARG002
-        """Append `token_ids` and draft after them greedily, in one call of the device: int64[unrolled].
+        """Append tokens and draft after them greedily, in one call of the device.
 
-        All drafted tokens but the last are then in the cache. None, and nothing done, where the engine has no graph
-        that does this for so many tokens or the cache has no room.
+        All drafted tokens but the last are then in the cache.
+
+        Args:
+            token_ids: int64[n], what the engine has not read.
+
+        Returns:
+            int64[unrolled]; None, with nothing done, where the engine has no graph for so many tokens or the cache has
+                no
+            room.
         """
         return None
 
@@ -148,25 +181,36 @@ class Engine(ABC):
         draft_length: int,  # noqa: ARG002
         sampling: Sampling | None = None,  # noqa: ARG002
     ) -> Speculation | None:
-        """As the target: have `drafter` draft, and verify the draft, without the host in between.
+        """As the target, have `drafter` draft and verify the draft, without the host in between.
 
-        token_ids: what `drafter` has not been fed; the last of them is the one that the target has not been fed either.
-        sampling: None drafts greedily; else both sides sample, and the device decides what stays. Rules on logits are
-        never applied: a generation that has any must not ask.
-        The target then holds all of the draft, and the drafter all but its last token. An EAGLE head reads what the
-        target's last call gave, where that lies. None, and nothing done, where the two cannot do this together.
+        The target's cache then holds the whole draft, and the drafter's all but its last token. An EAGLE head reads the
+        features of the target's last call on the device.
+
+        Args:
+            drafter: The engine that drafts.
+            token_ids: int64[n], what `drafter` has not been fed; the target lacks only the last of them.
+            draft_length: γ.
+            sampling: None drafts greedily; else both sides sample, and the device decides what is accepted. Rules on
+                logits are not applied: a generation that has any must not call this.
+
+        Returns:
+            The draft and its verification; None, with nothing done, where the two engines cannot do this together.
         """
         return None
 
     def fork(self, share_cache_with: "Engine | None" = None) -> "Engine":  # noqa: ARG002
-        """Another engine, with an empty KV cache, over the same loaded weights; it may run in another thread.
+        """Returns another engine over the same loaded weights, with an empty KV cache; it may run in another thread.
 
-        share_cache_with: see `load_engine`. Raises `VocabtrimError` where weights serve one cache only.
+        Args:
+            share_cache_with: See `load_engine`.
+
+        Raises:
+            VocabtrimError: The weights serve one cache only.
         """
         raise VocabtrimError("only ONNX Runtime on the CPU can fork an engine: load the bundle once more instead")
 
     def environment(self) -> dict[str, str]:
-        """What it runs on, for a report: the library that computes and its version, and the GPU if there is one."""
+        """What a report says of the engine: the library that computes and its version, and the GPU if there is one."""
         return {}
 
     def rewind(self, length: int) -> None:
@@ -177,7 +221,7 @@ class Engine(ABC):
         self.length = length
 
     def adopt(self, length: int) -> None:
-        """Take the first `length` tokens that an engine with the same `cache` has fed for this one's own."""
+        """Take over the first `length` tokens, which an engine with the same `cache` has fed."""
         self.length = length
 
     def close(self) -> None:

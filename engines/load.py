@@ -15,16 +15,20 @@ _LOG = logging.getLogger("engines")
 def load_engine(
     path: str | Path, device: str = "cpu", share_cache_with: Engine | None = None, profile: Path | None = None
 ) -> Engine:
-    """Check the bundle at `path` and load it on `device`, with an empty KV cache of its context length.
+    """Check a bundle and load it, with an empty KV cache of its context length.
 
-    device: "cpu" runs any bundle on ONNX Runtime, one of `--format trt` to check it; "cuda" runs TensorRT plans where
-    the bundle is of that format, else ONNX Runtime's CUDA.
-    share_cache_with: an engine whose KV cache to use where both run on one device, were made from the same weights and
-    their caches are of one form; else it keeps its own. A model that drafts for itself then reads the target's keys
-    and values. On ONNX Runtime's CUDA, engines so named share a stream in any case.
-    profile: a file for what each operator took, written when the engine is closed; ONNX Runtime on the CPU only. Of an
-    EAGLE head, what its product of features took is in NAME_features beside it.
-    Raises `VocabtrimError` if the bundle is damaged, the device unknown or its runtime not installed.
+    Args:
+        path: The bundle.
+        device: "cpu" runs any bundle on ONNX Runtime, one of `--format trt` to check it; "cuda" runs TensorRT plans
+            where the bundle is of that format, else ONNX Runtime's CUDA.
+        share_cache_with: An engine whose KV cache is used where both run on one device, were made from the same weights
+            and have caches of one form; else the new engine has its own. A model that drafts for itself then reads the
+            target's keys and values. On ONNX Runtime's CUDA the two engines share a stream in any case.
+        profile: A file for the time of each operator, written when the engine is closed; only with ONNX Runtime on the
+            CPU. The product that reads an EAGLE head's features is in NAME_features beside it.
+
+    Raises:
+        VocabtrimError: The bundle is damaged, the device is unknown, or its runtime is not installed.
     """
     if device not in ("cpu", "cuda"):
         raise VocabtrimError(f"unknown device {device!r}: bundles run on 'cpu' or 'cuda'")

@@ -13,9 +13,11 @@ from runtime.sampling import sample
 
 
 def accept_greedy(draft: Sequence[int], verified: NDArray[np.int64]) -> Accepted:
-    """Keep the draft up to where the target would have chosen otherwise.
+    """Accept the draft up to where the target would have chosen another token.
 
-    draft: g token ids. verified: int64[g + 1], the target's most likely token before and after each of them.
+    Args:
+        draft: g token ids.
+        verified: int64[g + 1], the target's most likely token before and after each of them.
     """
     chosen = verified.tolist()
     count = next((i for i, token in enumerate(draft) if token != chosen[i]), len(draft))
@@ -23,9 +25,14 @@ def accept_greedy(draft: Sequence[int], verified: NDArray[np.int64]) -> Accepted
 
 
 def accept_forced(draft: Sequence[int], verified: NDArray[np.int64], count: int) -> Accepted:
-    """Keep `count` drafted tokens, or all of fewer, whatever the target says: latency apart from acceptance.
+    """Accept `count` drafted tokens, or all of fewer, whatever the target says: this measures latency alone.
 
-    draft, verified: as in `accept_greedy`. What comes out is not the target's text.
+    The output is then not the target's text.
+
+    Args:
+        draft: g token ids.
+        verified: int64[g + 1], as in `accept_greedy`.
+        count: The number of tokens to accept.
     """
     kept = min(count, len(draft))
     return Accepted(kept, int(verified[kept]))

@@ -68,10 +68,16 @@ class ExportSettings:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """The bundles that were written (no target where none was asked for), the selection behind them, and the other
-    formats' directories.
+    """What an export wrote.
 
-    notes: what the user should know about the models and the pair.
+    Attributes:
+        drafter: The drafter's bundle.
+        target: The target's bundle; None where none was asked for.
+        drafter_manifest: The drafter's manifest.
+        target_manifest: The target's manifest.
+        selection: The kept tokens.
+        formats: The directories of the other formats.
+        notes: What the user should know about the models and the pair.
     """
 
     drafter: Path
@@ -90,15 +96,22 @@ def export(
     settings: ExportSettings,
     progress: Progress = lambda _task, _done, _total: None,
 ) -> ExportResult:
-    """Calibrate, trim and export MODELs into `output/drafter` and, with a target, `output/target`; each of
-    `settings.formats` into `output/FORMAT`.
+    """Calibrate, trim and export a drafter, and its target.
 
-    drafter: also the directory of an EAGLE head or of Medusa heads of `target`, or "mtp" for its multi-token-prediction
-    layer; `target` then gives the hidden states that the head reads.
+    The token counts stay in `output/token_counts.safetensors`: an interrupted calibration goes on from there, and given
+    as the calibration of another export they serve another K.
 
-    The token counts stay in `output/token_counts.safetensors`: an interrupted calibration goes on from there, and
-    given as the calibration of another export they serve another K. progress: called with (task, done, total).
-    Raises `VocabtrimError` for everything that the user can mend; `output` is then as it was, but for the counts.
+    Args:
+        drafter: MODEL of the drafter: a hub id, a directory, a `.gguf` file, the directory of an EAGLE head or of
+            Medusa heads of `target`, or "mtp" for the target's multi-token-prediction layer.
+        target: MODEL of the target; None exports the drafter alone. A head needs its target, whose hidden states it
+            reads.
+        output: The directory that gets `drafter`, `target` and one directory for each of `settings.formats`.
+        settings: How to export.
+        progress: Called with (task, done, total).
+
+    Raises:
+        VocabtrimError: The user can mend it; `output` is then as it was, but for the token counts.
     """
     output = Path(output)
     roles: list[Role] = ["drafter", "target"] if target else ["drafter"]

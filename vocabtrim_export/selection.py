@@ -32,7 +32,11 @@ _PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"
 class Coverage:
     """Chooses the smallest K that keeps this share of the held-out calibration tokens.
 
-    Raises `VocabtrimError` for a share that is not above 0 and at most 1.
+    Attributes:
+        share: Above 0 and at most 1.
+
+    Raises:
+        VocabtrimError: The share is out of range.
     """
 
     share: float
@@ -72,18 +76,23 @@ def select_vocab(
     full_vocab: int | None = None,
     available: NDArray[np.int64] | None = None,
 ) -> Selection:
-    """Keep the K tokens counted most often.
+    """Keep the K tokens that were counted most often.
 
-    k: rows, rounded up to a multiple of 64 but never beyond the vocabulary; or a `Coverage`: the smallest such K
-    that keeps this share of the held-out tokens. Where the counted tokens do not suffice it reaches into the filler:
-    too short a calibration shows as a large K, not as a coverage that was asked for and not had.
-    always_keep: ids kept before all others. Then come counted ids, ties by the smaller id; then, as filler, the rest
-    by id: BPE numbers tokens in the order of its merges, so a smaller id is likely the more frequent one.
-    full_vocab: rows of the drafter's embedding, where the counts are of a model with another number; None: that of the
-    counts. Ids from there up are never kept, nor is `always_keep` among them.
-    available: int64[n], the only ids that can be kept: those with a row in the head and a token that means the same to
-    the target; None for all.
-    Raises `VocabtrimError` for a K that is no such number, or too small for `always_keep`.
+    First come the ids of `always_keep`, then counted ids (of equal counts the smaller id first), then, as filler, the
+    rest by id: BPE numbers tokens in the order of its merges, so a smaller id is likely the more frequent one.
+
+    Args:
+        counts: How often each token was seen.
+        k: The number of rows, rounded up to a multiple of 64 but never beyond the vocabulary; or a `Coverage`. Where
+            the counted tokens do not reach the coverage, K includes filler: too short a calibration shows as a large K.
+        always_keep: Ids that are kept before all others.
+        full_vocab: Rows of the drafter's embedding, where the counts are of a model with another number; None: that of
+            the counts. Ids from there up are never kept, not even those of `always_keep`.
+        available: int64[n], the only ids that can be kept: those with a row in the head and a token that means the same
+            to the target; None: all.
+
+    Raises:
+        VocabtrimError: K is out of range, or too small for `always_keep`.
     """
     limit = counts.full_vocab if full_vocab is None else full_vocab
     counts = counts.resized(max(limit, counts.full_vocab))

@@ -59,7 +59,13 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle that was read and checked: every file is there and has the digest that its manifest states."""
+    """A bundle that was read and checked: every file is there and has the digest that its manifest states.
+
+    Attributes:
+        path: The directory.
+        manifest: What the bundle holds.
+        vocab_map: The tokens of a trimmed head's rows; None for a full head.
+    """
 
     path: Path
     manifest: Manifest
@@ -67,12 +73,16 @@ class Bundle:
 
     @property
     def tokenizer_file(self) -> Path | None:
-        """`tokenizer.json`, None where the bundle has none."""
+        """The path of `tokenizer.json`; None where the bundle has none."""
         return self.path / TOKENIZER_NAME if TOKENIZER_NAME in self.manifest.files else None
 
 
 def read_bundle(path: str | Path) -> Bundle:
-    """Read a bundle directory and check all of its files. Raises `VocabtrimError` naming the file that is wrong."""
+    """Read a bundle directory and check all of its files.
+
+    Raises:
+        VocabtrimError: Names the file that is wrong.
+    """
     root = Path(path)
     manifest = _read_manifest(root)
     _stop_at_first(file_checks(root, manifest))
@@ -81,7 +91,11 @@ def read_bundle(path: str | Path) -> Bundle:
 
 
 def check_bundle(path: str | Path) -> list[Check]:
-    """Every check of a bundle and what came of it: those of `read_bundle`, and the head's rows by themselves."""
+    """Run every check of `read_bundle`, and one of the LM head's rows by themselves.
+
+    Returns:
+        All checks and their results.
+    """
     root = Path(path)
     try:
         manifest = _read_manifest(root)

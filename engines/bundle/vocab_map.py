@@ -35,8 +35,12 @@ class HeadTokens(Protocol):
 class VocabMap:
     """The kept token ids of a trimmed head: row `i` of the head is token `kept_token_ids[i]`.
 
-    `kept_token_ids` is int64[draft_vocab]: absolute ids, strictly ascending, within `[0, full_vocab)`.
-    Raises `VocabtrimError` for anything else.
+    Attributes:
+        kept_token_ids: int64[draft_vocab], absolute ids, strictly ascending, within `[0, full_vocab)`.
+        full_vocab: Tokens of the full vocabulary.
+
+    Raises:
+        VocabtrimError: The ids are not so.
     """
 
     kept_token_ids: NDArray[np.int64]
@@ -58,7 +62,7 @@ class VocabMap:
 
     @classmethod
     def from_ids(cls, ids: Iterable[int], full_vocab: int) -> "VocabMap":
-        """Sort `ids` and drop repetitions."""
+        """Make a map of `ids`, which are sorted; repetitions are dropped."""
         return cls(np.unique(np.fromiter(ids, np.int64)), full_vocab)
 
     def __len__(self) -> int:
@@ -85,12 +89,16 @@ class VocabMap:
         return hashlib.sha256(data).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The safetensors form that `load` reads."""
+        """Returns the safetensors form that `load` reads."""
         return save({"kept_token_ids": self.kept_token_ids}, {"full_vocab": str(self.full_vocab)})
 
     @classmethod
     def load(cls, path: Path) -> "VocabMap":
-        """Read a safetensors file with `kept_token_ids: int64[draft_vocab]` and `full_vocab` in its metadata."""
+        """Read a safetensors file with `kept_token_ids: int64[draft_vocab]` and `full_vocab` in its metadata.
+
+        Raises:
+            VocabtrimError: The file is something else.
+        """
         try:
             with safe_open(path, framework="numpy") as file:
                 ids, full_vocab = file.get_tensor("kept_token_ids"), int(file.metadata()["full_vocab"])
