@@ -1,0 +1,246 @@
+"""What a drafter gains on real weights: each one at fixed and adaptive draft lengths, on prompts of several domains.
+
+python benchmarks/real_pair.py --target DIR --drafter NAME=DIR [NAME=DIR …] --prompts NAME=FILE [NAME=FILE …]
+    [--random-tokens] --output STEM
+
+One interleaved run: on each prompt every way of decoding takes its turn, and they take turns in who begins, so that a
+machine that slows down slows all of them. Greedy, in time without prefills. An adaptive way keeps its state from prompt
+to prompt, as a decoder does; nothing else is warm but the engines. Writes STEM.json, STEM.md and STEM.svg.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from real_pair_views import markdown, svg
+
+from engines import load_engine
+from engines.base import Engine
+from engines.bundle.tokenizer import Tokenizer
+from runtime import Round, SpeculativeDecoder, decode_rounds
+from runtime.draft_length import AdaptiveLength, DraftLength, FixedLength
+from runtime.measure.environment import environment
+from runtime.pair import make_draft_length
+from vocabtrim_export.calibration import read_corpus
+
+TARGET_ONLY = "target only"
+RANDOM_TOKENS = 64  # of a prompt of random tokens
+
+
+@dataclass(slots=True)
+class Way:
+    """One way of decoding. length: keeps what it learns. drafter: None for the target alone."""
+
+    name: str
+    drafter: Engine | None
+    length: DraftLength
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One prompt, decoded one way. Rounds and seconds are those after the prefill."""
+
+    domain: str
+    way: str
+    tokens: int
+    rounds: int
+    drafted: int
+    accepted: int
+    looked_up: int
+    looked_up_accepted: int
+    paused: int
+    seconds: float
+    is_equal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A way on a domain. speedup: tokens/s over the target's alone; median_speedup: of the prompts' own ratios."""
+
+    domain: str
+    way: str
+    tokens_per_second: float
+    speedup: float
+    median_speedup: float
+    block_efficiency: float
+    drafted_per_round: float
+    looked_up_share: float
+    paused_share: float
+    equal_outputs: bool
+
+
+def main() -> None:
+    options = parse()
+    with ExitStack() as stack:
+        target = stack.enter_context(load_engine(options.target))
+        drafters = {
+            name: stack.enter_context(load_engine(path, "cpu", target)) for name, path in map(named, options.drafter)
+        }
+        prompts = {name: list(read_prompts(target, options, path)) for name, path in map(named, options.prompts)}
+        if options.random_tokens:
+            prompts["random tokens"] = random_prompts(target, options.num_prompts)
+        ways = make_ways(target, drafters, options.lengths)
+        warm_up(target, ways, next(iter(prompts.values()))[0])
+        generations = list(measure(target, ways, prompts, options.max_new_tokens))
+        bundles = {name: drafter.manifest for name, drafter in {TARGET_ONLY: target, **drafters}.items()}
+    rows = summarize(generations)
+    report = {
+        "bundles": {
+            name: {"source": Path(m.source).name, "head_rows": m.head_rows, "quantization": m.quantization}
+            for name, m in bundles.items()
+        },
+        "max_new_tokens": options.max_new_tokens,
+        "prompts": {name: len(each) for name, each in prompts.items()},
+        "rows": [asdict(row) for row in rows],
+        "generations": [asdict(each) for each in generations],
+        "environment": environment(),
+    }
+    write(options.output.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
+    write(options.output.with_suffix(".md"), markdown(rows))
+    write(options.output.with_suffix(".svg"), svg(rows))
+    print(markdown(rows))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--drafter", nargs="+", required=True, metavar="NAME=DIR")
+    parser.add_argument("--prompts", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--random-tokens", action="store_true", help="a domain of random token ids as well")
+    parser.add_argument("--skip", type=int, default=0, help="prompts of each file to leave out")
+    parser.add_argument("--num-prompts", type=int, default=3, help="prompts of each file")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[1, 2, 3, 4, 6, 8], help="fixed draft lengths")
+    parser.add_argument("--output", type=Path, required=True, metavar="STEM")
+    return parser.parse_args()
+
+
+def named(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition("=")
+    return name, Path(path)
+
+
+def read_prompts(target: Engine, options: argparse.Namespace, path: Path) -> Iterator[list[int]]:
+    """The token ids of a file's prompts, of those that leave room for what is generated."""
+    decoder = SpeculativeDecoder(target, tokenizer=Tokenizer.load(options.target))
+    documents = read_corpus([path]).documents[options.skip : options.skip + options.num_prompts]
+    for document in documents:
+        messages = [{"role": message.role, "content": message.content} for message in document.prompt]
+        ids = decoder.encode(messages or document.text)
+        if len(ids) + options.max_new_tokens <= target.capacity:
+            yield ids
+
+
+def random_prompts(target: Engine, count: int) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    ids: list[list[int]] = rng.integers(target.manifest.vocab_size, size=(count, RANDOM_TOKENS)).tolist()
+    return ids
+
+
+def make_ways(target: Engine, drafters: Mapping[str, Engine], lengths: Sequence[int]) -> list[Way]:
+    ways = [Way(TARGET_ONLY, None, FixedLength(1))]
+    for name, drafter in drafters.items():
+        ways += [Way(f"{name}, γ = {length}", drafter, FixedLength(length)) for length in lengths]
+        for note, looks_up in ((", no lookup", False), ("", True)):
+            adaptive = make_draft_length(target, drafter, "auto", looks_up)
+            ways.append(Way(f"{name}, adaptive{note}", drafter, adaptive))
+    return ways
+
+
+def warm_up(target: Engine, ways: Sequence[Way], prompt: Sequence[int]) -> None:
+    for way in ways:
+        length = FixedLength(4) if isinstance(way.length, AdaptiveLength) else way.length  # it learns nothing here
+        run(target, Way(way.name, way.drafter, length), prompt, 16)
+
+
+def run(target: Engine, way: Way, prompt: Sequence[int], tokens: int) -> list[Round]:
+    return list(decode_rounds(target, way.drafter, prompt, max_new_tokens=tokens, draft_length=way.length))
+
+
+def measure(
+    target: Engine, ways: Sequence[Way], prompts: Mapping[str, Sequence[Sequence[int]]], tokens: int
+) -> Iterator[Generation]:
+    """Each prompt in all ways, the domains in turn, so that what an adaptive way learns on one it meets on the next."""
+    longest = max(map(len, prompts.values()))
+    order = [(name, each[i]) for i in range(longest) for name, each in prompts.items() if i < len(each)]
+    for turn, (domain, prompt) in enumerate(order):
+        first = turn % len(ways)
+        done = {way.name: run(target, way, prompt, tokens) for way in [*ways[first:], *ways[:first]]}
+        alone = tokens_of(done[TARGET_ONLY])
+        for way in ways:
+            yield generation(domain, way.name, done[way.name], alone)
+        print(f"{turn + 1} of {len(order)} prompts", flush=True)
+
+
+def tokens_of(rounds: Sequence[Round]) -> list[int]:
+    return [token for entry in rounds for token in entry.tokens]
+
+
+def generation(domain: str, way: str, rounds: Sequence[Round], alone: list[int]) -> Generation:
+    later = rounds[1:]
+    return Generation(
+        domain,
+        way,
+        tokens=sum(len(entry.tokens) for entry in later),
+        rounds=len(later),
+        drafted=sum(entry.drafted for entry in later),
+        accepted=sum(entry.accepted for entry in later),
+        looked_up=sum(entry.looked_up for entry in later),
+        looked_up_accepted=sum(min(entry.looked_up, entry.accepted) for entry in later),
+        paused=sum(entry.is_paused for entry in later),
+        seconds=sum(entry.seconds - entry.prefill_seconds for entry in later),
+        is_equal=tokens_of(rounds) == alone,
+    )
+
+
+def summarize(generations: Sequence[Generation]) -> list[Row]:
+    """A row for each domain and way, and for all domains together."""
+    domains = list(dict.fromkeys(each.domain for each in generations))
+    ways = list(dict.fromkeys(each.way for each in generations))
+    rows = []
+    for domain in [*domains, "all"]:
+        inside = [each for each in generations if domain in (each.domain, "all")]
+        alone = [each for each in inside if each.way == TARGET_ONLY]
+        rows += [row(domain, [each for each in inside if each.way == way], alone) for way in ways]
+    return rows
+
+
+def row(domain: str, own: Sequence[Generation], alone: Sequence[Generation]) -> Row:
+    def total(number: Callable[[Generation], float], of: Sequence[Generation] = own) -> float:
+        return sum(map(number, of))
+
+    speed = total(lambda g: g.tokens) / total(lambda g: g.seconds)
+    base = total(lambda g: g.tokens, alone) / total(lambda g: g.seconds, alone)
+    rounds = total(lambda g: g.rounds)
+    ratios = [
+        (mine.tokens / mine.seconds) / (its.tokens / its.seconds)
+        for mine, its in zip(own, alone, strict=True)
+        if mine.rounds and its.rounds
+    ]
+    return Row(
+        domain,
+        own[0].way,
+        tokens_per_second=speed,
+        speedup=speed / base,
+        median_speedup=median(ratios),
+        block_efficiency=total(lambda g: g.tokens) / rounds,
+        drafted_per_round=total(lambda g: g.drafted) / rounds,
+        looked_up_share=total(lambda g: g.looked_up_accepted) / total(lambda g: g.tokens),
+        paused_share=total(lambda g: g.paused) / rounds,
+        equal_outputs=all(each.is_equal for each in own),
+    )
+
+
+def write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, "utf-8")  # written whole or not at all
+    aside.replace(path)
+
+
+if __name__ == "__main__":
+    main()
