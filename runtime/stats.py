@@ -79,8 +79,8 @@ class Percentiles:
     @classmethod
     def of(cls, values: Iterable[float]) -> "Percentiles | None":
         """Returns the percentiles of `values`, or None where there are none."""
-        given = list(values)
-        return cls(*np.percentile(given, (50, 90, 99)).tolist()) if given else None
+        listed = list(values)
+        return cls(*np.percentile(listed, (50, 90, 99)).tolist()) if listed else None
 
 
 def summarize(rounds: Iterable[Round], collapse: Collapse | None = None) -> Stats:

@@ -33,9 +33,9 @@ class StopStrings:
         """
         self._held.append((piece, shown))
         text = "".join(held for held, _ in self._held)
-        found = [at for string in self._stop if (at := text.find(string)) >= 0]
-        if found:
-            return self._release(min(found)), True
+        positions = [at for string in self._stop if (at := text.find(string)) >= 0]
+        if positions:
+            return self._release(min(positions)), True
         return self._release(len(text) if is_last else len(text) - self._beginning(text)), False
 
     def _release(self, length: int) -> str:

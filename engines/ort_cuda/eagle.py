@@ -62,15 +62,14 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
         start = self.length
         if draft_length >= MAX_KEEP:  # more rows than there are
             return None
-        made = super().speculate(drafter, token_ids, draft_length, sampling)
-        if made is None:
+        speculation = super().speculate(drafter, token_ids, draft_length, sampling)
+        if speculation is None:
             return None
         self._given_from = start
         if isinstance(drafter, CudaEagleEngine):
             drafter.last = len(token_ids) + draft_length - 2, drafter.length
-        return replace(
-            made, verified=replace(made.verified, read_features=lambda: self.features.read(draft_length + 1))
-        )
+        verified = replace(speculation.verified, read_features=lambda: self.features.read(draft_length + 1))
+        return replace(speculation, verified=verified)
 
     def has_given(self, first: int, count: int) -> bool:
         """Whether `features` starts with those of token number `first`, and the cache ends `count` tokens after it."""

@@ -130,8 +130,8 @@ class CudaRound:
         host[at.tokens : at.drafted] = token_ids
         self._work.run()
         self._stream.synchronize()
-        found = host[at.drafted :].copy()
-        drafted, verified, verdict = np.split(found, [self._draft_length, 2 * self._draft_length + 1])
+        received = host[at.drafted :].copy()
+        drafted, verified, verdict = np.split(received, [self._draft_length, 2 * self._draft_length + 1])
         draft_seconds, verify_seconds = (self._stream.seconds_between(*self._events[i : i + 2]) for i in range(2))
         output = StepOutput(verified, self._verify.read_logits)
         return Speculation(drafted, output, draft_seconds, verify_seconds, _accepted(verdict) if sampling else None)

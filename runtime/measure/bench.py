@@ -64,7 +64,7 @@ def bench(
     runs = measure(target, ways, repeats, progress)
     alone = runs[TARGET_ONLY]
     judged = {} if forced is not None else runs
-    found = {mode: output_differences(target, token_ids, own, alone) for mode, own in judged.items()}
+    differing = {mode: output_differences(target, token_ids, own, alone) for mode, own in judged.items()}
     reports = {
         mode: mode_report(
             runs[mode],
@@ -73,7 +73,7 @@ def bench(
             drafter.manifest if drafter else None,
             length,
             speeds[(drafter or target).device],
-            differences=None if forced is not None else found[mode],
+            differences=None if forced is not None else differing[mode],
         )
         for mode, drafter in modes.items()
     }

@@ -51,13 +51,13 @@ def make_plan(
     if not drafters or len(settings.contexts) > 1 or settings.force_accepted is not None:
         raise VocabtrimError("a plan needs a drafter, one context at most, and an acceptance that is not forced")
     lengths = check_settings(target, drafters, prompts, settings)
-    given = encoded_at(target, prompts, settings.contexts[0] if settings.contexts else None)
-    report, done_before = progress or (lambda _done, _total: None), len(given) * len(drafters)
+    encoded = encoded_at(target, prompts, settings.contexts[0] if settings.contexts else None)
+    report, done_before = progress or (lambda _done, _total: None), len(encoded) * len(drafters)
     total = done_before + settings.repeats * (1 + len(drafters) * len(lengths))
-    longest = {name: Way(drafter, max(lengths), given, settings.max_new_tokens) for name, drafter in drafters.items()}
+    longest = {name: Way(drafter, max(lengths), encoded, settings.max_new_tokens) for name, drafter in drafters.items()}
     runs = measure(target, longest, 1, lambda done, _: report(done, total))
     acceptance = {name: _acceptance(runs[name]) for name in drafters}
-    prompt = sorted(given, key=len)[len(given) // 2]
+    prompt = sorted(encoded, key=len)[len(encoded) // 2]
     ways = {TARGET_ONLY: Way(None, 1, [prompt], _ROUNDS, 0)} | {
         _label(name, length): _timed_way(drafter, length, prompt, acceptance[name])
         for name, drafter in drafters.items()

@@ -101,13 +101,13 @@ def sweep(
         for context, name in product(settings.contexts or (None,), (TARGET_ONLY, *drafters))
         for length in ((0,) if name == TARGET_ONLY else lengths)
     ]
-    given = {context: encoded_at(target, prompts, context) for _, _, context in keys}
+    encoded = {context: encoded_at(target, prompts, context) for _, _, context in keys}
     forced = settings.force_accepted is not None
     ways = {
         _label(name, length, context): Way(
             drafters.get(name),
             max(length, 1),
-            given[context],
+            encoded[context],
             settings.max_new_tokens,
             resolve_forced(settings.force_accepted, length) if length else (0 if forced else None),
         )
@@ -120,7 +120,7 @@ def sweep(
         drafter = drafters[name].manifest if name in drafters else None
         speed = speeds[drafters.get(name, target).device]
         own, alone = runs[_label(name, length, context)], runs[_label(TARGET_ONLY, 0, context)]
-        differences = None if forced else output_differences(target, given[context], own, alone)
+        differences = None if forced else output_differences(target, encoded[context], own, alone)
         report = mode_report(own, alone, target.manifest, drafter, length, speed, differences=differences)
         return SweepRow(name, (drafter or target.manifest).head_rows, length, context, report)
 

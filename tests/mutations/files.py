@@ -234,8 +234,8 @@ FILES = (
         "A head in any trainer's layout is the same head",
         "layers of `eagle_config` are counted as those at the top",
         "vocabtrim_export/drafters/eagle_config.py",
-        "tuple(layer + 1 for layer in given)",
-        "tuple(given)",
+        "tuple(layer + 1 for layer in outputs)",
+        "tuple(outputs)",
         "tests/integration/test_eagle.py::test_every_layout_holds_the_same_head",
     ),
     Mutation(

@@ -70,7 +70,7 @@ def read_calibration(names: Sequence[str | Path]) -> CalibrationInput:
 
 def count_tokens(
     sources: Mapping[Role, Source],
-    given: CalibrationInput,
+    data: CalibrationInput,
     settings: CalibrationSettings,
     checkpoint: Path,
     progress: Callable[[int, int], None],
@@ -80,7 +80,7 @@ def count_tokens(
 
     Args:
         sources: The loaded models by role.
-        given: What `read_calibration` read.
+        data: What `read_calibration` read.
         settings: How to calibrate.
         checkpoint: The file that a calibration rewrites as it goes.
         progress: Called with (tokens so far, tokens to count).
@@ -89,8 +89,8 @@ def count_tokens(
     Raises:
         VocabtrimError: The counts come from another tokenizer, or the model that is to generate is not there.
     """
-    if given.corpus is None:
-        counts = reduce(add, given.counts)
+    if data.corpus is None:
+        counts = reduce(add, data.counts)
         if counts.tokenizer_digest not in {source.tokenizer_digest for source in sources.values()}:
             raise VocabtrimError("the token counts were made with another tokenizer than the model's: calibrate again")
         return counts
@@ -99,13 +99,13 @@ def count_tokens(
     if role not in sources:
         raise VocabtrimError(f"--calibration-source {role} needs a --{role} to generate with")
     source = sources[role]
-    for skipped in given.corpus.skipped:
+    for skipped in data.corpus.skipped:
         on_skip(skipped)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     run = partial(
         calibrate,
         tokenizer=source.tokenizer,
-        corpus=given.corpus,
+        corpus=data.corpus,
         source=how,
         max_tokens=settings.calibration_tokens,
         seed=settings.seed,
@@ -147,9 +147,9 @@ def calibrate_models(
         raise VocabtrimError("nothing to calibrate: give --target or --drafter")
     if output.suffix != ".safetensors":
         raise VocabtrimError(f"--output {output}: name the file of token counts something.safetensors")
-    given = read_calibration(settings.calibration)
-    if given.corpus is None:
-        counts = reduce(add, given.counts)
+    data = read_calibration(settings.calibration)
+    if data.corpus is None:
+        counts = reduce(add, data.counts)
         with alone(output):
             counts.save(output)
         return counts
@@ -159,4 +159,4 @@ def calibrate_models(
         raise VocabtrimError("--calibration-source drafter needs a --drafter to generate with")
     source = load_source(spec, torch.float32)
     with alone(output):
-        return count_tokens({role: source}, given, settings, output, progress, on_skip)
+        return count_tokens({role: source}, data, settings, output, progress, on_skip)

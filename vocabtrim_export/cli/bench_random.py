@@ -29,8 +29,8 @@ def random_bundles(options: argparse.Namespace, stack: ExitStack, progress: "Pro
         options.max_length or 1024,
     )
     directory = options.bundles or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vocabtrim-")))
-    made = random_bundles(settings, directory, progress)
-    return Bundles(made.target, made.drafters)
+    written = random_bundles(settings, directory, progress)
+    return Bundles(written.target, written.drafters)
 
 
 def _check_cuda(dtype: str) -> None:

@@ -96,7 +96,7 @@ def summary(
     layers: dict[str, list[dict[str, Any]]],
 ) -> dict[str, Any]:
     """What `--json` prints: the manifest as it is, and what is only in the files."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "bundle": str(bundle.path),
         "format": "trt" if bundle.manifest.tensorrt else "onnx",
         "manifest": asdict(bundle.manifest),
@@ -107,7 +107,7 @@ def summary(
             for name, network in networks.items()
         },
     }
-    return found | ({"layers": layers} if layers else {})
+    return facts | ({"layers": layers} if layers else {})
 
 
 def _open(bundle: "Bundle") -> list[tuple[str, Any]]:
@@ -200,13 +200,13 @@ def _facts(manifest: "Manifest") -> dict[str, str]:
 
 def _without_caches(graph: Graph) -> list[tuple[str, dict[str, Any]]]:
     """(side, tensor) for each; the KV caches of all layers stand as one on each side."""
-    found = []
+    shown = []
     for side, values in (("input", graph["inputs"]), ("output", graph["outputs"])):
         caches = [value for value in values if value["name"].startswith(_CACHE)]
-        found += [(side, value) for value in values if value not in caches]
+        shown += [(side, value) for value in values if value not in caches]
         if caches:
-            found.append((side, caches[0] | {"name": f"{caches[0]['name']} and {len(caches) - 1} more"}))
-    return found
+            shown.append((side, caches[0] | {"name": f"{caches[0]['name']} and {len(caches) - 1} more"}))
+    return shown
 
 
 def _shape(shape: list[Any]) -> str:

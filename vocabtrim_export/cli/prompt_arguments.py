@@ -43,16 +43,16 @@ def add_prompts_argument(parser: argparse.ArgumentParser) -> None:
 
 def template_args(options: argparse.Namespace) -> dict[str, Any]:
     """What `--template-arg` gave. Raises `VocabtrimError` for an argument without a name or a value."""
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for text in options.template_arg:
         name, separator, value = text.partition("=")
         if not (name.isidentifier() and separator):
             raise VocabtrimError(f"--template-arg {text!r}: give NAME=VALUE, such as enable_thinking=false")
         try:
-            found[name] = json.loads(value)
+            arguments[name] = json.loads(value)
         except (ValueError, RecursionError):
-            found[name] = value
-    return found
+            arguments[name] = value
+    return arguments
 
 
 def chat_options(options: argparse.Namespace) -> "ChatOptions":

@@ -23,22 +23,22 @@ def parse_k(text: str) -> "int | Coverage":
 
 def notes(selection: "Selection", builtin: bool) -> list[str]:
     """What the user should know about this selection."""
-    found = []
+    lines = []
     if builtin:
-        found.append("no --calibration given: counted on Python's own documentation, which is like no user's prompts")
+        lines.append("no --calibration given: counted on Python's documentation; results on your prompts will differ")
     if selection.is_noop:
-        found.append(f"K covers the whole vocabulary of {selection.vocab_map.full_vocab} tokens: nothing is trimmed")
+        lines.append(f"K covers the whole vocabulary of {selection.vocab_map.full_vocab} tokens: nothing is trimmed")
     elif selection.filler > len(selection.vocab_map) // 4:
-        found.append(
+        lines.append(
             f"{selection.filler} of {len(selection.vocab_map)} rows were never counted and only fill up K: "
             "more --calibration-tokens would choose better ones, or a smaller K would do"
         )
     asked = selection.requested_coverage
     if asked and selection.coverage is not None and selection.coverage < asked:
-        found.append(
+        lines.append(
             f"coverage is {selection.coverage:.4f}, not {asked}: the target or the head lacks the missing tokens"
         )
-    return found
+    return lines
 
 
 def kept(selection: "Selection") -> str:

@@ -110,8 +110,8 @@ def _settings(options: argparse.Namespace) -> "Sequence[SamplingParams]":
     from engines.sampling_params import SamplingParams
     from runtime.verification.sampled import SETTINGS
 
-    given = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    own = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    own = {name: value for name, value in chosen.items() if value is not None}
     if own and not options.sampling:
         raise VocabtrimError(
             f"--{next(iter(own)).replace('_', '-')} is for a test of sampling: give --sampling as well"

@@ -78,18 +78,18 @@ def _renamed(names: Iterable[str], kind: Kind) -> dict[str, str]:
 
 def _check_target(spec: str, config: HeadConfig, target: Source) -> tuple[int, ...]:
     """Returns the layers of `target` that the head reads."""
-    found = target.model.config.get_text_config()
-    if config.target_hidden_size != found.hidden_size:
+    text = target.model.config.get_text_config()
+    if config.target_hidden_size != text.hidden_size:
         raise VocabtrimError(
             f"{spec} is a head for targets of hidden size {config.target_hidden_size}, {target.name} has "
-            f"{found.hidden_size}: give the target that it was trained for"
+            f"{text.hidden_size}: give the target that it was trained for"
         )
     if config.layer.vocab_size != target.vocab_size:
         raise VocabtrimError(
             f"{spec} is a head for a vocabulary of {config.layer.vocab_size} tokens, {target.name} has "
             f"{target.vocab_size}: give the target that it was trained for"
         )
-    depth = int(found.num_hidden_layers)
+    depth = int(text.num_hidden_layers)
     if config.kind == "eagle":
         return (depth,)
     layers = config.feature_layers or (2, depth // 2, depth - 3)

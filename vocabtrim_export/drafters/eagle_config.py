@@ -71,8 +71,8 @@ def read_head_config(directory: Path, tensors: Iterable[str]) -> HeadConfig:
         if data.get(option):
             raise VocabtrimError(f"{where} sets {option}, which cannot be exported yet")
     defaults = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
-    given = {field.name: raw.get(field.name, defaults.get(field.name)) for field in fields(LayerConfig)}
-    layer: LayerConfig = decode(LayerConfig, given, str(where))
+    values = {field.name: raw.get(field.name, defaults.get(field.name)) for field in fields(LayerConfig)}
+    layer: LayerConfig = decode(LayerConfig, values, str(where))
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         if getattr(layer, name) == 0:
             raise VocabtrimError(f"{where}: {name} is 0; expected 1 or more")
@@ -100,5 +100,5 @@ def _feature_layers(data: Mapping[str, Any], where: str) -> tuple[int, ...] | No
     top: tuple[int, ...] = decode(tuple[int, ...], data.get(name) or [], f"{where}: {name}")
     if top or not isinstance(nested, dict):
         return top or None
-    given: tuple[int, ...] = decode(tuple[int, ...], nested.get(name) or [], f"{where}: eagle_config.{name}")
-    return tuple(layer + 1 for layer in given) or None
+    outputs: tuple[int, ...] = decode(tuple[int, ...], nested.get(name) or [], f"{where}: eagle_config.{name}")
+    return tuple(layer + 1 for layer in outputs) or None

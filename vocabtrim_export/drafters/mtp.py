@@ -76,23 +76,23 @@ def find_mtp(target: str) -> MtpTensors:
     return MtpTensors(files, layers, hidden_first=style is _MIMO)
 
 
-def load_mtp(found: MtpTensors, target: Source) -> HeadSource:
+def load_mtp(layer: MtpTensors, target: Source) -> HeadSource:
     """Load the layer as the drafter of `target`, with the target's embedding, LM head and kind of decoder layer.
 
     Raises:
         VocabtrimError: The tensors are not those of such a layer.
     """
-    tensors = read_tensors(found.files)
+    tensors = read_tensors(layer.files)
     embedding, head = own_ends(target)
     tensors.setdefault("embed_tokens.weight", embedding)
     tensors.setdefault("lm_head.weight", head)
     text = target.model.config.get_text_config()
-    config = _config(text, head_rows=target.vocab_size, hidden_first=found.hidden_first)
+    config = _config(text, head_rows=target.vocab_size, hidden_first=layer.hidden_first)
     kind = _head_class(target)
     model = assemble(target.name, "mtp", lambda: kind(config), tensors, target)
     notes: tuple[str, ...] = ()
-    if found.layers > 1:
-        notes = (f"only the first of {found.layers} multi-token-prediction layers drafts, again from its own output",)
+    if layer.layers > 1:
+        notes = (f"only the first of {layer.layers} multi-token-prediction layers drafts, again from its own output",)
     digest = hashlib.sha256(f"mtp\n{target.digest}".encode()).hexdigest()
     rows, features = np.arange(target.vocab_size), (int(text.num_hidden_layers),)
     name = f"{target.name}, multi-token-prediction layer"

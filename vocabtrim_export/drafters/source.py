@@ -135,8 +135,8 @@ def _check_tensors(spec: str, what: str, wanted: dict[str, tuple[int, ...]], ten
     if unknown := sorted(set(tensors) - set(wanted)):
         raise VocabtrimError(f"{spec} has tensors that cannot be exported yet: {', '.join(unknown[:4])}")
     for name, shape in wanted.items():
-        found = tuple(tensors[name].shape)
-        if found != shape:
+        stored = tuple(tensors[name].shape)
+        if stored != shape:
             raise VocabtrimError(
-                f"{spec}: {name} is {list(found)}, by config.json and the target it must be {list(shape)}"
+                f"{spec}: {name} is {list(stored)}, by config.json and the target it must be {list(shape)}"
             )

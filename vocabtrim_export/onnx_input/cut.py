@@ -118,9 +118,9 @@ class _Cutter:
 
     def _again(self, node: ir.Node, inputs: list[ir.Value | None], before: ir.Node) -> ir.Value:
         """Copy the node with other inputs, so that whatever else reads its output is not changed."""
-        made = ir.node(node.op_type, inputs, dict(node.attributes), domain=node.domain)
-        self.graph.insert_before(before, made)
-        return made.outputs[0]
+        copy = ir.node(node.op_type, inputs, dict(node.attributes), domain=node.domain)
+        self.graph.insert_before(before, copy)
+        return copy.outputs[0]
 
     def _constant(self, value: ir.Value, node: ir.Node) -> NDArray[np.generic]:
         stored = constant(value)

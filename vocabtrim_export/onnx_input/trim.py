@@ -85,7 +85,7 @@ def trim_onnx(
     """
     check_output(output, ["drafter"], force)
     check_k(k)
-    given = read_calibration(calibration.calibration)
+    data = read_calibration(calibration.calibration)
     source = _open(Path(drafter).expanduser())
     model = ir.load(source.graph)
     head = find_head(model)
@@ -93,7 +93,7 @@ def trim_onnx(
     if beyond is not None:
         raise VocabtrimError(f"the tokenizer of {drafter} has ids up to {beyond}, its head {head.vocab} columns")
     with reserved(output):
-        counts = _count(source, given, calibration, output / COUNTS_NAME, progress)
+        counts = _count(source, data, calibration, output / COUNTS_NAME, progress)
         always = structural_token_ids(source.tokenizer, source.generation_config)
         selection = select_vocab(counts, k, always_keep=always, full_vocab=head.vocab)
         before = _bytes(head.product)
@@ -109,7 +109,7 @@ def trim_onnx(
                     shutil.copyfile(source.graph.parent / name, fresh / name)
             if (source.graph.parent / TEMPLATES_NAME).is_dir():
                 shutil.copytree(source.graph.parent / TEMPLATES_NAME, fresh / TEMPLATES_NAME)
-    skipped = given.corpus.skipped if given.corpus else ()
+    skipped = data.corpus.skipped if data.corpus else ()
     notes = skipped_note(skipped)
     if unproven:
         notes += (f"the trimmed model was not run against the whole one, which this CPU cannot run: {unproven}",)
@@ -142,10 +142,10 @@ def _generation_config(directory: Path) -> GenerationConfig:
 
 
 def _count(
-    source: OnnxSource, given: CalibrationInput, settings: CalibrationSettings, checkpoint: Path, progress: Progress
+    source: OnnxSource, data: CalibrationInput, settings: CalibrationSettings, checkpoint: Path, progress: Progress
 ) -> TokenCounts:
-    if given.corpus is None:
-        counts = reduce(add, given.counts)
+    if data.corpus is None:
+        counts = reduce(add, data.counts)
         if counts.tokenizer_digest != tokenizer_digest(source.tokenizer.backend_tokenizer):
             raise VocabtrimError("the token counts were made with another tokenizer than the model's: calibrate again")
         return counts
@@ -157,7 +157,7 @@ def _count(
     return calibrate(
         None,
         tokenizer=source.tokenizer,
-        corpus=given.corpus,
+        corpus=data.corpus,
         source="text",
         max_tokens=settings.calibration_tokens,
         seed=settings.seed,

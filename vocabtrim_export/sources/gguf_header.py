@@ -115,9 +115,9 @@ def check_whole(header: GgufHeader) -> None:
     """
     if header.parts <= 1 and not is_part(header.path):
         return
-    found = _FIRST_PART.fullmatch(header.path.name)
-    first = header.path.with_name(f"{found[1]}-00001-of-{found[3]}.gguf") if found else header.path
-    merged = header.path.with_name(f"{found[1]}.gguf") if found else header.path.with_name("merged.gguf")
+    match = _FIRST_PART.fullmatch(header.path.name)
+    first = header.path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf") if match else header.path
+    merged = header.path.with_name(f"{match[1]}.gguf") if match else header.path.with_name("merged.gguf")
     raise VocabtrimError(
         f"{header.path} is one part of a split model: merge the parts first, with llama.cpp's "
         f"`llama-gguf-split --merge {first} {merged}`, and give the merged file"

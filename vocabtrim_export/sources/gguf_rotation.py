@@ -56,5 +56,5 @@ def _divisors(half: int, base: float, factor: float) -> np.ndarray[Any, np.dtype
     """
     turns = _FIRST_CONTEXT / (2 * np.pi * base ** (np.arange(half) / half))
     share = np.clip((turns - _LOW) / (_HIGH - _LOW), 0, 1)
-    made: np.ndarray[Any, np.dtype[np.float64]] = 1 / ((1 - share) / factor + share)
-    return made
+    divisors: np.ndarray[Any, np.dtype[np.float64]] = 1 / ((1 - share) / factor + share)
+    return divisors

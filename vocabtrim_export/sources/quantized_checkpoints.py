@@ -133,8 +133,8 @@ def _bits(bits: Any) -> int:
 
 def _weight_bits(quantization: Mapping[str, Any]) -> Any:
     """The number of bits that compressed-tensors' one group of layers has."""
-    found = {group["weights"]["num_bits"] for group in quantization.get("config_groups", {}).values()}
-    return found.pop() if len(found) == 1 else sorted(found)
+    bits = {group["weights"]["num_bits"] for group in quantization.get("config_groups", {}).values()}
+    return bits.pop() if len(bits) == 1 else sorted(bits)
 
 
 def _groups(columns: int, count: int) -> Tensor:

@@ -157,13 +157,13 @@ def _this_gpu(library: Library, asked: Sequence[str]) -> tuple[str, ...]:
             f"{library.name} builds on the GPU that it builds for, and there is none here: "
             "take --trt-flavor rtx, or a machine with an NVIDIA GPU"
         )
-    found = cuda.current_device()
-    if others := [capability for capability in asked if capability != found.compute_capability]:
+    device = cuda.current_device()
+    if others := [capability for capability in asked if capability != device.compute_capability]:
         raise VocabtrimError(
-            f"{library.name} builds for this machine's {found.name} of compute capability {found.compute_capability}, "
-            f"not for {', '.join(others)}: build on such a GPU, or take --trt-flavor rtx"
+            f"{library.name} builds for this machine's {device.name} of compute capability "
+            f"{device.compute_capability}, not for {', '.join(others)}: build on such a GPU, or take --trt-flavor rtx"
         )
-    return (found.compute_capability,)
+    return (device.compute_capability,)
 
 
 def _run(

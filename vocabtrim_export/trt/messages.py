@@ -38,8 +38,8 @@ def build_error(library: Library, onnx_path: Path, reason: str) -> VocabtrimErro
 
 def model_layer(node_name: str) -> str | None:
     """The name of the model's layer that a node belongs to: "model.layers.3" of "model.layers.3.self_attn.o_proj"."""
-    found = _LAYER.match(node_name)
-    return found[0] if found else None
+    match = _LAYER.match(node_name)
+    return match[0] if match else None
 
 
 def raise_ended(library_name: str, onnx_name: str, code: int, stderr: str) -> NoReturn:

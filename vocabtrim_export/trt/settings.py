@@ -82,14 +82,14 @@ def profiles(role: Role, settings: TensorRTSettings, max_length: int) -> tuple[P
         if span >= max_length:
             raise VocabtrimError(f"--span is {span}: give lengths below --max-length, which is {max_length}")
     lengths = (*settings.spans, max_length)
-    found: list[Profile] = []
+    result: list[Profile] = []
     for slots in sorted({cache_slots(length, settings.draft_length) for length in lengths}):
         if role == "drafter":
-            found.append(Profile("draft", 1, 1, slots))
+            result.append(Profile("draft", 1, 1, slots))
         else:
-            found.append(Profile("verify", settings.draft_length + 1, settings.draft_length + 1, slots))
-        found.append(Profile("prefill", min(settings.prefill_chunk, slots), 1, slots))
-    return tuple(found)
+            result.append(Profile("verify", settings.draft_length + 1, settings.draft_length + 1, slots))
+        result.append(Profile("prefill", min(settings.prefill_chunk, slots), 1, slots))
+    return tuple(result)
 
 
 def cache_slots(length: int, draft_length: int) -> int:
