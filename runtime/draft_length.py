@@ -21,10 +21,13 @@ _PLAIN_EVERY = 256  # rounds after which a plain one is measured again
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Of one round. looked_up: tokens of the match to draft. drafted: the most tokens that the drafter drafts.
+    """What one round drafts.
 
-    pays: False where a round with a draft is expected to take longer than what it gains; then this one is a probe, or
-    has no draft.
+    Attributes:
+        looked_up: Tokens of the match to draft.
+        drafted: The most tokens that the drafter drafts.
+        pays: False where a round with a draft is expected to take longer than what it gains; then this round is a
+            probe, or has no draft.
     """
 
     looked_up: int
