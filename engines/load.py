@@ -25,7 +25,7 @@ def load_engine(
             and have caches of one form; else the new engine has its own. A model that drafts for itself then reads the
             target's keys and values. On ONNX Runtime's CUDA the two engines share a stream in any case.
         profile: A file for the time of each operator, written when the engine is closed; only with ONNX Runtime on the
-            CPU. The product that reads an EAGLE head's features is in NAME_features beside it.
+            CPU. The product that reads an EAGLE head's features is in NAME_features, in the same directory.
 
     Raises:
         VocabtrimError: The bundle is damaged, the device is unknown, or its runtime is not installed.

@@ -36,7 +36,7 @@ class _ProfiledHead(ProfiledEngine, EagleEngine):
 
 
 def load_profiled(bundle: Bundle, profile: Path, shared: OnnxRuntimeEngine | None = None) -> ProfiledEngine:
-    """profile: where the trace of the decoder goes; that of a head's `fc` goes to NAME_features beside it."""
+    """profile: where the decoder's trace goes; that of a head's `fc` goes to NAME_features in the same directory."""
     engine: ProfiledEngine
     traces = {profile: _open(bundle.path / MODEL_NAME, profile)}
     if bundle.manifest.kind != "language-model":

@@ -146,7 +146,7 @@ def verify(
         max_new_tokens: The most tokens to generate for a prompt.
         predict: Another reference than the target's engine.
         reference: The name of that reference.
-        sampling: Greedy, with rules beside those of the target's bundle; all apply to the reference's logits as well.
+        sampling: Greedy, with rules that come on top of the target's own; all apply to the reference's logits as well.
         progress: Called with the prompts done and their number.
 
     Raises:
