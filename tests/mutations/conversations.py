@@ -92,6 +92,14 @@ CONVERSATIONS = (
         f"{CORPUS_TESTS} -k one_clear_line",
     ),
     Mutation(
+        "A table's columns are told, and its empty rows passed over",
+        "columns that hold no text are forgotten",
+        "vocabtrim_export/calibration/arrow_files.py",
+        "dict.fromkeys(names) | row",
+        "row",
+        f"{CORPUS_TESTS} -k one_clear_line",
+    ),
+    Mutation(
         "A record that cannot be a prompt is left out, and named",
         "nothing is said",
         "vocabtrim_export/calibration/calibrate.py",

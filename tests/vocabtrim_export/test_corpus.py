@@ -2,9 +2,14 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import sys
 
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
 import pytest
 
 from engines.errors import VocabtrimError
@@ -20,6 +25,21 @@ def records(tmp_path, *items, name="data.jsonl"):
     text = json.dumps(items) if name.endswith(".json") else "\n".join(map(json.dumps, items))
     path.write_text(text, "utf-8")
     return path
+
+
+def zstd(data):
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
+
+
+def table(columns, write=pyarrow.parquet.write_table):
+    stream = io.BytesIO()
+    write(pyarrow.table(columns), stream)
+    return stream.getvalue()
+
+
+def write_arrow_stream(rows, stream):
+    with pyarrow.ipc.new_stream(stream, rows.schema) as writer:
+        writer.write_table(rows)
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
@@ -117,9 +137,15 @@ def test_the_built_in_corpus_stands_in():
         ("a.jsonl", b'\n{"text": ""}', "a.jsonl, line 2: no usable text"),
         ("a.jsonl", b'{"output": "y"}', "a.jsonl, line 1: a record needs one of the fields .* it has output"),
         ("a.csv", b"sentence,label\nHi,1\n", "a.csv, line 2: a record needs one of the fields .* sentence, label"),
-        ("a.txt.zst", b"\x28\xb5\x2f\xfd\x00", "a.txt.zst is compressed with zstd, which is not read: decompress"),
-        ("a.parquet", b"PAR1\x00", "a.parquet is a Parquet table"),
-        ("a.txt", b"PAR1\x00", "a.txt is a Parquet table"),
+        ("a.txt.zst", zstd(b"text" * 99)[:-3], "a.txt.zst is damaged, it cannot be decompressed"),
+        ("a.zst", b"text", "a.zst is not .zst data"),
+        ("a.parquet", b"text", "a.parquet is not .parquet data"),
+        ("a.parquet", b"PAR1\x00", "a.parquet is a Parquet table that cannot be read"),
+        ("a.txt", b"PAR1\x00", "a.txt is a Parquet table that"),
+        ("a.arrow", b"ARROW1\0\0", "a.arrow is an Arrow table that cannot be read"),
+        ("a.arrow", b"\xff" * 9, "a.arrow is an Arrow table that cannot be read"),
+        ("a.parquet", table({"n": [1], "label": ["x"]}), "row 1: a record needs one of .* it has n, label"),
+        ("a.parquet", table({"n": [1], "image": [b"x"]}), "row 1: a record needs one of .* it has n, image"),
         ("a.gz", gzip.compress(b"PK\x03\x04 ", mtime=0), "a.gz is a zip archive"),
         ("a.gz", b"text", "a.gz is not .gz data"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99, mtime=0)[:-12], "a.jsonl.gz is damaged"),
@@ -167,7 +193,10 @@ def test_a_record_of_no_known_form_is_left_out_and_named(tmp_path):
     assert "\n" not in line
 
 
-@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
+SUFFIXES = {bytes: "", gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".xz", zstd: ".zst"}
+
+
+@pytest.mark.parametrize("compress", SUFFIXES)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize(
     ("name", "text"),
@@ -181,15 +210,50 @@ def test_a_record_of_no_known_form_is_left_out_and_named(tmp_path):
     ],
 )
 def test_every_format_compression_and_encoding_reads_alike(tmp_path, name, text, encoding, compress):
-    suffix = {gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".xz"}.get(compress, "")
-    (tmp_path / (name + suffix)).write_bytes(compress(text.encode(encoding)))
-    found = read_corpus([tmp_path / (name + suffix)]).documents
+    path = tmp_path / (name + SUFFIXES[compress])
+    path.write_bytes(compress(text.encode(encoding)))
+    found = read_corpus([path]).documents
     assert [document.prompt for document in found] == [(Message("user", "né\u2028"),), (Message("user", "b"),)]
 
 
 def test_a_cell_of_a_table_may_hold_a_conversation(tmp_path):
     (tmp_path / "a.csv").write_text('messages\n"[{""role"": ""user"", ""content"": ""Hi""}]"\n')
     assert read_corpus([tmp_path / "a.csv"]).documents == (Document("Hi", (USER,)),)
+
+
+@pytest.mark.parametrize("compress", SUFFIXES)
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.parquet", pyarrow.parquet.write_table),
+        ("a.feather", pyarrow.feather.write_feather),
+        ("a.arrow", write_arrow_stream),
+    ],
+)
+def test_tables_of_arrow_are_read_as_their_rows(tmp_path, name, write, compress):
+    path = tmp_path / (name + SUFFIXES[compress])
+    hi = {"role": "user", "content": "Hi"}
+    columns = {
+        "id": [1, 2, 3, 4, 5],
+        "image": [b"x"] * 5,
+        "messages": [[hi], None, None, None, []],
+        "prompt": pyarrow.array([None, "b", json.dumps([hi]), None, None]).dictionary_encode(),
+    }
+    path.write_bytes(compress(table(columns, write)))
+    corpus = read_corpus([path])
+    assert [document.prompt for document in corpus.documents] == [(USER,), (Message("user", "b"),), (USER,)]
+    assert not corpus.skipped
+
+
+def test_a_table_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name, data, what in [
+        ("a.parquet", b"PAR1\0", "a Parquet table"),
+        ("a.zst", zstd(b"x"), "compressed with zstd"),
+    ]:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(VocabtrimError, match=rf"{what}, which needs pyarrow: pip install 'vocabtrim-export\[data"):
+            read_corpus([tmp_path / name])
 
 
 def test_a_file_may_hold_one_conversation(tmp_path):

@@ -15,25 +15,21 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.calibration.arrow_files import open_zstd, read_table
 
 # The longest line of JSONL and the largest file that is read as a whole, in bytes: longer ones were not meant as one.
 MAX_LINE, MAX_FILE = 64 << 20, 1 << 30
 _LISTS = ("messages", "conversations", "conversation", "turns", "prompt")  # a table's cell holds these as JSON
-_OPENERS: Mapping[str, tuple[bytes, Callable[[BinaryIO], Any]]] = {
-    ".gz": (b"\x1f\x8b", gzip.open),
-    ".bz2": (b"BZh", bz2.open),
-    ".xz": (b"\xfd7zXZ\0", lzma.open),
+_OPENERS: Mapping[str, tuple[bytes, Callable[[BinaryIO, Path], Any]]] = {
+    ".gz": (b"\x1f\x8b", lambda stream, _: gzip.GzipFile(fileobj=stream)),
+    ".bz2": (b"BZh", lambda stream, _: bz2.BZ2File(stream)),
+    ".xz": (b"\xfd7zXZ\0", lambda stream, _: lzma.LZMAFile(stream)),  # noqa: SIM115
+    ".zst": (b"\x28\xb5\x2f\xfd", open_zstd),
 }
+# Tables that pyarrow reads are recognised by how they begin, whatever they are called; an Arrow stream begins with -1.
+_TABLES = {".parquet": (b"PAR1",), ".arrow": (b"ARROW1", b"\xff\xff\xff\xff"), ".feather": (b"ARROW1",)}
 # Formats that are recognised by how they begin or by their names, to be refused: what they are, and what to do.
 _REFUSED: tuple[tuple[bytes, tuple[str, ...], str, str], ...] = (
-    (b"\x28\xb5\x2f\xfd", (".zst",), "compressed with zstd", "decompress it first (zstd -d)"),
-    (
-        b"PAR1",
-        (".parquet",),
-        "a Parquet table",
-        "convert it to .jsonl (pandas.read_parquet, then to_json)",
-    ),
-    (b"ARROW1", (".arrow", ".feather"), "an Arrow table", "convert it to .jsonl"),
     (b"PK\x03\x04", (".zip", ".xlsx", ".docx"), "a zip archive or an office document", "unpack it or save it as text"),
     (b"7z\xbc\xaf", (".7z",), "a 7z archive", "unpack it"),
     (b"%PDF", (".pdf",), "a PDF document", "save it as text"),
@@ -53,36 +49,46 @@ def read_records(path: Path) -> Iterator[tuple[str, object]]:
     """Yield the records of one file and where each stands, "data.jsonl, line 3".
 
     .jsonl and .ndjson hold a JSON value a line, .json a list of them or one, .csv and .tsv a row each below a header;
-    any other file is one text, `{"text": …}`. Each may be compressed (.gz, .bz2, .xz). UTF-8, or UTF-16 and UTF-32
-    with a byte-order mark.
+    Parquet and Arrow tables a row each; any other file is one text, `{"text": …}`. Each may be compressed (.gz, .bz2,
+    .xz, .zst). Text is UTF-8, or UTF-16 or UTF-32 with a byte-order mark.
     Raises `VocabtrimError` naming the file, and the line or record, that cannot be read.
     """
     try:
-        with _open(path) as (stream, suffix):
-            yield from _READERS.get(suffix, _read_text)(stream, path)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        with _open(path) as (stream, read):
+            yield from read(stream, path)
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise VocabtrimError(f"cannot read {path}: {error.strerror}") from error
         raise VocabtrimError(f"{path} is damaged, it cannot be decompressed ({error}): get it again") from error
-    except OSError as error:
-        raise VocabtrimError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[io.BufferedReader, str]]:
-    """The decompressed bytes of a file as UTF-8, and the suffix that says what they hold."""
+def _open(path: Path) -> Iterator[tuple[io.BufferedReader, "_Reader"]]:
+    """The decompressed bytes of a file, text as UTF-8, and the function that reads them."""
     suffix = path.suffix.lower()
     with path.open("rb") as file:
         begin = file.peek(8)[:8]
-        _refuse(begin, suffix, path)
         opener = next((opener for magic, opener in _OPENERS.values() if begin.startswith(magic)), None)
         if opener is None:
             if begin and suffix in _OPENERS:
                 raise VocabtrimError(f"{path} is not {suffix} data, whatever its name says: rename or decompress it")
-            yield _as_utf8(file, path), suffix
+            yield _recognise(file, suffix, path)
             return
         inner = Path(path.stem).suffix.lower() if suffix in _OPENERS else suffix
-        with io.BufferedReader(opener(file)) as expanded:
-            _refuse(expanded.peek(8)[:8], inner, path)
-            yield _as_utf8(expanded, path), inner
+        with io.BufferedReader(opener(file, path)) as expanded:
+            stream, read = _recognise(expanded, inner, path)
+            # pyarrow reads a table from its end, and decompressors seek only forwards
+            yield (_buffered(_read_all(stream, path)) if read is _read_columns else stream), read
+
+
+def _recognise(stream: io.BufferedReader, suffix: str, path: Path) -> tuple[io.BufferedReader, "_Reader"]:
+    begin = stream.peek(8)[:8]
+    _refuse(begin, suffix, path)
+    if any(begin.startswith(magics) for magics in _TABLES.values()):
+        return stream, _read_columns
+    if begin and suffix in _TABLES:
+        raise VocabtrimError(f"{path} is not {suffix} data, whatever its name says: get it again, or rename it")
+    return _as_utf8(stream, path), _READERS.get(suffix, _read_text)
 
 
 def _refuse(begin: bytes, suffix: str, path: Path) -> None:
@@ -104,7 +110,11 @@ def _as_utf8(stream: io.BufferedReader, path: Path) -> io.BufferedReader:
         text = _read_all(stream, path).decode(encoding)
     except UnicodeDecodeError as error:
         raise VocabtrimError(f"{path} is not {encoding.upper()} as its first bytes say: convert it to UTF-8") from error
-    return io.BufferedReader(cast(io.RawIOBase, io.BytesIO(text.encode("utf-8", "replace"))))
+    return _buffered(text.encode("utf-8", "replace"))
+
+
+def _buffered(data: bytes) -> io.BufferedReader:
+    return io.BufferedReader(cast(io.RawIOBase, io.BytesIO(data)))
 
 
 def _read_all(stream: io.BufferedReader, path: Path) -> bytes:
@@ -155,7 +165,7 @@ def _read_json(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, obj
         first_line = text.strip().partition("\n")[0]
         if not _is_json(first_line):
             raise
-        yield from _read_json_lines(io.BufferedReader(cast(io.RawIOBase, io.BytesIO(data))), path)
+        yield from _read_json_lines(_buffered(data), path)
         return
     listed = records if isinstance(records, list) and not _is_conversation(records) else [records]
     for number, record in enumerate(listed, 1):
@@ -191,19 +201,31 @@ def _read_table(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, ob
     try:
         rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
         for row in rows:
-            cells = {name: value for name, value in row.items() if isinstance(name, str) and value}
-            yield f"{path}, line {rows.line_num}", {name: _cell(name, value) for name, value in cells.items()}
+            cells = {name: value for name, value in row.items() if isinstance(name, str)}
+            yield f"{path}, line {rows.line_num}", _cells(cells)
     except csv.Error as error:
         raise VocabtrimError(f"{path} is not a table of {path.suffix} ({error}): mend it, or write .jsonl") from error
     finally:
         csv.field_size_limit(before)
 
 
-def _cell(column: str, value: str) -> object:
-    return json.loads(value) if column in _LISTS and value.lstrip()[:1] == "[" and _is_json(value) else value
+def _read_columns(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, object]]:
+    for where, row in read_table(stream, path):
+        yield where, _cells(row)
 
 
-_READERS: Mapping[str, Callable[[io.BufferedReader, Path], Iterator[tuple[str, object]]]] = {
+def _cells(row: Mapping[str, object]) -> dict[str, object]:
+    """A table's row with None for empty cells; a conversation may stand in its cell as JSON."""
+
+    def cell(column: str, value: object) -> object:
+        is_list = column in _LISTS and isinstance(value, str) and value.lstrip()[:1] == "[" and _is_json(value)
+        return json.loads(cast(str, value)) if is_list else None if value == "" else value
+
+    return {column: cell(column, value) for column, value in row.items()}
+
+
+_Reader = Callable[[io.BufferedReader, Path], Iterator[tuple[str, object]]]
+_READERS: Mapping[str, _Reader] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".json": _read_json,

@@ -32,6 +32,8 @@ def parse_record(record: object, where: str) -> Iterator[Document]:
     if _field(fields) is None and isinstance(body, dict):
         fields = body
     field = _field(fields)
+    if field is None and any(name in fields for name in FIELDS):
+        return  # the field is there, and null
     if field is None:
         has = ", ".join(str(name)[:40] for name in list(fields)[:8]) or "none"
         raise VocabtrimError(f"{where}: a record needs one of the fields {', '.join(FIELDS)}; it has {has}")

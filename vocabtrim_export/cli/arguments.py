@@ -20,8 +20,8 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="text files, .jsonl, .json, .csv or .tsv files of prompts, conversations or texts (see "
-        "docs/conversations.md), also compressed (.gz, .bz2, .xz), directories of these; or token counts "
+        help="text files, .jsonl, .json, .csv, .tsv or .parquet files of prompts, conversations or texts (see "
+        "docs/conversations.md), also compressed (.gz, .bz2, .xz, .zst), directories of these; or token counts "
         "(.safetensors) of earlier calibrations. Without it a corpus that comes with Python stands in",
     )
     parser.add_argument(
