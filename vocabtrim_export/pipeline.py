@@ -228,19 +228,17 @@ def _moments(source: Source, sources: Mapping[Role, Source]) -> dict[str, Tensor
 
 
 def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> dict[Role, Source]:
-    progress("load", 0, 1)
+    def read(role: Role, spec: str) -> Source:
+        return load_source(spec, DTYPES[dtype], lambda done, total: progress(f"load {role}", done >> 20, total >> 20))
+
     if target and (kind := head_kind(drafter)):
         load_head = FIND_HEAD[kind](drafter, target)
-        read = load_source(target, DTYPES[dtype])
-        decoder_layers(read.model)  # refuses before the long work
-        head = load_head(read)
-        progress("load", 1, 1)
-        return {"drafter": head, "target": read}
-    sources: dict[Role, Source] = {"drafter": load_source(drafter, DTYPES[dtype])}
+        source = read("target", target)
+        decoder_layers(source.model)  # refuses before the long work
+        return {"drafter": load_head(source), "target": source}
+    sources: dict[Role, Source] = {"drafter": read("drafter", drafter)}
     if target:
-        same = target == drafter
-        sources["target"] = sources["drafter"] if same else load_source(target, DTYPES[dtype])
-    progress("load", 1, 1)
+        sources["target"] = sources["drafter"] if target == drafter else read("target", target)
     return sources
 
 

@@ -6,16 +6,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engines.errors import VocabtrimError
 from tests.integration.conftest import check_logits
 from tests.vocabtrim_export.gguf_blocks import SCALES, dense, random_blocks
-from vocabtrim_export.calibration import TokenCounts
+from vocabtrim_export.calibration import TokenCounts, counting
 from vocabtrim_export.calibration.counting import CalibrationSettings
 from vocabtrim_export.drafters.shared_tokens import proposable_tokens
 from vocabtrim_export.pipeline import ExportSettings, export
+from vocabtrim_export.sources.gguf_weights import _model_names
 from vocabtrim_export.sources.source import load_source
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, VOCAB = 256, 2, 4, 2, 448
@@ -123,6 +125,39 @@ def test_each_type_is_the_weights_it_stands_for(kind, gguf_file):
     for name, weight in wanted.items():
         torch.testing.assert_close(found[name], weight, rtol=2e-6, atol=1e-7, msg=name)
     assert source.eos_token_ids == (1,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_equal_those_of_transformers_own_loader_bit_for_bit(dtype, gguf_file):
+    path, _ = gguf_file(medium)
+    reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    read = []
+    source = load_source(str(path), dtype, lambda done, total: read.append((done, total)))
+    wanted, found = reference.state_dict(), source.model.state_dict()
+    assert wanted.keys() == found.keys()
+    for name, weight in wanted.items():
+        assert torch.equal(found[name], weight), name
+    assert read == sorted(read)
+    assert read[0] == (0, path.stat().st_size)
+    assert read[-1] == (path.stat().st_size, path.stat().st_size)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "gemma3_text", "qwen2_moe"])
+def test_tensors_have_the_names_that_transformers_gives_them(kind):
+    text = {"num_hidden_layers": 1, "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**text))
+    processor = TENSOR_PROCESSORS.get(kind.removesuffix("_text").replace("_", ""), TensorProcessor)()
+    assert _model_names(model, processor) == get_gguf_hf_weights_map(model, processor)
+
+
+def test_counting_a_text_loads_no_weights(gguf_file, tmp_path, monkeypatch):
+    path, _ = gguf_file(medium)
+    text, output = tmp_path / "text.txt", tmp_path / "counts.safetensors"
+    text.write_text("The cat sat on the mat. " * 40)
+    monkeypatch.setattr(counting, "load_source", None)
+    settings = CalibrationSettings((text,), "text", 50)
+    assert counting.calibrate_models(None, str(path), output, settings).total == 50
 
 
 def test_a_mixed_file_runs_as_its_weights_do(gguf_file, tmp_path):

@@ -1,6 +1,6 @@
 """Token counts for an export: read from earlier calibrations, or counted with the right one of the loaded models."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import add
@@ -15,7 +15,8 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import alone
 from vocabtrim_export.calibration import Corpus, Skipped, TokenCounts, builtin_corpus, calibrate, read_corpus
 from vocabtrim_export.calibration import Source as CalibrationSource
-from vocabtrim_export.sources.source import Source, calibration_model, load_source
+from vocabtrim_export.lowering.graph_files import Progress
+from vocabtrim_export.sources.source import Source, calibration_model, load_source, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,18 @@ def read_calibration(names: Sequence[str | Path]) -> CalibrationInput:
     return CalibrationInput((), read_corpus(paths) if paths else builtin_corpus())
 
 
+def calibration_source(settings: CalibrationSettings, roles: Collection[Role]) -> CalibrationSource:
+    """Returns whose tokens are counted, of the models that there are.
+
+    Raises:
+        VocabtrimError: The model that is to generate is not there.
+    """
+    how = settings.calibration_source or ("target" if "target" in roles else "drafter")
+    if how != "text" and how not in roles:
+        raise VocabtrimError(f"--calibration-source {how} needs a --{how} to generate with")
+    return how
+
+
 def count_tokens(
     sources: Mapping[Role, Source],
     data: CalibrationInput,
@@ -94,32 +107,39 @@ def count_tokens(
         if counts.tokenizer_digest not in {source.tokenizer_digest for source in sources.values()}:
             raise VocabtrimError("the token counts were made with another tokenizer than the model's: calibrate again")
         return counts
-    how = settings.calibration_source or ("target" if "target" in sources else "drafter")
-    role = next(iter(sources)) if how == "text" else how
-    if role not in sources:
-        raise VocabtrimError(f"--calibration-source {role} needs a --{role} to generate with")
-    source = sources[role]
-    for skipped in data.corpus.skipped:
+    how = calibration_source(settings, sources.keys())
+    run = _calibrator(data.corpus, how, settings, checkpoint, progress, on_skip)
+    if how == "text":
+        return run(None, next(iter(sources.values())).tokenizer)
+    source = sources[how]
+    with calibration_model(source.model) as model:
+        return run(model, source.tokenizer, model_digest=source.digest)
+
+
+def _calibrator(
+    corpus: Corpus,
+    how: CalibrationSource,
+    settings: CalibrationSettings,
+    checkpoint: Path,
+    progress: Callable[[int, int], None],
+    on_skip: Callable[[Skipped], None],
+) -> Callable[..., TokenCounts]:
+    """`calibrate` on this corpus by these settings; the model and its tokenizer are left to be given."""
+    for skipped in corpus.skipped:
         on_skip(skipped)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    run = partial(
+    return partial(
         calibrate,
-        tokenizer=source.tokenizer,
-        corpus=data.corpus,
+        corpus=corpus,
         source=how,
         max_tokens=settings.calibration_tokens,
         seed=settings.seed,
         temperature=settings.temperature,
         checkpoint=checkpoint,
         progress=progress,
-        model_digest=source.digest,
         chat=ChatOptions(settings.chat_template, template_args=settings.template_args),
         on_skip=on_skip,
     )
-    if how == "text":
-        return run(None)
-    with calibration_model(source.model) as model:
-        return run(model)
 
 
 def calibrate_models(
@@ -127,17 +147,19 @@ def calibrate_models(
     target: str | None,
     output: Path,
     settings: CalibrationSettings,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Progress = lambda _task, _done, _total: None,
     on_skip: Callable[[Skipped], None] = lambda _skipped: None,
 ) -> TokenCounts:
     """Load the model that counts, and write its counts to `output`; an interrupted run is continued.
+
+    Counting a text loads no model, only a tokenizer.
 
     Args:
         drafter: MODEL of the drafter, if there is one.
         target: MODEL of the target, if there is one.
         output: The `.safetensors` file of token counts.
         settings: How to calibrate.
-        progress: Called with (tokens so far, tokens to count).
+        progress: Called with (task, done, total): megabytes of the model loaded, then tokens counted.
         on_skip: Called for each record of the data that is left out.
 
     Raises:
@@ -153,10 +175,20 @@ def calibrate_models(
         with alone(output):
             counts.save(output)
         return counts
-    role: Role = "target" if target and settings.calibration_source != "drafter" else "drafter"
-    spec = target if role == "target" else drafter
-    if spec is None:
-        raise VocabtrimError("--calibration-source drafter needs a --drafter to generate with")
-    source = load_source(spec, torch.float32)
+    specs: dict[Role, str] = {}
+    if drafter is not None:
+        specs["drafter"] = drafter
+    if target is not None:
+        specs["target"] = target
+    how = calibration_source(settings, specs)
+
+    def count(done: int, total: int) -> None:
+        progress("calibrate", done, total)
+
+    if how == "text":
+        tokenizer = load_tokenizer(target or str(drafter))
+        with alone(output):
+            return _calibrator(data.corpus, how, settings, output, count, on_skip)(None, tokenizer)
+    source = load_source(specs[how], torch.float32, lambda done, total: progress("load", done >> 20, total >> 20))
     with alone(output):
-        return count_tokens({role: source}, data, settings, output, progress, on_skip)
+        return count_tokens({how: source}, data, settings, output, count, on_skip)

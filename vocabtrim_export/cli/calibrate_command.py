@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vocabtrim_export.cli.arguments import add_calibration_arguments, add_json_argument
-from vocabtrim_export.cli.console import progress_reporter
+from vocabtrim_export.cli.console import RATES, progress_reporter
 
 if TYPE_CHECKING:
     from vocabtrim_export.calibration import Skipped
@@ -26,13 +26,13 @@ def run(options: argparse.Namespace) -> None:
     from vocabtrim_export.cli.prompt_arguments import print_skipped
 
     skipped: list[Skipped] = []
-    with progress_reporter({"calibrate": "tokens"}) as progress:
+    with progress_reporter(RATES) as progress:
         counts = calibrate_models(
             options.drafter,
             options.target,
             options.output,
             calibration_settings(options),
-            lambda done, total: progress("calibrate", done, total),
+            progress,
             skipped.append,
         )
     print_skipped(skipped)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from time import monotonic
 
 Report = Callable[[str, int, int], None]
+# Tasks of an export and a calibration whose speed is shown, in these units.
+RATES = {"calibrate": "tokens", "load": "MB", "load drafter": "MB", "load target": "MB"}
 _SECONDS_BETWEEN_LINES = 15.0
 
 

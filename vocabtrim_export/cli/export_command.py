@@ -14,7 +14,7 @@ from vocabtrim_export.cli.arguments import (
     add_json_argument,
     add_tensorrt_arguments,
 )
-from vocabtrim_export.cli.console import progress_reporter
+from vocabtrim_export.cli.console import RATES, progress_reporter
 from vocabtrim_export.cli.selection_text import kept, notes, parse_k
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
     if options.verbose:
         logging.basicConfig(stream=sys.stderr, format="%(message)s")
         logging.getLogger("vocabtrim_export.trt").setLevel(logging.DEBUG)
-    with progress_reporter({"calibrate": "tokens"}) as progress:
+    with progress_reporter(RATES) as progress:
         result = export(options.drafter, options.target, options.output, settings, progress)
     for note in (*result.notes, *notes(result.selection, builtin=not options.calibration)):
         print(f"note: {note}", file=sys.stderr)

@@ -5,7 +5,7 @@ import mmap
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +39,46 @@ _FIRST_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """Where a tensor is in its file.
+
+    Attributes:
+        shape: As PyTorch has it, the slowest dimension first; the file stores it reversed.
+        kind: The number of its type in ggml.
+        start: Its first byte in the file.
+        length: Its length in bytes.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+    length: int
+
+    @property
+    def weights(self) -> int:
+        """Numbers that the tensor holds."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
 class GgufHeader:
     """What a `.gguf` file says before its weights.
 
     Attributes:
         metadata: Values by key: numbers, booleans, strings, lists of strings and arrays of numbers.
-        tensors: The number of weights by the tensor's name.
+        tensors: The tensors by name.
+        entries: The bytes of each metadata entry in the file, its key and type included.
     """
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, int]
+    tensors: Mapping[str, GgufTensor]
+    entries: Mapping[str, slice] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
         """Numbers that all tensors hold together."""
-        return sum(self.tensors.values())
+        return sum(tensor.weights for tensor in self.tensors.values())
 
     @property
     def parts(self) -> int:
@@ -142,36 +166,41 @@ class _Reader:
         if max(tensors, keys) > _MOST_VALUES:
             raise self.broken(f"it claims {tensors} tensors and {keys} metadata keys")
         metadata: dict[str, Any] = {}
+        entries: dict[str, slice] = {}
         for _ in range(keys):
+            begin = self.at
             name, kind = self.text(_MOST_NAME), self.number("<I")
             metadata[name] = self.value(kind)
-        infos = [self.tensor() for _ in range(tensors)]
-        header = GgufHeader(self.path, metadata, {name: weights for name, weights, _, _ in infos})
-        self.check_places(infos, metadata.get("general.alignment", _ALIGNMENT))
-        return header
+            entries[name] = slice(begin, self.at)
+        infos = dict(self.tensor() for _ in range(tensors))
+        return GgufHeader(
+            self.path, metadata, self.placed(infos, metadata.get("general.alignment", _ALIGNMENT)), entries
+        )
 
-    def check_places(self, infos: list[tuple[str, int, int, int]], alignment: Any) -> None:
+    def placed(self, tensors: Mapping[str, GgufTensor], alignment: Any) -> dict[str, GgufTensor]:
+        """Returns the tensors with their starts counted from the file's own."""
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise self.broken(f"it claims an alignment of {alignment}")
-        start = -(-self.at // alignment) * alignment
-        for tensor, _, offset, length in infos:
-            if start + offset + length > self.size:
-                raise self.broken(f"the tensor {tensor} would end beyond the file")
+        begin = -(-self.at // alignment) * alignment
+        for name, tensor in tensors.items():
+            if begin + tensor.start + tensor.length > self.size:
+                raise self.broken(f"the tensor {name} would end beyond the file")
+        return {name: replace(tensor, start=begin + tensor.start) for name, tensor in tensors.items()}
 
-    def tensor(self) -> tuple[str, int, int, int]:
-        """Returns the name, the number of weights, and the offset and the length in bytes."""
+    def tensor(self) -> tuple[str, GgufTensor]:
+        """Returns the name of the next tensor, and its place counted from where the tensors begin."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name = self.text(_MOST_NAME)[:80]
         dimensions = self.number("<I")
         if dimensions > _MOST_DIMENSIONS:
             raise self.broken(f"the tensor {name} has {dimensions} dimensions")
-        weights = math.prod(self.number("<Q") for _ in range(dimensions))
+        shape = tuple(self.number("<Q") for _ in range(dimensions))[::-1]
         kind, offset = self.number("<I"), self.number("<Q")
         if kind not in set(GGMLQuantizationType):
             raise self.broken(f"the tensor {name} is of the unknown type {kind}")
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        return name, weights, offset, -(-weights // block) * block_bytes
+        return name, GgufTensor(shape, kind, offset, -(-math.prod(shape) // block) * block_bytes)
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:

@@ -1,14 +1,16 @@
-"""A model from a `.gguf` file: transformers dequantises the weights; what it leaves out of the file is added here."""
+"""A model from a `.gguf` file: transformers' configuration and names; what it leaves out of the file is added here."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources.gguf_config import read_config
 from vocabtrim_export.sources.gguf_header import GgufHeader
 from vocabtrim_export.sources.gguf_rotation import rope_parameters
+from vocabtrim_export.sources.gguf_weights import BytesDone, load_weights
 from vocabtrim_export.sources.refusals import check_architecture
 from vocabtrim_export.sources.unread_tensors import check_unread
 
@@ -19,9 +21,19 @@ _QUERIES_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}
 # Factors that change what the model computes and that transformers does not read from a file.
 _FACTORS = ("logit_scale", "residual_scale", "embedding_scale", "attention.scale", "attention.clamp_kqv")
 
+# Architectures that transformers reads tensor by tensor, with rearrangements that its older tables do not have.
+_READ_BY_TRANSFORMERS = ("qwen35", "qwen35moe", "lfm2")
 
-def load_gguf(header: GgufHeader, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
+
+def load_gguf(
+    header: GgufHeader, dtype: torch.dtype, progress: BytesDone = lambda _done, _total: None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Load the weights of a file, dequantised.
+
+    Args:
+        header: The file's header.
+        dtype: The dtype of the model's parameters.
+        progress: Called with (bytes read, bytes to read).
 
     Returns:
         The model, and what the user should know about it.
@@ -29,15 +41,11 @@ def load_gguf(header: GgufHeader, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     Raises:
         VocabtrimError: The file describes something that transformers would read as something else.
     """
-    where, file = str(header.path.parent), {"gguf_file": header.path.name}
-    config: Any = AutoConfig.from_pretrained(where, **file)
+    config = read_config(header)
     check_architecture(str(header.path), config)
+    read = config.to_dict()
     assumed = _correct(config, header)
-    how: dict[str, Any] = {"dtype": dtype, "config": config, "output_loading_info": True}
-    how["ignore_mismatched_sizes"] = True  # they are listed then, and refused below in one line
-    loaded: Any = AutoModelForCausalLM.from_pretrained(where, **how, **file)
-    model: PreTrainedModel = loaded[0]
-    loading: Mapping[str, Any] = loaded[1]
+    model, loading = _load(header, config, read, dtype, progress)
     missing = [*loading["missing_keys"], *loading["mismatched_keys"]]
     missing = [name for name in missing if not any(str(name).endswith(ending) for ending in assumed)]
     if missing:
@@ -45,6 +53,23 @@ def load_gguf(header: GgufHeader, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     _check_rotated(model, header)
     layers = int(model.config.get_text_config().num_hidden_layers)
     return model, check_unread(str(header.path), _unread(model, header), layers)
+
+
+def _load(
+    header: GgufHeader, config: Any, read: dict[str, Any], dtype: torch.dtype, progress: BytesDone
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Returns the model and transformers' account of the tensors. read: the configuration before its corrections."""
+    how: dict[str, Any] = {"dtype": dtype, "config": config, "output_loading_info": True}
+    how["ignore_mismatched_sizes"] = True  # they are listed then, and refused by the caller in one line
+    if header.architecture in _READ_BY_TRANSFORMERS:
+        where, file = str(header.path.parent), header.path.name
+        loaded: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, **how)
+    else:
+        with torch.device("meta"):
+            skeleton: Any = AutoModelForCausalLM.from_config(config)
+        weights = load_weights(header, read, skeleton, dtype, progress)
+        loaded = type(skeleton).from_pretrained(None, state_dict=weights, **how)
+    return loaded[0], loaded[1]
 
 
 def _correct(config: Any, header: GgufHeader) -> tuple[str, ...]:
@@ -113,7 +138,7 @@ def _unread(model: PreTrainedModel, header: GgufHeader) -> list[str]:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     held = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
-    read = {name: size for name, size in header.tensors.items() if not name.startswith("rope_")}
+    read = {name: tensor.weights for name, tensor in header.tensors.items() if not name.startswith("rope_")}
     if sum(read.values()) <= sum(held.values()):
         return []
     architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == header.architecture)

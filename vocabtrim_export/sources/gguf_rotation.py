@@ -6,6 +6,7 @@ import numpy as np
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources.gguf_header import GgufHeader
+from vocabtrim_export.sources.gguf_weights import dequantize
 
 _FIRST_CONTEXT = 8192  # of Llama 3; with these three, one factor for each release says all of its rotation
 _LOW, _HIGH = 1.0, 4.0
@@ -21,25 +22,21 @@ def rope_parameters(header: GgufHeader) -> dict[str, Any] | None:
     Raises:
         VocabtrimError: The file scales its rotation in another way, which transformers would not do.
     """
-    from gguf import GGUFReader
-
     stated = header.hyperparameters()
     scaling = stated.get("rope.scaling.type", "none")
     if scaling != "none":
         raise VocabtrimError(
             f"{header.path} scales its rotation ({scaling}), which is not read: give the original weights"
         )
-    if not any(name.startswith("rope_") for name in header.tensors):
+    name = next((name for name in header.tensors if name.startswith("rope_")), None)
+    if name is None:
         return None
-    tensors = [tensor for tensor in GGUFReader(header.path).tensors if tensor.name.startswith("rope_")]
     base = float(stated.get("rope.freq_base", _BASE))
-    divisors = np.asarray(tensors[0].data, np.float32).ravel()
+    divisors = dequantize(header, name).ravel()
     factor = float(divisors.max())
     wanted = _divisors(len(divisors), base, factor)
-    if tensors[0].name != "rope_freqs.weight" or not np.allclose(divisors, wanted):
-        raise VocabtrimError(
-            f"{header.path} turns by {tensors[0].name}, not as Llama 3 does: give the original weights"
-        )
+    if name != "rope_freqs.weight" or not np.allclose(divisors, wanted):
+        raise VocabtrimError(f"{header.path} turns by {name}, not as Llama 3 does: give the original weights")
     return {
         "rope_type": "llama3",
         "rope_theta": base,

@@ -32,6 +32,7 @@ from vocabtrim_export.sources.end_tokens import add_end_tokens, eos_token_ids
 from vocabtrim_export.sources.gguf_header import check_whole, read_header
 from vocabtrim_export.sources.gguf_model import load_gguf
 from vocabtrim_export.sources.gguf_tokenizer import read_tokenizer
+from vocabtrim_export.sources.gguf_weights import BytesDone
 from vocabtrim_export.sources.locate import locate
 from vocabtrim_export.sources.quantized_checkpoints import dense_weights, is_readable
 from vocabtrim_export.sources.refusals import check_architecture
@@ -84,13 +85,26 @@ class Source:
         return tuple(sorted(eos_token_ids(self.tokenizer, self.model.generation_config)))
 
 
-def load_source(spec: str, dtype: torch.dtype) -> Source:
-    """Load MODEL in `dtype`. Raises `VocabtrimError` with what is wrong with it."""
+def load_source(spec: str, dtype: torch.dtype, progress: BytesDone = lambda _done, _total: None) -> Source:
+    """Load a model and its tokenizer.
+
+    Args:
+        spec: MODEL as the user gave it: a directory, a `.gguf` file or a hub id.
+        dtype: The dtype of the model's parameters.
+        progress: Called with (bytes read, bytes to read).
+
+    Raises:
+        VocabtrimError: The model is of a kind that is not read, or its files are damaged.
+    """
     files, where = locate(spec)
+    size = sum(file.stat().st_size for file in files)
+    progress(0, size)
     weights = sum(count_weights(file) for file in files)
     try:
         loaded = (
-            _load_file(files[0], dtype) if files[0].suffix == ".gguf" else _load(spec, where, files, weights, dtype)
+            _load_file(files[0], dtype, progress)
+            if files[0].suffix == ".gguf"
+            else _load(spec, where, files, weights, dtype)
         )
     except VocabtrimError:
         raise
@@ -101,7 +115,33 @@ def load_source(spec: str, dtype: torch.dtype) -> Source:
     _check(spec, model, tokenizer)
     model.generation_config = model.generation_config or GenerationConfig()
     add_end_tokens(model.generation_config, model.config.get_text_config(), tokenizer, loaded.end_token_ids)
+    progress(size, size)
     return Source(spec, model, tokenizer, _digest(files), notes=loaded.notes + template_note(tokenizer))
+
+
+def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a model, and nothing of its weights.
+
+    Args:
+        spec: MODEL as the user gave it: a directory, a `.gguf` file or a hub id.
+
+    Raises:
+        VocabtrimError: There is no model at `spec`, or its tokenizer cannot be read.
+    """
+    files, where = locate(spec)
+    try:
+        if files[0].suffix == ".gguf":
+            header = read_header(files[0])
+            check_whole(header)
+            return read_tokenizer(header).tokenizer
+        _read_config(spec, where)
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, **_NO_CODE)
+    except VocabtrimError:
+        raise
+    except Exception as error:  # transformers and huggingface_hub raise many kinds
+        raise VocabtrimError(f"cannot load {spec}: {_first_line(error)}") from error
+    _check_fast(spec, tokenizer)
+    return tokenizer  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +154,11 @@ class _Loaded:
     notes: tuple[str, ...] = ()
 
 
-def _load_file(file: Path, dtype: torch.dtype) -> _Loaded:
+def _load_file(file: Path, dtype: torch.dtype, progress: BytesDone) -> _Loaded:
     header = read_header(file)
     check_whole(header)
     read = read_tokenizer(header)
-    model, notes = load_gguf(header, dtype)
+    model, notes = load_gguf(header, dtype, progress)
     return _Loaded(model, read.tokenizer, read.end_token_ids, (*read.notes, *notes))
 
 
@@ -244,9 +284,13 @@ def _forget_quantization(model: PreTrainedModel) -> None:
         del model.config.quantization_config
 
 
-def _check(spec: str, model: PreTrainedModel, tokenizer: Any) -> None:
+def _check_fast(spec: str, tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise VocabtrimError(f"{spec} has no tokenizer.json: a fast tokenizer is needed")
+
+
+def _check(spec: str, model: PreTrainedModel, tokenizer: Any) -> None:
+    _check_fast(spec, tokenizer)
     rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     if (beyond := Vocabulary.of(tokenizer.backend_tokenizer, rows).beyond) is not None:
         raise VocabtrimError(
