@@ -53,9 +53,9 @@ class SpeculativeDecoder:
             drafter: The engine that drafts; None: the target decodes alone.
             tokenizer: The target's tokenizer; without it prompts are token ids.
             draft_length: γ, the tokens drafted per round. "auto": as many as are worth their time on this text and
-                machine, 16 at most, or none; both engines must be on the CPU. None: 4, or fewer where the target
-                verifies no more. Measured times are not the same twice, so sampling with a seed, which must repeat
-                itself, decides by fixed costs.
+                machine, 16 at most, or none; both engines must be on the CPU. None: "auto" where that is possible,
+                else 4, or fewer where the target verifies no more. Measured times are not the same twice, so sampling
+                with a seed, which must repeat itself, decides by fixed costs.
             prompt_lookup: Whether "auto" also drafts what followed the last tokens where they stood in the text before,
                 as far as that gains more than the drafter does.
 

@@ -42,17 +42,20 @@ def make_draft_length(
         target: The engine that verifies.
         drafter: The engine that drafts, None for the target alone.
         draft_length: A number as in `resolve_draft_length`, or "auto": up to LONGEST_DRAFT tokens, as many as are
-            worth their time.
+            worth their time. None: "auto" where both engines draft step by step on the CPU, else as in
+            `resolve_draft_length`.
         prompt_lookup: Whether an adaptive length also drafts what the text itself repeats.
 
     Raises:
         VocabtrimError: The target verifies fewer tokens, or "auto" is asked of engines that draft on a GPU.
     """
     fixed = resolve_draft_length(target, drafter, None if draft_length == "auto" else draft_length)
-    if drafter is None or draft_length != "auto":
+    if drafter is None or isinstance(draft_length, int):
         return FixedLength(fixed)
     # Engines that draft without the host in between, or all at once, do not stop within a draft.
     if "cuda" in (target.device, drafter.device) or drafter.unrolled:
+        if draft_length is None:
+            return FixedLength(fixed)
         raise VocabtrimError(
             "draft_length is auto, which decides after each drafted token and so needs both engines on the CPU: "
             "give a number"

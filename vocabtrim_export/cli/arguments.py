@@ -197,8 +197,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-length",
         type=draft_length,
         metavar="N",
-        help="tokens drafted per round (γ; default: 4, or fewer where the target verifies no more), or auto: up to 16, "
-        "as many as are worth their time on this text and machine (CPU)",
+        help="tokens drafted per round (γ), or auto, the default on the CPU: up to 16, as many as are worth their time "
+        "on this text and machine (default elsewhere: 4, or fewer where the target verifies no more)",
     )
 
 

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 _LISTED = 8  # differences of a mode
 
-_LISTED = 8  # differences of a mode
-
 
 def show(report: "BenchReport | PlanReport | SweepReport") -> None:
     from runtime.measure.plan_measurement import PlanReport
