@@ -116,7 +116,8 @@ def export_pair(model: Path, output: Path) -> Any:
     from engines.bundle.tokenizer import tokenizer_digest
     from vocabtrim_export.calibration import TokenCounts
     from vocabtrim_export.calibration.counting import CalibrationSettings
-    from vocabtrim_export.pipeline import ExportSettings, export
+    from vocabtrim_export.pipeline import export
+    from vocabtrim_export.settings import ExportSettings
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     counts = np.random.default_rng(0).permutation(VOCABULARY)

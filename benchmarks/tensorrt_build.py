@@ -15,7 +15,8 @@ from pathlib import Path
 from engines.bundle.read import Manifest
 from runtime.measure.environment import environment
 from vocabtrim_export.calibration.counting import CalibrationSettings
-from vocabtrim_export.pipeline import ExportSettings, export
+from vocabtrim_export.pipeline import export
+from vocabtrim_export.settings import ExportSettings
 from vocabtrim_export.sources.source import DTYPES, load_source
 from vocabtrim_export.trt.network import NETWORK_NAME, Network
 from vocabtrim_export.trt.settings import TensorRTSettings

@@ -169,7 +169,8 @@ def count_file(tmp_path_factory):
 def export_pair(tmp_path_factory, count_file, store, traced_once):
     """export_pair(model, target, k=192, …) → ExportResult; without a target, of the model as its own drafter."""
     from vocabtrim_export.calibration.counting import CalibrationSettings
-    from vocabtrim_export.pipeline import ExportSettings, export
+    from vocabtrim_export.pipeline import export
+    from vocabtrim_export.settings import ExportSettings
 
     def run(model: Path, target: Path | None = None, k: Any = 192, **changes):
         wanted = {"k": k, "max_length": 128} | changes

@@ -8,8 +8,9 @@ from vocabtrim_export.version import __version__ as __version__
 if TYPE_CHECKING:
     from vocabtrim_export.calibration import TokenCounts, calibrate
     from vocabtrim_export.calibration.counting import CalibrationSettings
-    from vocabtrim_export.pipeline import ExportResult, ExportSettings, export
+    from vocabtrim_export.pipeline import ExportResult, export
     from vocabtrim_export.selection import Coverage, Selection, select_vocab
+    from vocabtrim_export.settings import ExportSettings
     from vocabtrim_export.trt.settings import TensorRTSettings
 
 
@@ -17,7 +18,7 @@ _HOMES = {
     "CalibrationSettings": "vocabtrim_export.calibration.counting",
     "Coverage": "vocabtrim_export.selection",
     "ExportResult": "vocabtrim_export.pipeline",
-    "ExportSettings": "vocabtrim_export.pipeline",
+    "ExportSettings": "vocabtrim_export.settings",
     "Selection": "vocabtrim_export.selection",
     "TensorRTSettings": "vocabtrim_export.trt.settings",
     "TokenCounts": "vocabtrim_export.calibration",

@@ -96,10 +96,7 @@ def select_vocab(
     """
     limit = counts.full_vocab if full_vocab is None else full_vocab
     counts = counts.resized(max(limit, counts.full_vocab))
-    always = np.unique(np.fromiter((token for token in always_keep if 0 <= token < limit), np.int64))
-    rank = _rank(counts.counts[:limit], always)
-    if available is not None:
-        rank, always = (ids[np.isin(ids, available)] for ids in (rank, always))
+    rank, always = kept_order(counts, always_keep, limit, available)
     check_k(k)
     rows = _rows_to_cover(counts, rank, k.share, len(always)) if isinstance(k, Coverage) else int(k)
     kept_rows = min(_round_up(rows), len(rank))
@@ -159,10 +156,27 @@ def _try_render(chat: ChatTemplates, roles: Sequence[str], options: ChatOptions)
         return ""
 
 
-def _rank(counts: NDArray[np.int64], always: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64[limit]: all ids in the order in which they are kept."""
-    order = np.argsort(-counts, kind="stable")  # stable: ties, and the uncounted, by the smaller id
-    return np.concatenate([always, order[~np.isin(order, always)]])
+def kept_order(
+    counts: TokenCounts, always_keep: Iterable[int], limit: int, available: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The order in which tokens are kept as K grows.
+
+    Args:
+        counts: How often each token was seen.
+        always_keep: Ids that are kept before all others.
+        limit: Rows of the drafter's embedding: no id from there up is kept.
+        available: See `select_vocab`.
+
+    Returns:
+        int64[n], all ids that can be kept, and int64[·], ascending, those of `always_keep` among them.
+    """
+    always = np.unique(np.fromiter((token for token in always_keep if 0 <= token < limit), np.int64))
+    seen = counts.resized(max(limit, counts.full_vocab)).counts[:limit]
+    order = np.argsort(-seen, kind="stable")  # stable: ties, and the uncounted, by the smaller id
+    order = np.concatenate([always, order[~np.isin(order, always)]])
+    if available is None:
+        return order, always
+    return order[np.isin(order, available)], always[np.isin(always, available)]
 
 
 def check_k(k: int | Coverage) -> None:

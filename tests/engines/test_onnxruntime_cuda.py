@@ -110,7 +110,7 @@ def test_speculation_on_device_buffers_gives_the_targets_own_output(shared, pair
         target = device_engine(pair.target, stream)
         drafter = device_engine(pair.drafter, stream, target if shared else None)
         assert (drafter.cache is target.cache) == shared
-        with SpeculativeDecoder(target, drafter) as decoder:
+        with SpeculativeDecoder(target, drafter, draft_length=4) as decoder:
             for sampling in (SamplingParams(), SamplingParams(temperature=1.0, seed=2)):
                 result = decoder.generate(PROMPT, max_new_tokens=40, sampling=sampling)
                 assert len(result.token_ids) == 40
@@ -260,9 +260,9 @@ def test_rules_and_logprobs_are_the_hosts(temperature, pair):
     stream = HostStream()
     rules = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "logit_bias": {7: 2.0}}
     with (
-        SpeculativeDecoder.load(pair.target, pair.drafter) as host,
+        SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=4) as host,
         device_engine(pair.target, stream) as target,
-        SpeculativeDecoder(target, device_engine(pair.drafter, stream, target)) as device,
+        SpeculativeDecoder(target, device_engine(pair.drafter, stream, target), draft_length=4) as device,
     ):
         for given in (rules, {}) if temperature == 0 else (rules,):
             sampling = SamplingParams(temperature, seed=3, **given)
@@ -403,7 +403,9 @@ def test_engines_on_cuda_share_a_stream_and_those_of_one_model_a_cache(
 def test_the_drafter_may_be_on_another_device(device, drafter_device, simulated, pair):
     with (
         SpeculativeDecoder.load(pair.target) as alone,
-        SpeculativeDecoder.load(pair.target, pair.drafter, device, drafter_device=drafter_device) as decoder,
+        SpeculativeDecoder.load(
+            pair.target, pair.drafter, device, drafter_device=drafter_device, draft_length=4
+        ) as decoder,
     ):
         assert (decoder.target.device, decoder.drafter.device) == (device, drafter_device or device)
         assert (decoder.drafter.cache is decoder.target.cache) == (drafter_device is None)
@@ -421,7 +423,7 @@ def test_formats_mix(random_model, export_pair):
     with SpeculativeDecoder.load(plain.target) as alone:
         expected = [alone.generate(prompt, max_new_tokens=60).token_ids for prompt in (PROMPT, range(40, 70))]
     for target, drafter in [(standard.target, plain.drafter), (plain.target, standard.drafter)]:
-        with SpeculativeDecoder.load(target, drafter, drafter_device="cpu") as decoder:
+        with SpeculativeDecoder.load(target, drafter, drafter_device="cpu", draft_length=4) as decoder:
             found = [decoder.generate(prompt, max_new_tokens=60) for prompt in (PROMPT, range(40, 70))]
         assert [result.token_ids for result in found] == expected
         assert all(result.stats.accepted for result in found)

@@ -176,7 +176,7 @@ def test_a_round_leaves_the_engines_as_steps_do(pair):
 
 def test_features_stay_on_the_device_and_the_output_is_the_targets(pair):
     with SpeculativeDecoder.load(pair.target) as alone, on_device(pair) as (target, head, stream):
-        decoder, drafted = SpeculativeDecoder(target, head), 0
+        decoder, drafted = SpeculativeDecoder(target, head, draft_length=4), 0
         for prompt in (PROMPT, [7], [5, 17, 200]):
             stream.from_features = 0
             wanted = alone.generate(prompt, max_new_tokens=200)
@@ -218,8 +218,11 @@ def test_a_head_that_was_silent_reads_what_it_missed(pair, monkeypatch):
 
 def test_sampling_step_by_step_is_the_cpus(pair, monkeypatch):
     monkeypatch.setattr(OnnxRuntimeCudaEngine, "speculate", Engine.speculate)
-    with SpeculativeDecoder.load(pair.target, pair.drafter) as host, on_device(pair) as (target, head, _):
-        device = SpeculativeDecoder(target, head)
+    with (
+        SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=4) as host,
+        on_device(pair) as (target, head, _),
+    ):
+        device = SpeculativeDecoder(target, head, draft_length=4)
         for seed in range(3):
             sampling = SamplingParams(temperature=1.5, seed=seed)
             wanted, found = (each.generate(PROMPT, max_new_tokens=60, sampling=sampling) for each in (host, device))
@@ -321,7 +324,7 @@ def simulated(monkeypatch):
 
 
 def test_pairs_load_onto_one_stream_and_dtypes_do_not_mix(simulated, pair, half):
-    with SpeculativeDecoder.load(pair.target, pair.drafter, "cuda") as decoder:
+    with SpeculativeDecoder.load(pair.target, pair.drafter, "cuda", draft_length=4) as decoder:
         assert decoder.generate(PROMPT, max_new_tokens=30).stats.drafted
         assert decoder.drafter.rounds.kept
     with load_engine(pair.target, "cuda") as target, load_engine(half.drafter, "cuda", target) as head:
@@ -330,7 +333,7 @@ def test_pairs_load_onto_one_stream_and_dtypes_do_not_mix(simulated, pair, half)
         assert target.speculate(head, [9], 4) is None
         target.device = head.device = "cuda"
         with pytest.raises(VocabtrimError, match="the target is fp32, the head fp16; export both together"):
-            SpeculativeDecoder(target, head)
+            SpeculativeDecoder(target, head, draft_length=4)
 
 
 def test_a_full_gpu_is_explained(pair, monkeypatch):

@@ -207,7 +207,7 @@ def check_greedy(pair, decoder):
 
 
 def test_speculation_gives_the_targets_own_greedy_output(pair):
-    with SpeculativeDecoder.load(pair.target, pair.drafter, device="cuda") as decoder:
+    with SpeculativeDecoder.load(pair.target, pair.drafter, device="cuda", draft_length=4) as decoder:
         assert decoder.drafter.cache is decoder.target.cache
         assert decoder.drafter.stream is decoder.target.stream
         check_greedy(pair, decoder)
@@ -215,13 +215,15 @@ def test_speculation_gives_the_targets_own_greedy_output(pair):
 
 def test_a_drafter_with_its_own_cache(pair):
     target = load_engine(pair.target, "cuda")
-    with SpeculativeDecoder(target, load_engine(pair.drafter, "cuda")) as decoder:
+    with SpeculativeDecoder(target, load_engine(pair.drafter, "cuda"), draft_length=4) as decoder:
         check_greedy(pair, decoder)
 
 
 @pytest.mark.parametrize(("device", "drafter_device"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_the_drafter_on_another_device(device, drafter_device, pair):
-    with SpeculativeDecoder.load(pair.target, pair.drafter, device, drafter_device=drafter_device) as decoder:
+    with SpeculativeDecoder.load(
+        pair.target, pair.drafter, device, drafter_device=drafter_device, draft_length=4
+    ) as decoder:
         check_greedy(pair, decoder)
 
 
@@ -230,7 +232,7 @@ def test_the_target_as_its_own_drafter_accepts_nearly_everything(shared, pair):
     """Whatever positions or rollback lose shows here."""
     target = load_engine(pair.target, "cuda")
     drafter = load_engine(pair.target, "cuda", share_cache_with=target if shared else None)
-    with SpeculativeDecoder(target, drafter) as decoder:
+    with SpeculativeDecoder(target, drafter, draft_length=4) as decoder:
         for sampling in (SamplingParams(), SamplingParams(temperature=1.0, seed=1)):
             stats = decoder.generate(PROMPT, max_new_tokens=80, sampling=sampling).stats
             print(f"{stats.accepted} of {stats.drafted} drafted tokens accepted")

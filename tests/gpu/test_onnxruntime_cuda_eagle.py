@@ -143,7 +143,7 @@ def test_a_sampled_round_in_one_graph_is_the_hosts(params, pair):
 
 
 def test_speculation_gives_the_targets_own_greedy_output(pair):
-    with SpeculativeDecoder.load(pair.target, pair.drafter, device="cuda") as decoder:
+    with SpeculativeDecoder.load(pair.target, pair.drafter, device="cuda", draft_length=4) as decoder:
         assert decoder.drafter.stream is decoder.target.stream
         check_greedy(pair, decoder)
         sampled = decoder.generate(PROMPT, max_new_tokens=60, sampling=SamplingParams(temperature=1.0, seed=1))
@@ -152,5 +152,7 @@ def test_speculation_gives_the_targets_own_greedy_output(pair):
 
 @pytest.mark.parametrize(("device", "drafter_device"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_the_head_on_another_device(device, drafter_device, pair):
-    with SpeculativeDecoder.load(pair.target, pair.drafter, device, drafter_device=drafter_device) as decoder:
+    with SpeculativeDecoder.load(
+        pair.target, pair.drafter, device, drafter_device=drafter_device, draft_length=4
+    ) as decoder:
         check_greedy(pair, decoder)

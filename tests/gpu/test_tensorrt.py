@@ -76,7 +76,7 @@ def test_plans_choose_and_score_as_their_graphs_do(pair, role):
 def test_speculation_gives_the_targets_own_greedy_output(pair):
     with load_engine(pair.target, device="cuda") as alone:
         expected = greedy(alone, PROMPT, 80)[len(PROMPT) :]
-    with SpeculativeDecoder.load(pair.target, pair.drafter, device="cuda") as decoder:
+    with SpeculativeDecoder.load(pair.target, pair.drafter, device="cuda", draft_length=4) as decoder:
         found = decoder.generate(PROMPT, max_new_tokens=80).token_ids
     differing = next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), None)
     if differing is not None:  # from there on the two texts have nothing to do with each other

@@ -46,7 +46,9 @@ def test_greedy_equals_transformers_generate(directory, pair):
 def test_the_target_as_its_own_drafter_accepts_everything(shared, pair):
     with (
         load_engine(pair.target) as target,
-        SpeculativeDecoder(target, load_engine(pair.target, share_cache_with=target if shared else None)) as decoder,
+        SpeculativeDecoder(
+            target, load_engine(pair.target, share_cache_with=target if shared else None), draft_length=4
+        ) as decoder,
     ):
         for prompt in PROMPTS:
             stats = decoder.generate(prompt, max_new_tokens=41).stats
@@ -71,7 +73,7 @@ def test_long_prompts_run_in_chunks(directory, export_pair):
 
 
 def test_a_full_context_ends_the_generation(pair):
-    with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
+    with SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=4) as decoder:
         prompt = list(range(40, 60))
         result = decoder.generate(prompt, max_new_tokens=10_000)
         assert result.finish_reason == "length"
@@ -81,7 +83,7 @@ def test_a_full_context_ends_the_generation(pair):
 def test_a_drafter_of_another_model_still_gives_the_targets_output(directory, random_model, export_pair):
     other = random_model("llama", seed=1, hidden_size=32, num_hidden_layers=1)
     result = export_pair(other, target=directory, k=Coverage(0.5))
-    with SpeculativeDecoder.load(result.target, result.drafter) as decoder:
+    with SpeculativeDecoder.load(result.target, result.drafter, draft_length=4) as decoder:
         generated = decoder.generate(PROMPTS[1], max_new_tokens=40)
         assert list(generated.token_ids) == plain_greedy(directory, PROMPTS[1], 40)
         assert generated.stats.accepted < generated.stats.drafted
@@ -148,7 +150,7 @@ def test_quantised_targets_are_near_the_model_and_still_lossless(quantised, dire
         wanted = model(torch.tensor([PROMPTS[1]])).logits[0, -8:].numpy()
     with (
         SpeculativeDecoder.load(quantised.target) as alone,
-        SpeculativeDecoder.load(quantised.target, quantised.drafter) as pair,
+        SpeculativeDecoder.load(quantised.target, quantised.drafter, draft_length=4) as pair,
     ):
         found = alone.target.feed(PROMPTS[1], keep=8).logits
         assert np.abs(found - wanted).mean() < tolerance * wanted.std()
@@ -199,10 +201,14 @@ def test_sharing_the_cache_changes_the_drafts_and_not_the_output(directory, pair
         load_engine(pair.drafter, share_cache_with=target) as shared,
     ):
         for drafter in (own, shared, own):  # turns on one target, as bench takes them
-            result = SpeculativeDecoder(target, drafter).generate(prompt, max_new_tokens=60)
+            result = SpeculativeDecoder(target, drafter, draft_length=4).generate(prompt, max_new_tokens=60)
             assert list(result.token_ids) == plain_greedy(directory, prompt, 60)
         # what the drafter wrote ahead has left no trace in the target's cache
         sampling = SamplingParams(temperature=1.0, seed=3)
-        first = SpeculativeDecoder(target, shared).generate(prompt, max_new_tokens=60, sampling=sampling)
-        again = SpeculativeDecoder(target, shared).generate(prompt, max_new_tokens=60, sampling=sampling)
+        first = SpeculativeDecoder(target, shared, draft_length=4).generate(
+            prompt, max_new_tokens=60, sampling=sampling
+        )
+        again = SpeculativeDecoder(target, shared, draft_length=4).generate(
+            prompt, max_new_tokens=60, sampling=sampling
+        )
         assert first.token_ids == again.token_ids

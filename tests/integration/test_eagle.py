@@ -70,7 +70,7 @@ def test_drafts_are_the_recurrence_after_any_number_of_accepted_ones(accepted, p
 
 
 def test_the_output_is_the_targets(pair, target_dir, target_model):
-    with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
+    with SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=4) as decoder:
         for prompt in PROMPTS:
             with torch.no_grad():
                 wanted = target_model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)
@@ -167,7 +167,7 @@ def test_a_reduced_head_with_all_of_its_tokens_in_slots_is_whole(write_head, exp
         assert found.token_ids.tolist() == wanted.token_ids.tolist()
     with SpeculativeDecoder.load(slotted.target) as alone:
         wanted = alone.generate(PROMPTS[1], max_new_tokens=40).token_ids
-    with SpeculativeDecoder.load(slotted.target, slotted.drafter) as decoder:
+    with SpeculativeDecoder.load(slotted.target, slotted.drafter, draft_length=4) as decoder:
         assert decoder.generate(PROMPTS[1], max_new_tokens=40).token_ids == wanted
 
 
@@ -187,8 +187,10 @@ def test_int4_heads_draft_much_the_same(write_head, export_head, pair):
 def test_only_a_target_that_gives_the_features_goes_with_a_head(pair, export_pair, target_dir):
     other = export_pair(target_dir)
     with pytest.raises(VocabtrimError, match="reads 192 features of the target's layers 2, 4, 5"):
-        SpeculativeDecoder.load(other.target, pair.drafter)
-    with SpeculativeDecoder.load(pair.target, other.drafter) as decoder:  # features that nobody reads do no harm
+        SpeculativeDecoder.load(other.target, pair.drafter, draft_length=4)
+    with SpeculativeDecoder.load(
+        pair.target, other.drafter, draft_length=4
+    ) as decoder:  # features that nobody reads do no harm
         assert decoder.generate(PROMPTS[0], max_new_tokens=20).stats.drafted
 
 
@@ -200,7 +202,7 @@ def test_a_head_that_was_trimmed_is_a_checkpoint_again(write_head, export_head):
     again = export_head(written)
     maps, texts = [], []
     for result in (first, again):
-        with SpeculativeDecoder.load(result.target, result.drafter) as decoder:
+        with SpeculativeDecoder.load(result.target, result.drafter, draft_length=4) as decoder:
             maps.append(decoder.drafter.vocab_map.kept_token_ids.tolist())
             made = decoder.generate(PROMPTS[0], max_new_tokens=40)
             texts.append((made.token_ids, made.stats.drafted, made.stats.accepted))
@@ -210,7 +212,7 @@ def test_a_head_that_was_trimmed_is_a_checkpoint_again(write_head, export_head):
 
 
 def test_a_fork_of_a_head_and_its_target_is_another_pair(pair):
-    with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder, decoder.fork() as other:
+    with SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=4) as decoder, decoder.fork() as other:
         made = [each.generate(PROMPTS[1], max_new_tokens=40) for each in (decoder, other)]
         assert made[0].token_ids == made[1].token_ids
         assert made[0].stats.accepted == made[1].stats.accepted
@@ -228,7 +230,7 @@ def test_a_quantised_target_gives_a_row_of_features_for_each_token_and_none_for_
     result = export_head(head, quantize="int8")
     with (
         SpeculativeDecoder.load(result.target) as alone,
-        SpeculativeDecoder.load(result.target, result.drafter) as pair,
+        SpeculativeDecoder.load(result.target, result.drafter, draft_length=4) as pair,
     ):
         wanted = alone.target.feed(PROMPTS[1]).features.copy()
         alone.target.rewind(0)

@@ -106,7 +106,7 @@ def check_genai(result, accepted=1):
     generator.append_tokens(np.array(PROMPT, np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    with SpeculativeDecoder.load(result.target, result.drafter) as decoder:
+    with SpeculativeDecoder.load(result.target, result.drafter, draft_length=4) as decoder:
         ours = decoder.generate(PROMPT, max_new_tokens=24).token_ids
     theirs = generator.get_sequence(0)[len(PROMPT) :]
     assert theirs.tolist() == list(ours)[: len(theirs)]

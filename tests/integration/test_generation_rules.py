@@ -54,7 +54,7 @@ def result(directory, export_pair):
 def test_greedy_output_is_that_of_generate(directory, plain, result):
     model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     model.generation_config.stop_strings = None  # it would want a tokenizer for them
-    with SpeculativeDecoder.load(result.target, result.drafter) as decoder:
+    with SpeculativeDecoder.load(result.target, result.drafter, draft_length=4) as decoder:
         for prompt, first in zip(PROMPTS, plain[1], strict=True):
             with torch.no_grad():
                 ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)
@@ -71,7 +71,7 @@ def test_greedy_output_is_that_of_generate(directory, plain, result):
 def test_parameters_stand_in_place_of_the_config(plain, result):
     """All of them neutral: the model's own output."""
     neutral = SamplingParams(repetition_penalty=1, no_repeat_ngram_size=0, suppress_tokens=(), min_new_tokens=0)
-    with SpeculativeDecoder.load(result.target, result.drafter) as decoder:
+    with SpeculativeDecoder.load(result.target, result.drafter, draft_length=4) as decoder:
         assert decoder.generate(PROMPTS[0], max_new_tokens=1, sampling=neutral).token_ids[0] == plain[1][0]
 
 
@@ -125,7 +125,7 @@ def test_the_command_takes_rules_and_gives_logprobs(result, capsys):
         no_repeat_ngram_size=2,
         min_new_tokens=3,
     )
-    with SpeculativeDecoder.load(result.target, result.drafter) as decoder:
+    with SpeculativeDecoder.load(result.target, result.drafter, draft_length=4) as decoder:
         wanted = decoder.generate("fox", max_new_tokens=12, chat=False, sampling=sampling, logprobs=2)
     assert given["token_ids"] == list(wanted.token_ids)
     assert [each["token_id"] for each in given["logprobs"]] == given["token_ids"]

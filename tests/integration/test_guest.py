@@ -43,7 +43,8 @@ transformers.utils.logging.get_logger("transformers")  # transformers sets its o
 before, sessions = process_state(), [plain_session()]
 import engines, runtime, vocabtrim_export
 from vocabtrim_export.calibration.counting import CalibrationSettings
-from vocabtrim_export.pipeline import ExportSettings, export
+from vocabtrim_export.pipeline import export
+from vocabtrim_export.settings import ExportSettings
 
 calibration = CalibrationSettings((text,), calibration_tokens=64)
 result = export(str(model), str(model), output, ExportSettings(k=192, max_length=64, calibration=calibration))

@@ -66,7 +66,7 @@ def test_an_eagle_1_head_drafts_its_recurrence(accepted, first_eagle, target_mod
 
 
 def check_lossless(pair, model):
-    with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
+    with SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=4) as decoder:
         for prompt in PROMPTS:
             with torch.no_grad():
                 wanted = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)
@@ -244,7 +244,7 @@ def test_a_head_that_is_the_model_again_is_always_right(kind, random_model, writ
         add_tensors(directory, beside_the_model(tensors, "model.layers.1.", DEEPSEEK))
         drafter = "mtp"
     pair = export_pair(drafter, directory, k=100000)
-    with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
+    with SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=4) as decoder:
         made = [decoder.generate(prompt, max_new_tokens=40).stats for prompt in PROMPTS]
         assert sum(stats.drafted for stats in made) > 40
         assert all(stats.accepted == stats.drafted for stats in made)

@@ -27,7 +27,7 @@ def pair(random_model, export_pair):
 
 @pytest.fixture
 def decoder(pair):
-    with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
+    with SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=4) as decoder:
         yield decoder
 
 

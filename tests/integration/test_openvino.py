@@ -51,7 +51,7 @@ def test_genai_drafts_with_it_and_writes_what_we_write(dtype, quantize, random_m
     model = random_model("llama")
     result = export_pair(model, dtype=dtype, quantize_drafter=quantize, formats=("openvino",))
     place = result.drafter.parent / "openvino"
-    with SpeculativeDecoder.load(result.target, result.drafter) as decoder:
+    with SpeculativeDecoder.load(result.target, result.drafter, draft_length=4) as decoder:
         ours = list(decoder.generate(PROMPT, max_new_tokens=24).token_ids)
 
     def generate(drafted, **options):

@@ -55,7 +55,7 @@ def pair(distilled, export_pair):
 
 
 def check_output(target, drafter, model):
-    with SpeculativeDecoder.load(target=target, drafter=drafter) as decoder:
+    with SpeculativeDecoder.load(target=target, drafter=drafter, draft_length=4) as decoder:
         generated = [decoder.generate(prompt, max_new_tokens=24) for prompt in PROMPTS]
     assert [list(each.token_ids) for each in generated] == [greedy(model, prompt) for prompt in PROMPTS]
     assert all(each.stats.drafted for each in generated)
@@ -84,7 +84,7 @@ def test_bundles_made_apart(pair, distilled, export_pair):
     alone = export_pair(drafter)
     check_output(alone.target, pair.drafter, drafter)
     with pytest.raises(VocabtrimError, match="can propose 1 tokens that the target does not have"):
-        SpeculativeDecoder.load(target=pair.target, drafter=alone.drafter)
+        SpeculativeDecoder.load(target=pair.target, drafter=alone.drafter, draft_length=4)
 
 
 def test_ordinary_tokens_that_differ_are_refused(member, export_pair):

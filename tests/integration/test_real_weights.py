@@ -51,7 +51,7 @@ def test_greedy_output_is_that_of_transformers(bundles):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     ).eval()
-    with SpeculativeDecoder.load(bundles / "target", bundles / "drafter") as decoder:
+    with SpeculativeDecoder.load(bundles / "target", bundles / "drafter", draft_length=4) as decoder:
         for question in QUESTIONS:
             prompt = decoder.encode(question)
             with torch.no_grad():
@@ -63,7 +63,9 @@ def test_greedy_output_is_that_of_transformers(bundles):
 
 
 def test_the_target_as_its_own_drafter_accepts_everything(bundles):
-    with SpeculativeDecoder(load_engine(bundles / "target"), load_engine(bundles / "target")) as decoder:
+    with SpeculativeDecoder(
+        load_engine(bundles / "target"), load_engine(bundles / "target"), draft_length=4
+    ) as decoder:
         tokenizer = SpeculativeDecoder.load(bundles / "target").tokenizer
         stats = decoder.generate(tokenizer.encode_chat([{"role": "user", "content": QUESTIONS[0]}])).stats
         assert stats.accepted == stats.drafted > 50
@@ -127,7 +129,7 @@ def test_tensorrt_plans_for_three_gpus(bundles, tmp_path):
     assert [layer.type for layer in (head, top, table, gather)] == ["MATRIX_MULTIPLY", "TOPK", "CONSTANT", "GATHER"]
     assert head.outputs[0].shape[-1] == table.outputs[0].shape[0] == 8192
     with (
-        SpeculativeDecoder.load(output / "target", output / "drafter") as half,
+        SpeculativeDecoder.load(output / "target", output / "drafter", draft_length=4) as half,
         SpeculativeDecoder.load(bundles / "target") as plain,
     ):
         result, expected = (each.generate(QUESTIONS[1], max_new_tokens=16) for each in (half, plain))

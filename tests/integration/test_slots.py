@@ -87,7 +87,7 @@ def test_empty_slots_are_the_plain_trimmed_head(model, pair, export_pair):
 def test_slots_hold_the_latest_tokens_of_the_text_that_the_head_lacks(pair):
     lost = pair.selection.lost_token_ids.tolist()
     kept = set(pair.selection.vocab_map.kept_token_ids.tolist())
-    with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
+    with SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=4) as decoder:
         drafter = decoder.drafter
 
         def inside():
@@ -109,7 +109,7 @@ def test_output_is_the_targets_and_drafts_are_better(pair, model, export_pair):
     for name, result in (("slots", pair), ("none", plain)):
         with (
             SpeculativeDecoder.load(result.target) as alone,
-            SpeculativeDecoder.load(result.target, result.drafter) as decoder,
+            SpeculativeDecoder.load(result.target, result.drafter, draft_length=4) as decoder,
         ):
             found = [decoder.generate(prompt, max_new_tokens=80) for prompt in PROMPTS]
             wanted = [alone.generate(prompt, max_new_tokens=80).token_ids for prompt in PROMPTS]

@@ -26,7 +26,9 @@ def tokenizer():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_streamed_texts_join_to_the_final_text(make_target, make_drafter, tokenizer, seed):
-    with SpeculativeDecoder(make_target(seed=seed, eos_bias=0.0), make_drafter(noise=2.0), tokenizer) as decoder:
+    with SpeculativeDecoder(
+        make_target(seed=seed, eos_bias=0.0), make_drafter(noise=2.0), tokenizer, draft_length=4
+    ) as decoder:
         stream = decoder.stream("aaa", max_new_tokens=30)
         tokens = list(stream)
         result = stream.finish()
@@ -101,7 +103,7 @@ def test_a_plain_string_is_one_stop(make_target, letters):
 
 
 def test_text_that_only_begins_like_a_stop_string_is_given_out(make_target, letters):
-    decoder = SpeculativeDecoder(make_target(), make_target(), letters)
+    decoder = SpeculativeDecoder(make_target(), make_target(), letters, draft_length=4)
     whole = decoder.generate([0], max_new_tokens=24)
     for at in range(len(whole.text)):  # the last ones are still held back when generation ends
         stream = decoder.stream([0], max_new_tokens=24, stop=[whole.text[at:] + "!"])
@@ -149,9 +151,9 @@ def test_engines_that_do_not_belong_together_are_refused(make_target, make_draft
         (target, "one engine"),
     ]:
         with pytest.raises(VocabtrimError, match=message):
-            SpeculativeDecoder(target, drafter)
+            SpeculativeDecoder(target, drafter, draft_length=4)
     with pytest.raises(VocabtrimError, match="holds a drafter"):
-        SpeculativeDecoder(make_drafter(), target)
+        SpeculativeDecoder(make_drafter(), target, draft_length=4)
     for draft_length in (0, 256):
         with pytest.raises(VocabtrimError, match=f"draft_length is {draft_length}"):
             SpeculativeDecoder(target, draft_length=draft_length)
@@ -160,8 +162,10 @@ def test_engines_that_do_not_belong_together_are_refused(make_target, make_draft
 @pytest.mark.parametrize("role", ["target", "drafter"])
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0, seed=7)])
 def test_an_engine_that_raises_leaves_the_decoder_usable(make_target, make_drafter, role, sampling):
-    fresh = SpeculativeDecoder(make_target(), make_drafter()).generate([3, 4], max_new_tokens=20, sampling=sampling)
-    decoder = SpeculativeDecoder(make_target(), make_drafter())
+    fresh = SpeculativeDecoder(make_target(), make_drafter(), draft_length=4).generate(
+        [3, 4], max_new_tokens=20, sampling=sampling
+    )
+    decoder = SpeculativeDecoder(make_target(), make_drafter(), draft_length=4)
     broken = getattr(decoder, role)
     broken.fails_at = 3
     stream = decoder.stream([9], max_new_tokens=20, sampling=sampling)
@@ -174,7 +178,7 @@ def test_an_engine_that_raises_leaves_the_decoder_usable(make_target, make_draft
 
 
 def test_nothing_of_a_former_prompt_leaks_into_the_next(make_target, make_drafter):
-    decoder = SpeculativeDecoder(make_target(), make_drafter())
+    decoder = SpeculativeDecoder(make_target(), make_drafter(), draft_length=4)
     first = decoder.generate([3, 4, 5], max_new_tokens=12)
     decoder.generate([3, 4, 9, 9], max_new_tokens=5)
     assert decoder.generate([3, 4, 5], max_new_tokens=12).token_ids == first.token_ids

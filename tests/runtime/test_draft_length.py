@@ -97,10 +97,12 @@ def test_a_seed_repeats_the_text(make_target, make_drafter):
 
 
 def test_auto_adapts_and_looks_up_and_a_number_stays(make_target, make_drafter):
-    decoder = SpeculativeDecoder(make_target(), make_drafter(), draft_length="auto")
-    assert decoder.length.adapts
-    assert decoder.length.lookups is not None
-    assert SpeculativeDecoder(make_target(), make_drafter(), prompt_lookup=False).length == FixedLength(4)
+    for default in (
+        SpeculativeDecoder(make_target(), make_drafter(), **given) for given in ({}, {"draft_length": "auto"})
+    ):
+        assert default.length.adapts
+        assert default.length.lookups is not None
+    assert SpeculativeDecoder(make_target(), make_drafter(), prompt_lookup=False).length.lookups is None
     assert SpeculativeDecoder(make_target(), make_drafter(), draft_length=3).length == FixedLength(3)
     assert SpeculativeDecoder(make_target()).length == FixedLength(4)
 

@@ -16,7 +16,7 @@ TOKENS = 12
 
 @pytest.fixture
 def decoder(make_target, make_drafter):
-    return SpeculativeDecoder(make_target(), make_drafter())
+    return SpeculativeDecoder(make_target(), make_drafter(), draft_length=4)
 
 
 @pytest.fixture
@@ -53,7 +53,9 @@ def test_while_a_generation_runs_another_thread_is_refused_at_once(decoder, make
         "generate": lambda: decoder.generate([5], max_new_tokens=TOKENS),
         "stream": lambda: next(decoder.stream([5], max_new_tokens=TOKENS)),
         "another decoder": lambda: SpeculativeDecoder(decoder.target).generate([5]),
-        "its drafter's decoder": lambda: SpeculativeDecoder(make_target(), decoder.drafter).generate([5]),
+        "its drafter's decoder": lambda: SpeculativeDecoder(make_target(), decoder.drafter, draft_length=4).generate(
+            [5]
+        ),
     }
     with ThreadPoolExecutor(1) as pool:
         with halted(decoder.target, at=2) as waits:
@@ -136,7 +138,7 @@ async def collect(decoder, prompt):
 
 
 def test_async_streams_of_several_decoders_run_beside_each_other(make_target, make_drafter, wanted):
-    decoders = {prompt: SpeculativeDecoder(make_target(), make_drafter()) for prompt in (3, 5, 7)}
+    decoders = {prompt: SpeculativeDecoder(make_target(), make_drafter(), draft_length=4) for prompt in (3, 5, 7)}
 
     async def serve():
         return await asyncio.gather(*(collect(decoder, prompt) for prompt, decoder in decoders.items()))

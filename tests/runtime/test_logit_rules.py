@@ -126,7 +126,7 @@ def test_no_engine_drafts_or_judges_by_itself_under_rules(make_target, make_draf
     drafter.unrolled, asked = 4, []
     monkeypatch.setattr(target, "speculate", lambda *given: asked.append("speculate"))
     monkeypatch.setattr(drafter, "draft", lambda *given: asked.append("draft"))
-    decoder = SpeculativeDecoder(target, drafter)
+    decoder = SpeculativeDecoder(target, drafter, draft_length=4)
     decoder.generate([5], max_new_tokens=9)
     decoder.generate([5], max_new_tokens=9, sampling=SamplingParams(1.0, seed=1))
     assert not asked
@@ -136,7 +136,7 @@ def test_no_engine_drafts_or_judges_by_itself_under_rules(make_target, make_draf
 
 
 def test_verify_judges_by_the_rules(make_target, make_drafter, monkeypatch):
-    decoder = SpeculativeDecoder(make_target(rules=CONFIG), make_drafter(range(0, 48, 2)))
+    decoder = SpeculativeDecoder(make_target(rules=CONFIG), make_drafter(range(0, 48, 2)), draft_length=4)
     report = verify(decoder, [[5, 6, 7]], max_new_tokens=30)
     assert report.prompts[0].verdict == "equal"
     sampled = verify_sampling(decoder, [[5, 6, 7]], [SamplingParams(1.0, seed=3, presence_penalty=1.0)], draws=600)
@@ -172,7 +172,7 @@ def test_rules_out_of_range_are_refused_in_one_line(make_target, wrong, message)
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0, seed=2, presence_penalty=2.0)])
 def test_logprobs_are_the_models_log_softmax(make_target, make_drafter, sampling):
-    decoder = SpeculativeDecoder(make_target(), make_drafter(noise=0.3))
+    decoder = SpeculativeDecoder(make_target(), make_drafter(noise=0.3), draft_length=4)
     result = decoder.generate([5, 6], max_new_tokens=15, sampling=sampling, logprobs=3)
     text = [5, 6]
     for token, found in zip(result.token_ids, result.logprobs, strict=True):

@@ -17,7 +17,7 @@ PROMPTS = [[5, 6, 7], [9]]
 
 @pytest.fixture
 def decoder(make_target, make_drafter):
-    return SpeculativeDecoder(make_target(), make_drafter(range(0, 48, 2)))
+    return SpeculativeDecoder(make_target(), make_drafter(range(0, 48, 2)), draft_length=4)
 
 
 @pytest.mark.parametrize("max_keep", [1, 2, 5, 256])
@@ -182,7 +182,7 @@ def test_a_generation_that_ends_in_the_wrong_place_is_different(decoder, monkeyp
 
 def test_generations_end_at_an_eos_or_at_the_end_of_the_context(make_target, make_drafter):
     for target in (make_target(eos_bias=2.0), make_target(context=16)):
-        decoder = SpeculativeDecoder(target, make_drafter(noise=0.5))
+        decoder = SpeculativeDecoder(target, make_drafter(noise=0.5), draft_length=4)
         report = verify(decoder, [[seed, 4] for seed in range(8)], max_new_tokens=40)
         assert all(prompt.verdict == "equal" for prompt in report.prompts)
         assert all(prompt.tokens < 40 for prompt in report.prompts)

@@ -16,7 +16,8 @@ from tests.vocabtrim_export.gguf_blocks import SCALES, dense, random_blocks
 from vocabtrim_export.calibration import TokenCounts, counting
 from vocabtrim_export.calibration.counting import CalibrationSettings
 from vocabtrim_export.drafters.shared_tokens import proposable_tokens
-from vocabtrim_export.pipeline import ExportSettings, export
+from vocabtrim_export.pipeline import export
+from vocabtrim_export.settings import ExportSettings
 from vocabtrim_export.sources.gguf_weights import _model_names
 from vocabtrim_export.sources.source import load_source
 

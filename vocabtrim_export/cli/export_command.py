@@ -37,15 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="K",
         help="rows the drafter's head keeps (rounded up to a multiple of 64), or coverage:0.95: as few as keep that "
-        "share of held-out tokens",
+        "share of held-out tokens, or auto: what should be fastest, by the target's text on held-out prompts and by "
+        "measured steps (language models on the CPU)",
     )
     parser.add_argument(
         "--slots",
         type=int,
-        default=0,
         metavar="M",
         help="in-context slots of the drafter's head: it can also propose the last M distinct tokens of the text that "
-        "are not among the K (default: 0; CPU)",
+        "are not among the K (default: 0, or what --k auto chooses; CPU)",
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="gets DIR/drafter, DIR/target and DIR/FORMAT"
@@ -70,7 +70,8 @@ def run(options: argparse.Namespace) -> None:
     from vocabtrim_export.cli.arguments import calibration_settings, other_formats, tensorrt_settings
     from vocabtrim_export.cli.onnx_trim import run_onnx
     from vocabtrim_export.onnx_input.trim import holds_onnx
-    from vocabtrim_export.pipeline import ExportSettings, export
+    from vocabtrim_export.pipeline import export
+    from vocabtrim_export.settings import ExportSettings
 
     if holds_onnx(options.drafter):
         run_onnx(options)

@@ -24,10 +24,11 @@ def run_onnx(options: argparse.Namespace) -> None:
             f"--{unusable[0].replace('_', '-')} needs the original weights: a drafter that is an ONNX model keeps all "
             "but its head, and is trimmed alone"
         )
+    k = parse_k(options.k)
+    if k == "auto":
+        raise VocabtrimError("--k auto needs the original weights of both models: give a number or a coverage")
     with progress_reporter() as progress:
-        written = trim_onnx(
-            options.drafter, options.output, parse_k(options.k), calibration_settings(options), options.force, progress
-        )
+        written = trim_onnx(options.drafter, options.output, k, calibration_settings(options), options.force, progress)
     for note in (*written.notes, *notes(written.selection, builtin=not options.calibration)):
         print(f"note: {note}", file=sys.stderr)
     before, after = written.head_bytes

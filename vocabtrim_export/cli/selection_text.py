@@ -1,6 +1,6 @@
 """K and selections as words: read from the command line, and explained on the terminal."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from engines.errors import VocabtrimError
 
@@ -8,16 +8,18 @@ if TYPE_CHECKING:
     from vocabtrim_export.selection import Coverage, Selection
 
 
-def parse_k(text: str) -> "int | Coverage":
-    """`--k` as `ExportSettings` takes it: "32000", or "coverage:0.95". Raises `VocabtrimError`."""
+def parse_k(text: str) -> "int | Coverage | Literal['auto']":
+    """`--k` as `ExportSettings` takes it: "32000", "coverage:0.95" or "auto". Raises `VocabtrimError`."""
     from vocabtrim_export.selection import Coverage
 
+    if text.strip() == "auto":
+        return "auto"
     name, colon, share = text.strip().partition(":")
     try:
         return Coverage(float(share)) if colon and name == "coverage" else int(text)
     except ValueError as error:
         raise VocabtrimError(
-            f"K = {text!r} is not understood: give a number of rows such as 32000, or coverage:0.95"
+            f"K = {text!r} is not understood: give a number of rows such as 32000, coverage:0.95, or auto"
         ) from error
 
 
