@@ -115,7 +115,7 @@ def test_greedy_output_is_the_plain_targets(pair, draft_length):
 def test_drafts_longer_than_the_target_verifies_are_refused(pair):
     _, standard = pair
     with load_engine(standard.target) as target, load_engine(standard.drafter) as drafter:
-        assert SpeculativeDecoder(target, drafter, draft_length=4).draft_length == 3
+        assert SpeculativeDecoder(target, drafter).draft_length == 3
         with pytest.raises(VocabtrimError, match="draft_length is 5: give a number from 1 to 3, or export the target"):
             SpeculativeDecoder(target, drafter, draft_length=5)
         assert SpeculativeDecoder(target).generate([5, 6], max_new_tokens=3).stats.tokens == 3
