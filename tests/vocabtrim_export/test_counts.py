@@ -1,6 +1,9 @@
 """Token counts: saved whole or not at all, added with care, resumed to the same end."""
 
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from vocabtrim_export.calibration import (
     Message,
     TokenCounts,
     calibrate,
+    generate,
     read_corpus,
 )
 from vocabtrim_export.calibration.counts import is_held_out
@@ -95,14 +99,14 @@ def corpus(number):
     return Corpus.of([Document(f"the fox {index} " + "jumps over " * (index % 7)) for index in range(number)], "test")
 
 
-class Killed(Exception):
+class Interrupted(Exception):
     pass
 
 
-def killed_after_first_batch(path):
+def interrupted_at(tokens):
     def progress(done, total):
-        if path.exists():
-            raise Killed
+        if done >= tokens:
+            raise Interrupted
 
     return progress
 
@@ -113,8 +117,8 @@ def test_a_resumed_calibration_ends_as_an_uninterrupted_one(tmp_path, model, tok
     settings = {"source": source, "max_tokens": 900, "seed": 3, "limits": LIMITS}
     documents = corpus(20 if source == "target" else 100)  # the model goes round more than once
     whole = calibrate(model, tokenizer, documents, **settings)
-    with pytest.raises(Killed):
-        calibrate(model, tokenizer, documents, **settings, checkpoint=path, progress=killed_after_first_batch(path))
+    with pytest.raises(Interrupted):
+        calibrate(model, tokenizer, documents, **settings, checkpoint=path, progress=interrupted_at(100))
     begun = TokenCounts.load(path)
     assert 0 < begun.total < whole.total
     assert same(calibrate(model, tokenizer, documents, **settings, checkpoint=path), whole)
@@ -123,6 +127,55 @@ def test_a_resumed_calibration_ends_as_an_uninterrupted_one(tmp_path, model, tok
     assert whole.held_out.sum() > 0
     # A finished one returns at once.
     assert same(calibrate(model, tokenizer, documents, **settings, checkpoint=path, progress=pytest.fail), whole)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tests.vocabtrim_export.test_counts import KILLED_SETTINGS, corpus
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vocabtrim_export.calibration import calibrate, generate
+
+where, path, deaths = sys.argv[1], Path(sys.argv[2]), iter(map(int, sys.argv[3:]))
+model, tokenizer = AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
+generate._PREFILL_TOKENS = 8
+calls = 0
+
+
+def progress(done, total):
+    global calls
+    calls += 1
+    if calls in (1, death):
+        print(done, flush=True)
+    if calls == death:
+        os.kill(os.getpid(), 9)
+
+
+for death in deaths:  # the last one never comes: every process before is a fork that dies
+    if death and (child := os.fork()):
+        assert os.waitpid(child, 0)[1] == 9
+        continue
+    calibrate(model, tokenizer, corpus(9), **KILLED_SETTINGS, checkpoint=path, save_seconds=0, progress=progress)
+"""
+KILLED_SETTINGS = {"source": "target", "max_tokens": 300, "seed": 3, "limits": LIMITS}
+
+
+def test_a_run_killed_in_the_middle_of_a_batch_ends_with_the_same_file(tmp_path, model, tokenizer, monkeypatch):
+    """Killed with -9 five times: while prompts are read, thrice within batches, and while the next prompts are read."""
+    monkeypatch.setattr(generate, "_PREFILL_TOKENS", 8)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    files = tmp_path / "whole", tmp_path / "killed" / "counts"
+    files[1].parent.mkdir()
+    calibrate(model, tokenizer, corpus(9), **KILLED_SETTINGS, checkpoint=files[0])
+    run = [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(files[1]), *["3", "5", "8", "6", "19", "0"]]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr
+    begun = list(map(int, done.stdout.split()))  # tokens at the first step of each run, and at its death
+    assert begun[2::2] == begun[1::2]  # each goes on with the step that the one before it died in
+    assert len(set(begun[1::2])) > 3
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert [path.name for path in files[1].parent.iterdir()] == ["counts"]
 
 
 @pytest.mark.parametrize("source", ["target", "text"])

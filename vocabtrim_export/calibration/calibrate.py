@@ -1,11 +1,13 @@
 """`calibrate`: count the tokens that a model generates on a corpus, or that its text holds; resumable."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -19,6 +21,7 @@ from vocabtrim_export.calibration.batches import BatchLimits, draws, next_batch
 from vocabtrim_export.calibration.corpus import Corpus
 from vocabtrim_export.calibration.counts import CalibrationRun, TokenCounts, is_held_out
 from vocabtrim_export.calibration.document import Document, Skipped, describe_skipped
+from vocabtrim_export.calibration.partial_batch import SECONDS, PartialBatch
 from vocabtrim_export.calibration.prompts import encode, encode_document
 from vocabtrim_export.sources.end_tokens import eos_token_ids
 from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
@@ -48,6 +51,7 @@ def calibrate(
     limits: BatchLimits | None = None,
     chat: ChatOptions | None = None,
     on_skip: Callable[[Skipped], None] = lambda _skipped: None,
+    save_seconds: float = SECONDS,
 ) -> TokenCounts:
     """Count the tokens that a model generates on a corpus, or the tokens of the corpus itself.
 
@@ -65,13 +69,15 @@ def calibrate(
         max_tokens: The number of tokens to count.
         seed: Seed of the random numbers that tokens are drawn with.
         temperature: Temperature of sampling; 0 is greedy.
-        checkpoint: A file that is rewritten after every batch. A run goes on from an existing one, and ends where it
-            would have ended uninterrupted; a larger `max_tokens` continues a finished run.
+        checkpoint: A file that is rewritten as tokens come in; beside it, in a directory of its name with ".partial"
+            added, is the work on an unfinished batch. A run goes on from an existing one, and ends where it would have
+            ended uninterrupted; a larger `max_tokens` continues a finished run.
         progress: Called with (tokens so far, max_tokens) as tokens come in.
         model_digest: Identifies the weights, so that a checkpoint of other weights is refused.
         limits: The size of batches, prompts and continuations.
         chat: Which chat template renders prompts, and its arguments.
         on_skip: Called at the end for each document that cannot be a prompt of this model.
+        save_seconds: The time between two savings, which is what a killed run can lose.
 
     Returns:
         The counts of the documents that choose the kept tokens, and of those held out.
@@ -90,30 +96,65 @@ def calibrate(
     runtime = runtime_tokenizer(tokenizer)
     skipped: list[Skipped] = []
     counts = fresh if checkpoint is None or not checkpoint.exists() else _resume(checkpoint, fresh)
-    while batch := next_batch(corpus.documents, counts, max_tokens):
-        pass_number, indices = batch
-        documents = [corpus.documents[index] for index in indices]
-        tokens: Sequence[Sequence[int] | NDArray[np.int64]]
-        if model is None:
-            tokens = _text_tokens(tokenizer, documents)
-        else:
-            prompts, left_out = _prompts(runtime, documents, chat, counts.runs[0], counts.full_vocab)
-            skipped += left_out if pass_number == 0 else []
-            on_step = partial(_report, progress, counts.total, max_tokens)
-            numbers = draws(counts.runs[0], pass_number, indices)
-            eos = eos_token_ids(tokenizer, model.generation_config)
-            tokens = _sample(model, prompts, numbers, counts.runs[0], eos, on_step)
-        held = [is_held_out(index, len(corpus.documents)) for index in indices]
-        counts = _count(counts, tokens, held, max_tokens)
-        if checkpoint is not None:
-            counts.save(checkpoint)
-        progress(counts.total, max_tokens)
+    saver = _Saver(checkpoint, save_seconds, counts)
+    try:
+        while batch := next_batch(corpus.documents, counts, max_tokens):
+            pass_number, indices = batch
+            documents = [corpus.documents[index] for index in indices]
+            tokens: Sequence[Sequence[int] | NDArray[np.int64]]
+            unfinished = None
+            if model is None:
+                tokens = _text_tokens(tokenizer, documents)
+            else:
+                prompts, left_out = _prompts(runtime, documents, chat, counts.runs[0], counts.full_vocab)
+                skipped += left_out if pass_number == 0 else []
+                on_step = partial(_report, progress, counts.total, max_tokens)
+                numbers = draws(counts.runs[0], pass_number, indices)
+                eos = eos_token_ids(tokenizer, model.generation_config)
+                unfinished = saver.unfinished(counts, batch)
+                tokens = _sample(model, prompts, numbers, counts.runs[0], eos, on_step, unfinished)
+            held = [is_held_out(index, len(corpus.documents)) for index in indices]
+            counts = _count(counts, tokens, held, max_tokens)
+            saver.take(counts, unfinished)
+            progress(counts.total, max_tokens)
+    finally:  # Ctrl-C too
+        saver.save(counts)
     if counts.total == 0:
         why = describe_skipped(skipped) if skipped else "give it text or prompts with content"
         raise VocabtrimError(f"calibration on {corpus.source} counted no token: {why}")
     for each in skipped:
         on_skip(each)
     return counts
+
+
+class _Saver:
+    """Writes the counts and the work on an unfinished batch, now and then."""
+
+    def __init__(self, checkpoint: Path | None, seconds: float, saved: TokenCounts) -> None:
+        self.checkpoint, self.seconds, self.saved, self.last = checkpoint, seconds, saved, monotonic()
+
+    def unfinished(self, counts: TokenCounts, batch: tuple[int, list[int]]) -> PartialBatch | None:
+        """Where the work on this batch is kept."""
+        if self.checkpoint is None:
+            return None
+        run = counts.runs[0]
+        settings = {each.name: getattr(run, each.name) for each in fields(run) if each.compare}
+        key = json.dumps([settings, counts.tokenizer_digest, batch], sort_keys=True)
+        directory = self.checkpoint.with_name(f"{self.checkpoint.name}.partial")
+        return PartialBatch(directory, hashlib.sha256(key.encode()).hexdigest(), self.seconds)
+
+    def take(self, counts: TokenCounts, unfinished: PartialBatch | None) -> None:
+        """Save the counts that a batch ended with where it is time, or where the batch's own files go."""
+        if monotonic() - self.last >= self.seconds or (unfinished is not None and unfinished.count):
+            self.save(counts)
+        if unfinished is not None:
+            unfinished.clear()
+
+    def save(self, counts: TokenCounts) -> None:
+        """Save the counts, once."""
+        if self.checkpoint is not None and counts is not self.saved:
+            counts.save(self.checkpoint)
+            self.saved, self.last = counts, monotonic()
 
 
 def _report(progress: Progress, before: int, max_tokens: int, in_batch: int) -> None:
@@ -219,6 +260,7 @@ def _sample(
     run: CalibrationRun,
     eos: frozenset[int],
     on_step: Callable[[int], None],
+    unfinished: PartialBatch | None,
 ) -> list[NDArray[np.int64]]:
     """The tokens that `model` continues each prompt with; none where the prompt has no token."""
     from vocabtrim_export.calibration.generate import NO_TOKEN, generate_batch
@@ -233,6 +275,7 @@ def _sample(
             temperature=run.temperature,
             eos_token_ids=eos,
             on_step=on_step,
+            partial_batch=unfinished,
         )
         for row, line in zip(rows, generated, strict=True):
             tokens[row] = line[line != NO_TOKEN]

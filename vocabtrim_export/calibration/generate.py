@@ -1,9 +1,7 @@
 """Batched sampling from a causal language model, with a KV cache and without `transformers.generate`."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,12 +9,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.calibration.buffered_cache import BufferedCache
+from vocabtrim_export.calibration.partial_batch import PartialBatch
 
 NO_TOKEN = -1
 BLOCK = 512
+
+
+# Tokens of a prompt's batch that are read at once on a CPU, which takes seconds: between two of these steps work is
+# saved, and Ctrl-C is heard. Other devices read a batch's prompts in one.
+_PREFILL_TOKENS = 256
 
 
 @torch.inference_mode()
@@ -28,6 +33,7 @@ def generate_batch(
     temperature: float,
     eos_token_ids: frozenset[int],
     on_step: Callable[[int], None] = lambda _: None,
+    partial_batch: PartialBatch | None = None,
 ) -> NDArray[np.int64]:
     """Continue every prompt until an EOS or for `uniforms.shape[1]` tokens.
 
@@ -39,37 +45,102 @@ def generate_batch(
         temperature: Temperature of sampling; 0 is greedy.
         eos_token_ids: The ids that end a continuation.
         on_step: Called with the number of tokens so far after each step.
+        partial_batch: Where the work on this batch is saved as it goes, and where an earlier run's is found: the
+            result is then the same, bit for bit.
 
     Returns:
         int64[B, steps]: the new tokens, an EOS included, and `NO_TOKEN` after it.
     """
-    steps, device = uniforms.shape[1], model.device
-    tokens, mask = (array.to(device) for array in _left_pad(prompts, steps))
-    width = tokens.shape[1]
-    positions = (mask[:, :width].cumsum(-1) - 1).clamp_(min=0)
-    cache = _BufferedCache(width + steps)
-    stops = torch.tensor(sorted(eos_token_ids), dtype=torch.int64, device=device)
-    draws = torch.from_numpy(uniforms).to(device)
-    rows = torch.arange(len(prompts), device=device)  # the prompt that each row of the batch continues
-    alive = torch.ones_like(rows, dtype=torch.bool)
-    generated = torch.full((len(prompts), steps), NO_TOKEN, device=device)
-    count = 0
-    for step in range(steps):
-        logits = _last_logits(model, tokens, mask[:, : width + step], positions, cache)
-        chosen = sample(logits, draws[rows, step], temperature)
-        generated[rows[alive], step] = chosen[alive]
-        count += int(alive.sum())
-        on_step(count)
-        alive &= ~torch.isin(chosen, stops)
-        remaining = int(alive.sum())
-        if remaining == 0:
-            break
-        tokens, positions = chosen[:, None], positions[:, -1:] + 1
-        # Rows that ended still cost their share of a step, dropping them one copy of the cache.
-        if remaining <= len(rows) * 3 // 4:
-            cache.batch_select_indices(alive.nonzero().squeeze(-1))
-            tokens, positions, mask, rows, alive = (part[alive] for part in (tokens, positions, mask, rows, alive))
-    return generated.cpu().numpy()
+    batch = _Batch(model, prompts, uniforms, temperature, eos_token_ids)
+    if partial_batch is not None:
+        for segment in partial_batch.load():
+            batch.restore(segment)
+    while not batch.done:
+        batch.advance()
+        on_step(int((batch.generated != NO_TOKEN).sum()))
+        if partial_batch is not None and partial_batch.is_due and batch.cache.buffers:
+            partial_batch.append(batch.segment())
+    return batch.generated.cpu().numpy()
+
+
+class _Batch:
+    """The state of a batch: its first prompts' columns are read, then all rows grow by a token at a time."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        uniforms: NDArray[np.float64],
+        temperature: float,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self.model, self.temperature = model, temperature
+        self.steps, device = uniforms.shape[1], model.device
+        self.prompts, self.mask = (array.to(device) for array in _left_pad(prompts, self.steps))
+        self.width = self.prompts.shape[1]
+        self.cache = BufferedCache(self.width + self.steps)
+        self.stops = torch.tensor(sorted(eos_token_ids), dtype=torch.int64, device=device)
+        self.draws = torch.from_numpy(uniforms).to(device)
+        self.rows = torch.arange(len(prompts), device=device)  # the prompt that each row of the batch continues
+        self.alive = torch.ones_like(self.rows, dtype=torch.bool)
+        self.last = torch.zeros_like(self.rows)  # each row's newest token
+        self.generated = torch.full((len(prompts), self.steps), NO_TOKEN, device=device)
+        self.read = 0  # columns of prompts and continuations that are in the cache
+        self.saved_rows, self.saved = self.rows, 0
+
+    @property
+    def step(self) -> int:
+        """Tokens that each living row has got; negative before the prompts are read."""
+        return self.read - self.width + 1 if self.read >= self.width else -1
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.steps or (self.step > 0 and not bool(self.alive.any()))
+
+    def advance(self) -> None:
+        """Read the next columns of the prompts, or the newest tokens; where the prompts are read, add a token."""
+        self._drop_ended()
+        if self.read < self.width:
+            most = self.width if self.model.device.type != "cpu" else max(1, _PREFILL_TOKENS // len(self.rows))
+            tokens = self.prompts[:, self.read : min(self.width, self.read + most)]
+        else:
+            tokens = self.last[:, None]
+        begin, self.read = self.read, self.read + tokens.shape[1]
+        mask = self.mask[:, : self.read]
+        positions = (mask.cumsum(-1) - 1).clamp_(min=0)[:, begin:]
+        logits = _last_logits(self.model, tokens, mask, positions, self.cache)
+        if self.step < 0:
+            return
+        column = self.read - self.width
+        self.last = sample(logits, self.draws[self.rows, column], self.temperature)
+        self.generated[self.rows[self.alive], column] = self.last[self.alive]
+        self.alive &= ~torch.isin(self.last, self.stops)
+
+    def _drop_ended(self) -> None:
+        """Rows that ended still cost their share of a step, dropping them one copy of the cache."""
+        if int(self.alive.sum()) <= len(self.rows) * 3 // 4:
+            self.cache.batch_select_indices(self.alive.nonzero().squeeze(-1))
+            self.last, self.rows, self.mask = self.last[self.alive], self.rows[self.alive], self.mask[self.alive]
+            self.alive = self.alive[self.alive]
+
+    def segment(self) -> dict[str, Tensor]:
+        """What was computed since the last segment, and the state besides the cache."""
+        kept = torch.searchsorted(self.saved_rows, self.rows)  # both ascend
+        state = {"rows": self.rows, "alive": self.alive, "last": self.last, "generated": self.generated, "kept": kept}
+        parts = {name: tensor.cpu() for name, tensor in state.items()} | self.cache.written(self.saved)
+        self.saved_rows, self.saved = self.rows, self.read
+        return parts
+
+    def restore(self, segment: Mapping[str, Tensor]) -> None:
+        """Take over the next segment of an earlier run."""
+        device, kept = self.model.device, segment["kept"]
+        self.cache.append(segment, kept, device)
+        self.mask = self.mask[kept.to(device)]
+        self.rows, self.alive, self.last, self.generated = (
+            segment[name].to(device) for name in ("rows", "alive", "last", "generated")
+        )
+        self.read += segment["key.0"].shape[2]
+        self.saved_rows, self.saved = self.rows, self.read
 
 
 def sample(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
@@ -128,49 +199,3 @@ def _left_pad(prompts: Sequence[Sequence[int]], steps: int) -> tuple[Tensor, Ten
         tokens[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, : width - len(prompt)] = 0
     return tokens, mask
-
-
-class _BufferedLayer(DynamicLayer):
-    """A layer's keys and values in buffers of a known capacity.
-
-    `DynamicLayer` concatenates, copying the whole cache at every step (44% of the time at batch 64); `StaticLayer`
-    attends over its full capacity from the first step on. Attention sees `keys[:, :, :length]`, a view.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.capacity, self.length = capacity, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.key_buffer, self.value_buffer = (
-            state.new_empty((*state.shape[:2], self.capacity, state.shape[3])) for state in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Append [B, heads, new, head_dim] and return views of everything so far."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, self.length = self.length, self.length + key_states.shape[2]
-        self.key_buffer[:, :, start : self.length] = key_states
-        self.value_buffer[:, :, start : self.length] = value_states
-        return self._show()
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows of the batch."""
-        self.key_buffer, self.value_buffer = self.key_buffer[indices], self.value_buffer[indices]
-        self._show()
-
-    def _show(self) -> tuple[Tensor, Tensor]:
-        keys, values = self.key_buffer[:, :, : self.length], self.value_buffer[:, :, : self.length]
-        self.keys, self.values = keys, values
-        return keys, values
-
-
-class _BufferedCache(Cache):
-    """As many buffered layers as the model turns out to have."""
-
-    def __init__(self, capacity: int) -> None:
-        new_layer = cast(type[DynamicLayer], partial(_BufferedLayer, capacity))  # it is only ever called
-        super().__init__(layer_class_to_replicate=new_layer)

@@ -5,9 +5,12 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from engines.errors import VocabtrimError
@@ -95,7 +98,8 @@ def _in_one_line(run: Callable[[], int]) -> int:
     prepare_output()
     try:
         try:
-            return run()
+            with _terminated_as_interrupted():
+                return run()
         finally:
             sys.stdout.flush()  # where the reader of a pipe has gone, this must fail here and not when Python exits
     except VocabtrimError as error:
@@ -118,6 +122,19 @@ def _in_one_line(run: Callable[[], int]) -> int:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return _fail(f"no permission to write {error.filename or 'the output'}: choose another --output")
         raise
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, which batch systems and containers stop a program with, ends the block as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str) -> int:

@@ -1,0 +1,77 @@
+"""What was generated of an unfinished batch, on the disk: an interrupted calibration goes on from there."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SECONDS = 15.0
+
+
+class PartialBatch:
+    """A directory of segments, each what was computed of one batch since the segment before: mostly its KV cache.
+
+    A segment appears whole or not at all. A disk that is full or cannot be written costs no more than the saving.
+
+    Args:
+        directory: Where the segments are; it is made with the first one.
+        key: Identifies the batch and everything that its tokens depend on: other batches' segments are ignored.
+        seconds: The time between two segments.
+    """
+
+    def __init__(self, directory: Path, key: str, seconds: float = SECONDS) -> None:
+        self.directory, self.key, self.seconds = directory, key, seconds
+        self.count, self.last = 0, monotonic()
+        self.disabled = False
+
+    @property
+    def is_due(self) -> bool:
+        return not self.disabled and monotonic() - self.last >= self.seconds
+
+    def load(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the segments of this batch that an earlier run left, and remove whatever else is there."""
+        while (segment := self._read(self._path(self.count))) is not None:
+            self.count += 1
+            yield segment
+        whole = {self._path(number) for number in range(self.count)}
+        for path in sorted(self.directory.glob("*")):
+            if path not in whole:
+                path.unlink(missing_ok=True)
+
+    def append(self, segment: Mapping[str, Tensor]) -> None:
+        """Write the next segment."""
+        path = self._path(self.count)
+        aside = path.with_suffix(".new")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            save_file(dict(segment), aside, {"key": self.key})
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except (OSError, SafetensorError):
+            self.disabled = True
+            with suppress(OSError):
+                aside.unlink()
+        self.count, self.last = self.count + 1, monotonic()
+
+    def clear(self) -> None:
+        """Remove the directory: the batch is done."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"{number:06d}.safetensors"
+
+    def _read(self, path: Path) -> dict[str, Tensor] | None:
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("key") != self.key:
+                    return None
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
