@@ -18,7 +18,7 @@ from vocabtrim_export.generation_rules import rule_notes
 from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.pair_bundles import select, write_bundles
 from vocabtrim_export.planning.head import choose_head
-from vocabtrim_export.selection import Selection, check_k
+from vocabtrim_export.selection import Selection, check_k, rows_to_choose
 from vocabtrim_export.settings import ExportSettings, check_auto, check_format, check_head, check_slots
 from vocabtrim_export.sources.head_kind import head_kind
 from vocabtrim_export.sources.rotation import context_length, fix_long_tables
@@ -92,6 +92,7 @@ def export(
     notes = (*_fit(sources, settings), *differing_note(shared))  # refuses before the long work, as the next line does
     notes += tuple(rule_notes(sources["target"].model.generation_config, settings.formats)) if target else ()
     skipped: list[Skipped] = []
+    counted: list[str] = []
     with reserved(output):
         check_output(output, names, settings.force)  # again: a killed run's bundles may be whole by now
         counts = count_tokens(
@@ -99,9 +100,12 @@ def export(
             given,
             settings.calibration,
             output / COUNTS_NAME,
-            lambda done, total: progress("calibrate", done, total),
+            progress,
             skipped.append,
+            counted.append,
+            rows_to_choose(settings.k),
         )
+        notes += tuple(counted)
         with placing([output / name for name in names]) as directories:
             places = dict(zip(roles, directories, strict=False))
             manifests: dict[Role, Manifest] = {}

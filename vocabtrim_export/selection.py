@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -186,6 +186,13 @@ def check_k(k: int | Coverage) -> None:
         raise VocabtrimError(f"K = {k!r} is neither a whole number nor a Coverage: {how}")
     if not isinstance(k, Coverage) and k <= 0:
         raise VocabtrimError(f"K = {k} must be positive: {how}")
+
+
+def rows_to_choose(k: "int | Coverage | Literal['auto']") -> int | float | None:
+    """K as a calibration needs it to know when it has counted enough: rows, a share of tokens, or None for auto."""
+    if k == "auto":
+        return None
+    return k.share if isinstance(k, Coverage) else int(k)
 
 
 def _rows_to_cover(counts: TokenCounts, rank: NDArray[np.int64], coverage: float, always: int) -> int:

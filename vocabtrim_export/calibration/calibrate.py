@@ -19,10 +19,11 @@ from engines.bundle.tokenizer import Tokenizer, tokenizer_digest
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.batches import BatchLimits, draws, next_batch
 from vocabtrim_export.calibration.corpus import Corpus
-from vocabtrim_export.calibration.counts import CalibrationRun, TokenCounts, is_held_out
+from vocabtrim_export.calibration.counts import CalibrationRun, TokenCounts, is_held_out, read_working
 from vocabtrim_export.calibration.document import Document, Skipped, describe_skipped
 from vocabtrim_export.calibration.partial_batch import SECONDS, PartialBatch
 from vocabtrim_export.calibration.prompts import encode, encode_document
+from vocabtrim_export.calibration.sufficiency import Evidence, Rows, Verdict
 from vocabtrim_export.sources.end_tokens import eos_token_ids
 from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
 
@@ -52,6 +53,8 @@ def calibrate(
     chat: ChatOptions | None = None,
     on_skip: Callable[[Skipped], None] = lambda _skipped: None,
     save_seconds: float = SECONDS,
+    enough_for: Rows | None = None,
+    on_verdict: Callable[[Verdict], None] = lambda _verdict: None,
 ) -> TokenCounts:
     """Count the tokens that a model generates on a corpus, or the tokens of the corpus itself.
 
@@ -78,6 +81,9 @@ def calibrate(
         chat: Which chat template renders prompts, and its arguments.
         on_skip: Called at the end for each document that cannot be a prompt of this model.
         save_seconds: The time between two savings, which is what a killed run can lose.
+        enough_for: The rows of a trimmed head, a number or the share of held-out tokens that they are to cover:
+            counting stops before `max_tokens` where more tokens would change little for such a head.
+        on_verdict: Called with each look at whether the tokens are enough; the last one is the one that stopped.
 
     Returns:
         The counts of the documents that choose the kept tokens, and of those held out.
@@ -96,9 +102,12 @@ def calibrate(
     runtime = runtime_tokenizer(tokenizer)
     skipped: list[Skipped] = []
     counts = fresh if checkpoint is None or not checkpoint.exists() else _resume(checkpoint, fresh)
-    saver = _Saver(checkpoint, save_seconds, counts)
+    evidence = None if enough_for is None else _evidence(enough_for, counts, checkpoint)
+    saver = _Saver(checkpoint, save_seconds, counts, evidence)
     try:
-        while batch := next_batch(corpus.documents, counts, max_tokens):
+        while counts.runs[0].enough_for != str(enough_for) and (
+            batch := next_batch(corpus.documents, counts, max_tokens)
+        ):
             pass_number, indices = batch
             documents = [corpus.documents[index] for index in indices]
             tokens: Sequence[Sequence[int] | NDArray[np.int64]]
@@ -114,9 +123,17 @@ def calibrate(
                 unfinished = saver.unfinished(counts, batch)
                 tokens = _sample(model, prompts, numbers, counts.runs[0], eos, on_step, unfinished)
             held = [is_held_out(index, len(corpus.documents)) for index in indices]
-            counts = _count(counts, tokens, held, max_tokens)
+            counts, parts = _count(counts, tokens, held, max_tokens)
+            if evidence is not None:
+                evidence.add([part for part, is_held in zip(parts, held, strict=False) if is_held])
+                if verdict := evidence.look(counts.counts, counts.held_out):
+                    on_verdict(verdict)
+                    counts = _stop(counts, enough_for) if verdict.is_enough else counts
             saver.take(counts, unfinished)
             progress(counts.total, max_tokens)
+        saver.evidence = None  # the file of a finished run holds the counts alone
+        if evidence is not None and checkpoint is not None and checkpoint.exists():
+            counts.save(checkpoint)
     finally:  # Ctrl-C too
         saver.save(counts)
     if counts.total == 0:
@@ -127,11 +144,22 @@ def calibrate(
     return counts
 
 
+def _evidence(rows: Rows, counts: TokenCounts, checkpoint: Path | None) -> Evidence:
+    saved = read_working(checkpoint) if checkpoint is not None and checkpoint.exists() else {}
+    return Evidence(rows, counts.full_vocab, saved)
+
+
+def _stop(counts: TokenCounts, rows: Rows | None) -> TokenCounts:
+    """The same counts, which are enough for these rows."""
+    return replace(counts, runs=(replace(counts.runs[0], enough_for=str(rows)),))
+
+
 class _Saver:
     """Writes the counts and the work on an unfinished batch, now and then."""
 
-    def __init__(self, checkpoint: Path | None, seconds: float, saved: TokenCounts) -> None:
+    def __init__(self, checkpoint: Path | None, seconds: float, saved: TokenCounts, evidence: Evidence | None) -> None:
         self.checkpoint, self.seconds, self.saved, self.last = checkpoint, seconds, saved, monotonic()
+        self.evidence = evidence
 
     def unfinished(self, counts: TokenCounts, batch: tuple[int, list[int]]) -> PartialBatch | None:
         """Where the work on this batch is kept."""
@@ -153,7 +181,7 @@ class _Saver:
     def save(self, counts: TokenCounts) -> None:
         """Save the counts, once."""
         if self.checkpoint is not None and counts is not self.saved:
-            counts.save(self.checkpoint)
+            counts.save(self.checkpoint, self.evidence.tensors() if self.evidence else None)
             self.saved, self.last = counts, monotonic()
 
 
@@ -287,8 +315,18 @@ def _count(
     tokens: Sequence[Sequence[int] | NDArray[np.int64]],
     held: Sequence[bool],
     max_tokens: int,
-) -> TokenCounts:
-    """`counts` and one more batch, up to `max_tokens`: the tokens of each document, and whether it is held out."""
+) -> tuple[TokenCounts, list[NDArray[np.int64]]]:
+    """Add one more batch to `counts`, up to `max_tokens`.
+
+    Args:
+        counts: The counts so far.
+        tokens: The tokens of each document.
+        held: Whether each is held out.
+        max_tokens: The number of tokens to count.
+
+    Returns:
+        The counts, and what was counted of each document, up to the one that the limit cut.
+    """
     run, left = counts.runs[0], max_tokens - counts.total
     begun, done, parts = run.next_done, 0, []
     for ids in tokens:
@@ -305,4 +343,4 @@ def _count(
         sums.append(before + np.bincount(np.concatenate(mine).astype(np.int64), minlength=counts.full_vocab))
     total = run.tokens + sum(map(len, parts))
     run = replace(run, documents_done=run.documents_done + done, next_done=begun, tokens=total)
-    return TokenCounts(sums[0], sums[1], counts.tokenizer_digest, (run,))
+    return TokenCounts(sums[0], sums[1], counts.tokenizer_digest, (run,)), [np.asarray(ids, np.int64) for ids in parts]

@@ -1,11 +1,11 @@
 """Token counts for an export: read from earlier calibrations, or counted with the right one of the loaded models."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,8 +15,11 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import alone
 from vocabtrim_export.calibration import Corpus, Skipped, TokenCounts, builtin_corpus, calibrate, read_corpus
 from vocabtrim_export.calibration import Source as CalibrationSource
+from vocabtrim_export.calibration.sufficiency import MOST_TOKENS, Rows, Verdict
 from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.sources.source import Source, calibration_model, load_source, load_tokenizer
+
+QUARTER = 4  # of the vocabulary: what a head keeps at most where trimming it pays
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,8 @@ class CalibrationSettings:
         calibration: Text files and directories, or files of token counts; empty: a corpus that comes with Python.
         calibration_source: The model that generates, or "text"; None takes the target where there is one, else the
             drafter.
-        calibration_tokens: The number of tokens to count.
+        calibration_tokens: The number of tokens to count; "auto": as many as are enough for the K of the export, see
+            `vocabtrim_export.calibration.sufficiency`.
         temperature: Temperature of sampling; 0 is greedy.
         seed: Seed of the random numbers that tokens are drawn with.
         chat_template: See `ChatOptions`.
@@ -36,7 +40,7 @@ class CalibrationSettings:
 
     calibration: tuple[str | Path, ...] = ()
     calibration_source: CalibrationSource | None = None
-    calibration_tokens: int = 100_000
+    calibration_tokens: int | Literal["auto"] = "auto"
     temperature: float = 1.0
     seed: int = 0
     chat_template: str | None = None
@@ -86,8 +90,10 @@ def count_tokens(
     data: CalibrationInput,
     settings: CalibrationSettings,
     checkpoint: Path,
-    progress: Callable[[int, int], None],
+    progress: Progress,
     on_skip: Callable[[Skipped], None],
+    on_note: Callable[[str], None] = lambda _note: None,
+    rows: Rows | None = None,
 ) -> TokenCounts:
     """Add up earlier counts, or calibrate.
 
@@ -96,8 +102,11 @@ def count_tokens(
         data: What `read_calibration` read.
         settings: How to calibrate.
         checkpoint: The file that a calibration rewrites as it goes.
-        progress: Called with (tokens so far, tokens to count).
+        progress: Called with (task, done, total): tokens, and percents of held-out tokens that `auto` finds covered.
         on_skip: Called for each record of the data that is left out.
+        on_note: Called with what `auto` found out about the number of tokens.
+        rows: The rows of the head that `auto` counts for: a number, or the share of held-out tokens to cover; None: a
+            quarter of the vocabulary.
 
     Raises:
         VocabtrimError: The counts come from another tokenizer, or the model that is to generate is not there.
@@ -108,10 +117,11 @@ def count_tokens(
             raise VocabtrimError("the token counts were made with another tokenizer than the model's: calibrate again")
         return counts
     how = calibration_source(settings, sources.keys())
-    run = _calibrator(data.corpus, how, settings, checkpoint, progress, on_skip)
+    source = next(iter(sources.values())) if how == "text" else sources[how]
+    rows = rows or source.vocab_size // QUARTER
+    run = _calibrator(data.corpus, how, settings, checkpoint, progress, on_skip, on_note, rows)
     if how == "text":
-        return run(None, next(iter(sources.values())).tokenizer)
-    source = sources[how]
+        return run(None, source.tokenizer)
     with calibration_model(source.model) as model:
         return run(model, source.tokenizer, model_digest=source.digest)
 
@@ -121,25 +131,43 @@ def _calibrator(
     how: CalibrationSource,
     settings: CalibrationSettings,
     checkpoint: Path,
-    progress: Callable[[int, int], None],
+    progress: Progress,
     on_skip: Callable[[Skipped], None],
+    on_note: Callable[[str], None],
+    rows: Rows,
 ) -> Callable[..., TokenCounts]:
     """`calibrate` on this corpus by these settings; the model and its tokenizer are left to be given."""
     for skipped in corpus.skipped:
         on_skip(skipped)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    return partial(
+    run = partial(
         calibrate,
         corpus=corpus,
         source=how,
-        max_tokens=settings.calibration_tokens,
         seed=settings.seed,
         temperature=settings.temperature,
         checkpoint=checkpoint,
-        progress=progress,
+        progress=lambda done, total: progress("calibrate", done, total),
         chat=ChatOptions(settings.chat_template, template_args=settings.template_args),
         on_skip=on_skip,
     )
+    if settings.calibration_tokens != "auto":
+        return partial(run, max_tokens=settings.calibration_tokens)
+
+    def count(*model: Any, **how: Any) -> TokenCounts:
+        verdicts: list[Verdict] = []
+
+        def look(verdict: Verdict) -> None:
+            verdicts.append(verdict)
+            progress("coverage %", int(100 * verdict.coverage), 100)
+
+        counts = run(*model, max_tokens=MOST_TOKENS, enough_for=rows, on_verdict=look, **how)
+        progress("calibrate", counts.total, counts.total)
+        for verdict in verdicts[-1:]:
+            on_note(str(replace(verdict, tokens=counts.total)))
+        return counts
+
+    return count
 
 
 def calibrate_models(
@@ -149,6 +177,7 @@ def calibrate_models(
     settings: CalibrationSettings,
     progress: Progress = lambda _task, _done, _total: None,
     on_skip: Callable[[Skipped], None] = lambda _skipped: None,
+    on_note: Callable[[str], None] = lambda _note: None,
 ) -> TokenCounts:
     """Load the model that counts, and write its counts to `output`; an interrupted run is continued.
 
@@ -161,6 +190,8 @@ def calibrate_models(
         settings: How to calibrate.
         progress: Called with (task, done, total): megabytes of the model loaded, then tokens counted.
         on_skip: Called for each record of the data that is left out.
+        on_note: Called with what `auto` found out about the number of tokens; it counts for a head of a quarter of the
+            vocabulary.
 
     Raises:
         VocabtrimError: No model is named, a model or a file cannot be read, or see `calibrate`.
@@ -182,13 +213,11 @@ def calibrate_models(
         specs["target"] = target
     how = calibration_source(settings, specs)
 
-    def count(done: int, total: int) -> None:
-        progress("calibrate", done, total)
-
     if how == "text":
         tokenizer = load_tokenizer(target or str(drafter))
         with alone(output):
-            return _calibrator(data.corpus, how, settings, output, count, on_skip)(None, tokenizer)
+            rows = len(tokenizer) // QUARTER
+            return _calibrator(data.corpus, how, settings, output, progress, on_skip, on_note, rows)(None, tokenizer)
     source = load_source(specs[how], torch.float32, lambda done, total: progress("load", done >> 20, total >> 20))
     with alone(output):
-        return count_tokens({how: source}, data, settings, output, count, on_skip)
+        return count_tokens({how: source}, data, settings, output, progress, on_skip, on_note)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ FORMAT = "vocabtrim-token-counts-2"
 FIRST_FORMAT = "vocabtrim-token-counts-1"  # without a digest of its own
 _MOST = 1 << 48  # of one token: sums stay far from overflow
 HELD_OUT_EVERY = 8
-_ADDED = {"chat": "", "next_done": 0}  # fields of a run that older files lack
+_ADDED = {"chat": "", "next_done": 0, "enough_for": ""}  # fields of a run that older files lack
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class CalibrationRun:
         documents_done: Documents counted so far, those of second and later passes over the corpus included.
         next_done: Tokens counted of the document after these, which the limit cut.
         tokens: Tokens counted so far.
+        enough_for: The rows of a head, a number or a share, that `auto` found these tokens to be enough for; "" where
+            it did not stop the counting.
     """
 
     source: str
@@ -57,6 +60,7 @@ class CalibrationRun:
     documents_done: int = field(default=0, compare=False)
     next_done: int = field(default=0, compare=False)
     tokens: int = field(default=0, compare=False)
+    enough_for: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -153,16 +157,21 @@ class TokenCounts:
         counts, held_out = (np.pad(array[:full_vocab], pad) for array in (self.counts, self.held_out))
         return TokenCounts(counts, held_out, self.tokenizer_digest, self.runs)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, working: Mapping[str, NDArray[np.int64]] | None = None) -> None:
         """Write a safetensors file; equal counts give equal bytes. It appears whole or not at all.
+
+        Args:
+            path: The file.
+            working: What an unfinished calibration needs besides, for `read_working`; `load` does not read it.
 
         Raises:
             VocabtrimError: The file cannot be written.
         """
         runs = [asdict(run) for run in self.runs]
         said = {"tokenizer_digest": self.tokenizer_digest, "runs": runs, "sha256": _sha256(self.digest, runs)}
+        arrays = {"counts": self.counts, "held_out": self.held_out}
         text = json.dumps(said, sort_keys=True)  # safetensors writes keys in any order
-        write_whole(Path(path), save({"counts": self.counts, "held_out": self.held_out}, {FORMAT: text}))
+        write_whole(Path(path), save({**(working or {}), **arrays}, {FORMAT: text}))
 
     @classmethod
     def load(cls, path: Path) -> "TokenCounts":
@@ -192,6 +201,12 @@ class TokenCounts:
         if FORMAT in metadata and provenance.sha256 != _sha256(counts.digest, written):
             raise VocabtrimError(f"{path} does not match its own digest, it was changed: calibrate again")
         return counts
+
+
+def read_working(path: Path) -> dict[str, NDArray[np.int64]]:
+    """Returns the tensors that `TokenCounts.save` wrote besides the counts."""
+    with safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name not in ("counts", "held_out")}  # noqa: SIM118
 
 
 def _sha256(digest: str, runs: object) -> str:

@@ -30,10 +30,21 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose tokens to count: what the target or the drafter generates on the prompts, or the text itself "
         "(default: target where there is one, else drafter)",
     )
-    parser.add_argument("--calibration-tokens", type=int, default=100_000, metavar="N", help="tokens to count")
+    parser.add_argument(
+        "--calibration-tokens",
+        type=calibration_tokens,
+        default="auto",
+        metavar="N",
+        help="tokens to count, or auto (the default): until more would change little for this K",
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling that calibrates")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling that calibrates")
     add_template_arguments(parser)
+
+
+def calibration_tokens(text: str) -> "int | Auto":
+    """`--calibration-tokens N`, or auto."""
+    return "auto" if text == "auto" else int(text)
 
 
 def calibration_settings(options: argparse.Namespace) -> "CalibrationSettings":

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ def run(options: argparse.Namespace) -> None:
     from vocabtrim_export.cli.prompt_arguments import print_skipped
 
     skipped: list[Skipped] = []
+    notes: list[str] = []
     with progress_reporter(RATES) as progress:
         counts = calibrate_models(
             options.drafter,
@@ -34,8 +36,11 @@ def run(options: argparse.Namespace) -> None:
             calibration_settings(options),
             progress,
             skipped.append,
+            notes.append,
         )
     print_skipped(skipped)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     distinct = int(((counts.counts + counts.held_out) > 0).sum())
     if options.json:
         print(json.dumps({"output": str(options.output), "distinct": distinct} | counts.describe(), indent=2))

@@ -37,7 +37,7 @@ def _bars(rates: dict[str, str]) -> Iterator[Report]:
         def report(task: str, done: int, total: int) -> None:
             if task not in tasks:
                 tasks[task] = bars.add_task(task, note="")
-            bars.update(tasks[task], completed=done, total=total, note=f"{done}/{total}{rate(task, done)}")
+            bars.update(tasks[task], completed=done, total=total, note=f"{done}/{total}{rate(task, done, total)}")
 
         yield report
 
@@ -50,7 +50,7 @@ def _lines(rates: dict[str, str]) -> Report:
 
     def report(task: str, done: int, total: int) -> None:
         now = monotonic()
-        note = rate(task, done)
+        note = rate(task, done, total)
         finished = done >= total and task not in complete
         if finished:
             complete.add(task)
@@ -62,18 +62,27 @@ def _lines(rates: dict[str, str]) -> Report:
 
 
 class _Rate:
-    """Speed since a task's first report (an earlier run's work does not count)."""
+    """Speed since a task's first report (an earlier run's work does not count), and the time left at that speed."""
 
     def __init__(self, units: dict[str, str]) -> None:
         self.units = units
         self.began: dict[str, tuple[float, int]] = {}
 
-    def __call__(self, task: str, done: int) -> str:
+    def __call__(self, task: str, done: int, total: int) -> str:
         start, already = self.began.setdefault(task, (monotonic(), done))
         seconds = monotonic() - start
         if task not in self.units or seconds < 1:
             return ""
-        return f", {(done - already) / seconds:.0f} {self.units[task]}/s"
+        speed = (done - already) / seconds
+        left = "" if not speed or done >= total else f", {_duration((total - done) / speed)} left"
+        return f", {speed:.0f} {self.units[task]}/s{left}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -20,11 +20,19 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.calibration import TokenCounts, calibrate, skipped_note
 from vocabtrim_export.calibration.counting import CalibrationInput, CalibrationSettings, read_calibration
+from vocabtrim_export.calibration.sufficiency import MOST_TOKENS
 from vocabtrim_export.lowering.graph_files import Progress, save_graph
 from vocabtrim_export.onnx_input.cut import cut_head
 from vocabtrim_export.onnx_input.head import find_head
 from vocabtrim_export.onnx_input.prove import prove_cut
-from vocabtrim_export.selection import Coverage, Selection, check_k, select_vocab, structural_token_ids
+from vocabtrim_export.selection import (
+    Coverage,
+    Selection,
+    check_k,
+    rows_to_choose,
+    select_vocab,
+    structural_token_ids,
+)
 
 _COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
@@ -93,7 +101,7 @@ def trim_onnx(
     if beyond is not None:
         raise VocabtrimError(f"the tokenizer of {drafter} has ids up to {beyond}, its head {head.vocab} columns")
     with reserved(output):
-        counts = _count(source, data, calibration, output / COUNTS_NAME, progress)
+        counts = _count(source, data, calibration, k, output / COUNTS_NAME, progress)
         always = structural_token_ids(source.tokenizer, source.generation_config)
         selection = select_vocab(counts, k, always_keep=always, full_vocab=head.vocab)
         before = _bytes(head.product)
@@ -142,7 +150,12 @@ def _generation_config(directory: Path) -> GenerationConfig:
 
 
 def _count(
-    source: OnnxSource, data: CalibrationInput, settings: CalibrationSettings, checkpoint: Path, progress: Progress
+    source: OnnxSource,
+    data: CalibrationInput,
+    settings: CalibrationSettings,
+    k: int | Coverage,
+    checkpoint: Path,
+    progress: Progress,
 ) -> TokenCounts:
     if data.corpus is None:
         counts = reduce(add, data.counts)
@@ -159,7 +172,8 @@ def _count(
         tokenizer=source.tokenizer,
         corpus=data.corpus,
         source="text",
-        max_tokens=settings.calibration_tokens,
+        max_tokens=MOST_TOKENS if settings.calibration_tokens == "auto" else settings.calibration_tokens,
+        enough_for=rows_to_choose(k) if settings.calibration_tokens == "auto" else None,
         seed=settings.seed,
         temperature=settings.temperature,
         checkpoint=checkpoint,

@@ -1,0 +1,78 @@
+"""`--calibration-tokens auto`: it stops when more tokens would change little, wherever it was interrupted."""
+
+import numpy as np
+import pytest
+
+from vocabtrim_export.calibration import Corpus, Document, TokenCounts, calibrate
+from vocabtrim_export.calibration.sufficiency import FIRST_LOOK, Evidence, rows_of
+
+VOCAB, MOST = 448, 60_000
+
+
+def corpus(tokenizer, spread):
+    """3,000 documents of 20 tokens by Zipf's law; those of a topic share 12 tokens of their own where `spread` is 1."""
+    random = np.random.default_rng(0)
+    law = 1 / np.arange(1, 200)
+    words = [tokenizer.decode([token]) for token in range(40, 400)]
+    documents = []
+    for index in range(3000):
+        common = random.choice(199, 20 - 12 * spread, p=law / law.sum())
+        topic = random.permutation(360)[: 12 * spread]
+        documents.append(Document(" ".join(words[token] for token in [*common, *topic]), where=str(index)))
+    return Corpus.of(documents, "test")
+
+
+def test_auto_stops_where_the_kept_tokens_no_longer_change(tokenizer):
+    totals = []
+    for spread in (0, 1):
+        verdicts = []
+        settings = {"source": "text", "max_tokens": MOST, "enough_for": 64, "on_verdict": verdicts.append}
+        counts = calibrate(None, tokenizer, corpus(tokenizer, spread), **settings)
+        assert [verdict.is_enough for verdict in verdicts] == [False] * (len(verdicts) - 1) + [True]
+        last, order = verdicts[-1], np.argsort(-counts.counts, kind="stable")[:64]
+        assert last.low <= last.coverage <= last.high
+        assert last.coverage == counts.held_out[order].sum() / counts.held_out.sum()
+        totals.append(counts.total)
+    assert 2 * totals[0] <= totals[1] < MOST
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_auto_ends_with_the_same_file_wherever_it_was_interrupted(tokenizer, tmp_path):
+    documents, settings = corpus(tokenizer, 0), {"source": "text", "max_tokens": MOST, "enough_for": 0.8}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    calibrate(None, tokenizer, documents, **settings, checkpoint=whole)
+    for limit in (3000, 5000, 9000, 12_000):
+
+        def stop(done, _total, limit=limit):
+            if done > limit:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            calibrate(None, tokenizer, documents, **settings, checkpoint=resumed, progress=stop)
+    calibrate(None, tokenizer, documents, **settings, checkpoint=resumed)
+    assert whole.read_bytes() == resumed.read_bytes()
+    assert 12_000 < TokenCounts.load(whole).total < MOST
+    calibrate(None, tokenizer, documents, **settings, checkpoint=resumed, progress=pytest.fail)  # it is finished
+    more = settings | {"max_tokens": TokenCounts.load(whole).total + 7, "enough_for": None}
+    assert calibrate(None, tokenizer, documents, **more, checkpoint=resumed).total == more["max_tokens"]
+
+
+def test_the_interval_is_over_documents_and_not_over_tokens():
+    """Documents that are covered wholly or not at all: 40 of them say much less than their 4,000 tokens."""
+    counts, evidence = np.zeros(VOCAB, np.int64), Evidence(2, VOCAB, {})
+    counts[:2] = FIRST_LOOK
+    evidence.add([np.full(100, document % 4) for document in range(40)])
+    held_out = np.bincount(np.concatenate(evidence.held_out), minlength=VOCAB)
+    assert evidence.look(counts, held_out) is None
+    verdict = Evidence(2, VOCAB, evidence.tensors()).look(2 * counts, held_out)
+    assert verdict.coverage == 0.5
+    assert 0.25 < verdict.high - verdict.low < 0.4  # 2 · 1.96 · sqrt(0.25 / 40) = 0.31; over tokens it would be 0.03
+    assert not verdict.is_enough
+
+
+def test_a_share_is_the_fewest_rows_that_cover_it():
+    counts, held_out = np.array([5, 4, 3, 2]), np.array([2, 4, 2, 2])
+    assert [rows_of(share, counts, held_out) for share in (0.2, 0.6, 0.61, 1.0)] == [1, 2, 3, 4]

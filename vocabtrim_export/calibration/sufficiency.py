@@ -1,0 +1,127 @@
+"""`--calibration-tokens auto`: whether more tokens would still change what a trimmed head keeps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Counting stops where both hold. Doubling the tokens then gained less than this share of the held-out tokens,
+GAIN = 0.002
+# and the coverage is known to within this, half of a 95% interval.
+PRECISION = 0.01
+MOST_TOKENS = 200_000
+FIRST_LOOK = 4_096  # tokens; later looks follow at every doubling
+_RESAMPLES = 1_000
+_COUNTS = "halfway"
+_TOKENS, _ENDS = "held_out_tokens", "held_out_ends"
+
+# Rows of the head: a number, or the share of the held-out tokens that they are to cover.
+Rows = int | float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a look at the counts found.
+
+    Attributes:
+        tokens: Tokens counted.
+        rows: Rows of the head.
+        coverage: Share of the held-out tokens that these rows cover.
+        low: Lower end of the coverage's 95% bootstrap interval, over documents.
+        high: Its upper end.
+        halves: The coverage that the rows chosen by each half of the counts alone have.
+    """
+
+    tokens: int
+    rows: int
+    coverage: float
+    low: float
+    high: float
+    halves: tuple[float, float]
+
+    @property
+    def is_enough(self) -> bool:
+        return self.coverage - min(self.halves) <= GAIN and self.high - self.low <= 2 * PRECISION
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        first, second = self.halves
+        what = (
+            "more would change little" if self.is_enough else "more would still change the kept tokens: give a number"
+        )
+        return (
+            f"calibration stopped at {self.tokens} tokens, {what}: {self.rows} rows cover {self.coverage:.2%} of "
+            f"held-out tokens (95% interval {self.low:.2%} to {self.high:.2%}), chosen by either half of the tokens "
+            f"{first:.2%} and {second:.2%}"
+        )
+
+
+class Evidence:
+    """What is remembered of the tokens besides their counts, so that a look can tell whether they are enough.
+
+    Its state is a function of the documents counted, so that an interrupted calibration stops where it would have.
+
+    Args:
+        rows: Rows of the head that the counts are to choose.
+        saved: What `tensors` returned, of an earlier run; empty for a fresh one.
+        full_vocab: The number of tokens.
+    """
+
+    def __init__(self, rows: Rows, full_vocab: int, saved: Mapping[str, NDArray[np.int64]]) -> None:
+        self.rows = rows
+        self.halfway = np.array(saved.get(_COUNTS, np.zeros(full_vocab)), np.int64)
+        ids, ends = (saved.get(name, np.empty(0, np.int64)) for name in (_TOKENS, _ENDS))
+        self.held_out: list[NDArray[np.int64]] = np.split(ids, ends)[:-1] if len(ends) else []
+
+    def tensors(self) -> dict[str, NDArray[np.int64]]:
+        """The state, to be saved beside the counts."""
+        ids = np.concatenate([np.empty(0, np.int64), *self.held_out])
+        ends = np.cumsum([len(document) for document in self.held_out], dtype=np.int64)
+        return {_COUNTS: self.halfway, _TOKENS: ids, _ENDS: ends}
+
+    def add(self, tokens: Sequence[NDArray[np.int64]]) -> None:
+        """Add the tokens of held-out documents."""
+        self.held_out += [np.asarray(document, np.int64) for document in tokens if len(document)]
+
+    def look(self, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> Verdict | None:
+        """Compare the halves of the counts, where they doubled since the last look; None before that."""
+        total, before = int(counts.sum()), int(self.halfway.sum())
+        if total < max(FIRST_LOOK, 2 * before):
+            return None
+        halfway, self.halfway = self.halfway, counts.copy()
+        if before == 0 or not self.held_out:
+            return None
+        return self._judge(counts, halfway, held_out)
+
+    def _judge(self, counts: NDArray[np.int64], first: NDArray[np.int64], held_out: NDArray[np.int64]) -> Verdict:
+        rows = rows_of(self.rows, counts, held_out)
+        kept = _kept(counts, rows)
+        hits = np.array([np.count_nonzero(kept[document]) for document in self.held_out])
+        sizes = np.array([len(document) for document in self.held_out])
+        draws = np.random.default_rng(0).integers(0, len(sizes), (_RESAMPLES, len(sizes)))
+        low, high = np.quantile(hits[draws].sum(1) / sizes[draws].sum(1), [0.025, 0.975])
+        whole = max(1, int(held_out.sum()))
+        halves = tuple(int(held_out[_kept(half, rows)].sum()) / whole for half in (first, counts - first))
+        total = int(counts.sum() + held_out.sum())
+        return Verdict(total, rows, int(held_out[kept].sum()) / whole, float(low), float(high), (halves[0], halves[1]))
+
+
+def rows_of(rows: Rows, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> int:
+    """The number of rows: as it is, or the fewest that cover that share of the held-out tokens."""
+    if isinstance(rows, int):
+        return min(rows, len(counts))
+    covered = np.cumsum(held_out[np.argsort(-counts, kind="stable")])
+    return min(int(np.searchsorted(covered, rows * covered[-1])) + 1, len(counts))
+
+
+def coverage(rows: Rows, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> float:
+    """Share of the held-out tokens that the rows chosen by `counts` cover."""
+    return int(held_out[_kept(counts, rows_of(rows, counts, held_out))].sum()) / max(1, int(held_out.sum()))
+
+
+def _kept(counts: NDArray[np.int64], rows: int) -> NDArray[np.bool_]:
+    """bool[full_vocab]: the tokens that were counted most often, the smaller id first."""
+    kept = np.zeros(len(counts), np.bool_)
+    kept[np.argsort(-counts, kind="stable")[:rows]] = True
+    return kept
