@@ -1,15 +1,42 @@
 """`load_engine`: the engine that a bundle and a device ask for."""
 
+import importlib
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from engines.base import Engine
-from engines.bundle.read import FEATURES_NAME, MODEL_NAME, Bundle, Manifest, read_bundle
+from engines.base import Device, Engine
+from engines.bundle.read import Bundle, read_bundle
 from engines.errors import VocabtrimError
 from engines.generation_rules import UNSUPPORTED_NOTE
-from engines.trt.engine import StaticEngine
 
 _LOG = logging.getLogger("engines")
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What runs bundles of one form on one device.
+
+    Attributes:
+        title: The name of the library that computes, for messages.
+        module: A module with `load(bundle, neighbour, profile)`, whose arguments are those of `load_engine`. It returns
+            an `Engine`, or raises `VocabtrimError` for a bundle that it cannot run.
+        package: What to install for it.
+    """
+
+    title: str
+    module: str
+    package: str
+
+
+# (device, whether the bundle is one of `--format trt`) → what runs it. A new backend is a folder and a line here.
+BACKENDS: Mapping[tuple[Device, bool], Backend] = {
+    ("cpu", False): Backend("ONNX Runtime", "engines.ort.load", "onnxruntime"),
+    ("cpu", True): Backend("ONNX Runtime", "engines.trt.load_reference", "onnxruntime"),
+    ("cuda", False): Backend("ONNX Runtime", "engines.ort_cuda.load", "'vocabtrim-export[cuda]'"),
+    ("cuda", True): Backend("TensorRT", "engines.trt.load", "'vocabtrim-export[trt]'"),
+}
 
 
 def load_engine(
@@ -30,74 +57,19 @@ def load_engine(
     Raises:
         VocabtrimError: The bundle is damaged, the device is unknown, or its runtime is not installed.
     """
-    if device not in ("cpu", "cuda"):
-        raise VocabtrimError(f"unknown device {device!r}: bundles run on 'cpu' or 'cuda'")
+    devices = {name: name for name, _ in BACKENDS}
+    if device not in devices:
+        known = " or ".join(map(repr, devices))
+        raise VocabtrimError(f"unknown device {device!r}: bundles run on {known}")
     bundle = read_bundle(path)
-    if bundle.manifest.dtype == "bf16" and device == "cpu":
-        raise VocabtrimError(f"{path} is a bf16 bundle, which ONNX Runtime cannot run on the CPU: export it as fp32")
-    if profile and (device != "cpu" or bundle.manifest.tensorrt is not None):
-        raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
     if bundle.manifest.rules.unsupported:
         _LOG.warning("%s: %s: %s", path, UNSUPPORTED_NOTE, ", ".join(bundle.manifest.rules.unsupported))
-    kind = bundle.manifest.kind
-    if device == "cuda" and kind == "medusa":
-        raise VocabtrimError(f"{path} holds Medusa heads, which run on the CPU only so far: use device 'cpu'")
-    if device == "cuda" and bundle.manifest.slots:
-        raise VocabtrimError(
-            f"{path} has slots, which run with ONNX Runtime on the CPU only so far: load it with device 'cpu' "
-            "(--drafter-device cpu), or export it without --slots"
-        )
-    if profile and kind == "medusa":
-        raise VocabtrimError("the operators of Medusa heads are not profiled yet: leave --profile out")
-    if device == "cuda" and bundle.manifest.tensorrt is not None:
-        return _load_tensorrt(bundle)
+    return _load(BACKENDS[devices[device], bundle.manifest.tensorrt is not None], bundle, share_cache_with, profile)
+
+
+def _load(backend: Backend, bundle: Bundle, neighbour: Engine | None, profile: Path | None) -> Engine:
     try:
-        return _load_onnxruntime(bundle, device, share_cache_with, profile)
+        engine: Engine = importlib.import_module(backend.module).load(bundle, neighbour, profile)
     except ImportError as error:
-        package = "onnxruntime" if device == "cpu" else "'vocabtrim-export[cuda]'"
-        raise VocabtrimError(f"ONNX Runtime cannot be used on {device} ({error}): pip install {package}") from error
-
-
-def _load_onnxruntime(bundle: Bundle, device: str, neighbour: Engine | None, profile: Path | None) -> Engine:
-    from engines.ort.eagle import EagleEngine, FeatureEngine
-    from engines.ort.engine import OnnxRuntimeEngine
-    from engines.ort.medusa import MedusaEngine
-    from engines.ort.session import open_session
-
-    if bundle.manifest.tensorrt is not None:
-        from engines.trt.reference import ReferenceExecutor
-
-        return StaticEngine(bundle, ReferenceExecutor(bundle))
-    shared = neighbour if isinstance(neighbour, OnnxRuntimeEngine) and neighbour.device == device else None
-    if shared and not _one_cache(bundle.manifest, shared.manifest):
-        shared = None
-    if device == "cuda":
-        from engines.ort_cuda.load import load_cuda_engine
-
-        return load_cuda_engine(bundle, neighbour, share_cache=shared is not None)
-    if profile:
-        from engines.ort.profiled import load_profiled
-
-        return load_profiled(bundle, profile, shared)
-    session = open_session(bundle.path / MODEL_NAME)
-    if bundle.manifest.kind == "medusa":
-        return MedusaEngine(bundle, session)
-    if bundle.manifest.kind != "language-model":
-        fuses = FEATURES_NAME in bundle.manifest.files
-        return EagleEngine(bundle, session, open_session(bundle.path / FEATURES_NAME) if fuses else None)
-    kind = FeatureEngine if bundle.manifest.feature_layers else OnnxRuntimeEngine
-    return kind(bundle, session, shared)
-
-
-def _load_tensorrt(bundle: Bundle) -> Engine:
-    plans = bundle.manifest.tensorrt
-    if plans is None or plans.flavor == "none":
-        raise VocabtrimError(f"{bundle.path} holds no TensorRT plan: export it with --format trt, or use device 'cpu'")
-    from engines.trt.executor import TensorRTExecutor
-
-    return StaticEngine(bundle, TensorRTExecutor(bundle))
-
-
-def _one_cache(a: Manifest, b: Manifest) -> bool:
-    names = ("source_digest", "dtype", "context_length", "num_layers", "num_kv_heads", "head_dim")
-    return all(getattr(a, name) == getattr(b, name) for name in names)
+        raise VocabtrimError(f"{backend.title} cannot be used ({error}): pip install {backend.package}") from error
+    return engine

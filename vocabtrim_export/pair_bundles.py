@@ -12,8 +12,7 @@ from engines.bundle.read import Manifest, Role
 from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.calibration.moments import head_run, input_moments
-from vocabtrim_export.drafters.base import FeatureHead
-from vocabtrim_export.drafters.medusa import MedusaHeads
+from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.drafters.source import HeadSource
 from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.proof.proven import trace_source, write_proven
@@ -53,7 +52,7 @@ def write_bundles(
 
 def _moments(source: Source, sources: Mapping[Role, Source]) -> dict[str, Tensor]:
     with calibration_model(source.model) as model:
-        if not isinstance(source, HeadSource) or not isinstance(model, FeatureHead | MedusaHeads):
+        if not isinstance(source, HeadSource) or not isinstance(model, FeatureHead | ParallelHeads):
             return input_moments(model, source.tokenizer)
         with calibration_model(sources["target"].model) as target:
             return input_moments(model, source.tokenizer, head_run(model, target, source.feature_layers))

@@ -10,17 +10,17 @@ from vocabtrim_export.bundles.notes import no_gain, target_notes
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.calibration import Skipped, skipped_note
 from vocabtrim_export.calibration.counting import count_tokens, read_calibration
-from vocabtrim_export.drafters.kinds import FIND_HEAD
 from vocabtrim_export.drafters.shared_tokens import differing_note, proposable_tokens
+from vocabtrim_export.drafters.source import find_head
 from vocabtrim_export.formats import write_formats
 from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.generation_rules import rule_notes
 from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.pair_bundles import select, write_bundles
 from vocabtrim_export.planning.head import choose_head
-from vocabtrim_export.selection import Selection, check_k, rows_to_choose
-from vocabtrim_export.settings import ExportSettings, check_auto, check_format, check_head, check_slots
-from vocabtrim_export.sources.head_kind import head_kind
+from vocabtrim_export.selection import Selection, rows_to_choose
+from vocabtrim_export.settings import ExportSettings, check_auto, check_settings
+from vocabtrim_export.sources.head_kinds import head_kind
 from vocabtrim_export.sources.rotation import context_length, fix_long_tables
 from vocabtrim_export.sources.source import DTYPES, Source, load_source
 from vocabtrim_export.tracing.trace import decoder_layers
@@ -77,13 +77,8 @@ def export(
     roles: list[Role] = ["drafter", "target"] if target else ["drafter"]
     names = [*roles, *settings.formats]
     check_output(output, names, settings.force)
-    if settings.k != "auto":
-        check_k(settings.k)
     kind = head_kind(drafter)
-    check_format(settings, target is not None, kind or "language-model")
-    check_slots(settings, kind or "language-model")
-    if kind:
-        check_head(drafter, target, settings)
+    check_settings(settings, drafter, target, kind)
     given = read_calibration(settings.calibration.calibration)
     if settings.k == "auto":
         check_auto(settings, kind, target, given)
@@ -137,7 +132,7 @@ def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> d
         return load_source(spec, DTYPES[dtype], lambda done, total: progress(f"load {role}", done >> 20, total >> 20))
 
     if target and (kind := head_kind(drafter)):
-        load_head = FIND_HEAD[kind](drafter, target)
+        load_head = find_head(kind, drafter, target)
         source = read("target", target)
         decoder_layers(source.model)  # refuses before the long work
         return {"drafter": load_head(source), "target": source}

@@ -3,29 +3,34 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engines.bundle.read import Kind
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.counting import CalibrationInput, CalibrationSettings
 from vocabtrim_export.formats import FORMATS, check_formats
 from vocabtrim_export.lowering.quantize import Quantization
-from vocabtrim_export.selection import Coverage
+from vocabtrim_export.selection import Coverage, check_k
+from vocabtrim_export.sources.head_kinds import HEAD_KINDS
 from vocabtrim_export.trt.bundle import check_buildable
 from vocabtrim_export.trt.settings import TensorRTSettings
 
 
 @dataclass(frozen=True, slots=True)
 class ExportSettings:
-    """How to export; the command line's options by the same names.
+    """How to export; the command line's options have the same names.
 
-    k: rows of the drafter's head: a number, a `Coverage` of the held-out calibration tokens, or "auto": what should
-    give the most tokens per second, by the target's text on held-out prompts and by this machine's measured steps.
-    trt: how to build TensorRT plans; None exports for ONNX Runtime.
-    dtype: "fp32", "fp16" or "bf16", of both bundles; None: fp16 for TensorRT, fp32 for ONNX Runtime.
-    quantize_drafter: None does as `quantize` says.
-    max_length: tokens that the KV caches hold; None: what the models were made for, at most 4,096.
-    formats: of `vocabtrim_export.formats`, written beside the bundles.
-    slots: in-context slots of the drafter's head: so many tokens that it lacks can be proposed nevertheless, those that
-    the text had last. As many as the head loses at most; 0 for none. None: what `k="auto"` chooses, else none.
+    Attributes:
+        k: Rows of the drafter's head: a number, a `Coverage` of the held-out calibration tokens, or "auto": what should
+            give the most tokens per second, by the target's text on held-out prompts and this machine's measured steps.
+        trt: How to build TensorRT plans; None exports for ONNX Runtime.
+        dtype: "fp32", "fp16" or "bf16", for both bundles; None: fp16 for TensorRT, fp32 for ONNX Runtime.
+        quantize: How the weights of both bundles are quantised.
+        quantize_drafter: The same for the drafter alone; None: as `quantize` says.
+        max_length: Tokens that the KV caches hold; None: what the models were made for, at most 4,096.
+        formats: Keys of `vocabtrim_export.formats.FORMATS`, written in addition to the bundles.
+        slots: In-context slots of the drafter's head: it can propose this many tokens that it lacks, those that
+            appeared in the text last. The head gets no more slots than it loses tokens; 0 for none. None: what
+            `k="auto"` chooses, else none.
+        calibration: What is counted to choose the tokens.
+        force: Replace an earlier export in the output directory.
     """
 
     k: int | Coverage | Literal["auto"]
@@ -41,20 +46,37 @@ class ExportSettings:
 
     @property
     def weights_dtype(self) -> str:
+        """The dtype of both bundles: "fp32", "fp16" or "bf16"."""
         return self.dtype or ("fp16" if self.trt else "fp32")
 
 
-def check_format(settings: ExportSettings, has_target: bool, kind: Kind) -> None:
-    """Refuse before the long work what a format cannot hold."""
-    check_formats(settings.formats, has_target, settings.trt is not None, kind, settings.weights_dtype)
+def check_settings(settings: ExportSettings, drafter: str, target: str | None, head: str | None) -> None:
+    """Refuse, before anything is loaded, what no export can do.
+
+    Args:
+        settings: How to export.
+        drafter: MODEL of the drafter.
+        target: MODEL of the target; None where the drafter is exported alone.
+        head: The kind of head that the drafter is; None for a language model.
+
+    Raises:
+        VocabtrimError: The settings contradict each other, or a format cannot hold such an export.
+    """
+    if settings.k != "auto":
+        check_k(settings.k)
+    kind = head or "language-model"
+    check_formats(settings.formats, target is not None, settings.trt is not None, kind, settings.weights_dtype)
     if settings.trt is not None:
         drafters = settings.quantize_drafter or settings.quantize
         check_buildable(settings.trt, {settings.weights_dtype, settings.quantize, drafters})
     elif "fp8" in (settings.quantize, settings.quantize_drafter):
         raise VocabtrimError("ONNX Runtime has no fp8 products on the CPU: use int8 or int4, or --format trt")
+    _check_slots(settings, kind)
+    if head:
+        _check_head(drafter, target, settings)
 
 
-def check_slots(settings: ExportSettings, kind: Kind) -> None:
+def _check_slots(settings: ExportSettings, kind: str) -> None:
     if settings.slots is None:
         return
     if settings.slots < 0:
@@ -63,20 +85,20 @@ def check_slots(settings: ExportSettings, kind: Kind) -> None:
         raise VocabtrimError(refused)
 
 
-def slots_refused(settings: ExportSettings, kind: Kind) -> str | None:
+def slots_refused(settings: ExportSettings, kind: str) -> str | None:
     """Why this export cannot have slots; None where it can."""
     graphs = [name for name in settings.formats if FORMATS[name].needs_graph]
     if settings.trt is not None or graphs:
         name = "trt" if settings.trt is not None else graphs[0]
         return f"--format {name} cannot hold --slots: only bundles of --format onnx can"
-    if kind == "medusa":
-        return "Medusa heads cannot have --slots yet: only language models, EAGLE and layer heads can"
+    if kind in HEAD_KINDS and not HEAD_KINDS[kind].has_slots:
+        return f"{HEAD_KINDS[kind].title} cannot have --slots yet: only language models, EAGLE and layer heads can"
     if settings.weights_dtype == "bf16":
         return "--slots is for the CPU so far, which has no bf16 products: give --dtype fp32 or fp16"
     return None
 
 
-def check_head(drafter: str, target: str | None, settings: ExportSettings) -> None:
+def _check_head(drafter: str, target: str | None, settings: ExportSettings) -> None:
     if target is None:
         raise VocabtrimError(f"{drafter} is a head, which reads its target's hidden states: give --target too")
     if settings.trt is not None:
@@ -85,7 +107,8 @@ def check_head(drafter: str, target: str | None, settings: ExportSettings) -> No
         raise VocabtrimError("a head generates nothing by itself: use --calibration-source target or text")
 
 
-def check_auto(settings: ExportSettings, kind: Kind | None, target: str | None, given: CalibrationInput) -> None:
+def check_auto(settings: ExportSettings, kind: str | None, target: str | None, given: CalibrationInput) -> None:
+    """Refuse `k="auto"` for what it cannot measure."""
     how = "; give K as a number or a coverage"
     if kind is not None:
         raise VocabtrimError(f"--k auto is for drafters that are language models, not for heads{how}")

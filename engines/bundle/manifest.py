@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT
 from engines.bundle.typed_json import decode, parse
 from engines.bundle.vocab_map import MAX_VOCAB
 from engines.errors import VocabtrimError
@@ -23,7 +24,7 @@ FEATURES_NAME = "features.onnx"
 HEAD_ROWS_NAME = "head_rows.safetensors"
 
 Role = Literal["target", "drafter"]
-Kind = Literal["language-model", "eagle", "eagle3", "medusa", "mtp"]
+Interface = Literal["language-model", "feature-head", "parallel-heads"]
 Phase = Literal["draft", "verify", "prefill"]
 Flavor = Literal["none", "tensorrt", "rtx"]
 
@@ -84,9 +85,8 @@ class Manifest:
     head: `head_digest` of the LM head's rows as `model.onnx` has them.
     files: every other file of the bundle by its name.
     tensorrt: the plans of a bundle of `--format trt`; its graph has fixed shapes and standard operators.
-    kind: other than "language-model" for a head that reads its target's hidden states, through `features.onnx` where
-    there is one: "eagle" of EAGLE-1 and EAGLE-2, "eagle3", "mtp" for the target's multi-token-prediction layer,
-    "medusa".
+    kind: "language-model", or the kind of a head that reads its target's hidden states, one of the exporter's
+    `HEAD_KINDS`. It names the model; `interface` decides what runs it.
     feature_layers: the target's layers whose inputs, side by side, are the features: of a target those that it gives,
     of a head those that it reads; the number of all layers stands for the LM head. feature_size: numbers in these for
     one position.
@@ -121,12 +121,23 @@ class Manifest:
     coverage: float | None = None
     calibration: Mapping[str, Any] | None = None
     tensorrt: TensorRT | None = None
-    kind: Kind = "language-model"
+    kind: str = "language-model"
     feature_layers: tuple[int, ...] = ()
     feature_size: int = 0
     rules: GenerationRules = field(default_factory=GenerationRules)
     slots: int = 0
     format_version: int = FORMAT_VERSION
+
+    @property
+    def interface(self) -> Interface:
+        """What the bundle's graph reads, which decides how it is run.
+
+        "language-model": tokens. "feature-head": tokens and hidden states, which `features.onnx` makes of the target's
+        features where there is such a file. "parallel-heads": the target's features alone, with no KV cache.
+        """
+        if HIDDEN_INPUT in self.inputs:
+            return "feature-head"
+        return "parallel-heads" if FEATURES_OUTPUT in self.inputs else "language-model"
 
     def to_json(self) -> str:
         """The text of `vocabtrim.json`: the fields, and `digest`, by which an edit shows."""

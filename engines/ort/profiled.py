@@ -39,7 +39,7 @@ def load_profiled(bundle: Bundle, profile: Path, shared: OnnxRuntimeEngine | Non
     """profile: where the decoder's trace goes; that of a head's `fc` goes to NAME_features in the same directory."""
     engine: ProfiledEngine
     traces = {profile: _open(bundle.path / MODEL_NAME, profile)}
-    if bundle.manifest.kind != "language-model":
+    if bundle.manifest.interface == "feature-head":
         features = profile.with_stem(f"{profile.stem}_features")
         if FEATURES_NAME in bundle.manifest.files:
             traces[features] = _open(bundle.path / FEATURES_NAME, features)

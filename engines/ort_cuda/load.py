@@ -1,38 +1,54 @@
 """Loads bundles on ONNX Runtime's CUDA, and makes the streams that they run on."""
 
 import weakref
+from pathlib import Path
 
 from engines.base import Engine
 from engines.bundle.read import FEATURES_NAME, Bundle
 from engines.cuda import runtime as cuda
+from engines.errors import VocabtrimError
+from engines.ort.load import cache_owner
 from engines.ort_cuda.eagle import CudaEagleEngine, CudaFeatureEngine
 from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
 from engines.ort_cuda.provider import open_cuda_session, require_provider
 
 
-def load_cuda_engine(bundle: Bundle, neighbour: Engine | None, share_cache: bool) -> OnnxRuntimeCudaEngine:
-    """Load a bundle on CUDA.
+def load(bundle: Bundle, neighbour: Engine | None, profile: Path | None) -> OnnxRuntimeCudaEngine:
+    """Load a bundle of `--format onnx` on CUDA; see `engines.load.load_engine`.
 
     Args:
         bundle: The bundle.
-        neighbour: An engine whose stream is used, if it has one.
-        share_cache: Use the neighbour's KV cache as well.
+        neighbour: An engine whose stream is used, if it has one, and whose KV cache, if that can serve both.
+        profile: None: operators are not profiled on CUDA.
 
     Raises:
-        VocabtrimError: ONNX Runtime has no CUDA, a library is missing, or the GPU has too little memory.
+        VocabtrimError: The bundle cannot run on CUDA, ONNX Runtime has no CUDA, a library is missing, or the GPU has
+            too little memory.
     """
+    _check(bundle, profile)
     missing = require_provider()
     beside = neighbour if isinstance(neighbour, OnnxRuntimeCudaEngine) else None
     stream = beside.stream if beside else make_stream()
     session = open_cuda_session(bundle, stream, missing)
-    shared = beside if share_cache else None
-    if bundle.manifest.feature_layers:
-        if bundle.manifest.kind != "language-model":
-            fuses = FEATURES_NAME in bundle.manifest.files
-            fuse = open_cuda_session(bundle, stream, missing, FEATURES_NAME) if fuses else None
-            return CudaEagleEngine(bundle, session, fuse, stream)
-        return CudaFeatureEngine(bundle, session, stream, shared)
-    return OnnxRuntimeCudaEngine(bundle, session, stream, shared)
+    if bundle.manifest.interface == "feature-head":
+        fuses = FEATURES_NAME in bundle.manifest.files
+        fuse = open_cuda_session(bundle, stream, missing, FEATURES_NAME) if fuses else None
+        return CudaEagleEngine(bundle, session, fuse, stream)
+    shared = beside if cache_owner(bundle, beside, "cuda") else None
+    engine = CudaFeatureEngine if bundle.manifest.feature_layers else OnnxRuntimeCudaEngine
+    return engine(bundle, session, stream, shared)
+
+
+def _check(bundle: Bundle, profile: Path | None) -> None:
+    if profile:
+        raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
+    if bundle.manifest.interface == "parallel-heads":
+        raise VocabtrimError(f"{bundle.path} holds Medusa heads, which run on the CPU only so far: use device 'cpu'")
+    if bundle.manifest.slots:
+        raise VocabtrimError(
+            f"{bundle.path} has slots, which run with ONNX Runtime on the CPU only so far: load it with device 'cpu' "
+            "(--drafter-device cpu), or export it without --slots"
+        )
 
 
 def make_stream() -> cuda.Stream:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from engines import VocabtrimError, load_engine
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.verification.sampled import verify_sampling
-from vocabtrim_export.sources.head_kind import head_kind
+from vocabtrim_export.sources.head_kinds import head_kind
 
 from .eagle_heads import check_rules
 from .test_eagle import PROMPTS, spied_rounds

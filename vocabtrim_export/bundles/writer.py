@@ -32,13 +32,11 @@ from engines.bundle.read import (
 )
 from engines.bundle.vocab_map import VocabMap
 from engines.generation_rules import GenerationRules
-from vocabtrim_export.drafters.base import FeatureHead
-from vocabtrim_export.drafters.medusa import MedusaHeads
+from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.drafters.source import HeadSource
 from vocabtrim_export.generation_rules import generation_rules
 from vocabtrim_export.lowering.graph_files import Progress, clone_file, save_graph, save_like, save_small, stamp_graph
 from vocabtrim_export.lowering.lowered import Lowered
-from vocabtrim_export.lowering.medusa import lower_medusa
 from vocabtrim_export.lowering.pipeline import Weights, lower, lower_features, lower_slot_rows
 from vocabtrim_export.lowering.quantize import Quantization
 from vocabtrim_export.sources.source import DTYPES, Source
@@ -94,10 +92,15 @@ class BundlePlan:
 def write_bundle(
     directory: Path, traced: Traced | None, plan: BundlePlan, progress: Progress, twin: Path | None = None
 ) -> Manifest:
-    """Fill the empty `directory` with the bundle that `plan` describes. progress: called with (task, done, total).
+    """Fill a directory with the bundle that `plan` describes.
 
-    traced: None for Medusa heads. twin: a bundle for ONNX Runtime of the same model, dtype, quantisation and context,
-    to link the weights of, but for the LM head's.
+    Args:
+        directory: Empty.
+        traced: The model's trace; None for `ParallelHeads`.
+        plan: What the bundle is to hold.
+        progress: Called with (task, done, total).
+        twin: A bundle for ONNX Runtime of the same model, dtype, quantisation and context, whose weights are linked,
+            except those of the LM head.
     """
     lowered, tensorrt = _write_graphs(directory, traced, plan, progress, twin)
     _save_tokenizer(plan.source, directory)
@@ -123,8 +126,8 @@ def _write_graphs(
 ) -> tuple[Lowered, TensorRT | None]:
     model, weights = plan.source.model, plan.weights
     if traced is None:
-        assert isinstance(model, MedusaHeads)
-        lowered = lower_medusa(model, weights)
+        assert isinstance(model, ParallelHeads)
+        lowered = model.lower(weights)
     elif plan.trt is not None:
         return write_tensorrt(directory, traced, weights, plan.role, plan.context_length, plan.trt, progress)
     else:

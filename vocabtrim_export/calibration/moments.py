@@ -8,8 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from vocabtrim_export.calibration import builtin_corpus
-from vocabtrim_export.drafters.base import FeatureHead
-from vocabtrim_export.drafters.medusa import MedusaHeads
+from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.lowering.quantize import BLOCK, HEAD
 from vocabtrim_export.tracing.trace import layer_inputs
 
@@ -69,7 +68,7 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Ten
 
 
 def head_run(
-    head: FeatureHead | MedusaHeads, target: PreTrainedModel, layers: Sequence[int]
+    head: FeatureHead | ParallelHeads, target: PreTrainedModel, layers: Sequence[int]
 ) -> Callable[[Tensor], None]:
     """Returns what `input_moments` runs for a head: the target reads a text, and the head reads its features.
 

@@ -1,11 +1,17 @@
-"""`FeatureHead`: what all heads that read a target's hidden states have in common."""
+"""What heads that read a target's hidden states have in common: `FeatureHead` and `ParallelHeads`.
+
+A kind of head subclasses one of these; everything after loading asks for no more than that.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.models.llama.modeling_llama import (
-    LlamaPreTrainedModel,
-)
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+from vocabtrim_export.lowering.lowered import Lowered
+from vocabtrim_export.lowering.pipeline import Weights
 
 
 class FeatureHead(LlamaPreTrainedModel):
@@ -49,3 +55,46 @@ class FeatureHead(LlamaPreTrainedModel):
         for step in range(1, 3):
             tokens, hidden = token_ids[:, step:], hidden[:, :-1]
             hidden = self(tokens, torch.arange(tokens.shape[1])[None], hidden).hidden_states
+
+
+class ParallelHeads(LlamaPreTrainedModel):
+    """Several LM heads that draft in parallel from the target's features, with no KV cache: they are not traced.
+
+    From the features of token t, head i predicts token t + i + 2. The configuration holds feature_size, the numbers in
+    the features of one token.
+    """
+
+    @property
+    def lm_heads(self) -> Sequence[nn.Linear]:
+        """The product of each head whose rows stand for tokens."""
+        raise NotImplementedError
+
+    def get_output_embeddings(self) -> None:
+        """Returns None, because there is more than one LM head."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Run all heads.
+
+        Args:
+            features: [1, S, feature_size], in the model's dtype.
+
+        Returns:
+            Logits, [1, heads, S, head_rows].
+        """
+        raise NotImplementedError
+
+    def lower(self, weights: Weights) -> Lowered:
+        """Lower to a graph for ONNX Runtime.
+
+        Args:
+            weights: What the graph's weights are to be.
+
+        Returns:
+            The graph: features: [1, S, feature_size] → logits: [1, heads, S, rows], token_ids: int64[1, heads, S]. One
+            call drafts with all heads, so a draft step counts as its share of the bytes that a call reads.
+        """
+        raise NotImplementedError
+
+    def read_text(self, _token_ids: Tensor, features: Tensor) -> None:
+        """Read a text by its features, [1, n, feature_size]: what calibration measures the inputs of."""
+        self(features)

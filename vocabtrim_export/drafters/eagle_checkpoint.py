@@ -4,13 +4,13 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.bundle.manifest import Kind
 from engines.bundle.read import file_digest
 from engines.errors import VocabtrimError
 from vocabtrim_export.drafters.base import FeatureHead
@@ -18,13 +18,18 @@ from vocabtrim_export.drafters.eagle3 import EagleConfig, EagleHead
 from vocabtrim_export.drafters.eagle_config import HeadConfig, read_head_config
 from vocabtrim_export.drafters.layer_head import llama_head
 from vocabtrim_export.drafters.row_tokens import row_token_ids
-from vocabtrim_export.drafters.source import HeadSource, assemble, own_ends, read_tensors, weight_files
+from vocabtrim_export.drafters.source import HeadSource, LoadHead, assemble, own_ends, read_tensors, weight_files
 from vocabtrim_export.sources.source import Source
 from vocabtrim_export.sources.weight_files import tensor_shapes
 
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|^verifier_")
 _LAYER = re.compile(r"^(layers\.0|midlayer|transformer)\.")  # speculators call an EAGLE-1 head's layer `transformer`
 _LAYER_NAMES = {"eagle": "layer.", "eagle3": "midlayer."}
+
+
+def find_head(drafter: str, _target: str) -> LoadHead:
+    """See `HeadKind.module`; the checkpoint itself is read when it is loaded."""
+    return partial(load_head, drafter)
 
 
 def load_head(spec: str, target: Source) -> HeadSource:
@@ -66,7 +71,7 @@ def _array(tensor: Tensor | None) -> NDArray[np.generic] | None:
     return array
 
 
-def _renamed(names: Iterable[str], kind: Kind) -> dict[str, str]:
+def _renamed(names: Iterable[str], kind: str) -> dict[str, str]:
     """Returns our models' names for the tensors of a checkpoint, by the checkpoint's names."""
     renamed = {}
     for name in names:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from engines.bundle.typed_json import decode, read
 from engines.errors import VocabtrimError
-from vocabtrim_export.sources.head_kind import eagle_kind
+from vocabtrim_export.sources.head_kinds import eagle_kind
 
 _UNCOVERED = {"eagle3": ("norm_before_fc", "fc_norm", "norm_output"), "eagle": ("layernorms", "add_para_norm")}
 

@@ -1,21 +1,35 @@
-"""Medusa heads (arXiv 2401.10774): their checkpoint, as FasterDecoding and its successors write it."""
+"""Medusa heads (arXiv 2401.10774): their checkpoint, as FasterDecoding and its successors write it, and their graph."""
 
 import hashlib
 import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
+from engines.bundle.graph_io import FEATURES_OUTPUT, LOGITS
 from engines.bundle.read import file_digest
 from engines.bundle.typed_json import decode, read
 from engines.errors import VocabtrimError
-from vocabtrim_export.drafters.source import HeadSource, assemble, read_tensors, weight_files
+from vocabtrim_export.drafters.base import ParallelHeads
+from vocabtrim_export.drafters.source import HeadSource, LoadHead, assemble, read_tensors, weight_files
+from vocabtrim_export.lowering.graph import DecoderGraph
+from vocabtrim_export.lowering.lm_head import bake_token_ids
+from vocabtrim_export.lowering.lowered import Lowered
+from vocabtrim_export.lowering.ort_operators import CONTRIB
+from vocabtrim_export.lowering.ort_products import lower_products
+from vocabtrim_export.lowering.pipeline import Weights
+from vocabtrim_export.lowering.weights import Weight
 from vocabtrim_export.sources.source import Source
 from vocabtrim_export.sources.weight_files import tensor_shapes
+from vocabtrim_export.tracing.composites import DOMAIN
+from vocabtrim_export.tracing.trace import OPSET
 
 _PREFIX = re.compile(r"^(?:medusa_heads?\.|heads\.)?(?=\d+\.)")
 _NUMBER = re.compile(r"^heads\.(\d+)\.")
@@ -47,11 +61,8 @@ class _Block(nn.Module):
         return x + nn.functional.silu(self.linear(x))
 
 
-class MedusaHeads(LlamaPreTrainedModel):
-    """Medusa heads: from the features of token t, head i predicts token t + i + 2.
-
-    Each head is a few residual blocks and a product.
-    """
+class MedusaHeads(ParallelHeads):
+    """Each head is a few residual blocks and a product."""
 
     config: MedusaConfig
     config_class = MedusaConfig
@@ -65,16 +76,37 @@ class MedusaHeads(LlamaPreTrainedModel):
         )
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def get_output_embeddings(self) -> None:
-        """Returns None, because there is more than one LM head."""
+    @property
+    def lm_heads(self) -> Sequence[nn.Linear]:
+        return [head[-1] for head in self.heads]  # type: ignore[index]
 
     def forward(self, features: Tensor) -> Tensor:
-        """features: [1, S, hidden] → logits [1, heads, S, head_rows]."""
         return torch.stack([head(features) for head in self.heads], 1)
 
-    def read_text(self, _token_ids: Tensor, features: Tensor) -> None:
-        """Read a text by its features, [1, n, hidden]: what calibration measures the inputs of."""
-        self(features)
+    def lower(self, weights: Weights) -> Lowered:
+        graph = ir.Graph([], [], nodes=[], name="medusa", opset_imports={"": OPSET, CONTRIB: 1})
+        decoder = DecoderGraph(ir.Model(graph, ir_version=10, producer_name="vocabtrim-export"), {}, weights.dtype)
+        count, size = self.config.num_heads, self.config.feature_size
+        features = decoder.input(FEATURES_OUTPUT, decoder.ir_dtype, [1, "sequence_length", size])
+        axis = decoder.constant("ints_1", [1])
+        rows = [_head(decoder, features, f"heads.{i}", weights, self) for i in range(count)]
+        logits = _node(decoder, "Concat", [_node(decoder, "Unsqueeze", [row, axis]) for row in rows], axis=1)
+        kept = len(weights.vocab_map) if weights.vocab_map else self.config.head_rows
+        decoder.output(logits, LOGITS, decoder.ir_dtype, [1, count, "sequence_length", kept])
+        bake_token_ids(decoder, weights.vocab_map)
+        logits.shape = ir.Shape([1, count, "sequence_length", kept])
+        graph.outputs[1].shape = ir.Shape([1, count, "sequence_length"])
+        head_weights = lower_products(decoder, weights.quantization)
+        decoder.finish()
+        graph.opset_imports.update({"": OPSET, CONTRIB: 1})
+        lowered = Lowered.of(decoder, head_weights)
+        shares = {name: getattr(lowered, name) // count for name in ("weight_bytes_per_step", "head_bytes")}
+        return replace(lowered, **shares)
+
+
+def find_head(drafter: str, _target: str) -> LoadHead:
+    """See `HeadKind.module`; the checkpoint itself is read when it is loaded."""
+    return partial(load_medusa, drafter)
 
 
 def load_medusa(spec: str, target: Source) -> HeadSource:
@@ -106,3 +138,32 @@ def load_medusa(spec: str, target: Source) -> HeadSource:
     digest = hashlib.sha256("\n".join([*map(file_digest, files), target.digest]).encode()).hexdigest()
     rows, features = np.arange(target.vocab_size), (int(text.num_hidden_layers),)
     return HeadSource(spec, model, target.tokenizer, digest, "medusa", rows, features)
+
+
+def _head(decoder: DecoderGraph, x: ir.Value, name: str, weights: Weights, model: MedusaHeads) -> ir.Value:
+    """One head: [1, S, hidden] → [1, S, rows]."""
+    for block in range(model.config.blocks):
+        product = _product(decoder, "Linear", x, f"{name}.{block}.linear", weights, model)
+        gated = _node(decoder, "Mul", [product, _node(decoder, "Sigmoid", [product])])
+        x = _node(decoder, "Add", [x, gated])
+    return _product(decoder, "Head", x, f"{name}.{model.config.blocks}", weights, model)
+
+
+def _product(decoder: DecoderGraph, op: str, x: ir.Value, name: str, weights: Weights, model: MedusaHeads) -> ir.Value:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    weight = Weight.of(linear.weight, weights.dtype, (weights.moments or {}).get(name))
+    if op == "Head" and weights.vocab_map:
+        weight = weight.rows(torch.from_numpy(weights.vocab_map.kept_token_ids.copy()))
+    inputs = [x, decoder.add_weight(f"{name}.weight", weight)]
+    if linear.bias is not None:
+        inputs.append(decoder.add_weight(f"{name}.bias", Weight.of(linear.bias, weights.dtype)))
+    node = ir.node(op, inputs, domain=DOMAIN)
+    decoder.graph.append(node)
+    return node.outputs[0]
+
+
+def _node(decoder: DecoderGraph, op: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+    node = ir.node(op, inputs, attributes)
+    decoder.graph.append(node)
+    return node.outputs[0]

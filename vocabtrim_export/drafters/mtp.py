@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.drafters.layer_head import LayerHead, layer_head
-from vocabtrim_export.drafters.source import HeadSource, assemble, own_ends, read_tensors
+from vocabtrim_export.drafters.source import HeadSource, LoadHead, assemble, own_ends, read_tensors
 from vocabtrim_export.sources.source import Source
 from vocabtrim_export.sources.weight_files import tensor_shapes
 from vocabtrim_export.tracing.composites import rotary_modules
@@ -48,6 +49,11 @@ class MtpTensors:
     files: Mapping[Path, Mapping[str, str]]
     layers: int
     hidden_first: bool
+
+
+def find_head(_drafter: str, target: str) -> LoadHead:
+    """See `HeadKind.module`."""
+    return partial(load_mtp, find_mtp(target))
 
 
 def find_mtp(target: str) -> MtpTensors:

@@ -1,9 +1,10 @@
 """`HeadSource`: a head loaded for a given target, and how its model is put together from tensors."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -12,20 +13,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engines.bundle.manifest import Kind
 from engines.bundle.typed_json import brief
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources.head_kinds import HEAD_KINDS
 from vocabtrim_export.sources.source import Source
 from vocabtrim_export.sources.weight_files import PICKLES, count_weights
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-
-NAMES: Mapping[Kind, str] = {
-    "eagle": "an EAGLE head",
-    "eagle3": "an EAGLE-3 head",
-    "medusa": "Medusa heads",
-    "mtp": "a multi-token-prediction layer",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +27,12 @@ class HeadSource(Source):
     """A head with its target's tokenizer. The digest covers the head's files and the target's.
 
     Attributes:
-        kind: The kind of head.
+        kind: The kind of head, a key of `HEAD_KINDS`.
         row_token_ids: int64[rows], the token of each row of the LM head.
         feature_layers: The target's layers whose inputs the head reads.
     """
 
-    kind: Kind
+    kind: str
     row_token_ids: NDArray[np.int64]
     feature_layers: tuple[int, ...]
 
@@ -47,6 +41,28 @@ class HeadSource(Source):
         order = np.argsort(self.row_token_ids)
         rows: NDArray[np.int64] = order[np.searchsorted(self.row_token_ids, token_ids, sorter=order)]
         return rows
+
+
+LoadHead: TypeAlias = Callable[[Source], HeadSource]  # loads a head for its loaded target
+
+
+def find_head(kind: str, drafter: str, target: str) -> LoadHead:
+    """Find a head by the headers of its files.
+
+    Args:
+        kind: The kind of head, a key of `HEAD_KINDS`.
+        drafter: MODEL of the drafter.
+        target: MODEL of the target.
+
+    Returns:
+        What loads the head for its loaded target.
+
+    Raises:
+        VocabtrimError: The head cannot be exported.
+    """
+    module = importlib.import_module(f"vocabtrim_export.drafters.{HEAD_KINDS[kind].module}")
+    load: LoadHead = module.find_head(drafter, target)
+    return load
 
 
 def read_tensors(files: Mapping[Path, Mapping[str, str]]) -> dict[str, Tensor]:
@@ -101,7 +117,7 @@ def weight_files(directory: Path, what: str) -> list[Path]:
     return files
 
 
-def assemble(spec: str, kind: Kind, build: Callable[[], Model], tensors: Mapping[str, Tensor], target: Source) -> Model:
+def assemble(spec: str, kind: str, build: Callable[[], Model], tensors: Mapping[str, Tensor], target: Source) -> Model:
     """Build a head's model and give it its tensors.
 
     Args:
@@ -119,7 +135,8 @@ def assemble(spec: str, kind: Kind, build: Callable[[], Model], tensors: Mapping
             model = build()
     except Exception as error:  # transformers raises many kinds
         raise VocabtrimError(f"{spec}: its config.json describes no such head ({brief(error)})") from error
-    _check_tensors(spec, NAMES[kind], {name: tuple(value.shape) for name, value in model.state_dict().items()}, tensors)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    _check_tensors(spec, HEAD_KINDS[kind].title, wanted, tensors)
     dtype = target.model.dtype
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     if (rotary := getattr(model, "rotary_emb", None)) is not None:

@@ -1,4 +1,4 @@
-"""The proof of graphs without a KV cache: Medusa heads, and the product that fuses a target's features for a head."""
+"""The proof of graphs without a KV cache: parallel heads, and the product that fuses a target's features for a head."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +14,7 @@ from engines.bundle.graph_io import FEATURES_OUTPUT
 from engines.bundle.read import FEATURES_NAME, MODEL_NAME
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan
-from vocabtrim_export.drafters.base import FeatureHead
-from vocabtrim_export.drafters.medusa import MedusaHeads
+from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.proof.computed import run_products
 from vocabtrim_export.proof.dequantized import dequantized
 from vocabtrim_export.proof.deviation import TOLERANCE, deviation
@@ -25,12 +24,12 @@ _ROWS = 5
 Heads = Mapping[nn.Module, Tensor | None]
 
 
-def medusa_difference(directory: Path, plan: BundlePlan) -> str | None:
-    """What the graph of Medusa heads computes otherwise than the heads, to end a sentence; None where nothing."""
+def heads_difference(directory: Path, plan: BundlePlan) -> str | None:
+    """What the graph of parallel heads computes otherwise than the heads, to end a sentence; None where nothing."""
     model = plan.source.model
-    assert isinstance(model, MedusaHeads)
+    assert isinstance(model, ParallelHeads)
     rows = None if plan.head_rows is None else torch.from_numpy(plan.head_rows)
-    heads = {head[-1]: rows for head in model.heads if isinstance(head, nn.Sequential)}
+    heads: dict[nn.Module, Tensor | None] = {head: rows for head in model.lm_heads}
     found = _compare(directory / MODEL_NAME, plan, model, model.config.feature_size, heads)
     if isinstance(found, str):
         return found

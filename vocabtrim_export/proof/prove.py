@@ -14,13 +14,12 @@ from engines.bundle.graph_io import LOGITS, PAST, TOKEN_IDS
 from engines.bundle.read import MODEL_NAME
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan
-from vocabtrim_export.drafters.base import FeatureHead
-from vocabtrim_export.drafters.medusa import MedusaHeads
+from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.proof.computed import Computed, run_graph
 from vocabtrim_export.proof.dequantized import dequantized
 from vocabtrim_export.proof.deviation import TOLERANCE, deviation
 from vocabtrim_export.proof.expected import Rows, expected_cache, expected_outputs
-from vocabtrim_export.proof.products import fusion_difference, medusa_difference
+from vocabtrim_export.proof.products import fusion_difference, heads_difference
 from vocabtrim_export.proof.tokens import Calls, Window, calls, window_of
 from vocabtrim_export.proof.unrolled import unrolled_difference
 
@@ -37,8 +36,8 @@ def find_difference(directory: Path, plan: BundlePlan) -> str | None:
     Raises:
         VocabtrimError: The model itself computes NaN.
     """
-    if isinstance(plan.source.model, MedusaHeads):
-        return medusa_difference(directory, plan)
+    if isinstance(plan.source.model, ParallelHeads):
+        return heads_difference(directory, plan)
     in_attention = plan.trt is None and not isinstance(plan.source.model, FeatureHead)  # where it can be narrowed
     window = window_of(plan.source.model, plan.context_length, narrow=in_attention)
     found = _compare(directory, plan, window)

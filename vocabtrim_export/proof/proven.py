@@ -6,7 +6,7 @@ from pathlib import Path
 from engines.bundle.read import Manifest
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
-from vocabtrim_export.drafters.medusa import MedusaHeads
+from vocabtrim_export.drafters.base import ParallelHeads
 from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.proof.prove import find_difference
 from vocabtrim_export.sources.source import DTYPES
@@ -14,8 +14,8 @@ from vocabtrim_export.tracing.trace import Traced, trace
 
 
 def trace_source(plan: BundlePlan, fuse_rotation: bool = True) -> Traced | None:
-    """None for Medusa heads, which are no decoder."""
-    if isinstance(plan.source.model, MedusaHeads):
+    """None for `ParallelHeads`, which are no decoder."""
+    if isinstance(plan.source.model, ParallelHeads):
         return None
     dtype = DTYPES[plan.dtype]
     return trace(plan.source.model, dtype, plan.context_length, plan.features_given, fuse_rotation)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources.gguf_header import is_part
-from vocabtrim_export.sources.head_kind import head_kind
+from vocabtrim_export.sources.head_kinds import head_kind
 from vocabtrim_export.sources.hub import fetch
 from vocabtrim_export.sources.unread_tensors import MERGE
 from vocabtrim_export.sources.weight_files import PICKLES, pickled
