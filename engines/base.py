@@ -121,13 +121,20 @@ class Engine(ABC):
 
     @property
     def head_tokens(self) -> HeadTokens | None:
-        """The token of each column of the logits; None where column `i` is token `i`. Of a drafter with slots it
-        changes with `remember` and `rewind`."""
+        """The token of each column of the logits; None where column `i` is token `i`.
+
+        `remember` and `rewind` change it for a drafter with slots.
+        """
         return self.vocab_map
 
     def remember(self, token_ids: Sequence[int]) -> None:  # noqa: B027
-        """The text goes on with `token_ids`: a drafter with slots can propose them from now on, the latest of them if
-        they are more. Feeds nothing."""
+        """Put tokens of the text into the slots of a drafter that has some; it can propose them from now on.
+
+        Nothing is fed.
+
+        Args:
+            token_ids: int64[n], the next tokens of the text. If they are more than the slots, the last ones stay.
+        """
 
     @abstractmethod
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
@@ -169,8 +176,7 @@ class Engine(ABC):
 
         Returns:
             int64[unrolled]; None, with nothing done, where the engine has no graph for so many tokens or the cache has
-                no
-            room.
+            no room.
         """
         return None
 
@@ -214,8 +220,16 @@ class Engine(ABC):
         return {}
 
     def rewind(self, length: int) -> None:
-        """Forget everything after the first `length` tokens. Moves no data. 0 also empties the slots of a drafter that
-        has some; they hold no more than hints, so any other length keeps them."""
+        """Forget everything after the first `length` tokens. No data is moved.
+
+        Slots are only hints: 0 empties them, any other length leaves them as they are.
+
+        Args:
+            length: 0 to `self.length`, in tokens.
+
+        Raises:
+            ValueError: The cache does not hold so many tokens.
+        """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
         self.length = length

@@ -45,18 +45,22 @@ def accept_sampled(
     head_tokens: HeadTokens | None,
     rng: np.random.Generator,
 ) -> Accepted:
-    """Keep or replace drafted tokens so that what comes out is distributed as the target alone would have it.
+    """Accept or replace drafted tokens so that the output has the distribution of the target alone.
 
     Leviathan et al. 2023, arXiv 2211.17192, algorithm 1; Chen et al. 2023, arXiv 2302.01318, algorithm 2.
 
-    draft: g token ids, token i sampled from q[i].
-    q: g times float32[rows], the drafter's distribution over the rows of its head: token `kept_token_ids[row]`, or
-        `row` itself with no `head_tokens`. All other tokens have probability zero. None: token i was not sampled, but
-        certain, as one that was looked up is.
-    p: p(i), float32[n], is the target's distribution after i drafted tokens; ids from n on have probability zero.
-        A function, as computing it costs most of all here, and no row after the first rejection is needed.
-    Raises `VocabtrimError` for a token that q[i] cannot have given, and where the outcome would hang on a number that
-    is no probability: NaN, infinite, or nothing left to sample from.
+    Args:
+        draft: g token ids; token i was sampled from q[i].
+        q: g arrays float32[rows], the drafter's distributions over the rows of its head. Tokens without a row have
+            probability zero. None instead of an array: token i was certain and not sampled, as in prompt lookup.
+        p: p(i) is the target's distribution after i drafted tokens, float32[n]; ids from n on have probability zero. It
+            is a function because computing a distribution costs most, and none after the first rejection is needed.
+        head_tokens: The token of each row of the drafter's head; None where row i is token i.
+        rng: The source of randomness.
+
+    Raises:
+        VocabtrimError: q[i] cannot have given token i, or the outcome depends on a number that is no probability: NaN,
+            infinite, or nothing left to sample from.
     """
     for i, token in enumerate(draft):
         p_i = p(i)
@@ -89,9 +93,15 @@ def _without(p: NDArray[np.float32], token: int) -> NDArray[np.float32]:
 
 
 def residual(p: NDArray[np.float32], q: NDArray[np.float32], head_tokens: HeadTokens | None) -> NDArray[np.float32]:
-    """The positive part of p − q, float32[n], which a rejected token is replaced from. Not normalised.
+    """Compute the distribution that replaces a rejected token: the positive part of p − q.
 
-    p: float32[n] over token ids. q: float32[rows] over head rows, as in `accept_sampled`.
+    Args:
+        p: float32[n], the target's distribution over token ids.
+        q: float32[rows], the drafter's distribution over the rows of its head.
+        head_tokens: The token of each row; None where row i is token i.
+
+    Returns:
+        float32[n], not normalised.
     """
     rest = p.copy()
     if head_tokens is None:

@@ -24,14 +24,20 @@ GREEDY = SamplingParams()
 class Round:
     """What one call of the target gave.
 
-    tokens: the new token ids, at least one. is_prefill: the target read the prompt, as it does in the first round.
-    drafted, accepted: drafted tokens that were verified, and those of them that stayed.
-    prefill_seconds: reading the prompt: the target in the first round, the drafter when it first drafts.
-    draft_seconds, verify_seconds: proposing tokens, and the target's call on them. seconds: the whole round.
-    finish_reason: set on the last round: "stop" after an EOS, "length" at the tokens asked for or a full cache.
-    logprobs: of `tokens`, where they were asked for.
-    looked_up: drafted tokens, the first ones, that the text itself gave (prompt lookup) and not the drafter.
-    is_paused: an adaptive draft length finds that drafting does not pay here: this round drafts nothing, or probes.
+    Attributes:
+        tokens: The new token ids, at least one.
+        is_prefill: The target read the prompt, as it does in the first round.
+        drafted: Drafted tokens that the target verified.
+        accepted: Drafted tokens that the target accepted.
+        prefill_seconds: Time to read the prompt: the target's in the first round, the drafter's when it first drafts.
+        draft_seconds: Time to propose tokens.
+        verify_seconds: Time of the target's call on them.
+        seconds: Time of the whole round.
+        finish_reason: Set on the last round: "stop" after an EOS, "length" at the tokens asked for or a full cache.
+        logprobs: Those of `tokens`; empty where they were not asked for.
+        looked_up: How many of the first drafted tokens prompt lookup gave, and not the drafter.
+        is_paused: An adaptive draft length found that drafting does not pay here: this round drafts nothing, or a
+            probe.
     """
 
     tokens: tuple[int, ...]
@@ -60,16 +66,34 @@ def decode_rounds(
     force_accepted: int | None = None,
     profiler: Profiler = NO_PROFILER,
 ) -> Generator[Round, None, None]:
-    """Generate after `prompt`: at least one token, at most `max_new_tokens`.
+    """Generate after a prompt, one round at a time.
 
-    The first round is the target's prefill and gives one token. Each further one drafts up to `draft_length` tokens,
-    verifies them in one target call and gives one to `draft_length + 1`; with no `drafter`, one. Ends after an EOS of
-    the target's manifest or when the target's cache is full; past the end of its own cache the drafter falls silent.
-    Both engines start from nothing (`rewind(0)`) and belong to this generator until it ends or is closed: a later
-    generation of the same thread ends this one, and one of another thread is refused (`VocabtrimError`).
-    `prompt` has at least one token and fits in the target's cache.
-    force_accepted: drafted tokens that every round accepts, or all if it drafted fewer, whatever the target says; no
-    EOS ends generation. Greedy only. It shows latency; the tokens mean nothing.
+    The first round is the target's prefill and gives one token. Each later round drafts up to `draft_length` tokens,
+    verifies them in one target call and gives 1 to `draft_length + 1` tokens; without a drafter it gives one.
+    Generation ends after an EOS of the target's manifest, or when the target's cache is full. Drafting stops at the
+    end of the
+    drafter's cache. Both engines start empty (`rewind(0)`) and belong to this generator until it ends or is closed: a
+    later generation of the same thread ends this one.
+
+    Args:
+        target: The engine whose output is generated.
+        drafter: The engine that drafts; None: the target decodes alone.
+        prompt: Token ids: at least one, and no more than the target's cache holds.
+        max_new_tokens: The most tokens to generate, at least one.
+        draft_length: γ, or what decides it round by round.
+        sampling: How tokens are chosen.
+        logprobs: Alternatives to give with each token's log-probability; None gives no log-probabilities.
+        force_accepted: Accept this many drafted tokens in every round, or all if fewer were drafted, whatever the
+            target says, and stop at no EOS. This measures latency only, and is for greedy decoding; the tokens mean
+            nothing.
+        profiler: Records the phases of each round.
+
+    Yields:
+        One `Round` for each call of the target.
+
+    Raises:
+        VocabtrimError: Another thread's unfinished generation holds one of the engines.
+        ValueError: `force_accepted` is negative, or goes with sampling.
     """
     if force_accepted is not None and (not sampling.is_greedy or force_accepted < 0):
         raise ValueError("force_accepted is a number from 0 up, and goes with greedy decoding")

@@ -50,12 +50,16 @@ class Coverage:
 class Selection:
     """The chosen map and what is known about it.
 
-    coverage: share of the held-out tokens that are kept; None where nothing was held out.
-    requested_coverage: what K was to reach, if it was given so; only `available` can keep `coverage` below it.
-    counted, always_kept, filler: rows seen in the counts that choose; rows of `always_keep`; rows that are neither,
-    there only because K asks for them. The first two may overlap.
-    is_noop: every token is kept, nothing is trimmed. lost_token_ids: int64[n], ascending, the ids that a larger K would
-    keep.
+    Attributes:
+        vocab_map: The kept tokens.
+        coverage: Share of the held-out tokens that are kept; None where nothing was held out.
+        requested_coverage: The coverage that was asked for; None where K was a number. `coverage` is below it only
+            where too few tokens are `available`.
+        counted: Rows of tokens that occurred in the counts.
+        always_kept: Rows of `always_keep`; some of them may also be in `counted`.
+        filler: Rows that are neither, and only fill K up.
+        is_noop: Every token is kept, nothing is trimmed.
+        lost_token_ids: int64[n], ascending, the ids that a larger K would keep.
     """
 
     vocab_map: VocabMap

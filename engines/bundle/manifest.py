@@ -43,12 +43,14 @@ class Profile:
 class TensorRT:
     """What a bundle of `--format trt` holds beside the graph.
 
-    flavor, version: the library that built the plans; no other version opens them. "none": there are only graphs.
-    compute_capabilities: of the GPUs that they were built for, such as "8.6".
-    profiles: the optimization profiles of `model.engine`, in its order.
-    draft_length: tokens that one call of `draft.engine` drafts (γ), 0 where there is none. It has one optimization
-    profile for each of `spans`.
-    weights_stripped: the plans hold no weights; `model.onnx` and `draft.onnx` refit them at load.
+    Attributes:
+        flavor: The library that built the plans; "none": there are only graphs.
+        version: The library's version; no other version opens the plans.
+        compute_capabilities: Those of the GPUs that the plans were built for, such as "8.6".
+        profiles: The optimization profiles of `model.engine`, in its order.
+        draft_length: γ, the tokens that one call of `draft.engine` drafts; 0 where there is none. `draft.engine` has
+            one optimization profile for each of `spans`.
+        weights_stripped: The plans hold no weights; `model.onnx` and `draft.onnx` refit them at load.
     """
 
     flavor: Flavor
@@ -76,23 +78,43 @@ class FileDigest:
 class Manifest:
     """What a bundle holds, as kept in `vocabtrim.json`.
 
-    vocab_size: tokens of the full vocabulary. head_rows: rows of the LM head, fewer in a trimmed drafter.
-    context_length: tokens the KV cache holds.
-    weight_bytes_per_step: bytes of weights that one decode step reads (the head's included, of the embedding one row).
-    head_bytes: the head's share of these. kv_bytes_per_token: bytes of keys and values per cached token.
-    vocab_map: digest of the VocabMap, None for a full head. coverage: share of held-out calibration tokens it keeps.
-    tokenizer: digest of the token ↔ id table. source_digest: sha256 over the source's weights.
-    head: `head_digest` of the LM head's rows as `model.onnx` has them.
-    files: every other file of the bundle by its name.
-    tensorrt: the plans of a bundle of `--format trt`; its graph has fixed shapes and standard operators.
-    kind: "language-model", or the kind of a head that reads its target's hidden states, one of the exporter's
-    `HEAD_KINDS`. It names the model; `interface` decides what runs it.
-    feature_layers: the target's layers whose inputs, side by side, are the features: of a target those that it gives,
-    of a head those that it reads; the number of all layers stands for the LM head. feature_size: numbers in these for
-    one position.
-    rules: what the target's generation config does to its logits.
-    slots: columns of a trimmed drafter's logits behind those of `head_rows`, for tokens that its head lacks: they come
-    from `head_rows.safetensors` when the text has them. weight_bytes_per_step and head_bytes include them.
+    Attributes:
+        role: "target" or "drafter".
+        source: MODEL that the bundle was made from.
+        source_digest: sha256, in hex, over the source's weights.
+        architecture: The model type in transformers.
+        vocab_size: Tokens of the full vocabulary.
+        head_rows: Rows of the LM head, fewer in a trimmed drafter.
+        tokenizer: Digest of the token ↔ id table.
+        head: `head_digest` of the LM head's rows as `model.onnx` has them.
+        eos_token_ids: The tokens that end a generation.
+        dtype: "fp32", "fp16" or "bf16".
+        quantization: "none", "int8", "int4" or "fp8".
+        context_length: Tokens that the KV cache holds.
+        num_layers: Layers that have a KV cache.
+        num_kv_heads: Heads of keys and values in each of them.
+        head_dim: Numbers in one key.
+        weight_bytes_per_step: Bytes of weights that one decode step reads: the head's, and one row of the embedding,
+            are included.
+        head_bytes: The head's share of these.
+        kv_bytes_per_token: Bytes of keys and values for each cached token.
+        inputs: The names of the graph's inputs.
+        outputs: The names of the graph's outputs.
+        files: Every other file of the bundle by its name.
+        tool_versions: The versions of what wrote the bundle.
+        vocab_map: Digest of the VocabMap; None for a full head.
+        coverage: Share of the held-out calibration tokens that the VocabMap keeps.
+        calibration: What the tokens were counted on.
+        tensorrt: The plans of a bundle of `--format trt`, whose graph has fixed shapes and standard operators.
+        kind: "language-model", or the kind of a head that reads its target's hidden states, one of the exporter's
+            `HEAD_KINDS`. It names the model; `interface` decides what runs it.
+        feature_layers: The target's layers whose inputs, concatenated, are the features. A target gives them, a head
+            reads them. The number of all layers stands for the input of the LM head.
+        feature_size: Numbers in the features of one position.
+        rules: What the target's generation config does to its logits.
+        slots: Columns of a trimmed drafter's logits behind those of `head_rows`, for tokens that its head lacks. Their
+            rows come from `head_rows.safetensors`. weight_bytes_per_step and head_bytes include them.
+        format_version: The version of this file's format.
     """
 
     role: Role
@@ -146,8 +168,15 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
-        """Parse `vocabtrim.json`; `where` names it in errors. Raises `VocabtrimError` for another format version, an
-        edited manifest and a malformed one."""
+        """Parse `vocabtrim.json`.
+
+        Args:
+            text: The file's content.
+            where: What errors call the file.
+
+        Raises:
+            VocabtrimError: The manifest has another format version, was edited, or is malformed.
+        """
         data = parse(text, where)
         version = data.get("format_version") if isinstance(data, dict) else None
         if type(version) is not int:

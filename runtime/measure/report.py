@@ -19,27 +19,37 @@ Runs = Sequence[Sequence[Run]]  # of one mode: by prompt, then by repeat
 class ModeReport:
     """One way of decoding the same prompts.
 
-    tokens_per_second: all new tokens over all seconds, prefills included; of each prompt the median of the repeats.
-    speedup: tokens_per_second over that of target-only decoding.
-    block_efficiency, acceptance: see `Stats`.
-    decode_tokens_per_second, decode_speedup: the same without the prefills, theirs being the time that speculation
-    does not touch.
-    draft_step_ms: median of the drafter's steps of one token (where it made none, of its drafts, by token).
-    verify_ms: median of the target's calls on a full draft, γ + 1 tokens; of its one-token steps in target-only
-    decoding. None where no such call was made.
-    draft_step_percentiles_ms, verify_percentiles_ms, round_percentiles_ms: of these, and of whole rounds with a full
-    draft (in target-only decoding of one step). host_percentiles_ms: of what such rounds take beside drafting and
-    verifying; where a GPU times these itself, all that it waits for the host.
-    bytes_per_step: what one draft step reads, weights and KV cache at the mean context; the target's in target-only.
-    bandwidth_fraction: bytes_per_step over that step's time over the measured bandwidth of its engine's memory.
-    mbsu: τ/(c·γ + 1), c the drafter's bytes_per_step over the target's. coverage: from the drafter's manifest.
-    latency_speedup: what the measured steps predict for decode_speedup, see `stats.latency_speedup`.
-    predicted_tokens_per_second: what they and overhead_ms predict for decode_tokens_per_second.
-    overhead: the share of the time spent outside the engines. overhead_ms: that time a round.
-    equal_prompts: prompts whose tokens were those of target-only decoding in every repeat; None where acceptance was
-    forced. differing_prompts: the indices of the others. near_ties, differences: where these leave the target's choice,
-    by a gap that rounding explains and by a larger one.
-    collapse: of the drafter's acceptance, if there was one and acceptance was not forced.
+    Attributes:
+        tokens_per_second: All new tokens over all seconds, prefills included; the median repeat of each prompt counts.
+        speedup: tokens_per_second over that of target-only decoding.
+        decode_tokens_per_second: As tokens_per_second, without the prefills, which speculation does not change.
+        decode_speedup: decode_tokens_per_second over that of target-only decoding.
+        block_efficiency: See `Stats`.
+        acceptance: See `Stats`.
+        draft_step_ms: Median of the drafter's steps of one token; if it made none, of its drafts, divided by their
+            tokens. None where it drafted nothing.
+        verify_ms: Median of the target's calls on a full draft, γ + 1 tokens; in target-only decoding, of its one-token
+            steps. None where no such call was made.
+        draft_step_percentiles_ms: Percentiles of the same steps.
+        verify_percentiles_ms: Percentiles of the same calls.
+        round_percentiles_ms: Percentiles of whole rounds with a full draft; in target-only decoding, of one step.
+        host_percentiles_ms: Percentiles of the time in such rounds that is neither drafting nor verifying; where a GPU
+            times these itself, all the time that it waits for the host.
+        bytes_per_step: Bytes that one draft step reads, weights and KV cache at the mean context; in target-only
+            decoding, those of a target step.
+        bandwidth_fraction: bytes_per_step over that step's time over the measured bandwidth of its engine's memory.
+        mbsu: τ/(c·γ + 1), where c is the drafter's bytes_per_step over the target's.
+        latency_speedup: The decode_speedup that the measured steps predict, see `stats.latency_speedup`.
+        predicted_tokens_per_second: The decode_tokens_per_second that the steps and overhead_ms predict.
+        coverage: From the drafter's manifest.
+        overhead: The share of the time that is spent outside the engines.
+        overhead_ms: That time, for each round.
+        equal_prompts: Prompts whose tokens equal those of target-only decoding in every repeat; None where acceptance
+            was forced.
+        differing_prompts: The indices of the other prompts.
+        near_ties: Differences from the target's choice by a gap in the logits that rounding explains.
+        differences: Differences by a larger gap.
+        collapse: A collapse of the drafter's acceptance, if there was one and acceptance was not forced.
     """
 
     tokens_per_second: float
@@ -71,10 +81,18 @@ class ModeReport:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """`modes` by name, "target_only" first. force_accepted: None where the target judged the drafts.
+    """What a benchmark measured.
 
-    bandwidth: bytes/s that the memory of the target was measured to deliver.
-    environment: processor, cores, GPU if there is one, versions, and those of the tools that made the target's bundle.
+    Attributes:
+        modes: The ways of decoding by name, "target_only" first.
+        prompts: The number of prompts.
+        max_new_tokens: Tokens generated for each prompt, at most.
+        draft_length: γ.
+        repeats: How often each prompt was decoded in each mode.
+        force_accepted: The number of drafted tokens that each round accepted; None where the target judged the drafts.
+        bandwidth: Bytes/s that the target's memory was measured to deliver.
+        environment: Processor, cores, GPU if there is one, versions, and those of the tools that made the target's
+            bundle.
     """
 
     modes: Mapping[str, ModeReport]
@@ -109,9 +127,16 @@ def mode_report(
     *,
     differences: Sequence[OutputDifference] | None = (),
 ) -> ModeReport:
-    """Sum `runs` up. baseline: the runs of target-only decoding. drafter: None where `runs` are these.
+    """Summarise the runs of one mode.
 
-    differences: see `output_differences`; None where acceptance was forced, so that the tokens say nothing.
+    Args:
+        runs: The runs by prompt and repeat.
+        baseline: The runs of target-only decoding.
+        target: The target's manifest.
+        drafter: The drafter's manifest; None for target-only decoding.
+        draft_length: γ.
+        bandwidth: Bytes/s of the memory of the engine whose steps bytes_per_step counts.
+        differences: See `output_differences`; None where acceptance was forced and the tokens mean nothing.
     """
     flat, length = _flat(runs), draft_length if drafter else 0
     stats = summarize(entry for run in flat for entry in run.rounds)

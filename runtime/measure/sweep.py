@@ -20,9 +20,14 @@ Prompts = Sequence[Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class SweepSettings:
-    """draft_lengths: γ; empty: 4, or fewer where the target verifies no more. The rest as in `bench`.
+    """What a sweep combines.
 
-    contexts: tokens that the prompts are cut or repeated to; empty: as they are.
+    Attributes:
+        draft_lengths: Values of γ; empty: 4, or fewer where the target verifies no more.
+        contexts: Lengths in tokens that the prompts are cut or repeated to; empty: the prompts as they are.
+        max_new_tokens: Tokens generated for each prompt, at most.
+        repeats: How often each prompt is decoded in each combination.
+        force_accepted: See `decode_rounds`; "all" accepts whole drafts.
     """
 
     draft_lengths: tuple[int, ...] = ()
@@ -34,9 +39,14 @@ class SweepSettings:
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
-    """One combination. drafter: its name, "target_only" without one; then draft_length is 0 and head_rows its own.
+    """One combination.
 
-    context: tokens of each prompt, None where they were left as they are.
+    Attributes:
+        drafter: The drafter's name, or "target_only".
+        head_rows: Rows of the drafter's LM head; the target's for "target_only".
+        draft_length: γ; 0 for "target_only".
+        context: Tokens of each prompt; None where the prompts were left as they are.
+        report: What was measured.
     """
 
     drafter: str
@@ -48,7 +58,15 @@ class SweepRow:
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
-    """bandwidth: bytes/s of the target's memory. environment: as in `BenchReport`."""
+    """What a sweep measured.
+
+    Attributes:
+        rows: One for each combination.
+        prompts: The number of prompts.
+        settings: What was combined.
+        bandwidth: Bytes/s that the target's memory was measured to deliver.
+        environment: See `BenchReport`.
+    """
 
     rows: tuple[SweepRow, ...]
     prompts: int
@@ -93,7 +111,16 @@ def sweep(
 ) -> SweepReport:
     """Decode `prompts` with the target alone and with each of `drafters` at every draft length and context.
 
-    drafters, prompts, bandwidth, progress: as in `bench`. Raises `VocabtrimError` for input that cannot run.
+    Args:
+        target: The target.
+        drafters: The drafters by name.
+        prompts: Token ids of each prompt.
+        settings: What to combine.
+        bandwidth: Bytes/s of the target's memory; None measures it.
+        progress: Called with the number of generations done and of all.
+
+    Raises:
+        VocabtrimError: The engines do not belong together, or cannot hold a prompt or a draft.
     """
     lengths = check_settings(target, drafters, prompts, settings)
     keys = [
@@ -157,6 +184,7 @@ def _check_contexts(engines: Sequence[Engine], settings: SweepSettings) -> None:
 
 
 def encoded_at(target: Engine, prompts: Prompts, context: int | None) -> list[list[int]]:
+    """Returns the prompts' token ids, cut or repeated to `context` tokens; None leaves them as they are."""
     decoder = SpeculativeDecoder(target)
     whole = prompts if context is None else [at_context(prompt, context) for prompt in prompts]
     return [decoder.encode(prompt) for prompt in whole]

@@ -18,9 +18,12 @@ _WARM_UP_ROUNDS = 6  # by the fifth of a shape, an engine may have made a CUDA g
 
 
 class Feed(NamedTuple):
-    """One call of an `Engine`: tokens fed, positions predicted after, seconds.
+    """One call of an `Engine`. A call that drafts γ tokens at once is recorded as γ steps of one token.
 
-    What drafts γ tokens at once counts as the γ steps of one token that it stands for.
+    Attributes:
+        tokens: Tokens fed.
+        keep: Positions predicted after.
+        seconds: The time it took.
     """
 
     tokens: int
@@ -30,7 +33,14 @@ class Feed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One generation. target, drafter: the feeds of each engine. seconds: of the whole, by the clock."""
+    """One generation.
+
+    Attributes:
+        rounds: Its rounds.
+        target: The target's calls.
+        drafter: The drafter's calls; empty where there is none.
+        seconds: Wall-clock time of the whole.
+    """
 
     rounds: tuple[Round, ...]
     target: tuple[Feed, ...]
@@ -169,10 +179,18 @@ def timed_run(
 def measure(
     target: Engine, ways: Mapping[str, Way], repeats: int, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, list[list[Run]]]:
-    """Runs by way, prompt and repeat, after a warm-up. All ways have as many prompts.
+    """Time several ways of decoding the same prompts, after a warm-up.
 
-    The ways take turns on each prompt and in who begins: a machine that slows down in between slows all of them.
-    progress: called with the generations done and their number, the warm-up not counted.
+    The ways take turns on each prompt, and in which comes first: a machine that slows down slows all of them.
+
+    Args:
+        target: The target.
+        ways: The ways by name; all have the same number of prompts.
+        repeats: How often each prompt is decoded in each way.
+        progress: Called with the number of generations done and of all, without the warm-up.
+
+    Returns:
+        By way, prompt and repeat: the runs.
     """
     for way in ways.values():
         tokens = max(_WARM_UP_TOKENS, _WARM_UP_ROUNDS * (way.draft_length + 1))

@@ -44,13 +44,20 @@ _FREEDOM = BINS - 1
 
 @dataclass(frozen=True, slots=True)
 class SettingReport:
-    """One way of sampling. draws: tokens tested. statistics: chi-square, of the order by q/p and of that by p.
+    """The test of one way of sampling.
 
-    p_value: of the larger one, times two for the choice.
-
-    missed_mass: the probability that the target gives to tokens which the drafter cannot propose, on average.
-    impossible: tokens that came out although the target gives them probability zero, rounding at the edge of top-k
-    or top-p allowed for. limit: a p_value below it is a failure.
+    Attributes:
+        temperature: See `SamplingParams`, as for the next three.
+        top_k: The most likely tokens that may be drawn; 0 for all.
+        top_p: The probability that the drawn tokens must add up to.
+        min_p: The smallest share of the largest probability.
+        draws: Tokens tested.
+        statistics: Pearson's chi-square with tokens ordered by q/p, and with tokens ordered by p.
+        p_value: The p-value of the larger statistic, doubled because the larger one was chosen.
+        missed_mass: The mean probability that the target gives to tokens which the drafter cannot propose.
+        impossible: Tokens that were drawn although the target gives them probability zero; rounding at the edge of
+            top-k and top-p is allowed for.
+        limit: A p_value below it is a failure.
     """
 
     temperature: float
@@ -115,11 +122,19 @@ def verify_sampling(
 ) -> SamplingReport:
     """Sample with target and drafter until `draws` tokens are tested, for each of `settings`.
 
-    Drafts are of 1 to the decoder's γ tokens in turn: long ones are seldom accepted whole, and what follows a whole one
-    would hardly be tested. Where the decoder adapts, they are of 1 to 4 and then of its own lengths, with what it looks
-    up.
-    prompts: token ids, taken in turn. The seed of a setting is its first generation's; the next ones count on from it.
-    progress: called with the tokens tested and their number. Raises `VocabtrimError` for input that cannot run.
+    Drafts have 1 to γ tokens in turn: long drafts are seldom accepted whole, and the token that follows a whole draft
+    would hardly be tested. With an adaptive draft length, drafts have 1 to 4 tokens first, then the decoder's own
+    lengths, prompt lookup included.
+
+    Args:
+        decoder: Target and drafter.
+        prompts: Token ids, taken in turn.
+        settings: Ways of sampling. The seed of a setting is that of its first generation; later ones count up from it.
+        draws: Tokens to test for each setting.
+        progress: Called with the number of tokens tested and the number of all.
+
+    Raises:
+        VocabtrimError: There is no drafter or no prompt, the draws are too few, or a setting is greedy.
     """
     if decoder.drafter is None or not prompts or not settings or draws < 5 * BINS:
         raise VocabtrimError(f"a test of sampling needs a drafter, a prompt and at least {5 * BINS} draws")
@@ -139,9 +154,15 @@ def verify_sampling(
 
 
 def point_of(token: int, p: NDArray[np.float32], q: NDArray[np.float32], uniform: float) -> float:
-    """Where `token` falls when p is cut into [0, 1] by ascending q/p, then by descending p, then by id.
+    """Map a token to [0, 1] so that tokens drawn from p are uniform there.
 
-    p, q: float32[n] over token ids, the law that the token should have, and the drafter's. uniform: where in its part.
+    The interval is divided by p, with tokens in the order of ascending q/p, then of descending p, then of their ids.
+
+    Args:
+        token: The token id.
+        p: float32[n] over token ids, the distribution that the token should have.
+        q: float32[n] over token ids, the drafter's distribution.
+        uniform: Where in the token's own part of the interval, 0 to 1.
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratio = np.where(p > 0, q / p, np.inf)

@@ -13,18 +13,33 @@ Predict: TypeAlias = Callable[[Sequence[int], Sequence[int]], NDArray[np.float32
 
 
 def forced_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
-    """See `Predict`; columns as the engine's `StepOutput.logits` has them. Whatever the cache held is forgotten.
+    """Compute an engine's logits along a given text, in as few calls as its `max_keep` allows.
 
-    As few calls as the engine's `max_keep` allows: one for 256 tokens on ONNX Runtime.
+    The engine's cache is emptied first.
+
+    Args:
+        engine: The engine.
+        prompt: Token ids.
+        tokens: The token ids that follow the prompt.
+
+    Returns:
+        float32[len(tokens), columns]: row i after the prompt and the first i tokens; columns as in `StepOutput.logits`.
     """
     return np.concatenate([*_blocks(engine, prompt, tokens)])
 
 
 def forced_drafts(target: Engine, drafter: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
-    """What `drafter` makes of the same text, float32[len(tokens) - 1, vocab_size]: row i after i + 1 tokens.
+    """Compute a drafter's logits along a given text. The caches of both engines are emptied first.
 
-    Column i is token i; -inf for one that the drafter cannot propose there. Slots hold what the text has had by then.
-    A head reads the features of `target`, of at most `max_keep` tokens. Whatever the caches held is forgotten.
+    Args:
+        target: The engine whose features a head reads; at most `max_keep` tokens of the text then.
+        drafter: The drafter; its slots hold what the text had up to each row.
+        prompt: Token ids.
+        tokens: The token ids that follow the prompt.
+
+    Returns:
+        float32[len(tokens) - 1, vocab_size]: row i after the prompt and i + 1 tokens. Column i is token i, -inf where
+        the drafter cannot propose it.
     """
     spread = np.full((len(tokens) - 1, drafter.manifest.vocab_size), -np.inf, np.float32)
     if len(tokens) == 1:
@@ -39,9 +54,17 @@ def forced_drafts(target: Engine, drafter: Engine, prompt: Sequence[int], tokens
 
 
 def stepped_logits(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-    """The rows of `forced_logits` as the engine alone computes them, one token a call: float32[columns] each.
+    """Compute the rows of `forced_logits` with one call for each token, as the engine alone generates.
 
-    Whatever the cache held is forgotten. A row is valid until the next one is asked for.
+    The engine's cache is emptied first.
+
+    Args:
+        engine: The engine.
+        prompt: Token ids.
+        tokens: The token ids that follow the prompt.
+
+    Yields:
+        float32[columns], valid until the next row is asked for.
     """
     engine.rewind(0)
     yield engine.feed(prompt).logits[-1]
