@@ -3,13 +3,9 @@
 import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Self
 
 from engines.base import Engine
 from engines.bundle.chat_template import ChatOptions
@@ -20,13 +16,11 @@ from runtime.alarm import AcceptanceAlarm
 from runtime.draft_length import AdaptiveLength, DraftLength
 from runtime.loop import GREEDY, Round, decode_rounds
 from runtime.pair import Auto, check_pair, make_draft_length
+from runtime.prompt_tokens import Prompt, check_prompt, prompt_token_ids, require_tokenizer
 from runtime.round_costs import GivenCosts
 from runtime.stream import Generation, Stream
 
 SEEDED_COSTS = GivenCosts(step=0.15, row=0.04)  # typical of a trimmed int4 drafter and a target in fp32
-
-# Text, the messages of a conversation (`{"role": …, "content": …}`, or pydantic models of them), or token ids.
-Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | NDArray[np.int64]
 
 
 class SpeculativeDecoder:
@@ -201,7 +195,7 @@ class SpeculativeDecoder:
             raise VocabtrimError(f"logprobs is {logprobs}: give the number of alternatives, or 0 for none")
         sampling.check_token_ids(self.target.manifest.vocab_size)
         if stop:
-            self._require_tokenizer()
+            require_tokenizer(self.tokenizer)
         token_ids = self.encode(
             prompt,
             chat=chat,
@@ -237,21 +231,8 @@ class SpeculativeDecoder:
             VocabtrimError: They are none, or leave no room in the context.
         """
         options = ChatOptions(chat_template, tools, template_args or {}, continue_final_message)
-        token_ids = self._token_ids(prompt, chat, options)
-        if not token_ids:
-            raise VocabtrimError("the prompt is empty: give at least one token")
-        if len(token_ids) >= self.target.capacity:
-            raise VocabtrimError(
-                f"the prompt has {len(token_ids)} tokens and the target's context holds {self.target.capacity}: "
-                "shorten it, or export with a longer context"
-            )
-        vocab_size = self.target.manifest.vocab_size
-        if outside := [token for token in token_ids if not 0 <= token < vocab_size]:
-            token = self.tokenizer.backend.id_to_token(outside[0]) if self.tokenizer and outside[0] >= 0 else None
-            raise VocabtrimError(
-                f"the prompt has the token id {outside[0]}{f' ({token})' if token else ''}, for which the target has "
-                f"no row: its ids are 0 to {vocab_size - 1}; leave it out"
-            )
+        token_ids = prompt_token_ids(prompt, self.tokenizer, chat, options)
+        check_prompt(token_ids, self.target, self.tokenizer)
         return token_ids
 
     def close(self) -> None:
@@ -267,29 +248,6 @@ class SpeculativeDecoder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _token_ids(self, prompt: Prompt, chat: bool, options: ChatOptions) -> list[int]:
-        if isinstance(prompt, str):
-            tokenizer = self._require_tokenizer()
-            if chat and tokenizer.has_chat_template:
-                return tokenizer.encode_chat([{"role": "user", "content": prompt}], options)
-        elif not isinstance(prompt, Mapping) and len(prompt) and not hasattr(prompt[0], "__index__"):
-            return self._require_tokenizer().encode_chat(cast(Sequence[Any], prompt), options)
-        if options != ChatOptions():
-            raise VocabtrimError("tools and template arguments are for messages that a chat template renders")
-        if isinstance(prompt, str):
-            return self._require_tokenizer().encode(prompt)
-        try:
-            return [index(token) for token in cast(Sequence[int], prompt)]
-        except TypeError as error:
-            raise VocabtrimError("a prompt is text, a list of messages, or token ids") from error
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise VocabtrimError(
-                "the target's bundle has no tokenizer: give the prompt as token ids, without stop strings"
-            )
-        return self.tokenizer
 
     def _length_for(self, sampling: SamplingParams) -> DraftLength:
         """The draft length for `sampling`. Where a seed promises the same text, neither measured times nor what was
