@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 
 from engines.base import Engine
 from engines.errors import VocabtrimError
+from engines.sampling_params import SamplingParams
 from runtime.decoder import SpeculativeDecoder
+from runtime.loop import GREEDY
 from runtime.measure.bandwidth import bandwidths
 from runtime.measure.environment import environment
 from runtime.measure.outputs import output_differences
@@ -29,6 +31,7 @@ def bench(
     draft_length: int | None = None,
     repeats: int = 3,
     force_accepted: Forced = None,
+    sampling: SamplingParams = GREEDY,
     bandwidth: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchReport:
@@ -44,6 +47,7 @@ def bench(
         repeats: How often each mode decodes each prompt.
         force_accepted: The drafted tokens that each round accepts, see `decode_rounds`; "all" for γ. Nothing is then
             said of equal outputs.
+        sampling: Greedy, with rules on logits that replace or add to those of the target's generation config.
         bandwidth: Bytes/s that the engines' memory delivers; None measures it, which takes about 1 s for main memory.
         progress: Called with the generations done and their number, the warm-up not counted.
 
@@ -52,6 +56,7 @@ def bench(
     """
     if not prompts or repeats < 1 or max_new_tokens < 1:
         raise VocabtrimError("a bench needs at least one prompt, one repeat and one new token")
+    check_greedy(sampling)
     modes: dict[str, Engine | None] = {TARGET_ONLY: None, **drafters}
     token_ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts]
     length = 1
@@ -59,12 +64,12 @@ def bench(
         check_pair(target, drafter)
         length = resolve_draft_length(target, drafter, draft_length)
     forced = resolve_forced(force_accepted, length)
-    ways = {mode: Way(drafter, length, token_ids, max_new_tokens, forced) for mode, drafter in modes.items()}
+    ways = {mode: Way(drafter, length, token_ids, max_new_tokens, forced, sampling) for mode, drafter in modes.items()}
     speeds = bandwidths((target, *drafters.values()), bandwidth)
     runs = measure(target, ways, repeats, progress)
     alone = runs[TARGET_ONLY]
     judged = {} if forced is not None else runs
-    differing = {mode: output_differences(target, token_ids, own, alone) for mode, own in judged.items()}
+    differing = {mode: output_differences(target, token_ids, own, alone, sampling) for mode, own in judged.items()}
     reports = {
         mode: mode_report(
             runs[mode],
@@ -77,9 +82,14 @@ def bench(
         )
         for mode, drafter in modes.items()
     }
-    return BenchReport(
-        reports, len(prompts), max_new_tokens, length, repeats, forced, speeds[target.device], measured_on(target)
-    )
+    sizes = len(prompts), max_new_tokens, length, repeats, forced
+    return BenchReport(reports, *sizes, speeds[target.device], measured_on(target), sampling)
+
+
+def check_greedy(sampling: SamplingParams) -> None:
+    """Raise `ValueError` for sampling: its outputs differ from run to run, so that none could be compared."""
+    if not sampling.is_greedy:
+        raise ValueError("a bench decodes greedily: give rules on logits alone")
 
 
 def measured_on(target: Engine) -> dict[str, Any]:

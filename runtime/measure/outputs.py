@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from engines.base import Engine
+from engines.sampling_params import SamplingParams
+from runtime.logit_rules import make_logit_rules, ruled_rows
+from runtime.loop import GREEDY
 from runtime.measure.timing import Run
 from runtime.verification.greedy import Difference, difference_at, tolerance
 from runtime.verification.teacher_forcing import stepped_logits
@@ -25,23 +28,29 @@ class OutputDifference(Difference):
 
 
 def output_differences(
-    target: Engine, prompts: Sequence[Sequence[int]], runs: Sequence[Sequence[Run]], baseline: Sequence[Sequence[Run]]
+    target: Engine,
+    prompts: Sequence[Sequence[int]],
+    runs: Sequence[Sequence[Run]],
+    baseline: Sequence[Sequence[Run]],
+    sampling: SamplingParams = GREEDY,
 ) -> tuple[OutputDifference, ...]:
     """Where the tokens of `runs` are not those of `baseline`, target-only decoding; both by prompt, then by repeat.
 
     The target alone is asked, one token at a time, along every output that differs, so that what follows a near-tie is
-    judged as well. The target's cache is emptied.
+    judged as well; `sampling` holds the rules that the runs followed. The target's cache is emptied.
     """
     found: list[OutputDifference] = []
     for index, (prompt, repeats, alone) in enumerate(zip(prompts, runs, baseline, strict=True)):
         for tokens in dict.fromkeys(run.tokens for run in repeats):
             if tokens != alone[0].tokens:
-                differences = _along(target, prompt, tokens, alone[0].tokens)
+                differences = _along(target, prompt, tokens, alone[0].tokens, sampling)
                 found += [OutputDifference(**asdict(each), prompt=index) for each in differences]
     return tuple(found)
 
 
-def _along(target: Engine, prompt: Sequence[int], tokens: Sequence[int], alone: Sequence[int]) -> list[Difference]:
+def _along(
+    target: Engine, prompt: Sequence[int], tokens: Sequence[int], alone: Sequence[int], sampling: SamplingParams
+) -> list[Difference]:
     """Where `tokens` leave `alone`, and what the target would not have chosen after that."""
     pairs = enumerate(zip(tokens, alone, strict=False))
     departs = next((i for i, (token, other) in pairs if token != other), min(len(tokens), len(alone)))
@@ -49,7 +58,9 @@ def _along(target: Engine, prompt: Sequence[int], tokens: Sequence[int], alone: 
         ends = (tokens[departs] if len(tokens) > departs else -1, alone[departs] if len(alone) > departs else -1)
         return [Difference(departs, *ends, gap=float(np.finfo(np.float32).max), tolerance=0.0)]  # JSON has no infinity
     found: list[Difference] = []
-    for index, row in enumerate(stepped_logits(target, prompt, tokens)):
+    rules = make_logit_rules(sampling, target.manifest, prompt)
+    for index, logits in enumerate(stepped_logits(target, prompt, tokens)):
+        row = ruled_rows(logits[None], tokens, rules, first=index)[0]
         if index == departs:
             gap = abs(float(row[alone[index]]) - float(row[tokens[index]]))
             found.append(Difference(index, tokens[index], alone[index], gap, tolerance(row, target.manifest)))

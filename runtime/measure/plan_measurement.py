@@ -54,12 +54,15 @@ def make_plan(
     encoded = encoded_at(target, prompts, settings.contexts[0] if settings.contexts else None)
     report, done_before = progress or (lambda _done, _total: None), len(encoded) * len(drafters)
     total = done_before + settings.repeats * (1 + len(drafters) * len(lengths))
-    longest = {name: Way(drafter, max(lengths), encoded, settings.max_new_tokens) for name, drafter in drafters.items()}
+    longest = {
+        name: Way(drafter, max(lengths), encoded, settings.max_new_tokens, sampling=settings.sampling)
+        for name, drafter in drafters.items()
+    }
     runs = measure(target, longest, 1, lambda done, _: report(done, total))
     acceptance = {name: _acceptance(runs[name]) for name in drafters}
     prompt = sorted(encoded, key=len)[len(encoded) // 2]
-    ways = {TARGET_ONLY: Way(None, 1, [prompt], _ROUNDS, 0)} | {
-        _label(name, length): _timed_way(drafter, length, prompt, acceptance[name])
+    ways = {TARGET_ONLY: Way(None, 1, [prompt], _ROUNDS, 0, settings.sampling)} | {
+        _label(name, length): replace(_timed_way(drafter, length, prompt, acceptance[name]), sampling=settings.sampling)
         for name, drafter in drafters.items()
         for length in lengths
     }

@@ -6,8 +6,9 @@ from statistics import median
 from typing import Any, Literal
 
 from engines.bundle.read import Manifest
+from engines.sampling_params import SamplingParams
 from runtime.alarm import Collapse, find_collapse
-from runtime.loop import Round
+from runtime.loop import GREEDY, Round
 from runtime.measure.outputs import OutputDifference
 from runtime.measure.timing import Run
 from runtime.stats import Percentiles, latency_speedup, mbsu, round_tokens_per_second, summarize
@@ -93,6 +94,7 @@ class BenchReport:
         bandwidth: Bytes/s that the target's memory was measured to deliver.
         environment: Processor, cores, GPU if there is one, versions, and those of the tools that made the target's
             bundle.
+        sampling: Greedy, with the rules that were given beside the target's own.
     """
 
     modes: Mapping[str, ModeReport]
@@ -103,6 +105,7 @@ class BenchReport:
     force_accepted: int | None
     bandwidth: float
     environment: Mapping[str, Any]
+    sampling: SamplingParams = GREEDY
 
     @property
     def lossless(self) -> bool | None:

@@ -7,9 +7,11 @@ from typing import Any
 
 from engines.base import Engine
 from engines.errors import VocabtrimError
+from engines.sampling_params import SamplingParams
 from runtime.decoder import SpeculativeDecoder
+from runtime.loop import GREEDY
 from runtime.measure.bandwidth import bandwidths
-from runtime.measure.bench import TARGET_ONLY, Forced, measured_on, resolve_forced
+from runtime.measure.bench import TARGET_ONLY, Forced, check_greedy, measured_on, resolve_forced
 from runtime.measure.outputs import output_differences
 from runtime.measure.report import ModeReport, mode_report
 from runtime.measure.timing import Way, measure
@@ -28,6 +30,7 @@ class SweepSettings:
         max_new_tokens: Tokens generated for each prompt, at most.
         repeats: How often each prompt is decoded in each combination.
         force_accepted: See `decode_rounds`; "all" accepts whole drafts.
+        sampling: Greedy, with the rules on logits that are given beside the target's own.
     """
 
     draft_lengths: tuple[int, ...] = ()
@@ -35,6 +38,7 @@ class SweepSettings:
     max_new_tokens: int = 128
     repeats: int = 3
     force_accepted: Forced = None
+    sampling: SamplingParams = GREEDY
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,7 @@ def sweep(
             encoded[context],
             settings.max_new_tokens,
             resolve_forced(settings.force_accepted, length) if length else (0 if forced else None),
+            settings.sampling,
         )
         for name, length, context in keys
     }
@@ -147,7 +152,7 @@ def sweep(
         drafter = drafters[name].manifest if name in drafters else None
         speed = speeds[drafters.get(name, target).device]
         own, alone = runs[_label(name, length, context)], runs[_label(TARGET_ONLY, 0, context)]
-        differences = None if forced else output_differences(target, encoded[context], own, alone)
+        differences = None if forced else output_differences(target, encoded[context], own, alone, settings.sampling)
         report = mode_report(own, alone, target.manifest, drafter, length, speed, differences=differences)
         return SweepRow(name, (drafter or target.manifest).head_rows, length, context, report)
 
@@ -162,6 +167,7 @@ def check_settings(
     """The draft lengths, ascending. Raises `VocabtrimError` for what cannot run."""
     if not prompts or settings.repeats < 1 or settings.max_new_tokens < 2:
         raise VocabtrimError("a sweep needs at least one prompt, one repeat and two new tokens")
+    check_greedy(settings.sampling)
     lengths: set[int] = set()
     for drafter in drafters.values():
         for length in settings.draft_lengths or (None,):

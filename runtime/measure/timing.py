@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from engines.base import Engine, Speculation, StepOutput
 from engines.bundle.vocab_map import HeadTokens
-from engines.sampling_params import Sampling
-from runtime.loop import Round, decode_rounds
+from engines.sampling_params import Sampling, SamplingParams
+from runtime.loop import GREEDY, Round, decode_rounds
 
 _WARM_UP_TOKENS = 16
 _WARM_UP_ROUNDS = 6  # by the fifth of a shape, an engine may have made a CUDA graph of it
@@ -68,13 +68,17 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way of decoding some prompts. drafter: None for the target alone. force_accepted: see `decode_rounds`."""
+    """One way of decoding some prompts. drafter: None for the target alone. force_accepted: see `decode_rounds`.
+
+    sampling: greedy, with rules on logits.
+    """
 
     drafter: Engine | None
     draft_length: int
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
     force_accepted: int | None = None
+    sampling: SamplingParams = GREEDY
 
 
 class TimedEngine(Engine):
@@ -157,8 +161,9 @@ def timed_run(
     max_new_tokens: int,
     draft_length: int,
     force_accepted: int | None = None,
+    sampling: SamplingParams = GREEDY,
 ) -> Run:
-    """Generate greedily, as `decode_rounds` does."""
+    """Generate as `decode_rounds` does."""
     timed_target = TimedEngine(target)
     timed_drafter = None if drafter is None else TimedEngine(drafter)
     start = perf_counter()
@@ -170,6 +175,7 @@ def timed_run(
             max_new_tokens=max_new_tokens,
             draft_length=draft_length,
             force_accepted=force_accepted,
+            sampling=sampling,
         )
     )
     seconds = perf_counter() - start
@@ -211,4 +217,5 @@ def measure(
 
 def _run(target: Engine, way: Way, prompt: int) -> Run:
     tokens = way.prompts[prompt]
-    return timed_run(target, way.drafter, tokens, way.max_new_tokens, way.draft_length, way.force_accepted)
+    limits = way.max_new_tokens, way.draft_length, way.force_accepted
+    return timed_run(target, way.drafter, tokens, *limits, way.sampling)

@@ -3,12 +3,14 @@ import json
 import pytest
 
 from engines.errors import VocabtrimError
-from runtime import SpeculativeDecoder, mbsu
+from engines.generation_rules import GenerationRules
+from runtime import SamplingParams, SpeculativeDecoder, mbsu
 from runtime.loop import Round
 from runtime.measure.bandwidth import read_bandwidth
 from runtime.measure.bench import bench
 from runtime.measure.outputs import output_differences
 from runtime.measure.report import mode_report
+from runtime.measure.sweep import SweepSettings, sweep
 from runtime.measure.timing import Feed, Run
 from runtime.stats import summarize
 
@@ -64,16 +66,20 @@ def test_a_mode_whose_tokens_differ_is_reported(make_target, make_drafter):
     assert report.modes["target_only"].differing_prompts == ()
 
 
+RULES = [GenerationRules(), GenerationRules(suppress_tokens=tuple(range(24, 48)))]
+
+
+@pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize(("gap", "verdict"), [(0.0, "near-tie"), (1e-3, "different")])
-def test_a_near_tie_is_listed_and_is_no_difference(gap, verdict, make_target):
+def test_a_near_tie_is_listed_and_is_no_difference(gap, verdict, rules, make_target):
     """A target that likes two tokens alike; a mode that takes the other one at position 3, and its text after that."""
-    target, start = make_target(), [3, 4]
+    target, start = make_target(rules=rules), [3, 4]
 
     def feed(token_ids, keep=1, feed=target.feed):
         output = feed(token_ids, keep)
         if target.length == len(start) + 3:
-            first, second = output.logits[-1].argsort()[:-3:-1]
-            output.logits[-1, second] = output.logits[-1, first] - gap
+            first, second = [token for token in range(5, 24) if token not in target.tokens][:2]
+            output.logits[-1, [first, second]] = 20, 20 - gap
             output.token_ids[-1] = first
         return output
 
@@ -83,9 +89,9 @@ def test_a_near_tie_is_listed_and_is_no_difference(gap, verdict, make_target):
         return [Run((Round(tuple(tokens), True, 0, 0, 0, 0, 0, 1, "length"),), (), (), 1.0)]
 
     alone = list(SpeculativeDecoder(target).generate(start, max_new_tokens=8).token_ids)
-    second = int(target.logits([*start, *alone[:3]]).argsort()[-2])
+    second = [token for token in range(5, 24) if token not in [*start, *alone[:3]]][1]
     other = [*alone[:3], second]
-    other += SpeculativeDecoder(make_target()).generate([*start, *other], max_new_tokens=4).token_ids
+    other += SpeculativeDecoder(make_target(rules=rules)).generate([*start, *other], max_new_tokens=4).token_ids
     (found,) = output_differences(target, [start], [run(other)], [run(alone)])
     assert (found.prompt, found.position, found.found, found.expected) == (0, 3, second, alone[3])
     assert (found.verdict, found.gap) == (verdict, pytest.approx(gap, rel=0.1))
@@ -93,6 +99,22 @@ def test_a_near_tie_is_listed_and_is_no_difference(gap, verdict, make_target):
     assert [each.position for each in output_differences(target, [start], [run(wrong)], [run(alone)])][:2] == [3, 5]
     (short,) = output_differences(target, [start], [run(alone[:4])], [run(alone)])
     assert (short.found, short.expected, short.verdict) == (-1, alone[4], "different")
+
+
+def test_given_rules_apply_to_every_mode(make_target, make_drafter):
+    """A target that would end each text at once, were its EOS not suppressed."""
+    target, drafters = make_target(eos_bias=100.0), {"drafter": make_drafter(noise=0.3)}
+    sampling = SamplingParams(suppress_tokens=(1,))
+    report = bench(target, drafters, PROMPTS, max_new_tokens=20, repeats=1, bandwidth=1e9, sampling=sampling)
+    assert report.lossless
+    assert all(mode.verify_ms for mode in report.modes.values())  # there were steps after the prefill
+    assert report.to_dict()["sampling"]["suppress_tokens"] == (1,)
+    settings = SweepSettings((2,), max_new_tokens=20, repeats=1, sampling=sampling)
+    swept = sweep(target, drafters, PROMPTS, settings, bandwidth=1e9)
+    assert swept.lossless
+    assert all(row.report.verify_ms for row in swept.rows)
+    with pytest.raises(ValueError, match="greedily"):
+        bench(target, {}, PROMPTS, sampling=SamplingParams(temperature=1.0))
 
 
 def test_steps_are_timed_by_their_kind_and_runs_by_their_median(make_target, make_drafter):

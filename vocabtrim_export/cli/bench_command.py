@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vocabtrim_export.cli.arguments import add_engine_arguments, add_json_argument
+from vocabtrim_export.cli.arguments import add_engine_arguments, add_json_argument, add_rule_arguments, rule_options
 from vocabtrim_export.cli.bench_options import (
     PLAN_DRAFT_LENGTHS,
     Bundles,
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each prompt in each mode")
+    add_rule_arguments(parser)
     add_random_weight_arguments(parser)
     add_json_argument(parser)
 
@@ -131,15 +132,19 @@ def _random_prompts(options: argparse.Namespace, target: "Engine") -> list[list[
 
 
 def _settings(options: argparse.Namespace, target: "Engine") -> "SweepSettings":
+    from runtime import SamplingParams
     from runtime.measure.sweep import SweepSettings
 
+    rules = SamplingParams(**rule_options(options))
+    rules.check_token_ids(target.manifest.vocab_size)
     lengths = options.draft_length
     if options.plan and not lengths:
         lengths = tuple(length for length in PLAN_DRAFT_LENGTHS if length < target.max_keep)
     forced: Forced = options.force_accepted
     if options.random_weights and forced is None:
         forced = "all"
-    return SweepSettings(tuple(lengths), tuple(options.context), options.max_new_tokens, options.repeats, forced)
+    sizes = tuple(lengths), tuple(options.context), options.max_new_tokens, options.repeats
+    return SweepSettings(*sizes, forced, rules)
 
 
 def _measure(
@@ -166,6 +171,7 @@ def _measure(
         draft_length=settings.draft_lengths[0] if settings.draft_lengths else None,
         repeats=settings.repeats,
         force_accepted=settings.force_accepted,
+        sampling=settings.sampling,
         progress=progress,
     )
 
