@@ -10,6 +10,7 @@ from vocabtrim_export.bundles.notes import no_gain, target_notes
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.calibration import Skipped, skipped_note
 from vocabtrim_export.calibration.counting import count_tokens, read_calibration
+from vocabtrim_export.calibration.domains import domains_note
 from vocabtrim_export.drafters.shared_tokens import differing_note, proposable_tokens
 from vocabtrim_export.drafters.source import find_head
 from vocabtrim_export.formats import write_formats
@@ -110,6 +111,7 @@ def export(
                 k, settings = choice.best.k, replace(settings, slots=choice.best.slots)
                 notes += choice.reasons()
             selection = select(counts, sources, k, shared.token_ids)
+            notes += domains_note(counts, selection.vocab_map.kept_token_ids)
             if settings.slots and not selection.lost_token_ids.size:
                 raise VocabtrimError(
                     f"--slots {settings.slots} is for tokens that the head lost, and this K keeps all of them: give a "

@@ -224,16 +224,16 @@ def test_text_counts_its_tokens_in_one_pass(tokenizer):
 FORMS = {
     "a.jsonl": (
         '{"text": "quick fox."}\n{"prompt": "of ", "completion": " fox"}\n"dog"\n',
-        ["quick fox.", "of ", " fox", "dog"],
+        ["quick fox.", " fox", "dog"],
     ),
     "a.json": (
         '[{"messages": [{"role": "user", "content": "fox."}, {"role": "assistant", "content": "\\n\\ndog"}]},'
         ' {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b c"}]},'
         ' {"turns": ["x", "y"]}]',
-        ["fox.", "\n\ndog", "a", "b c", "x", "y"],
+        ["\n\ndog", "b c", "x", "y"],
     ),
-    "a.csv": ('instruction,input,output\nAdd.,"1, 2",3\n', ["Add.\n\n1, 2", "3"]),
-    "a.tsv": ("question\tanswer\nhow?\tso.\n", ["how?", "so."]),
+    "a.csv": ('instruction,input,output\nAdd.,"1, 2",3\n', ["3"]),
+    "a.tsv": ("question\tanswer\nhow?\tso.\n", ["so."]),
     "a.txt": ("the lazy dog", ["the lazy dog"]),
 }
 

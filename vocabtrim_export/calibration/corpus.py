@@ -29,7 +29,10 @@ class Corpus:
         sha = hashlib.sha256()
         for document in documents:
             prompt = [{"role": message.role, "content": message.content} for message in document.prompt]
-            sha.update(json.dumps({"text": document.text, "prompt": prompt}, sort_keys=True).encode() + b"\n")
+            said: dict[str, object] = {"text": document.text, "prompt": prompt}
+            if document.answers:
+                said["answers"] = document.answers
+            sha.update(json.dumps(said, sort_keys=True).encode() + b"\n")
         return cls(tuple(documents), sha.hexdigest(), source, tuple(skipped))
 
 

@@ -15,6 +15,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import alone
 from vocabtrim_export.calibration import Corpus, Skipped, TokenCounts, builtin_corpus, calibrate, read_corpus
 from vocabtrim_export.calibration import Source as CalibrationSource
+from vocabtrim_export.calibration.domains import Domain, mix, read_domains
 from vocabtrim_export.calibration.sufficiency import MOST_TOKENS, Rows, Verdict
 from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.sources.source import Source, calibration_model, load_source, load_tokenizer
@@ -27,7 +28,8 @@ class CalibrationSettings:
     """What to count. The fields are named like the command line's options.
 
     Attributes:
-        calibration: Text files and directories, or files of token counts; empty: a corpus that comes with Python.
+        calibration: Text files and directories, or files of token counts; empty: a corpus that comes with Python. As
+            "name=path:weight" they are domains, counted apart and mixed by weight.
         calibration_source: The model that generates, or "text"; None takes the target where there is one, else the
             drafter.
         calibration_tokens: The number of tokens to count; "auto": as many as are enough for the K of the export, see
@@ -49,21 +51,33 @@ class CalibrationSettings:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationInput:
-    """The content of the files that `--calibration` names: earlier counts, or else a corpus to count on."""
+    """The content of the files that `--calibration` names: earlier counts, or else a corpus to count on.
+
+    Attributes:
+        counts: Earlier counts.
+        corpus: The documents of all files; None where counts were given.
+        domains: Where the files have names: the documents of each.
+    """
 
     counts: tuple[TokenCounts, ...]
     corpus: Corpus | None
+    domains: tuple[Domain, ...] = ()
 
 
 def read_calibration(names: Sequence[str | Path]) -> CalibrationInput:
     """Read all of `names` before any long work begins.
 
     Args:
-        names: Text files and directories, or files of token counts; empty: the built-in corpus.
+        names: Text files and directories, or files of token counts; empty: the built-in corpus. Each may be a domain,
+            "name=path" or "name=path:weight".
 
     Raises:
         VocabtrimError: A file cannot be read, or text and counts are mixed.
     """
+    if domains := read_domains(names):
+        documents = [document for domain in domains for document in domain.corpus.documents]
+        skipped = [each for domain in domains for each in domain.corpus.skipped]
+        return CalibrationInput((), Corpus.of(documents, ", ".join(each.name for each in domains), skipped), domains)
     paths = [Path(name) for name in names]
     counted = [path for path in paths if path.suffix == ".safetensors"]
     if counted and len(counted) < len(paths):
@@ -119,11 +133,66 @@ def count_tokens(
     how = calibration_source(settings, sources.keys())
     source = next(iter(sources.values())) if how == "text" else sources[how]
     rows = rows or source.vocab_size // QUARTER
-    run = _calibrator(data.corpus, how, settings, checkpoint, progress, on_skip, on_note, rows)
+    run = _counter(data, how, settings, checkpoint, progress, on_skip, on_note, rows)
     if how == "text":
         return run(None, source.tokenizer)
     with calibration_model(source.model) as model:
         return run(model, source.tokenizer, model_digest=source.digest)
+
+
+def _counter(
+    data: CalibrationInput,
+    how: CalibrationSource,
+    settings: CalibrationSettings,
+    checkpoint: Path,
+    progress: Progress,
+    on_skip: Callable[[Skipped], None],
+    on_note: Callable[[str], None],
+    rows: Rows,
+) -> Callable[..., TokenCounts]:
+    """`calibrate` on this data; the model and its tokenizer are left to be given."""
+    assert data.corpus is not None
+    if not data.domains:
+        return _calibrator(data.corpus, how, settings, checkpoint, progress, on_skip, on_note, rows)
+    places = [checkpoint.with_name(f"{checkpoint.name}.{domain.name}") for domain in data.domains]
+    weights = sum(domain.weight for domain in data.domains)
+
+    def calibrator(domain: Domain, place: Path) -> Callable[..., TokenCounts]:
+        tokens = settings.calibration_tokens
+        if tokens != "auto":
+            tokens = max(1, round(tokens * domain.weight / weights))
+        return _calibrator(
+            domain.corpus,
+            how,
+            replace(settings, calibration_tokens=tokens),
+            place,
+            lambda task, done, total: progress(f"{task} {domain.name}", done, total),
+            on_skip,
+            lambda note: on_note(f"{domain.name}: {note}"),
+            rows,
+        )
+
+    def count(*model: Any, **digest: Any) -> TokenCounts:
+        _take_apart(checkpoint, dict(zip([domain.name for domain in data.domains], places, strict=True)))
+        pairs = zip(data.domains, places, strict=True)
+        counts = mix(data.domains, [calibrator(domain, place)(*model, **digest) for domain, place in pairs])
+        counts.save(checkpoint)
+        for place in places:
+            place.unlink()
+        return counts
+
+    return count
+
+
+def _take_apart(checkpoint: Path, places: Mapping[str, Path]) -> None:
+    """Write the domains of a finished file to the files that their calibrations go on from."""
+    if not checkpoint.exists():
+        return
+    for each in TokenCounts.load(checkpoint).domains:
+        place = places.get(each.runs[0].domain)
+        if place is not None and not place.exists():
+            run = replace(each.runs[0], domain="", weight=0.0)
+            replace(each, runs=(run,)).save(place)
 
 
 def _calibrator(
@@ -217,7 +286,7 @@ def calibrate_models(
         tokenizer = load_tokenizer(target or str(drafter))
         with alone(output):
             rows = len(tokenizer) // QUARTER
-            return _calibrator(data.corpus, how, settings, output, progress, on_skip, on_note, rows)(None, tokenizer)
+            return _counter(data, how, settings, output, progress, on_skip, on_note, rows)(None, tokenizer)
     source = load_source(specs[how], torch.float32, lambda done, total: progress("load", done >> 20, total >> 20))
     with alone(output):
         return count_tokens({how: source}, data, settings, output, progress, on_skip, on_note)

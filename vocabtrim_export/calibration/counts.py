@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,13 @@ FORMAT = "vocabtrim-token-counts-2"
 FIRST_FORMAT = "vocabtrim-token-counts-1"  # without a digest of its own
 _MOST = 1 << 48  # of one token: sums stay far from overflow
 HELD_OUT_EVERY = 8
-_ADDED = {"chat": "", "next_done": 0, "enough_for": ""}  # fields of a run that older files lack
+_ADDED = {
+    "chat": "",
+    "next_done": 0,
+    "enough_for": "",
+    "domain": "",
+    "weight": 0.0,
+}  # fields of a run that older files lack
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,8 @@ class CalibrationRun:
         tokens: Tokens counted so far.
         enough_for: The rows of a head, a number or a share, that `auto` found these tokens to be enough for; "" where
             it did not stop the counting.
+        domain: The name of the data among several domains; "" without domains.
+        weight: The domain's share of the mixture, relative to the others' weights.
     """
 
     source: str
@@ -61,6 +69,8 @@ class CalibrationRun:
     next_done: int = field(default=0, compare=False)
     tokens: int = field(default=0, compare=False)
     enough_for: str = field(default="", compare=False)
+    domain: str = field(default="", compare=False)
+    weight: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -72,6 +82,7 @@ class TokenCounts:
         held_out: int64[full_vocab], from the documents kept apart (see `is_held_out`), which only measure coverage.
         tokenizer_digest: Identifies the token ↔ id table that the ids belong to.
         runs: The calibrations that were added up.
+        domains: Where several domains were mixed by weight: the counts of each, as they were counted.
 
     Raises:
         VocabtrimError: The arrays have another form.
@@ -81,6 +92,7 @@ class TokenCounts:
     held_out: NDArray[np.int64]
     tokenizer_digest: str
     runs: tuple[CalibrationRun, ...]
+    domains: tuple["TokenCounts", ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("counts", "held_out"):
@@ -117,7 +129,7 @@ class TokenCounts:
         return {
             "digest": self.digest,
             "source": self.source,
-            "tokens": self.total,
+            "tokens": sum(run.tokens for run in self.runs) if self.domains else self.total,
             "held_out_tokens": int(self.held_out.sum()),
             "runs": [asdict(run) for run in self.runs],
         }
@@ -136,9 +148,8 @@ class TokenCounts:
                     f"both token counts contain the same calibration ({run.source}, {run.corpus or 'unnamed corpus'}, "
                     f"seed {run.seed}): adding it twice would say nothing new; use another seed or corpus"
                 )
-        return TokenCounts(
-            self.counts + other.counts, self.held_out + other.held_out, self.tokenizer_digest, self.runs + other.runs
-        )
+        runs = tuple(replace(run, weight=0.0) for run in self.runs + other.runs)  # domains are no longer told apart
+        return TokenCounts(self.counts + other.counts, self.held_out + other.held_out, self.tokenizer_digest, runs)
 
     def resized(self, full_vocab: int) -> "TokenCounts":
         """Returns the same counts for an LM head of `full_vocab` rows.
@@ -155,7 +166,8 @@ class TokenCounts:
             )
         pad = (0, max(0, full_vocab - self.full_vocab))
         counts, held_out = (np.pad(array[:full_vocab], pad) for array in (self.counts, self.held_out))
-        return TokenCounts(counts, held_out, self.tokenizer_digest, self.runs)
+        domains = tuple(each.resized(full_vocab) for each in self.domains)
+        return TokenCounts(counts, held_out, self.tokenizer_digest, self.runs, domains)
 
     def save(self, path: Path, working: Mapping[str, NDArray[np.int64]] | None = None) -> None:
         """Write a safetensors file; equal counts give equal bytes. It appears whole or not at all.
@@ -170,6 +182,9 @@ class TokenCounts:
         runs = [asdict(run) for run in self.runs]
         said = {"tokenizer_digest": self.tokenizer_digest, "runs": runs, "sha256": _sha256(self.digest, runs)}
         arrays = {"counts": self.counts, "held_out": self.held_out}
+        for each in self.domains:
+            domain = each.runs[0].domain
+            arrays |= {f"counts.{domain}": each.counts, f"held_out.{domain}": each.held_out}
         text = json.dumps(said, sort_keys=True)  # safetensors writes keys in any order
         write_whole(Path(path), save({**(working or {}), **arrays}, {FORMAT: text}))
 
@@ -185,7 +200,8 @@ class TokenCounts:
                 metadata = file.metadata() or {}
                 if FORMAT not in metadata and metadata.get("format") != FIRST_FORMAT:
                     raise VocabtrimError(f"{path} holds no token counts of this version: calibrate again")
-                arrays = file.get_tensor("counts"), file.get_tensor("held_out")
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                counts, held_out = arrays["counts"], arrays["held_out"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise VocabtrimError(f"{path} is not a file of token counts ({brief(error)}): calibrate again") from error
         if FORMAT not in metadata:
@@ -197,10 +213,38 @@ class TokenCounts:
         if isinstance(written, list):
             said["runs"] = [_ADDED | run if isinstance(run, dict) else run for run in written]
         provenance: _Provenance = decode(_Provenance, said, str(path))
-        counts = cls(*arrays, provenance.tokenizer_digest, provenance.runs)
-        if FORMAT in metadata and provenance.sha256 != _sha256(counts.digest, written):
+        whole = cls(counts, held_out, provenance.tokenizer_digest, provenance.runs)
+        if FORMAT in metadata and provenance.sha256 != _sha256(whole.digest, written):
             raise VocabtrimError(f"{path} does not match its own digest, it was changed: calibrate again")
-        return counts
+        is_mixed = bool(whole.runs) and all(run.weight for run in whole.runs)
+        return _with_domains(whole, arrays, path) if is_mixed else whole
+
+
+def mixed(domains: Sequence[TokenCounts]) -> TokenCounts:
+    """Add up counts so that each has the share of tokens that the weight of its run says.
+
+    The domain with the most tokens for its weight is taken as it is, the others are multiplied up to it and rounded.
+    """
+    weights = np.array([each.runs[0].weight / max(1, each.total) for each in domains])
+    factors = weights / weights.min()
+    sums = [
+        np.sum([np.rint(factor * part) for factor, part in zip(factors, parts, strict=True)], axis=0).astype(np.int64)
+        for parts in ([each.counts for each in domains], [each.held_out for each in domains])
+    ]
+    runs = tuple(run for each in domains for run in each.runs)
+    return TokenCounts(sums[0], sums[1], domains[0].tokenizer_digest, runs, tuple(domains))
+
+
+def _with_domains(whole: TokenCounts, arrays: Mapping[str, NDArray[np.int64]], path: Path) -> TokenCounts:
+    """The counts of a file with those of its domains. Raises `VocabtrimError` where they are not what was mixed."""
+    try:
+        pairs = [(run, arrays[f"counts.{run.domain}"], arrays[f"held_out.{run.domain}"]) for run in whole.runs]
+        again = mixed([TokenCounts(each[0], each[1], whole.tokenizer_digest, (run,)) for run, *each in pairs])
+    except (KeyError, ValueError) as error:
+        raise VocabtrimError(f"{path} lacks the counts of a domain ({brief(error)}): calibrate again") from error
+    if again.digest != whole.digest:
+        raise VocabtrimError(f"{path} holds domains that do not add up to its counts, it was changed: calibrate again")
+    return again
 
 
 def read_working(path: Path) -> dict[str, NDArray[np.int64]]:

@@ -26,12 +26,14 @@ class Document:
         Empty for raw text, where the model continues `text` itself.
     where: its place, "data.jsonl, line 3".
     parts: the contents of its messages, which `text` joins; empty for raw text.
+    answers: those of them that the assistant wrote.
     """
 
     text: str
     prompt: tuple[Message, ...] = ()
     where: str = field(default="", compare=False)
     parts: tuple[str, ...] = field(default=(), compare=False)
+    answers: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def prompt_length(self) -> int:
@@ -40,8 +42,11 @@ class Document:
 
     @property
     def counted_texts(self) -> tuple[str, ...]:
-        """What the calibration source "text" counts, each text by itself: nothing was ever written between them."""
-        return self.parts or (self.text,)
+        """What the calibration source "text" counts, each text by itself: nothing was ever written between them.
+
+        A model writes the assistant's messages alone; where there is none, everything is all that there is.
+        """
+        return self.answers or self.parts or (self.text,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SECONDS = 15.0
 
@@ -34,7 +36,7 @@ class PartialBatch:
     def is_due(self) -> bool:
         return not self.disabled and monotonic() - self.last >= self.seconds
 
-    def load(self) -> Iterator[dict[str, Tensor]]:
+    def load(self) -> Iterator[dict[str, "Tensor"]]:
         """Yield the segments of this batch that an earlier run left, and remove whatever else is there."""
         while (segment := self._read(self._path(self.count))) is not None:
             self.count += 1
@@ -44,8 +46,10 @@ class PartialBatch:
             if path not in whole:
                 path.unlink(missing_ok=True)
 
-    def append(self, segment: Mapping[str, Tensor]) -> None:
+    def append(self, segment: Mapping[str, "Tensor"]) -> None:
         """Write the next segment."""
+        from safetensors.torch import save_file
+
         path = self._path(self.count)
         aside = path.with_suffix(".new")
         try:
@@ -67,7 +71,7 @@ class PartialBatch:
     def _path(self, number: int) -> Path:
         return self.directory / f"{number:06d}.safetensors"
 
-    def _read(self, path: Path) -> dict[str, Tensor] | None:
+    def _read(self, path: Path) -> "dict[str, Tensor] | None":
         try:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("key") != self.key:

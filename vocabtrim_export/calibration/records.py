@@ -43,8 +43,10 @@ def parse_record(record: object, where: str) -> Iterator[Document]:
         return
     messages = _messages(fields, field, where)
     if prompt := _first_prompt(messages):
-        parts = tuple(message.content for message in messages if message.content.strip())
-        yield Document("\n\n".join(parts), prompt, where, parts)
+        spoken = [message for message in messages if message.content.strip()]
+        parts = tuple(message.content for message in spoken)
+        answers = tuple(message.content for message in spoken if message.role == "assistant")
+        yield Document("\n\n".join(parts), prompt, where, parts, answers)
 
 
 def _field(record: Mapping[str, object]) -> str | None:

@@ -22,7 +22,8 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="text files, .jsonl, .json, .csv, .tsv or .parquet files of prompts, conversations or texts (see "
         "docs/conversations.md), also compressed (.gz, .bz2, .xz, .zst), directories of these; or token counts "
-        "(.safetensors) of earlier calibrations. Without it a corpus that comes with Python stands in",
+        "(.safetensors) of earlier calibrations. As NAME=PATH[:WEIGHT] they are domains, counted apart and mixed by "
+        "weight. Without it a corpus that comes with Python stands in",
     )
     parser.add_argument(
         "--calibration-source",

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from time import monotonic
 
 Report = Callable[[str, int, int], None]
-# Tasks of an export and a calibration whose speed is shown, in these units.
-RATES = {"calibrate": "tokens", "load": "MB", "load drafter": "MB", "load target": "MB"}
+# Tasks of an export and a calibration whose speed is shown, by the first word of their names, in these units.
+RATES = {"calibrate": "tokens", "load": "MB"}
 _SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -71,11 +71,12 @@ class _Rate:
     def __call__(self, task: str, done: int, total: int) -> str:
         start, already = self.began.setdefault(task, (monotonic(), done))
         seconds = monotonic() - start
-        if task not in self.units or seconds < 1:
+        unit = self.units.get(task.partition(" ")[0])
+        if unit is None or seconds < 1:
             return ""
         speed = (done - already) / seconds
         left = "" if not speed or done >= total else f", {_duration((total - done) / speed)} left"
-        return f", {speed:.0f} {self.units[task]}/s{left}"
+        return f", {speed:.0f} {unit}/s{left}"
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,106 @@
+"""Domains of calibration data, `name=path[:weight]`: counted apart, and mixed by weight."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.calibration.corpus import Corpus, read_corpus
+from vocabtrim_export.calibration.counts import TokenCounts, mixed
+
+_NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """One kind of data.
+
+    Attributes:
+        name: Its name, which the counts' file keeps.
+        weight: Its share of the mixture, relative to the other domains' weights.
+        corpus: Its documents.
+    """
+
+    name: str
+    weight: float
+    corpus: Corpus
+
+
+def read_domains(names: Sequence[str | Path]) -> tuple[Domain, ...]:
+    """Read the domains that `--calibration name=path[:weight]` names.
+
+    Returns:
+        The domains; none where the arguments are plain paths.
+
+    Raises:
+        VocabtrimError: Only some of the arguments have names, two have the same, a weight is no positive number, or a
+            file cannot be read.
+    """
+    found = [_parse(str(name)) for name in names]
+    if not any(found):
+        return ()
+    domains: dict[str, tuple[Path, float]] = {}
+    for argument, each in zip(names, found, strict=True):
+        if each is None:
+            raise VocabtrimError(f"--calibration {argument} has no name, others have one: write NAME={argument}")
+        name, path, weight = each
+        if name in domains:
+            raise VocabtrimError(f"--calibration names the domain {name} twice: give each a name of its own")
+        domains[name] = path, weight
+    return tuple(Domain(name, weight, read_corpus([path])) for name, (path, weight) in domains.items())
+
+
+def mix(domains: Sequence[Domain], counts: Sequence[TokenCounts]) -> TokenCounts:
+    """Add up the domains' counts by weight.
+
+    Args:
+        domains: The domains.
+        counts: The counts of each.
+
+    Returns:
+        Counts in which every domain has the share of tokens that its weight says, and which hold its own counts too.
+    """
+    parts = [
+        replace(each, runs=(replace(each.runs[0], domain=domain.name, weight=domain.weight),))
+        for domain, each in zip(domains, counts, strict=True)
+    ]
+    return mixed(parts)
+
+
+def coverage_by_domain(counts: TokenCounts, kept: NDArray[np.int64]) -> dict[str, float]:
+    """The share of each domain's held-out tokens that are among `kept` (ids); domains without any are left out."""
+    return {
+        each.runs[0].domain: int(each.held_out[kept[kept < each.full_vocab]].sum()) / int(each.held_out.sum())
+        for each in counts.domains
+        if each.held_out.any()
+    }
+
+
+def domains_note(counts: TokenCounts, kept: NDArray[np.int64]) -> tuple[str, ...]:
+    """Returns a line with `coverage_by_domain`, or nothing where the counts have no domains."""
+    found = coverage_by_domain(counts, kept)
+    each = ", ".join(f"{name} {share:.2%}" for name, share in found.items())
+    return (f"coverage by domain: {each}",) if found else ()
+
+
+def _parse(text: str) -> tuple[str, Path, float] | None:
+    """The name, the path and the weight of `name=path[:weight]`; None for a plain path."""
+    match = _NAMED.fullmatch(text)
+    if match is None or Path(text).exists():
+        return None
+    name, rest = match[1], match[2]
+    path, colon, weight = rest.rpartition(":")
+    if not colon or Path(rest).exists():
+        return name, Path(rest), 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise VocabtrimError(f"--calibration {text}: the weight {weight!r} is not a positive number, such as 2 or 0.5")
+    return name, Path(path), value
