@@ -10,13 +10,14 @@ from engines.base import Engine
 from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from runtime.decoder import SpeculativeDecoder
+from runtime.draft_length import DraftLength, FixedLength
 from runtime.loop import GREEDY
 from runtime.measure.bandwidth import bandwidths
 from runtime.measure.environment import environment
 from runtime.measure.outputs import output_differences
 from runtime.measure.report import BenchReport, mode_report
 from runtime.measure.timing import Way, measure
-from runtime.pair import check_pair, resolve_draft_length
+from runtime.pair import Auto, check_pair, make_draft_length, resolve_draft_length
 
 TARGET_ONLY = "target_only"
 Forced: TypeAlias = int | Literal["all"] | None
@@ -28,7 +29,7 @@ def bench(
     prompts: Sequence[Sequence[int] | NDArray[np.int64]],
     *,
     max_new_tokens: int = 128,
-    draft_length: int | None = None,
+    draft_length: int | Auto | None = None,
     repeats: int = 3,
     force_accepted: Forced = None,
     sampling: SamplingParams = GREEDY,
@@ -43,7 +44,8 @@ def bench(
         drafters: The drafters by the names of their modes, such as "full_drafter" and "trimmed_drafter".
         prompts: Token ids.
         max_new_tokens: The most tokens to generate for a prompt.
-        draft_length: γ; None: 4, or fewer where the target verifies no more.
+        draft_length: γ, None or "auto", see `SpeculativeDecoder`; where acceptance is forced, None is 4. What an
+            adaptive length learns, in the warm-up too, it keeps from prompt to prompt, as a decoder does.
         repeats: How often each mode decodes each prompt.
         force_accepted: The drafted tokens that each round accepts, see `decode_rounds`; "all" for γ. Nothing is then
             said of equal outputs.
@@ -59,12 +61,19 @@ def bench(
     check_greedy(sampling)
     modes: dict[str, Engine | None] = {TARGET_ONLY: None, **drafters}
     token_ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts]
-    length = 1
-    for drafter in modes.values():  # the first without a drafter; refuses what does not belong together
+    lengths: dict[str, DraftLength] = {}
+    for mode, drafter in modes.items():  # the first without a drafter; refuses what does not belong together
         check_pair(target, drafter)
-        length = resolve_draft_length(target, drafter, draft_length)
+        if force_accepted is not None and draft_length != "auto":
+            lengths[mode] = FixedLength(resolve_draft_length(target, drafter, draft_length))
+        else:
+            lengths[mode] = make_draft_length(target, drafter, draft_length)
+    length = lengths[mode]
     forced = resolve_forced(force_accepted, length)
-    ways = {mode: Way(drafter, length, token_ids, max_new_tokens, forced, sampling) for mode, drafter in modes.items()}
+    ways = {
+        mode: Way(drafter, lengths[mode], token_ids, max_new_tokens, forced, sampling)
+        for mode, drafter in modes.items()
+    }
     speeds = bandwidths((target, *drafters.values()), bandwidth)
     runs = measure(target, ways, repeats, progress)
     alone = runs[TARGET_ONLY]
@@ -76,13 +85,13 @@ def bench(
             alone,
             target.manifest,
             drafter.manifest if drafter else None,
-            length,
+            lengths[mode],
             speeds[(drafter or target).device],
             differences=None if forced is not None else differing[mode],
         )
         for mode, drafter in modes.items()
     }
-    sizes = len(prompts), max_new_tokens, length, repeats, forced
+    sizes = len(prompts), max_new_tokens, length.longest, length.adapts, repeats, forced
     return BenchReport(reports, *sizes, speeds[target.device], measured_on(target), sampling)
 
 
@@ -98,12 +107,15 @@ def measured_on(target: Engine) -> dict[str, Any]:
     return environment() | target.environment() | made_by
 
 
-def resolve_forced(force_accepted: Forced, draft_length: int) -> int | None:
-    """The accepted tokens that are forced when `draft_length` tokens are drafted.
+def resolve_forced(force_accepted: Forced, length: DraftLength) -> int | None:
+    """The accepted tokens that are forced in drafts of `length`.
 
     Raises:
-        VocabtrimError: More tokens are to be accepted than are drafted.
+        VocabtrimError: More tokens are to be accepted than are drafted, or drafts have no fixed length.
     """
+    if force_accepted is not None and length.adapts:
+        raise VocabtrimError("acceptance can be forced in drafts of one length only: give --draft-length a number")
+    draft_length = length.longest
     if force_accepted == "all":
         return draft_length
     if force_accepted is not None and not 0 <= force_accepted <= draft_length:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from engines.bundle.read import Manifest
 from engines.sampling_params import SamplingParams
 from runtime.alarm import Collapse, find_collapse
+from runtime.draft_length import DraftLength
 from runtime.loop import GREEDY, Round
 from runtime.measure.outputs import OutputDifference
 from runtime.measure.timing import Run
@@ -27,10 +28,11 @@ class ModeReport:
         decode_speedup: decode_tokens_per_second over that of target-only decoding.
         block_efficiency: See `Stats`.
         acceptance: See `Stats`.
+        drafted_per_round: Tokens drafted for each round: γ but at a text's end, or what an adaptive length chose.
         draft_step_ms: Median of the drafter's steps of one token; if it made none, of its drafts, divided by their
             tokens. None where it drafted nothing.
-        verify_ms: Median of the target's calls on a full draft, γ + 1 tokens; in target-only decoding, of its one-token
-            steps. None where no such call was made.
+        verify_ms: Median of the target's calls on a full draft, γ + 1 tokens, or on any where their length adapts; in
+            target-only decoding, of its one-token steps. None where no such call was made.
         draft_step_percentiles_ms: Percentiles of the same steps.
         verify_percentiles_ms: Percentiles of the same calls.
         round_percentiles_ms: Percentiles of whole rounds with a full draft; in target-only decoding, of one step.
@@ -59,6 +61,7 @@ class ModeReport:
     decode_speedup: float
     block_efficiency: float
     acceptance: tuple[float, ...]
+    drafted_per_round: float
     draft_step_ms: float | None
     verify_ms: float | None
     draft_step_percentiles_ms: Percentiles | None
@@ -88,7 +91,8 @@ class BenchReport:
         modes: The ways of decoding by name, "target_only" first.
         prompts: The number of prompts.
         max_new_tokens: Tokens generated for each prompt, at most.
-        draft_length: γ.
+        draft_length: γ; where it adapts, the longest draft.
+        adapts: Drafts are as long as they are worth their time.
         repeats: How often each prompt was decoded in each mode.
         force_accepted: The number of drafted tokens that each round accepted; None where the target judged the drafts.
         bandwidth: Bytes/s that the target's memory was measured to deliver.
@@ -101,6 +105,7 @@ class BenchReport:
     prompts: int
     max_new_tokens: int
     draft_length: int
+    adapts: bool
     repeats: int
     force_accepted: int | None
     bandwidth: float
@@ -125,7 +130,7 @@ def mode_report(
     baseline: Runs,
     target: Manifest,
     drafter: Manifest | None,
-    draft_length: int,
+    length: DraftLength,
     bandwidth: float,
     *,
     differences: Sequence[OutputDifference] | None = (),
@@ -137,12 +142,14 @@ def mode_report(
         baseline: The runs of target-only decoding.
         target: The target's manifest.
         drafter: The drafter's manifest; None for target-only decoding.
-        draft_length: γ.
+        length: How long drafts were.
         bandwidth: Bytes/s of the memory of the engine whose steps bytes_per_step counts.
         differences: See `output_differences`; None where acceptance was forced and the tokens mean nothing.
     """
-    flat, length = _flat(runs), draft_length if drafter else 0
+    flat = _flat(runs)
     stats = summarize(entry for run in flat for entry in run.rounds)
+    drafted = stats.drafted / max(1, stats.rounds)
+    fixed = None if drafter and length.adapts else length.longest if drafter else 0
     context = sum(run.target[0].tokens + len(run.tokens) / 2 for run in _flat(baseline)) / len(_flat(baseline))
     target_bytes, step_bytes = step_bytes_at(target, context), step_bytes_at(drafter or target, context)
     step = call_percentiles(flat, "drafter" if drafter else "target", 1)
@@ -157,8 +164,9 @@ def mode_report(
         acceptance=stats.acceptance,
         bytes_per_step=step_bytes,
         bandwidth_fraction=step_bytes / (step.p50 / 1e3) / bandwidth if step else None,
-        mbsu=mbsu(stats.block_efficiency, step_bytes / target_bytes, length),
-        **_times(flat, call_percentiles(_flat(baseline), "target", 1), stats.block_efficiency, length),
+        drafted_per_round=drafted,
+        mbsu=mbsu(stats.block_efficiency, step_bytes / target_bytes, drafted if fixed is None else fixed),
+        **_times(flat, call_percentiles(_flat(baseline), "target", 1), stats.block_efficiency, fixed, drafted),
         coverage=drafter.coverage if drafter else None,
         equal_prompts=None if forced else len(runs) - len(differing),
         differing_prompts=differing,
@@ -168,11 +176,20 @@ def mode_report(
     )
 
 
-def _times(runs: Sequence[Run], target_step: Percentiles | None, tau: float, length: int) -> dict[str, Any]:
-    """The fields of `ModeReport` that follow from the times of calls and rounds. length: γ, 0 for the target alone."""
-    draft, verify = call_percentiles(runs, "drafter", 1), call_percentiles(runs, "target", length + 1)
-    if length and draft is None:  # γ = 1, and a drafter that was always two tokens behind
-        draft = draft_percentiles(runs, length)
+def _times(
+    runs: Sequence[Run], target_step: Percentiles | None, tau: float, fixed: int | None, drafted: float
+) -> dict[str, Any]:
+    """The fields of `ModeReport` that follow from the times of calls and rounds.
+
+    fixed: γ, 0 for the target alone, None where it adapts. drafted: tokens drafted a round.
+    """
+    length = drafted if fixed is None else fixed
+    draft, verify = (
+        call_percentiles(runs, "drafter", 1),
+        call_percentiles(runs, "target", None if fixed is None else fixed + 1),
+    )
+    if fixed and draft is None:  # γ = 1, and a drafter that was always two tokens behind
+        draft = draft_percentiles(runs, fixed)
     seconds, outside = sum(run.seconds for run in runs), sum(run.seconds - run.engine_seconds for run in runs)
     overhead_ms = 1e3 * outside / sum(len(run.rounds) for run in runs)
     draft_ms, verify_ms = draft.p50 if draft else None, verify.p50 if verify else None
@@ -185,8 +202,8 @@ def _times(runs: Sequence[Run], target_step: Percentiles | None, tau: float, len
         "verify_ms": verify_ms,
         "draft_step_percentiles_ms": draft,
         "verify_percentiles_ms": verify,
-        "round_percentiles_ms": round_percentiles(runs, length),
-        "host_percentiles_ms": host_percentiles(runs, length),
+        "round_percentiles_ms": round_percentiles(runs, fixed),
+        "host_percentiles_ms": host_percentiles(runs, fixed),
         "latency_speedup": speedup,
         "predicted_tokens_per_second": rate,
         "overhead": outside / seconds,
@@ -221,18 +238,20 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b else 0.0
 
 
-def call_percentiles(runs: Sequence[Run], engine: Literal["target", "drafter"], tokens: int) -> Percentiles | None:
-    """ms of an engine's calls on `tokens` tokens. Prefills do not count, however short."""
+def call_percentiles(
+    runs: Sequence[Run], engine: Literal["target", "drafter"], tokens: int | None
+) -> Percentiles | None:
+    """ms of an engine's calls on `tokens` tokens, or on any number. Prefills do not count, however short."""
     feeds = [feed for run in runs for feed in (run.drafter if engine == "drafter" else run.target[1:])]
-    return Percentiles.of(feed.seconds * 1e3 for feed in feeds if feed.tokens == tokens)
+    return Percentiles.of(feed.seconds * 1e3 for feed in feeds if tokens in (None, feed.tokens))
 
 
-def round_percentiles(runs: Sequence[Run], length: int) -> Percentiles | None:
+def round_percentiles(runs: Sequence[Run], length: int | None) -> Percentiles | None:
     """ms of rounds with a full draft. The one in which a drafter reads the prompt is left out."""
     return Percentiles.of(entry.seconds * 1e3 for entry in _full_rounds(runs, length))
 
 
-def host_percentiles(runs: Sequence[Run], length: int) -> Percentiles | None:
+def host_percentiles(runs: Sequence[Run], length: int | None) -> Percentiles | None:
     """ms of these rounds outside drafting and verifying."""
     rounds = _full_rounds(runs, length)
     return Percentiles.of(1e3 * (entry.seconds - entry.draft_seconds - entry.verify_seconds) for entry in rounds)
@@ -243,9 +262,10 @@ def draft_percentiles(runs: Sequence[Run], length: int) -> Percentiles | None:
     return Percentiles.of(entry.draft_seconds * 1e3 / length for entry in _full_rounds(runs, length))
 
 
-def _full_rounds(runs: Sequence[Run], length: int) -> list[Round]:
+def _full_rounds(runs: Sequence[Run], length: int | None) -> list[Round]:
+    """The rounds that drafted `length` tokens, or all where drafts have no fixed length."""
     rounds = [entry for run in runs for entry in run.rounds if not entry.is_prefill and not entry.prefill_seconds]
-    return [entry for entry in rounds if entry.drafted == length]
+    return [entry for entry in rounds if length in (None, entry.drafted)]
 
 
 def _differing(runs: Runs, baseline: Runs) -> tuple[int, ...]:

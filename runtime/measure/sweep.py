@@ -9,6 +9,7 @@ from engines.base import Engine
 from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from runtime.decoder import SpeculativeDecoder
+from runtime.draft_length import FixedLength
 from runtime.loop import GREEDY
 from runtime.measure.bandwidth import bandwidths
 from runtime.measure.bench import TARGET_ONLY, Forced, check_greedy, measured_on, resolve_forced
@@ -140,7 +141,7 @@ def sweep(
             max(length, 1),
             encoded[context],
             settings.max_new_tokens,
-            resolve_forced(settings.force_accepted, length) if length else (0 if forced else None),
+            resolve_forced(settings.force_accepted, FixedLength(length)) if length else (0 if forced else None),
             settings.sampling,
         )
         for name, length, context in keys
@@ -153,7 +154,7 @@ def sweep(
         speed = speeds[drafters.get(name, target).device]
         own, alone = runs[_label(name, length, context)], runs[_label(TARGET_ONLY, 0, context)]
         differences = None if forced else output_differences(target, encoded[context], own, alone, settings.sampling)
-        report = mode_report(own, alone, target.manifest, drafter, length, speed, differences=differences)
+        report = mode_report(own, alone, target.manifest, drafter, FixedLength(length), speed, differences=differences)
         return SweepRow(name, (drafter or target.manifest).head_rows, length, context, report)
 
     rows = tuple(row(*key) for key in keys)
@@ -174,7 +175,7 @@ def check_settings(
             check_pair(target, drafter)
             lengths.add(resolve_draft_length(target, drafter, length))
     for length in lengths:
-        resolve_forced(settings.force_accepted, length)
+        resolve_forced(settings.force_accepted, FixedLength(length))
     _check_contexts((target, *drafters.values()), settings)
     return tuple(sorted(lengths))
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from engines.base import Engine, Speculation, StepOutput
 from engines.bundle.vocab_map import HeadTokens
 from engines.sampling_params import Sampling, SamplingParams
+from runtime.draft_length import DraftLength
 from runtime.loop import GREEDY, Round, decode_rounds
 
 _WARM_UP_TOKENS = 16
@@ -71,10 +72,11 @@ class Way:
     """One way of decoding some prompts. drafter: None for the target alone. force_accepted: see `decode_rounds`.
 
     sampling: greedy, with rules on logits.
+    draft_length: γ, or what decides it; an adaptive one keeps what it learns from one generation to the next.
     """
 
     drafter: Engine | None
-    draft_length: int
+    draft_length: int | DraftLength
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
     force_accepted: int | None = None
@@ -159,7 +161,7 @@ def timed_run(
     drafter: Engine | None,
     prompt: Sequence[int],
     max_new_tokens: int,
-    draft_length: int,
+    draft_length: int | DraftLength,
     force_accepted: int | None = None,
     sampling: SamplingParams = GREEDY,
 ) -> Run:
@@ -199,7 +201,8 @@ def measure(
         By way, prompt and repeat: the runs.
     """
     for way in ways.values():
-        tokens = max(_WARM_UP_TOKENS, _WARM_UP_ROUNDS * (way.draft_length + 1))
+        longest = way.draft_length if isinstance(way.draft_length, int) else way.draft_length.longest
+        tokens = max(_WARM_UP_TOKENS, _WARM_UP_ROUNDS * (longest + 1))
         _run(target, replace(way, max_new_tokens=min(way.max_new_tokens, tokens)), 0)
     prompts = len(next(iter(ways.values())).prompts)
     runs: dict[str, list[list[Run]]] = {name: [[] for _ in range(prompts)] for name in ways}

@@ -5,6 +5,7 @@ import pytest
 from engines.errors import VocabtrimError
 from engines.generation_rules import GenerationRules
 from runtime import SamplingParams, SpeculativeDecoder, mbsu
+from runtime.draft_length import FixedLength
 from runtime.loop import Round
 from runtime.measure.bandwidth import read_bandwidth
 from runtime.measure.bench import bench
@@ -24,6 +25,7 @@ def test_every_mode_is_measured_against_the_target_alone(make_target, make_draft
         {"full_drafter": make_drafter(noise=0.3), "trimmed_drafter": make_drafter(range(2, 40), noise=0.3)},
         PROMPTS,
         max_new_tokens=20,
+        draft_length=4,
         repeats=2,
         bandwidth=1e9,
         progress=lambda done, total: steps.append((done, total)),
@@ -47,6 +49,18 @@ def test_every_mode_is_measured_against_the_target_alone(make_target, make_draft
     assert data["environment"]["tool_versions"] == {"fake": "1"}
 
 
+def test_by_default_drafts_are_as_long_as_a_decoders(make_target, make_drafter):
+    """A drafter that is always right and costs a tenth of its target."""
+    report = bench(
+        make_target(context=256), {"drafter": make_target(context=256)}, [[3], [4]], max_new_tokens=100, bandwidth=1e9
+    )
+    mode = report.modes["drafter"]
+    assert (report.draft_length, report.adapts, report.lossless) == (16, True, True)
+    assert mode.drafted_per_round == pytest.approx(mode.block_efficiency - 1, abs=0.2)
+    assert mode.verify_ms > 0
+    assert mode.round_percentiles_ms.p50 > 0
+
+
 def test_a_mode_whose_tokens_differ_is_reported(make_target, make_drafter):
     """A target that answers otherwise after a rewind, as a broken rollback would make it."""
     target, drafter = make_target(), make_drafter(noise=2.0)
@@ -58,7 +72,9 @@ def test_a_mode_whose_tokens_differ_is_reported(make_target, make_drafter):
         rewind(length)
 
     target.rewind = broken
-    report = bench(target, {"trimmed_drafter": drafter}, PROMPTS, max_new_tokens=20, repeats=1, bandwidth=1e9)
+    report = bench(
+        target, {"trimmed_drafter": drafter}, PROMPTS, max_new_tokens=20, draft_length=4, repeats=1, bandwidth=1e9
+    )
     assert not report.lossless
     trimmed = report.modes["trimmed_drafter"]
     assert trimmed.differing_prompts == tuple(dict.fromkeys(each.prompt for each in trimmed.differences))
@@ -129,12 +145,12 @@ def test_steps_are_timed_by_their_kind_and_runs_by_their_median(make_target, mak
     feeds = {"target": [Feed(3, 3, 0.5), Feed(2, 2, 9.0)], "drafter": (Feed(3, 1, 9.0), Feed(1, 1, 0.1))}
     drafted = [[run(1.0, **feeds), run(2.0, **feeds)]] * 2
     target, drafter = make_target().manifest, make_drafter().manifest
-    report = mode_report(drafted, alone, target, drafter, 2, bandwidth=1e4)
+    report = mode_report(drafted, alone, target, drafter, FixedLength(2), bandwidth=1e4)
     assert (report.verify_ms, report.draft_step_ms) == (500, 100)
     assert report.tokens_per_second == 8 / 3
     assert report.speedup == 2
     assert report.bandwidth_fraction == pytest.approx((200 + 10 * (2 + 4 / 2)) / 0.1 / 1e4)
-    assert mode_report(alone, alone, target, None, 2, bandwidth=1e4).verify_ms == pytest.approx(300)
+    assert mode_report(alone, alone, target, None, FixedLength(2), bandwidth=1e4).verify_ms == pytest.approx(300)
 
 
 def test_a_bench_of_nothing_is_refused(make_target):

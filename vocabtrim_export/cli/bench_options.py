@@ -62,8 +62,8 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
         type=numbers,
         default=[],
         metavar="N[,N…]",
-        help="tokens drafted per round (γ; default: 4, or fewer where the target verifies no more; with --plan "
-        f"{','.join(map(str, PLAN_DRAFT_LENGTHS))})",
+        help="tokens drafted per round (γ; default: as long as they are worth on the CPU, 16 at most; 4 on a GPU, in a "
+        f"sweep and where acceptance is forced; with --plan {','.join(map(str, PLAN_DRAFT_LENGTHS))})",
     )
     group.add_argument(
         "--context",

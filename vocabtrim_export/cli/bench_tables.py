@@ -27,7 +27,7 @@ def show(report: "BenchReport | PlanReport | SweepReport") -> None:
 
 def show_bench(report: "BenchReport") -> None:
     title = (
-        f"{report.prompts} prompts, {report.max_new_tokens} new tokens, γ = {report.draft_length}, "
+        f"{report.prompts} prompts, {report.max_new_tokens} new tokens, {_length(report)}, "
         f"{_judged(report.force_accepted)}, medians of {report.repeats}; "
         f"memory reads {report.bandwidth / 1e9:.1f} GB/s"
     )
@@ -39,6 +39,7 @@ def show_bench(report: "BenchReport") -> None:
         "speed-up, by measured latency": lambda m: _number(m.latency_speedup, "×"),
         "speed-up, memory-bound (MBSU)": lambda m: f"{m.mbsu:.2f}×",
         "block efficiency": lambda m: f"{m.block_efficiency:.2f}",
+        "drafted a round": lambda m: f"{m.drafted_per_round:.2f}",
         "accepted, by position": lambda m: " ".join(f"{share:.0%}" for share in m.acceptance) or "-",
         "ms a draft step": lambda m: _number(m.draft_step_ms),
         "ms a verification (target only: a step)": lambda m: _number(m.verify_ms),
@@ -138,6 +139,10 @@ def _sweep_row(row: "SweepRow") -> list[str]:
         f"{report.bytes_per_step / 1e6:.1f}",
         _share(report.bandwidth_fraction),
     ]
+
+
+def _length(report: "BenchReport") -> str:
+    return f"drafts of up to {report.draft_length}" if report.adapts else f"γ = {report.draft_length}"
 
 
 def _judged(force_accepted: int | str | None) -> str:

@@ -22,8 +22,8 @@ from vocabtrim_export.sources.end_tokens import eos_token_ids
 from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
 from vocabtrim_export.sources.source import Source, calibration_model
 
-_PER_DOMAIN, _MOST = 6, 24  # texts
-_PROMPT_TOKENS, _NEW_TOKENS = 384, 64
+_PER_DOMAIN, _MOST = 4, 16  # texts
+_PROMPT_TOKENS, _NEW_TOKENS = 256, 64
 _FEWEST = 8  # tokens that a continuation must have to say anything
 
 
