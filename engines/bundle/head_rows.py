@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from engines.bundle.graph_io import TOKEN_IDS
 from engines.bundle.typed_json import brief
 from engines.bundle.vocab_map import NOT_KEPT, VocabMap
 from engines.errors import VocabtrimError
@@ -28,14 +29,14 @@ class HeadRows:
         try:
             file: Any = safe_open(path, framework="numpy")  # mapped into memory, and read by `read`
             names = set(file.keys())
-            token_ids = file.get_tensor("token_ids")
+            token_ids = file.get_tensor(TOKEN_IDS)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise VocabtrimError(f"{path} is not a file of head rows ({brief(error)})") from error
         self.has_bias = "bias" in names
         parts = ("weight",) if self._bits is None else ("quantized", "scales", "zero_points")
-        if names != {"token_ids", *parts, *(["bias"] if self.has_bias else [])}:
+        if names != {TOKEN_IDS, *parts, *(["bias"] if self.has_bias else [])}:
             raise VocabtrimError(f"{path} does not hold the rows of a head that is {quantization}: export again")
-        self._parts = {name: file.get_slice(name) for name in names - {"token_ids"}}
+        self._parts = {name: file.get_slice(name) for name in names - {TOKEN_IDS}}
         self.index = _index(token_ids, vocab_map, path)
         self._size = self._check_shapes(len(token_ids), path)
 

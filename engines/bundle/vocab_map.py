@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from engines.bundle.graph_io import TOKEN_TABLE
 from engines.bundle.typed_json import brief
 from engines.errors import VocabtrimError
 
@@ -90,7 +91,7 @@ class VocabMap:
 
     def to_bytes(self) -> bytes:
         """Returns the safetensors form that `load` reads."""
-        return save({"kept_token_ids": self.kept_token_ids}, {"full_vocab": str(self.full_vocab)})
+        return save({TOKEN_TABLE: self.kept_token_ids}, {"full_vocab": str(self.full_vocab)})
 
     @classmethod
     def load(cls, path: Path) -> "VocabMap":
@@ -101,7 +102,7 @@ class VocabMap:
         """
         try:
             with safe_open(path, framework="numpy") as file:
-                ids, full_vocab = file.get_tensor("kept_token_ids"), int(file.metadata()["full_vocab"])
+                ids, full_vocab = file.get_tensor(TOKEN_TABLE), int(file.metadata()["full_vocab"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise VocabtrimError(f"{path} is not a VocabMap file ({brief(error)})") from error
         return cls(ids, full_vocab)

@@ -10,7 +10,21 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from engines.base import MAX_KEEP, ContextFull, Engine, StepOutput
-from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT, SLOT_WEIGHT
+from engines.bundle.graph_io import (
+    FEATURES_OUTPUT,
+    HIDDEN_INPUT,
+    HIDDEN_OUTPUT,
+    INPUT_IDS,
+    KEEP,
+    LOGITS,
+    PAST,
+    POSITION_IDS,
+    SEQLENS_K,
+    SLOT_WEIGHT,
+    TOKEN_IDS,
+    TOTAL_LENGTH,
+    present_name,
+)
 from engines.bundle.head_rows import HeadRows
 from engines.bundle.manifest import HEAD_ROWS_NAME
 from engines.bundle.read import Bundle
@@ -115,8 +129,8 @@ class OnnxRuntimeEngine(Engine):
         self._steps: dict[tuple[int, int], Step] = {}
         # position_ids are absent where attention counts by itself
         names = [value.name for value in self._session.get_inputs()]
-        self._token_inputs = [name for name in ("input_ids", "position_ids", "seqlens_k") if name in names]
-        (logits,) = (output for output in self._session.get_outputs() if output.name == "logits")
+        self._token_inputs = [name for name in (INPUT_IDS, POSITION_IDS, SEQLENS_K) if name in names]
+        (logits,) = (output for output in self._session.get_outputs() if output.name == LOGITS)
         self._head_rows = int(logits.shape[-1])
         self.logits_type: str = logits.type
         self._slots = self._make_slots()
@@ -208,7 +222,7 @@ class OnnxRuntimeEngine(Engine):
         )
         for name in self._token_inputs:
             step.binding.bind_ortvalue_input(name, share(getattr(step, name)))
-        for name in ("logits", "token_ids"):
+        for name in (LOGITS, TOKEN_IDS):
             step.binding.bind_ortvalue_output(name, share(getattr(step, name)))
         for name, array in step.hidden.items():
             bind = step.binding.bind_ortvalue_input if name == HIDDEN_INPUT else step.binding.bind_ortvalue_output
@@ -220,9 +234,9 @@ class OnnxRuntimeEngine(Engine):
         binding = self._session.io_binding()
         for name, cache in self._caches.items():
             binding.bind_ortvalue_input(name, cache)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
-        binding.bind_ortvalue_input("num_logits_to_keep", share(np.array([keep], np.int64)))
-        binding.bind_ortvalue_input("total_sequence_length", share(self._total))
+            binding.bind_ortvalue_output(present_name(name), cache)
+        binding.bind_ortvalue_input(KEEP, share(np.array([keep], np.int64)))
+        binding.bind_ortvalue_input(TOTAL_LENGTH, share(self._total))
         for name, array in (self._slots.inputs if self._slots else {}).items():
             binding.bind_ortvalue_input(name, share(array))
         return binding
@@ -243,7 +257,7 @@ class OnnxRuntimeEngine(Engine):
     def _allocate_caches(self) -> dict[str, ort.OrtValue]:
         caches = {}
         for value in self._session.get_inputs():
-            if value.name.startswith("past_key_values."):
+            if value.name.startswith(PAST):
                 _, heads, _, size = value.shape
                 caches[value.name] = self._allocate_cache((1, heads, self.capacity, size), value.type)
         return caches

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engines.bundle.checks import graph_metadata
 from engines.bundle.graph_file import HEAD_TENSORS, GraphFile
-from engines.bundle.graph_io import TOKEN_TABLE
+from engines.bundle.graph_io import TOKEN_IDS, TOKEN_TABLE
 from engines.bundle.read import (
     FEATURES_NAME,
     HEAD_ROWS_NAME,
@@ -150,7 +150,7 @@ def _save_head_rows(directory: Path, traced: Traced, plan: BundlePlan) -> None:
     """The rows of the tokens that the trimmed head lacks, in their order, and these tokens."""
     parts = lower_slot_rows(traced, plan.weights, torch.from_numpy(plan.rows_of(plan.lost_token_ids)))
     tensors = {name: weight.load().contiguous() for name, weight in parts.items()}
-    save_file({"token_ids": torch.from_numpy(plan.lost_token_ids.copy()), **tensors}, directory / HEAD_ROWS_NAME)
+    save_file({TOKEN_IDS: torch.from_numpy(plan.lost_token_ids.copy()), **tensors}, directory / HEAD_ROWS_NAME)
     shutil.copymode(directory / MODEL_NAME, directory / HEAD_ROWS_NAME)  # save_file lets the owner alone read it
 
 

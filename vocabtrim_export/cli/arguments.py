@@ -116,7 +116,7 @@ def add_format_argument(parser: argparse.ArgumentParser) -> None:
         choices=["onnx", "trt", *FORMATS],
         default=["onnx"],
         metavar="FORMAT",
-        help="onnx (the default): bundles for ONNX Runtime; trt: bundles with TensorRT engines; beside them, each in "
+        help="onnx (the default): bundles for ONNX Runtime; trt: bundles with TensorRT engines; in addition, each in "
         f"DIR/FORMAT: {', '.join(FORMATS)} (docs/formats.md)",
     )
 

@@ -4,20 +4,19 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from engines.bundle.graph_io import INPUT_IDS, KEEP, LOGITS_POSITIONS, TOKEN_IDS, TOKEN_TABLE
 from engines.bundle.vocab_map import VocabMap
 from vocabtrim_export.lowering.graph import DecoderGraph, name_of
 from vocabtrim_export.lowering.nodes import Nodes
 
-KEEP_INPUT = "num_logits_to_keep"
-POSITIONS_INPUT = "logits_positions"
 _END = (1 << 63) - 1
 
 
 def keep_last_positions(decoder: DecoderGraph) -> None:
     """Feed the head only the last `num_logits_to_keep: int64[1]` positions: a prefill needs one row of logits."""
     (head,) = decoder.composites("Head")
-    ids = next(value for value in decoder.graph.inputs if value.name == "input_ids")
-    keep = decoder.input(KEEP_INPUT, ir.DataType.INT64, [1])
+    ids = next(value for value in decoder.graph.inputs if value.name == INPUT_IDS)
+    keep = decoder.input(KEEP, ir.DataType.INT64, [1])
     nodes = Nodes(decoder, head)
     # Slice reads its bounds on the host. So does Shape write its result, which keeps this sum there: as Neg(keep) it
     # would go to a GPU and be copied back, and a graph with such a copy cannot become a CUDA graph.
@@ -29,7 +28,7 @@ def keep_last_positions(decoder: DecoderGraph) -> None:
 def select_positions(decoder: DecoderGraph) -> None:
     """Feed the head only the positions at the indices `logits_positions: int64[keep]` of the input."""
     (head,) = decoder.composites("Head")
-    indices = decoder.input(POSITIONS_INPUT, ir.DataType.INT64, ["keep"])
+    indices = decoder.input(LOGITS_POSITIONS, ir.DataType.INT64, ["keep"])
     head.replace_input_with(0, Nodes(decoder, head)("Gather", head.inputs[0], indices, axis=1))
 
 
@@ -50,10 +49,16 @@ def trim_head(decoder: DecoderGraph, rows: Tensor) -> None:
 
 
 def bake_token_ids(decoder: DecoderGraph, vocab_map: VocabMap | None, slots: ir.Value | None = None) -> None:
-    """Add the output token_ids: int64[1, keep]: ArgMax of the logits (the first of equals), then, for a trimmed
-    head, Gather from the table of kept token ids. Runs first of the outputs' edits: logits is output 0.
+    """Add the output token_ids, int64[1, keep].
 
-    slots: int64[M], the token ids of as many more columns of the logits; None where there are none."""
+    It is the ArgMax of the logits (the first of equal ones), then, for a trimmed head, a Gather from the table of kept
+    token ids. This must run before other outputs are added: logits is output 0.
+
+    Args:
+        decoder: The graph.
+        vocab_map: The tokens of the head's rows; None for a full head.
+        slots: int64[M], the token ids of the columns behind those of the head; None where there are no slots.
+    """
     logits = decoder.graph.outputs[0]
     columns = len(vocab_map) if vocab_map else int(logits.shape[-1])  # type: ignore[index, arg-type]
     if slots is not None and slots.shape is not None:
@@ -67,11 +72,11 @@ def bake_token_ids(decoder: DecoderGraph, vocab_map: VocabMap | None, slots: ir.
     top = ir.node("ArgMax", [compared], {"axis": -1, "keepdims": 0, "select_last_index": 0})
     decoder.graph.append(top)
     if vocab_map is not None:
-        table = decoder.initializer("kept_token_ids", ir.Tensor(vocab_map.kept_token_ids, name="kept_token_ids"))
+        table = decoder.initializer(TOKEN_TABLE, ir.Tensor(vocab_map.kept_token_ids, name=TOKEN_TABLE))
         if slots is not None:
             tables = ir.node("Concat", [table, slots], {"axis": 0})
             decoder.graph.append(tables)
             table = tables.outputs[0]
         top = ir.node("Gather", [table, top.outputs[0]])
         decoder.graph.append(top)
-    decoder.output(top.outputs[0], "token_ids", ir.DataType.INT64, [1, "keep"])
+    decoder.output(top.outputs[0], TOKEN_IDS, ir.DataType.INT64, [1, "keep"])
