@@ -21,6 +21,7 @@ from vocabtrim_export.calibration.batches import BatchLimits, draws, next_batch
 from vocabtrim_export.calibration.corpus import Corpus
 from vocabtrim_export.calibration.counts import CalibrationRun, TokenCounts, is_held_out, read_working
 from vocabtrim_export.calibration.document import Document, Skipped, describe_skipped
+from vocabtrim_export.calibration.endpoint import BATCH, Endpoint, check_same_tokenizer
 from vocabtrim_export.calibration.partial_batch import SECONDS, PartialBatch
 from vocabtrim_export.calibration.prompts import encode, encode_document
 from vocabtrim_export.calibration.sufficiency import Evidence, Rows, Verdict
@@ -55,6 +56,7 @@ def calibrate(
     save_seconds: float = SECONDS,
     enough_for: Rows | None = None,
     on_verdict: Callable[[Verdict], None] = lambda _verdict: None,
+    endpoint: Endpoint | None = None,
 ) -> TokenCounts:
     """Count the tokens that a model generates on a corpus, or the tokens of the corpus itself.
 
@@ -83,6 +85,7 @@ def calibrate(
         save_seconds: The time between two savings, which is what a killed run can lose.
         enough_for: The rows of a trimmed head, a number or the share of held-out tokens that they are to cover:
             counting stops before `max_tokens` where more tokens would change little for such a head.
+        endpoint: A server that generates instead of `model`, with its own chat template.
         on_verdict: Called with each look at whether the tokens are enough; the last one is the one that stopped.
 
     Returns:
@@ -92,13 +95,16 @@ def calibrate(
         VocabtrimError: An argument is out of range, the checkpoint comes from other settings, or the corpus yields no
             token.
     """
-    _check(model, source, max_tokens, seed, temperature)
+    _check(model or endpoint, source, max_tokens, seed, temperature)
     if source == "text":
         model = None
     chat = replace(chat or ChatOptions(), now=CALIBRATION_DATE)
     fresh = _fresh_counts(
         model, tokenizer, corpus, source, seed, temperature, model_digest, limits or BatchLimits(), chat
     )
+    if endpoint is not None:
+        endpoint.check()
+        fresh = _of_endpoint(fresh, endpoint, temperature, limits or BatchLimits(batch_size=BATCH))
     runtime = runtime_tokenizer(tokenizer)
     skipped: list[Skipped] = []
     counts = fresh if checkpoint is None or not checkpoint.exists() else _resume(checkpoint, fresh)
@@ -112,7 +118,10 @@ def calibrate(
             documents = [corpus.documents[index] for index in indices]
             tokens: Sequence[Sequence[int] | NDArray[np.int64]]
             unfinished = None
-            if model is None:
+            if endpoint is not None:
+                on_step = partial(_report, progress, counts.total, max_tokens)
+                tokens = _asked(endpoint, tokenizer, documents, counts.runs[0], (pass_number, indices), on_step)
+            elif model is None:
                 tokens = _text_tokens(tokenizer, documents)
             else:
                 prompts, left_out = _prompts(runtime, documents, chat, counts.runs[0], counts.full_vocab)
@@ -189,7 +198,9 @@ def _report(progress: Progress, before: int, max_tokens: int, in_batch: int) -> 
     progress(min(before + in_batch, max_tokens), max_tokens)
 
 
-def _check(model: "PreTrainedModel | None", source: str, max_tokens: int, seed: int, temperature: float) -> None:
+def _check(
+    model: "PreTrainedModel | Endpoint | None", source: str, max_tokens: int, seed: int, temperature: float
+) -> None:
     if source not in get_args(Source):
         raise VocabtrimError(f"unknown calibration source {source!r}: choose from {', '.join(get_args(Source))}")
     if source != "text" and model is None:
@@ -228,6 +239,31 @@ def _fresh_counts(
         )
     empty = np.zeros(vocab_size, np.int64)
     return TokenCounts(empty, empty, tokenizer_digest(tokenizer.backend_tokenizer), (run,))
+
+
+def _of_endpoint(fresh: TokenCounts, endpoint: Endpoint, temperature: float, limits: BatchLimits) -> TokenCounts:
+    """The same counts without any token, with the settings of an endpoint."""
+    sizes = replace(limits, max_prompt_tokens=0)  # prompts are not cut
+    served = {"model_digest": f"endpoint:{endpoint.model}", "temperature": float(temperature), **asdict(sizes)}
+    return replace(fresh, runs=(replace(fresh.runs[0], **served),))
+
+
+def _asked(
+    endpoint: Endpoint,
+    tokenizer: "PreTrainedTokenizerFast",
+    documents: Sequence[Document],
+    run: CalibrationRun,
+    batch: tuple[int, list[int]],
+    on_step: Callable[[int], None],
+) -> list[list[int]]:
+    """The tokens of what the server continues each document with, an EOS where the model ended it."""
+    pass_number, indices = batch
+    seeds = [int(np.random.default_rng([run.seed, pass_number, index]).integers(1 << 31)) for index in indices]
+    answers = endpoint.answers(documents, run.max_new_tokens, run.temperature, seeds, on_step)
+    tokens = encode(tokenizer, [answer.text for answer in answers], add_special_tokens=False)
+    check_same_tokenizer(endpoint, answers, [len(ids) for ids in tokens])
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return [ids + end * answer.is_ended for ids, answer in zip(tokens, answers, strict=True)]
 
 
 def _describe(chat: ChatOptions) -> str:

@@ -16,6 +16,7 @@ from vocabtrim_export.bundles.output import alone
 from vocabtrim_export.calibration import Corpus, Skipped, TokenCounts, builtin_corpus, calibrate, read_corpus
 from vocabtrim_export.calibration import Source as CalibrationSource
 from vocabtrim_export.calibration.domains import Domain, mix, read_domains
+from vocabtrim_export.calibration.endpoint import Endpoint
 from vocabtrim_export.calibration.sufficiency import MOST_TOKENS, Rows, Verdict
 from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.sources.source import Source, calibration_model, load_source, load_tokenizer
@@ -36,6 +37,8 @@ class CalibrationSettings:
             `vocabtrim_export.calibration.sufficiency`.
         temperature: Temperature of sampling; 0 is greedy.
         seed: Seed of the random numbers that tokens are drawn with.
+        calibration_endpoint: The base URL of a server with OpenAI's protocol that generates; None: the model itself.
+        calibration_model: The model's name there.
         chat_template: See `ChatOptions`.
         template_args: See `ChatOptions`.
     """
@@ -45,6 +48,8 @@ class CalibrationSettings:
     calibration_tokens: int | Literal["auto"] = "auto"
     temperature: float = 1.0
     seed: int = 0
+    calibration_endpoint: str | None = None
+    calibration_model: str | None = None
     chat_template: str | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -134,7 +139,7 @@ def count_tokens(
     source = next(iter(sources.values())) if how == "text" else sources[how]
     rows = rows or source.vocab_size // QUARTER
     run = _counter(data, how, settings, checkpoint, progress, on_skip, on_note, rows)
-    if how == "text":
+    if how == "text" or settings.calibration_endpoint:
         return run(None, source.tokenizer)
     with calibration_model(source.model) as model:
         return run(model, source.tokenizer, model_digest=source.digest)
@@ -184,6 +189,17 @@ def _counter(
     return count
 
 
+def _endpoint(settings: CalibrationSettings, how: CalibrationSource) -> Endpoint | None:
+    url, model = settings.calibration_endpoint, settings.calibration_model
+    if url is None and model is None:
+        return None
+    if not url or not model:
+        raise VocabtrimError("--calibration-endpoint URL and --calibration-model NAME belong together: give both")
+    if how == "text":
+        raise VocabtrimError("--calibration-source text counts a text, which no endpoint generates: leave one out")
+    return Endpoint(url, model)
+
+
 def _take_apart(checkpoint: Path, places: Mapping[str, Path]) -> None:
     """Write the domains of a finished file to the files that their calibrations go on from."""
     if not checkpoint.exists():
@@ -219,6 +235,7 @@ def _calibrator(
         progress=lambda done, total: progress("calibrate", done, total),
         chat=ChatOptions(settings.chat_template, template_args=settings.template_args),
         on_skip=on_skip,
+        endpoint=_endpoint(settings, how),
     )
     if settings.calibration_tokens != "auto":
         return partial(run, max_tokens=settings.calibration_tokens)
@@ -282,8 +299,8 @@ def calibrate_models(
         specs["target"] = target
     how = calibration_source(settings, specs)
 
-    if how == "text":
-        tokenizer = load_tokenizer(target or str(drafter))
+    if how == "text" or settings.calibration_endpoint:
+        tokenizer = load_tokenizer(specs[how] if how != "text" else target or str(drafter))
         with alone(output):
             rows = len(tokenizer) // QUARTER
             return _counter(data, how, settings, output, progress, on_skip, on_note, rows)(None, tokenizer)

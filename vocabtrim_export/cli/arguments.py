@@ -38,6 +38,13 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens to count, or auto (the default): until more would change little for this K",
     )
+    parser.add_argument(
+        "--calibration-endpoint",
+        metavar="URL",
+        help="a server with OpenAI's protocol (vLLM, SGLang, llama.cpp) that generates instead, such as "
+        "http://localhost:8000/v1; its key is read from the environment variable OPENAI_API_KEY",
+    )
+    parser.add_argument("--calibration-model", metavar="NAME", help="the model's name at the endpoint")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling that calibrates")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling that calibrates")
     add_template_arguments(parser)
@@ -58,6 +65,8 @@ def calibration_settings(options: argparse.Namespace) -> "CalibrationSettings":
         options.calibration_tokens,
         options.temperature,
         options.seed,
+        options.calibration_endpoint,
+        options.calibration_model,
         options.chat_template,
         template_args(options),
     )

@@ -1,0 +1,186 @@
+"""A server that speaks OpenAI's protocol and serves the model already: vLLM, SGLang, llama.cpp's server."""
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.calibration.document import Document
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+BATCH = 16  # requests whose answers are counted, and saved, together
+_ATTEMPTS = 5
+_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
+# Tokens by the server's own count and by the tokenizer differ by special tokens and by how a text may be cut.
+_TOLERANCE, _ENOUGH_TO_TELL = 0.1, 100
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the server generated for a prompt.
+
+    Attributes:
+        text: The continuation.
+        is_ended: Whether the model ended it, and not the limit of tokens.
+        tokens: Its length by the server's own count; None where the server does not say.
+    """
+
+    text: str
+    is_ended: bool
+    tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the model is served.
+
+    Attributes:
+        url: The base of the API, as in "http://localhost:8000/v1".
+        model: The model's name there.
+        concurrency: Requests at a time.
+        timeout: Seconds that one answer may take.
+        wait: Seconds before the first repetition of a request that failed; they double with each.
+        key: The API key; by default the environment variable OPENAI_API_KEY.
+    """
+
+    url: str
+    model: str
+    concurrency: int = 8
+    timeout: float = 300.0
+    wait: float = 1.0
+    key: str = field(default_factory=lambda: os.environ.get(KEY_VARIABLE, ""), repr=False)
+
+    def check(self) -> None:
+        """Check that the server answers and has the model.
+
+        Raises:
+            VocabtrimError: It does not.
+        """
+        if not self.url.startswith(("http://", "https://")):
+            raise VocabtrimError(f"--calibration-endpoint {self.url}: give a URL such as http://localhost:8000/v1")
+        try:
+            listed = self._request("models", None)["data"]
+            names = [str(each["id"]) for each in listed]
+        except _NoSuchPath:
+            return  # not every server lists its models
+        except (KeyError, TypeError) as error:
+            raise VocabtrimError(f"{self.url}/models is not OpenAI's list of models: check the URL") from error
+        if self.model not in names:
+            raise VocabtrimError(f"{self.url} has no model {self.model!r}, it serves {', '.join(names[:8]) or 'none'}")
+
+    def answers(
+        self,
+        documents: Sequence[Document],
+        max_new_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+        on_step: Callable[[int], None] = lambda _tokens: None,
+    ) -> list[Answer]:
+        """Ask for the continuation of each document's prompt.
+
+        Args:
+            documents: The documents; a chat is rendered by the server's own template.
+            max_new_tokens: Tokens of a continuation at most.
+            temperature: Temperature of sampling; 0 is greedy.
+            seeds: A seed for each document, which some servers honour.
+            on_step: Called with the tokens so far.
+
+        Raises:
+            VocabtrimError: The server refuses a request, or fails it again and again.
+        """
+
+        def ask(document: Document, seed: int) -> Answer:
+            settings = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+            return self._ask(document, settings)
+
+        found: list[Answer] = []
+        with ThreadPoolExecutor(self.concurrency) as executor:
+            futures = [executor.submit(ask, *each) for each in zip(documents, seeds, strict=True)]
+            try:
+                for future in futures:
+                    found.append(future.result())
+                    on_step(sum(answer.tokens or 0 for answer in found))
+            except BaseException:
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise
+        return found
+
+    def _ask(self, document: Document, settings: dict[str, Any]) -> Answer:
+        if document.prompt:
+            path, prompt = "chat/completions", {"messages": [asdict(message) for message in document.prompt]}
+        else:
+            path, prompt = "completions", {"prompt": document.text}  # type: ignore[dict-item]
+        reply = self._request(path, {"model": self.model, **prompt, **settings})
+        try:
+            choice = reply["choices"][0]
+            text = choice["message"]["content"] if document.prompt else choice["text"]
+            tokens = (reply.get("usage") or {}).get("completion_tokens")
+            return Answer(
+                str(text or ""), choice.get("finish_reason") == "stop", None if tokens is None else int(tokens)
+            )
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise VocabtrimError(f"{self.url}/{path} answers in another form than OpenAI's: check the URL") from error
+
+    def _request(self, path: str, body: dict[str, Any] | None) -> Any:
+        """The server's JSON; a request that fails in passing is repeated."""
+        url = f"{self.url.rstrip('/')}/{path}"
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+        why = ""
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                time.sleep(self.wait * 2 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    return json.loads(reply.read())
+            except urllib.error.HTTPError as error:
+                if error.code in (404, 405) and body is None:
+                    raise _NoSuchPath from error
+                why = _said(error)
+                if error.code not in _AGAIN:
+                    raise VocabtrimError(f"{url} refuses the request: {why}") from error
+            except (OSError, http.client.HTTPException, ValueError) as error:  # down, slow, or an answer cut short
+                why = str(getattr(error, "reason", error)) or type(error).__name__
+        raise VocabtrimError(f"{url} failed {_ATTEMPTS} times ({why}): the counts so far are kept, run it again later")
+
+
+class _NoSuchPath(Exception):
+    """The server does not know a path that it need not know."""
+
+
+def check_same_tokenizer(endpoint: Endpoint, answers: Sequence[Answer], lengths: Sequence[int]) -> None:
+    """Compare the server's own counts of tokens with those of the tokenizer.
+
+    Args:
+        endpoint: The server.
+        answers: What it generated.
+        lengths: The number of tokens of each answer by the model's tokenizer.
+
+    Raises:
+        VocabtrimError: They differ by so much that the server's model has another tokenizer.
+    """
+    pairs = [
+        (answer.tokens, length) for answer, length in zip(answers, lengths, strict=True) if answer.tokens is not None
+    ]
+    theirs, ours = (sum(each) for each in zip(*pairs, strict=True)) if pairs else (0, 0)
+    if ours >= _ENOUGH_TO_TELL and abs(theirs - ours) > _TOLERANCE * ours + len(pairs):
+        raise VocabtrimError(
+            f"{endpoint.url} counts {theirs} tokens in answers that have {ours} by this model's tokenizer: it serves "
+            f"another model than the one to calibrate for"
+        )
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The status and the first words of what the server says."""
+    try:
+        body = error.read(500).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        body = ""
+    return " ".join(f"{error.code} {error.reason} {body}".split())[:200]
