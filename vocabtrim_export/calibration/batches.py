@@ -83,3 +83,39 @@ def draws(run: CalibrationRun, pass_number: int, indices: Sequence[int]) -> NDAr
     """float64[B, max_new_tokens] in [0, 1): each document has numbers of its own, whatever batch it falls into."""
     seeds = ([run.seed, pass_number, index] for index in indices)
     return np.array([np.random.default_rng(seed).random(run.max_new_tokens) for seed in seeds])
+
+
+def count_batch(
+    counts: TokenCounts,
+    tokens: Sequence[Sequence[int] | NDArray[np.int64]],
+    held: Sequence[bool],
+    max_tokens: int,
+) -> tuple[TokenCounts, list[NDArray[np.int64]]]:
+    """Add one more batch to `counts`, up to `max_tokens`.
+
+    Args:
+        counts: The counts so far.
+        tokens: The tokens of each document.
+        held: Whether each is held out.
+        max_tokens: The number of tokens to count.
+
+    Returns:
+        The counts, and what was counted of each document, up to the one that the limit cut.
+    """
+    run, left = counts.runs[0], max_tokens - counts.total
+    begun, done, parts = run.next_done, 0, []
+    for ids in tokens:
+        if len(ids) - begun > left:
+            parts.append(ids[begun : begun + left])
+            begun += left
+            break
+        parts.append(ids[begun:])
+        left -= len(parts[-1])
+        begun, done = 0, done + 1
+    sums = []
+    for part, before in ((False, counts.counts), (True, counts.held_out)):
+        mine = [np.empty(0, np.int64), *(ids for ids, is_held in zip(parts, held, strict=False) if is_held is part)]
+        sums.append(before + np.bincount(np.concatenate(mine).astype(np.int64), minlength=counts.full_vocab))
+    total = run.tokens + sum(map(len, parts))
+    run = replace(run, documents_done=run.documents_done + done, next_done=begun, tokens=total)
+    return TokenCounts(sums[0], sums[1], counts.tokenizer_digest, (run,)), [np.asarray(ids, np.int64) for ids in parts]

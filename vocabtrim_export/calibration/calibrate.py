@@ -1,13 +1,11 @@
 """`calibrate`: count the tokens that a model generates on a corpus, or that its text holds; resumable."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -15,15 +13,16 @@ from numpy.typing import NDArray
 
 from engines.bundle.chat_template import ChatOptions
 from engines.bundle.messages import plain_data
-from engines.bundle.tokenizer import Tokenizer, tokenizer_digest
+from engines.bundle.tokenizer import tokenizer_digest
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration.batches import BatchLimits, draws, next_batch
+from vocabtrim_export.calibration.batches import BatchLimits, count_batch, draws, next_batch
 from vocabtrim_export.calibration.corpus import Corpus
 from vocabtrim_export.calibration.counts import CalibrationRun, TokenCounts, is_held_out, read_working
-from vocabtrim_export.calibration.document import Document, Skipped, describe_skipped
-from vocabtrim_export.calibration.endpoint import BATCH, Endpoint, check_same_tokenizer
-from vocabtrim_export.calibration.partial_batch import SECONDS, PartialBatch
-from vocabtrim_export.calibration.prompts import encode, encode_document
+from vocabtrim_export.calibration.document import Skipped, describe_skipped
+from vocabtrim_export.calibration.endpoint import BATCH, Endpoint
+from vocabtrim_export.calibration.generations import asked_tokens, prompt_tokens, sampled_tokens, text_tokens
+from vocabtrim_export.calibration.partial_batch import SECONDS
+from vocabtrim_export.calibration.saving import Saver, resume
 from vocabtrim_export.calibration.sufficiency import Evidence, Rows, Verdict
 from vocabtrim_export.sources.end_tokens import eos_token_ids
 from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
@@ -107,9 +106,9 @@ def calibrate(
         fresh = _of_endpoint(fresh, endpoint, temperature, limits or BatchLimits(batch_size=BATCH))
     runtime = runtime_tokenizer(tokenizer)
     skipped: list[Skipped] = []
-    counts = fresh if checkpoint is None or not checkpoint.exists() else _resume(checkpoint, fresh)
+    counts = fresh if checkpoint is None or not checkpoint.exists() else resume(checkpoint, fresh)
     evidence = None if enough_for is None else _evidence(enough_for, counts, checkpoint)
-    saver = _Saver(checkpoint, save_seconds, counts, evidence)
+    saver = Saver(checkpoint, save_seconds, counts, evidence)
     try:
         while counts.runs[0].enough_for != str(enough_for) and (
             batch := next_batch(corpus.documents, counts, max_tokens)
@@ -120,19 +119,19 @@ def calibrate(
             unfinished = None
             if endpoint is not None:
                 on_step = partial(_report, progress, counts.total, max_tokens)
-                tokens = _asked(endpoint, tokenizer, documents, counts.runs[0], (pass_number, indices), on_step)
+                tokens = asked_tokens(endpoint, tokenizer, documents, counts.runs[0], (pass_number, indices), on_step)
             elif model is None:
-                tokens = _text_tokens(tokenizer, documents)
+                tokens = text_tokens(tokenizer, documents)
             else:
-                prompts, left_out = _prompts(runtime, documents, chat, counts.runs[0], counts.full_vocab)
+                prompts, left_out = prompt_tokens(runtime, documents, chat, counts.runs[0], counts.full_vocab)
                 skipped += left_out if pass_number == 0 else []
                 on_step = partial(_report, progress, counts.total, max_tokens)
                 numbers = draws(counts.runs[0], pass_number, indices)
                 eos = eos_token_ids(tokenizer, model.generation_config)
                 unfinished = saver.unfinished(counts, batch)
-                tokens = _sample(model, prompts, numbers, counts.runs[0], eos, on_step, unfinished)
+                tokens = sampled_tokens(model, prompts, numbers, counts.runs[0], eos, on_step, unfinished)
             held = [is_held_out(index, len(corpus.documents)) for index in indices]
-            counts, parts = _count(counts, tokens, held, max_tokens)
+            counts, parts = count_batch(counts, tokens, held, max_tokens)
             if evidence is not None:
                 evidence.add([part for part, is_held in zip(parts, held, strict=False) if is_held])
                 if verdict := evidence.look(counts.counts, counts.held_out):
@@ -161,37 +160,6 @@ def _evidence(rows: Rows, counts: TokenCounts, checkpoint: Path | None) -> Evide
 def _stop(counts: TokenCounts, rows: Rows | None) -> TokenCounts:
     """The same counts, which are enough for these rows."""
     return replace(counts, runs=(replace(counts.runs[0], enough_for=str(rows)),))
-
-
-class _Saver:
-    """Writes the counts and the work on an unfinished batch, now and then."""
-
-    def __init__(self, checkpoint: Path | None, seconds: float, saved: TokenCounts, evidence: Evidence | None) -> None:
-        self.checkpoint, self.seconds, self.saved, self.last = checkpoint, seconds, saved, monotonic()
-        self.evidence = evidence
-
-    def unfinished(self, counts: TokenCounts, batch: tuple[int, list[int]]) -> PartialBatch | None:
-        """Where the work on this batch is kept."""
-        if self.checkpoint is None:
-            return None
-        run = counts.runs[0]
-        settings = {each.name: getattr(run, each.name) for each in fields(run) if each.compare}
-        key = json.dumps([settings, counts.tokenizer_digest, batch], sort_keys=True)
-        directory = self.checkpoint.with_name(f"{self.checkpoint.name}.partial")
-        return PartialBatch(directory, hashlib.sha256(key.encode()).hexdigest(), self.seconds)
-
-    def take(self, counts: TokenCounts, unfinished: PartialBatch | None) -> None:
-        """Save the counts that a batch ended with where it is time, or where the batch's own files go."""
-        if monotonic() - self.last >= self.seconds or (unfinished is not None and unfinished.count):
-            self.save(counts)
-        if unfinished is not None:
-            unfinished.clear()
-
-    def save(self, counts: TokenCounts) -> None:
-        """Save the counts, once."""
-        if self.checkpoint is not None and counts is not self.saved:
-            counts.save(self.checkpoint, self.evidence.tensors() if self.evidence else None)
-            self.saved, self.last = counts, monotonic()
 
 
 def _report(progress: Progress, before: int, max_tokens: int, in_batch: int) -> None:
@@ -248,135 +216,8 @@ def _of_endpoint(fresh: TokenCounts, endpoint: Endpoint, temperature: float, lim
     return replace(fresh, runs=(replace(fresh.runs[0], **served),))
 
 
-def _asked(
-    endpoint: Endpoint,
-    tokenizer: "PreTrainedTokenizerFast",
-    documents: Sequence[Document],
-    run: CalibrationRun,
-    batch: tuple[int, list[int]],
-    on_step: Callable[[int], None],
-) -> list[list[int]]:
-    """The tokens of what the server continues each document with, an EOS where the model ended it."""
-    pass_number, indices = batch
-    seeds = [int(np.random.default_rng([run.seed, pass_number, index]).integers(1 << 31)) for index in indices]
-    answers = endpoint.answers(documents, run.max_new_tokens, run.temperature, seeds, on_step)
-    tokens = encode(tokenizer, [answer.text for answer in answers], add_special_tokens=False)
-    check_same_tokenizer(endpoint, answers, [len(ids) for ids in tokens])
-    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return [ids + end * answer.is_ended for ids, answer in zip(tokens, answers, strict=True)]
-
-
 def _describe(chat: ChatOptions) -> str:
     """The chat template's name and arguments as JSON; "" for the tokenizer's own template without arguments."""
     if chat.template is None and not chat.template_args:
         return ""
     return json.dumps({"template": chat.template, "arguments": plain_data(chat.template_args)}, sort_keys=True)
-
-
-def _resume(checkpoint: Path, fresh: TokenCounts) -> TokenCounts:
-    """The counts in the file, once they prove to come from the same settings as `fresh`."""
-    found, wanted = TokenCounts.load(checkpoint), fresh.runs[0]
-    if len(found.runs) != 1:
-        raise VocabtrimError(f"{checkpoint} is a sum of calibrations, which cannot be continued: name another file")
-    differ = [f.name for f in fields(wanted) if f.compare and getattr(found.runs[0], f.name) != getattr(wanted, f.name)]
-    if (found.tokenizer_digest, found.full_vocab) != (fresh.tokenizer_digest, fresh.full_vocab):
-        differ.append("tokenizer")
-    if differ:
-        raise VocabtrimError(
-            f"{checkpoint} was calibrated with another {', '.join(differ)}: "
-            "remove it to start anew, or name another file"
-        )
-    return found
-
-
-def _text_tokens(tokenizer: "PreTrainedTokenizerFast", documents: Sequence[Document]) -> list[list[int]]:
-    """The tokens of each document's texts, each text encoded by itself."""
-    texts = [text for document in documents for text in document.counted_texts]
-    encoded = iter(encode(tokenizer, texts, add_special_tokens=False))
-    return [[token for _ in document.counted_texts for token in next(encoded)] for document in documents]
-
-
-def _prompts(
-    tokenizer: Tokenizer, documents: Sequence[Document], chat: ChatOptions, run: CalibrationRun, rows: int
-) -> tuple[list[list[int]], list[Skipped]]:
-    """The end of each document's prompt, empty where it cannot be one, and those that cannot.
-
-    rows: of the model's embedding; an added token, as an image's, may have an id beyond them.
-    """
-    prompts: list[list[int]] = []
-    skipped: list[Skipped] = []
-    for document in documents:
-        try:
-            prompt = encode_document(tokenizer, document, chat)[-run.max_prompt_tokens :]
-            if max(prompt, default=0) >= rows:
-                raise VocabtrimError(f"the model has no row for token {max(prompt)} of the prompt")
-        except VocabtrimError as error:
-            prompt = []
-            skipped.append(Skipped(document.where, str(error)))
-        prompts.append(prompt)
-    return prompts, skipped
-
-
-def _sample(
-    model: "PreTrainedModel",
-    prompts: Sequence[Sequence[int]],
-    numbers: NDArray[np.float64],
-    run: CalibrationRun,
-    eos: frozenset[int],
-    on_step: Callable[[int], None],
-    unfinished: PartialBatch | None,
-) -> list[NDArray[np.int64]]:
-    """The tokens that `model` continues each prompt with; none where the prompt has no token."""
-    from vocabtrim_export.calibration.generate import NO_TOKEN, generate_batch
-
-    tokens = [np.empty(0, np.int64)] * len(prompts)
-    rows = [row for row, prompt in enumerate(prompts) if prompt]
-    if rows:
-        generated = generate_batch(
-            model,
-            [prompts[row] for row in rows],
-            numbers[rows],
-            temperature=run.temperature,
-            eos_token_ids=eos,
-            on_step=on_step,
-            partial_batch=unfinished,
-        )
-        for row, line in zip(rows, generated, strict=True):
-            tokens[row] = line[line != NO_TOKEN]
-    return tokens
-
-
-def _count(
-    counts: TokenCounts,
-    tokens: Sequence[Sequence[int] | NDArray[np.int64]],
-    held: Sequence[bool],
-    max_tokens: int,
-) -> tuple[TokenCounts, list[NDArray[np.int64]]]:
-    """Add one more batch to `counts`, up to `max_tokens`.
-
-    Args:
-        counts: The counts so far.
-        tokens: The tokens of each document.
-        held: Whether each is held out.
-        max_tokens: The number of tokens to count.
-
-    Returns:
-        The counts, and what was counted of each document, up to the one that the limit cut.
-    """
-    run, left = counts.runs[0], max_tokens - counts.total
-    begun, done, parts = run.next_done, 0, []
-    for ids in tokens:
-        if len(ids) - begun > left:
-            parts.append(ids[begun : begun + left])
-            begun += left
-            break
-        parts.append(ids[begun:])
-        left -= len(parts[-1])
-        begun, done = 0, done + 1
-    sums = []
-    for part, before in ((False, counts.counts), (True, counts.held_out)):
-        mine = [np.empty(0, np.int64), *(ids for ids, is_held in zip(parts, held, strict=False) if is_held is part)]
-        sums.append(before + np.bincount(np.concatenate(mine).astype(np.int64), minlength=counts.full_vocab))
-    total = run.tokens + sum(map(len, parts))
-    run = replace(run, documents_done=run.documents_done + done, next_done=begun, tokens=total)
-    return TokenCounts(sums[0], sums[1], counts.tokenizer_digest, (run,)), [np.asarray(ids, np.int64) for ids in parts]

@@ -1,0 +1,59 @@
+"""A calibration's file while it runs: written now and then, and gone on from."""
+
+import hashlib
+import json
+from dataclasses import fields
+from pathlib import Path
+from time import monotonic
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.calibration.counts import TokenCounts
+from vocabtrim_export.calibration.partial_batch import PartialBatch
+from vocabtrim_export.calibration.sufficiency import Evidence
+
+
+class Saver:
+    """Writes the counts and the work on an unfinished batch, now and then."""
+
+    def __init__(self, checkpoint: Path | None, seconds: float, saved: TokenCounts, evidence: Evidence | None) -> None:
+        self.checkpoint, self.seconds, self.saved, self.last = checkpoint, seconds, saved, monotonic()
+        self.evidence = evidence
+
+    def unfinished(self, counts: TokenCounts, batch: tuple[int, list[int]]) -> PartialBatch | None:
+        """Where the work on this batch is kept."""
+        if self.checkpoint is None:
+            return None
+        run = counts.runs[0]
+        settings = {each.name: getattr(run, each.name) for each in fields(run) if each.compare}
+        key = json.dumps([settings, counts.tokenizer_digest, batch], sort_keys=True)
+        directory = self.checkpoint.with_name(f"{self.checkpoint.name}.partial")
+        return PartialBatch(directory, hashlib.sha256(key.encode()).hexdigest(), self.seconds)
+
+    def take(self, counts: TokenCounts, unfinished: PartialBatch | None) -> None:
+        """Save the counts that a batch ended with where it is time, or where the batch's own files go."""
+        if monotonic() - self.last >= self.seconds or (unfinished is not None and unfinished.count):
+            self.save(counts)
+        if unfinished is not None:
+            unfinished.clear()
+
+    def save(self, counts: TokenCounts) -> None:
+        """Save the counts, once."""
+        if self.checkpoint is not None and counts is not self.saved:
+            counts.save(self.checkpoint, self.evidence.tensors() if self.evidence else None)
+            self.saved, self.last = counts, monotonic()
+
+
+def resume(checkpoint: Path, fresh: TokenCounts) -> TokenCounts:
+    """The counts in the file, once they prove to come from the same settings as `fresh`."""
+    found, wanted = TokenCounts.load(checkpoint), fresh.runs[0]
+    if len(found.runs) != 1:
+        raise VocabtrimError(f"{checkpoint} is a sum of calibrations, which cannot be continued: name another file")
+    differ = [f.name for f in fields(wanted) if f.compare and getattr(found.runs[0], f.name) != getattr(wanted, f.name)]
+    if (found.tokenizer_digest, found.full_vocab) != (fresh.tokenizer_digest, fresh.full_vocab):
+        differ.append("tokenizer")
+    if differ:
+        raise VocabtrimError(
+            f"{checkpoint} was calibrated with another {', '.join(differ)}: "
+            "remove it to start anew, or name another file"
+        )
+    return found
