@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engines.bundle.read import Manifest, Role
 from engines.errors import VocabtrimError
-from vocabtrim_export.bundles.notes import no_gain, target_notes
+from vocabtrim_export.bundles.notes import no_gain
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.calibration import Skipped, skipped_note
 from vocabtrim_export.calibration.counting import count_tokens, read_calibration
@@ -125,7 +125,7 @@ def export(
     where = output / "target" if target else None
     written = tuple(output / name for name in settings.formats)
     drafter_manifest, target_manifest = manifests["drafter"], manifests.get("target")
-    notes += (*target_notes(target_manifest), *no_gain(drafter_manifest, target_manifest), *skipped_note(skipped))
+    notes += (*no_gain(drafter_manifest, target_manifest), *skipped_note(skipped))
     return ExportResult(output / "drafter", where, drafter_manifest, target_manifest, selection, written, notes)
 
 

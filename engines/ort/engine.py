@@ -30,6 +30,7 @@ from engines.bundle.manifest import HEAD_ROWS_NAME
 from engines.bundle.read import Bundle
 from engines.bundle.vocab_map import HeadTokens
 from engines.errors import VocabtrimError
+from engines.ort.key_tiles import KeyTiles
 from engines.ort.session import numpy_dtype, share
 from engines.ort.slots import Slots
 
@@ -108,7 +109,8 @@ class OnnxRuntimeEngine(Engine):
     A quantised target never computes a lone row (see `padded`): its products round their inputs to 8 bits, which makes
     another order of additions, 1e-7 of a sum, a difference of several per cent of the logits. A row of padding, the
     last token once more, makes a token's logits the same bit for bit in a step of any length. Its keys and values lie
-    after the cached tokens, where the next step overwrites them; the cache holds a token less for it.
+    after the cached tokens, where the next step overwrites them; the cache holds a token less for it. Where a head has
+    more than 128 numbers, a feed may take two calls (see `KeyTiles`).
     """
 
     pads_lone_rows = True  # on the CPU; what runs elsewhere has other kernels
@@ -122,6 +124,7 @@ class OnnxRuntimeEngine(Engine):
         self.cache = shared.cache if shared else self.cache
         is_quantized_target = bundle.manifest.role == "target" and bundle.manifest.quantization != "none"
         self._is_padded = self.pads_lone_rows and is_quantized_target
+        self._tiles = KeyTiles.of(bundle.manifest.head_dim)
         self.capacity -= self._is_padded
         self._seqlens = np.zeros(1, np.int32)
         # What the kernels reserve for: the tokens so far on the CPU, on CUDA always all that fit.
@@ -163,9 +166,26 @@ class OnnxRuntimeEngine(Engine):
         while len(ids) > CHUNK:
             # what follows the chunk must hold all the kept positions
             cut = min(CHUNK, len(ids) - keep)
-            self._run(ids[:cut], 1)
+            self._feed_chunk(ids[:cut], 1)
             ids = ids[cut:]
-        return self._run(ids, keep)
+        return self._feed_chunk(ids, keep)
+
+    def _feed_chunk(self, ids: NDArray[np.int64], keep: int) -> StepOutput:
+        """Feed at most CHUNK tokens, in one call or in the parts that attention's tiles ask for."""
+        parts = [*self._tiles.parts(self.length, len(ids))] if self._is_padded else [len(ids)]
+        kept: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+        for part in parts[:-1]:
+            ids, fed = ids[part:], ids[:part]
+            predicted = keep - len(ids)
+            output = self._run(fed, max(predicted, 1))
+            if predicted > 0:  # the next call overwrites what this one gives
+                kept.append((output.token_ids.copy(), output.logits.copy()))
+                keep = len(ids)
+        last = self._run(ids, keep)
+        if not kept:
+            return last
+        token_ids = np.concatenate([*(token_ids for token_ids, _ in kept), last.token_ids])
+        return StepOutput(token_ids, lambda: np.concatenate([*(logits for _, logits in kept), last.logits]))
 
     def fork(self, share_cache_with: Engine | None = None) -> Engine:
         """A session runs for several threads at once; bindings, and what is bound, are each engine's own."""
