@@ -235,6 +235,12 @@ FORMS = {
     "a.csv": ('instruction,input,output\nAdd.,"1, 2",3\n', ["3"]),
     "a.tsv": ("question\tanswer\nhow?\tso.\n", ["so."]),
     "a.txt": ("the lazy dog", ["the lazy dog"]),
+    "traffic.jsonl": (
+        '{"request": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "of"},'
+        ' {"role": "user", "content": "b"}]}, "response": {"choices": [{"message": {"content": "the fox"}}]}}\n'
+        '{"request": {"body": {"prompt": "x"}}, "response": {"body": {"choices": [{"text": "y dog"}]}}}\n',
+        ["the fox", "y dog"],
+    ),
 }
 
 
@@ -248,6 +254,13 @@ def test_counts_equal_a_plain_loop_over_the_texts_of_every_form(tmp_path, tokeni
     assert found.total == min(limit, len(ids))
     if limit > len(ids):
         assert (found.counts + found.held_out).tolist() == np.bincount(ids, minlength=len(tokenizer)).tolist()
+
+
+def test_recorded_traffic_without_a_response_is_named(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"request": {"prompt": "x"}, "response": {"error": "busy"}}\n"fox"\n')
+    (skipped,) = read_corpus([tmp_path / "log.jsonl"]).skipped
+    assert skipped.where.endswith("line 1")
+    assert "needs `choices`" in skipped.reason
 
 
 def test_a_prompt_that_the_model_cannot_take_is_left_out_and_named(model, tokenizer, monkeypatch):

@@ -21,13 +21,19 @@ def parse_record(record: object, where: str) -> Iterator[Document]:
 
     record: a string, which is a prompt; a list, which is a conversation; or an object with OpenAI's `messages` (in a
         batch: `body.messages`), ShareGPT's `conversations`, `turns` (the user's), `prompt` with `completion`,
-        `question` with `answer`, `instruction` with `input` and `output`, or `text`; the first of these is read.
+        `question` with `answer`, `instruction` with `input` and `output`, or `text`; the first of these is read. Or
+        recorded traffic: OpenAI's `request` and its `response`, whose own message alone is an answer.
     where: the record's place, which errors begin with.
     Raises `VocabtrimError` for another form.
     """
     if not isinstance(record, str | list | dict):
         raise VocabtrimError(f"{where}: expected an object with one of {', '.join(FIELDS)}; got {_kind(record)}")
     fields = record if isinstance(record, dict) else {"prompt" if isinstance(record, str) else "messages": record}
+    replies: tuple[str, ...] | None = None
+    request = fields.get("request")
+    if _field(fields) is None and isinstance(request, dict):
+        replies = _replies(fields.get("response"), where)
+        fields = request
     body = fields.get("body")
     if _field(fields) is None and isinstance(body, dict):
         fields = body
@@ -44,9 +50,20 @@ def parse_record(record: object, where: str) -> Iterator[Document]:
     messages = _messages(fields, field, where)
     if prompt := _first_prompt(messages):
         spoken = [message for message in messages if message.content.strip()]
-        parts = tuple(message.content for message in spoken)
         answers = tuple(message.content for message in spoken if message.role == "assistant")
-        yield Document("\n\n".join(parts), prompt, where, parts, answers)
+        parts = tuple(message.content for message in spoken) + (replies or ())
+        yield Document("\n\n".join(parts), prompt, where, parts, answers if replies is None else replies)
+
+
+def _replies(response: object, where: str) -> tuple[str, ...]:
+    """What a recorded response says; the assistant's messages of its request were replies to earlier requests."""
+    if isinstance(response, dict) and isinstance(response.get("body"), dict):
+        response = response["body"]
+    choices = response.get("choices") if isinstance(response, dict) else None
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise VocabtrimError(f"{where}: the response of recorded traffic needs `choices`, as OpenAI's has")
+    texts = [choice.get("text") or (choice.get("message") or {}).get("content") for choice in choices]
+    return tuple(_content(text, f"{where}, response") for text in texts if text)
 
 
 def _field(record: Mapping[str, object]) -> str | None:

@@ -18,9 +18,10 @@ from engines.bundle.tokenizer import TEMPLATES_NAME, tokenizer_digest
 from engines.bundle.vocabulary import Vocabulary
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
-from vocabtrim_export.calibration import TokenCounts, calibrate, skipped_note
+from vocabtrim_export.calibration import Source as CalibrationSource
+from vocabtrim_export.calibration import TokenCounts, skipped_note
+from vocabtrim_export.calibration.counter import counter
 from vocabtrim_export.calibration.counting import CalibrationInput, CalibrationSettings, read_calibration
-from vocabtrim_export.calibration.sufficiency import MOST_TOKENS
 from vocabtrim_export.lowering.graph_files import Progress, save_graph
 from vocabtrim_export.onnx_input.cut import cut_head
 from vocabtrim_export.onnx_input.head import find_head
@@ -162,24 +163,19 @@ def _count(
         if counts.tokenizer_digest != tokenizer_digest(source.tokenizer.backend_tokenizer):
             raise VocabtrimError("the token counts were made with another tokenizer than the model's: calibrate again")
         return counts
-    if settings.calibration_source not in (None, "text"):
+    if settings.calibration_source not in (None, "text") and not settings.calibration_endpoint:
         raise VocabtrimError(
             f"--calibration-source {settings.calibration_source}: an ONNX model is not run to calibrate; "
             "give the counts of vocabtrim calibrate, or count the text itself"
         )
-    return calibrate(
-        None,
-        tokenizer=source.tokenizer,
-        corpus=data.corpus,
-        source="text",
-        max_tokens=MOST_TOKENS if settings.calibration_tokens == "auto" else settings.calibration_tokens,
-        enough_for=rows_to_choose(k) if settings.calibration_tokens == "auto" else None,
-        seed=settings.seed,
-        temperature=settings.temperature,
-        checkpoint=checkpoint,
-        progress=lambda done, total: progress("calibrate", done, total),
-        model_digest=file_digest(source.graph),
-    )
+    how: CalibrationSource = "target" if settings.calibration_endpoint else "text"
+    rows = rows_to_choose(k) or 1
+
+    def ignore(_said: object) -> None:
+        """Skipped records are reported by the caller."""
+
+    run = counter(data, how, settings, checkpoint, progress, ignore, ignore, rows)
+    return run(None, source.tokenizer, model_digest=file_digest(source.graph))
 
 
 def _bytes(product: ir.Node) -> int:
