@@ -18,8 +18,9 @@ from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.proof.proven import trace_source, write_proven
 from vocabtrim_export.selection import Coverage, Selection, select_vocab, structural_token_ids
 from vocabtrim_export.settings import ExportSettings
+from vocabtrim_export.sources.precision import calibration_model
 from vocabtrim_export.sources.rotation import context_length
-from vocabtrim_export.sources.source import Source, calibration_model
+from vocabtrim_export.sources.source import Source
 from vocabtrim_export.tracing.trace import Traced
 
 

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from vocabtrim_export.sources.source import calibration_model
+from vocabtrim_export.sources.precision import calibration_model
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])

@@ -18,7 +18,8 @@ from vocabtrim_export.calibration.counter import counter
 from vocabtrim_export.calibration.domains import Domain, read_domains
 from vocabtrim_export.calibration.sufficiency import Rows
 from vocabtrim_export.lowering.graph_files import Progress
-from vocabtrim_export.sources.source import Source, calibration_model, load_source, load_tokenizer
+from vocabtrim_export.sources.precision import calibration_model
+from vocabtrim_export.sources.source import Source, load_source, load_tokenizer
 
 QUARTER = 4  # of the vocabulary: what a head keeps at most where trimming it pays
 

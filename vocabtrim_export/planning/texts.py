@@ -19,8 +19,9 @@ from vocabtrim_export.calibration.generate import NO_TOKEN, generate_batch
 from vocabtrim_export.calibration.prompts import encode_document
 from vocabtrim_export.planning.replay import Text, preferred
 from vocabtrim_export.sources.end_tokens import eos_token_ids
+from vocabtrim_export.sources.precision import calibration_model
 from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
-from vocabtrim_export.sources.source import Source, calibration_model
+from vocabtrim_export.sources.source import Source
 
 _PER_DOMAIN, _MOST = 4, 16  # texts
 _PROMPT_TOKENS, _NEW_TOKENS = 256, 64

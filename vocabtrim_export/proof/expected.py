@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_OUTPUT, LOGITS
 from vocabtrim_export.drafters.base import FeatureHead
 from vocabtrim_export.proof.tokens import Calls, Window
-from vocabtrim_export.sources.source import in_float32
+from vocabtrim_export.sources.precision import in_float32
 from vocabtrim_export.tracing.composites import rotary_modules
 from vocabtrim_export.tracing.trace import layer_inputs
 

@@ -18,7 +18,7 @@ from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.proof.computed import run_products
 from vocabtrim_export.proof.dequantized import dequantized
 from vocabtrim_export.proof.deviation import TOLERANCE, deviation
-from vocabtrim_export.sources.source import in_float32
+from vocabtrim_export.sources.precision import in_float32
 
 _ROWS = 5
 Heads = Mapping[nn.Module, Tensor | None]

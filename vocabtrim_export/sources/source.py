@@ -1,9 +1,6 @@
 """Loading what a user calls MODEL: a hub id, a local model directory, or a `.gguf` file."""
 
-import copy
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,40 +223,6 @@ def _load_weights(
     if (Path(where) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(where)
     return model, loading
-
-
-@contextmanager
-def calibration_model(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """`model` in the dtype that this CPU samples fastest in.
-
-    A bfloat16 copy where the CPU has the instructions: two to three times as fast as float32 there. Else float32.
-    """
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        yield model if model.dtype == torch.bfloat16 else _cast(copy.deepcopy(model), torch.bfloat16)
-        return
-    with in_float32(model):
-        yield model
-
-
-@contextmanager
-def in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """`model` with its parameters in float32, to which float16 and bfloat16 convert and back without loss."""
-    before = model.dtype
-    if before == torch.float32:
-        yield
-        return
-    _cast(model, torch.float32)
-    try:
-        yield
-    finally:
-        _cast(model, before)
-
-
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Cast the parameters in place. Not the buffers: rotary frequencies in half precision would turn too far."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def _check_size(spec: str, config: PreTrainedConfig, weights: int) -> None:
