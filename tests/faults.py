@@ -178,7 +178,8 @@ def calibrations(work: Path) -> None:
 
     def run(path: Path) -> None:
         with alone(path):
-            calibrate(model, tokenizer, corpus, source="target", max_tokens=130, seed=1, checkpoint=path, limits=limits)
+            settings = {"source": "target", "max_tokens": 70, "seed": 1, "limits": limits, "save_seconds": 0.0}
+            calibrate(model, tokenizer, corpus, **settings, checkpoint=path)
 
     def before() -> None:
         shutil.rmtree(place.parent, ignore_errors=True)

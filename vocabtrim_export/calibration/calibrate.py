@@ -139,9 +139,7 @@ def calibrate(
                     counts = _stop(counts, enough_for) if verdict.is_enough else counts
             saver.take(counts, unfinished)
             progress(counts.total, max_tokens)
-        saver.evidence = None  # the file of a finished run holds the counts alone
-        if evidence is not None and checkpoint is not None and checkpoint.exists():
-            counts.save(checkpoint)
+        saver.finish(counts)
     finally:  # Ctrl-C too
         saver.save(counts)
     if counts.total == 0:

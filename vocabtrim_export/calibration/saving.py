@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from time import monotonic
@@ -16,7 +17,8 @@ class Saver:
     """Writes the counts and the work on an unfinished batch, now and then."""
 
     def __init__(self, checkpoint: Path | None, seconds: float, saved: TokenCounts, evidence: Evidence | None) -> None:
-        self.checkpoint, self.seconds, self.saved, self.last = checkpoint, seconds, saved, monotonic()
+        self.checkpoint, self.seconds, self.last = checkpoint, seconds, monotonic()
+        self.saved: TokenCounts | None = saved
         self.evidence = evidence
 
     def unfinished(self, counts: TokenCounts, batch: tuple[int, list[int]]) -> PartialBatch | None:
@@ -26,8 +28,7 @@ class Saver:
         run = counts.runs[0]
         settings = {each.name: getattr(run, each.name) for each in fields(run) if each.compare}
         key = json.dumps([settings, counts.tokenizer_digest, batch], sort_keys=True)
-        directory = self.checkpoint.with_name(f"{self.checkpoint.name}.partial")
-        return PartialBatch(directory, hashlib.sha256(key.encode()).hexdigest(), self.seconds)
+        return PartialBatch(self._directory(self.checkpoint), hashlib.sha256(key.encode()).hexdigest(), self.seconds)
 
     def take(self, counts: TokenCounts, unfinished: PartialBatch | None) -> None:
         """Save the counts that a batch ended with where it is time, or where the batch's own files go."""
@@ -35,6 +36,20 @@ class Saver:
             self.save(counts)
         if unfinished is not None:
             unfinished.clear()
+
+    def finish(self, counts: TokenCounts) -> None:
+        """Save the counts alone, and remove what was saved of their batches."""
+        had_evidence, self.evidence = self.evidence is not None, None
+        if self.checkpoint is None:
+            return
+        if had_evidence and self.checkpoint.exists():
+            self.saved = None
+        self.save(counts)
+        shutil.rmtree(self._directory(self.checkpoint), ignore_errors=True)
+
+    @staticmethod
+    def _directory(checkpoint: Path) -> Path:
+        return checkpoint.with_name(f"{checkpoint.name}.partial")
 
     def save(self, counts: TokenCounts) -> None:
         """Save the counts, once."""
