@@ -5,7 +5,7 @@ import pytest
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.planning.choose import choose
-from vocabtrim_export.planning.replay import Text, preferred, right_tokens, rounds_of
+from vocabtrim_export.planning.replay import NEVER_KEPT, Text, preferred, right_tokens, rounds_of
 from vocabtrim_export.planning.steps import StepTimes
 
 VOCAB = 40
@@ -32,6 +32,12 @@ def test_a_replay_is_the_arg_max_over_what_the_head_and_the_slots_hold(k, slots)
         wanted.append(np.where(allowed, row, -np.inf).argmax() == token)
         recent = [*(each for each in recent if each != token), token] if row_of[token] >= k else recent
     assert right_tokens(text, row_of, k, slots).tolist() == wanted
+
+
+def test_a_token_that_no_head_keeps_takes_no_slot():
+    text = Text("a", [7], np.array([7, 7]), [np.empty(0, np.int64)] * 2)
+    row_of = np.full(8, NEVER_KEPT)
+    assert not right_tokens(text, row_of, 4, 2).any()
 
 
 def test_of_equal_logits_the_smaller_id_is_preferred():

@@ -7,7 +7,7 @@ from statistics import harmonic_mean
 import numpy as np
 from numpy.typing import NDArray
 
-from vocabtrim_export.planning.replay import Text, right_tokens, rounds_of
+from vocabtrim_export.planning.replay import NEVER_KEPT, Text, right_tokens, rounds_of
 from vocabtrim_export.planning.steps import StepTimes
 
 SLOTS = 512  # that are tried beside none
@@ -63,8 +63,10 @@ class Choice:
         """One line for the choice, and one for each domain: first those that the trim helps least."""
         best, full = self.best, self.full
         slots = f" and {best.slots} slots" if best.slots else ""
-        rows = f"{best.k} rows{slots}" if best.k < full.k else f"all {full.k} rows, since no trim is faster,"
-        lines = [f"--k auto chose {rows}: expected {best.speedup:.2f}× the target alone, full head {full.speedup:.2f}×"]
+        rows, its = f"{best.k} rows{slots}", f", full head {full.speedup:.2f}×"
+        if best.k == full.k:
+            rows, its = f"all {full.k} rows, since no trim is faster", ""
+        lines = [f"--k auto chose {rows}: expected {best.speedup:.2f}× the target alone{its}"]
         pairs = sorted(zip(best.domains, full.domains, strict=True), key=lambda pair: pair[0].speedup / pair[1].speedup)
         for mine, its in pairs:
             lines.append(
@@ -88,7 +90,8 @@ def choose(
         rows: Of the full head.
         slots: Numbers of slots to try.
     """
-    row_of = np.full(int(max(rows, order.max() + 1)), np.iinfo(np.int64).max)
+    largest = max(rows, *(max(*text.prompt, text.tokens.max()) for text in texts), order.max())
+    row_of = np.full(int(largest) + 1, NEVER_KEPT)
     row_of[order] = np.arange(len(order))
     trims = [k for k in (_SMALLEST_K << i for i in range(32)) if k < len(order)]
     pairs = [(k, m) for k in trims for m in slots if m < len(order) - k]

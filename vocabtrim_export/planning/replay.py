@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+NEVER_KEPT = np.iinfo(np.int64).max  # the place of a token that no head keeps and no slot takes
 MOST_ABOVE = 64  # tokens that the drafter prefers to the right one; with more, some trim keeps one of them for certain
 
 
@@ -57,7 +58,7 @@ def right_tokens(text: Text, row_of: NDArray[np.int64], k: int, slots: int) -> N
 
     Args:
         text: The target's text.
-        row_of: int64[vocabulary], the place of each token in the order in which tokens are kept.
+        row_of: int64[vocabulary], the place of each token in the order in which tokens are kept, or `NEVER_KEPT`.
         k: The rows of the head.
         slots: The in-context slots.
 
@@ -67,7 +68,7 @@ def right_tokens(text: Text, row_of: NDArray[np.int64], k: int, slots: int) -> N
     recent: OrderedDict[int, None] = OrderedDict()
 
     def enter(token: int) -> None:
-        if slots and row_of[token] >= k:
+        if slots and k <= row_of[token] < NEVER_KEPT:
             recent[token] = None
             recent.move_to_end(token)
             if len(recent) > slots:

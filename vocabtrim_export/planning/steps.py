@@ -1,14 +1,12 @@
-"""What the steps of a pair take on this machine, measured on its bundles."""
+"""What the steps of a pair take on this machine."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import numpy as np
 
-from engines import load_engine
 from engines.base import Engine
 
 _ROWS = (1, 2, 3, 5, 9, 17)  # that a verification is timed with
@@ -44,27 +42,25 @@ class StepTimes:
         return float(np.interp(tokens, rows, [self.verify[n] for n in rows]))
 
 
-def measure_steps(target: Path, drafter: Path, hidden: int) -> StepTimes:
-    """Time the bundles of a pair, one after the other as in a round.
+def measure_steps(target: Engine, drafter: Engine, hidden: int) -> StepTimes:
+    """Time a pair's engines.
 
     Args:
-        target: The target's bundle.
-        drafter: The drafter's, with its full head.
+        target: The target's engine.
+        drafter: The engine of the drafter with its full head.
         hidden: The width of the drafter's head.
     """
-    with load_engine(target) as verifier, load_engine(drafter, "cpu", verifier) as proposer:
-        rows = [n for n in _ROWS if n <= verifier.max_keep and _CONTEXT + n < verifier.capacity]
-        verify = {n: _seconds(verifier, n) for n in rows}
-        step = _seconds(proposer, 1)
-        manifest = proposer.manifest
-        itemsize = 2 if manifest.dtype == "fp16" else 4
-        return StepTimes(
-            verify,
-            step,
-            manifest.weight_bytes_per_step + manifest.kv_bytes_per_token * _CONTEXT,
-            manifest.head_bytes / manifest.head_rows,
-            float(hidden * itemsize),
-        )
+    rows = [n for n in _ROWS if n <= target.max_keep and _CONTEXT + n < target.capacity]
+    verify = {n: _seconds(target, n) for n in rows}
+    manifest = drafter.manifest
+    itemsize = 2 if manifest.dtype == "fp16" else 4
+    return StepTimes(
+        verify,
+        _seconds(drafter, 1),
+        manifest.weight_bytes_per_step + manifest.kv_bytes_per_token * _CONTEXT,
+        manifest.head_bytes / manifest.head_rows,
+        float(hidden * itemsize),
+    )
 
 
 def _seconds(engine: Engine, tokens: int) -> float:

@@ -1,85 +1,45 @@
 """Held-out prompts of the calibration data, the target's own continuations, and what the drafter makes of them."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from engines.base import Engine
 from engines.bundle.chat_template import ChatOptions
+from engines.bundle.tokenizer import Tokenizer
 from engines.errors import VocabtrimError
+from runtime import decode_rounds
 from vocabtrim_export.calibration import Corpus
 from vocabtrim_export.calibration.calibrate import CALIBRATION_DATE
 from vocabtrim_export.calibration.counting import CalibrationSettings
 from vocabtrim_export.calibration.counts import is_held_out
 from vocabtrim_export.calibration.document import Document
-from vocabtrim_export.calibration.generate import NO_TOKEN, generate_batch
 from vocabtrim_export.calibration.prompts import encode_document
 from vocabtrim_export.planning.replay import Text, preferred
-from vocabtrim_export.sources.end_tokens import eos_token_ids
-from vocabtrim_export.sources.precision import calibration_model
-from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
-from vocabtrim_export.sources.source import Source
 
-_PER_DOMAIN, _MOST = 4, 16  # texts
+_PER_DOMAIN, _MOST = 3, 12  # texts
 _PROMPT_TOKENS, _NEW_TOKENS = 256, 64
 _FEWEST = 8  # tokens that a continuation must have to say anything
 
 
-def replayed_texts(
-    corpus: Corpus,
-    target: Source,
-    drafter: Source,
-    available: NDArray[np.int64],
-    settings: CalibrationSettings,
-    progress: Callable[[int, int], None],
-) -> list[Text]:
-    """Let the target continue held-out prompts greedily, and the full drafter read the result.
+def held_out_prompts(
+    corpus: Corpus, tokenizer: Tokenizer, rows: int, settings: CalibrationSettings
+) -> list[tuple[str, list[int]]]:
+    """The file and the last token ids of some held-out prompts, the same number of each file.
 
     Args:
         corpus: What was calibrated on; its held-out documents chose no row.
-        target: The target.
-        drafter: The language model that drafts.
-        available: int64[n], the ids that the drafter may propose.
+        tokenizer: The target's.
+        rows: Of the target's embedding.
         settings: Which chat template renders the prompts.
-        progress: Called with (texts done, texts).
 
     Raises:
-        VocabtrimError: No held-out document gives a text.
+        VocabtrimError: There is none.
     """
-    prompts = _prompts(corpus, target, ChatOptions(settings.chat_template, None, settings.template_args))
-    if not prompts:
-        raise VocabtrimError(
-            "--k auto replays held-out documents, and the calibration data has none that fits: give at least eight "
-            "prompts, or K as a number"
-        )
-    progress(0, len(prompts))
-    with calibration_model(target.model) as model:
-        made = generate_batch(
-            model,
-            [ids for _, ids in prompts],
-            np.zeros((len(prompts), _NEW_TOKENS)),
-            temperature=0,
-            eos_token_ids=eos_token_ids(target.tokenizer, target.model.generation_config),
-        )
-    texts = []
-    with calibration_model(drafter.model) as model:
-        for done, ((domain, ids), row) in enumerate(zip(prompts, made, strict=True)):
-            tokens = row[row != NO_TOKEN]
-            if len(tokens) >= _FEWEST:
-                texts.append(Text(domain, ids, tokens, preferred(_logits(model, ids, tokens, available), tokens)))
-            progress(done + 1, len(prompts))
-    if not texts:
-        raise VocabtrimError("--k auto: the target ends its answers at once, so nothing can be replayed: give a number")
-    return texts
-
-
-def _prompts(corpus: Corpus, target: Source, chat: ChatOptions) -> list[tuple[str, list[int]]]:
-    """The domain and the end of some held-out prompts, as many of each domain."""
-    tokenizer, rows = runtime_tokenizer(target.tokenizer), target.vocab_size
-    options = ChatOptions(chat.template, None, chat.template_args, now=CALIBRATION_DATE)
+    options = ChatOptions(settings.chat_template, None, settings.template_args, now=CALIBRATION_DATE)
     taken: Counter[str] = Counter()
     prompts: list[tuple[str, list[int]]] = []
     for index, document in enumerate(corpus.documents):
@@ -93,7 +53,44 @@ def _prompts(corpus: Corpus, target: Source, chat: ChatOptions) -> list[tuple[st
         if ids and max(ids) < rows:
             taken[domain] += 1
             prompts.append((domain, ids))
+    if not prompts:
+        raise VocabtrimError(
+            "--k auto replays held-out documents, and the calibration data has none that fits: give at least eight "
+            "prompts, or K as a number"
+        )
     return prompts
+
+
+def replayed_texts(
+    prompts: Sequence[tuple[str, list[int]]],
+    target: Engine,
+    drafter: Engine,
+    progress: Callable[[int, int], None],
+) -> list[Text]:
+    """Let the target continue the prompts greedily, and the full drafter read the result.
+
+    Args:
+        prompts: See `held_out_prompts`.
+        target: The target's engine.
+        drafter: The engine of the drafter with its full head, which has a KV cache of its own.
+        progress: Called with (texts done, texts).
+
+    Raises:
+        VocabtrimError: The target ends all of its answers at once.
+    """
+    texts = []
+    for done, (domain, prompt) in enumerate(prompts):
+        progress(done, len(prompts))
+        room = min(target.capacity, drafter.capacity) - _NEW_TOKENS
+        ids = prompt[-max(1, room) :]
+        rounds = decode_rounds(target, drafter, ids, max_new_tokens=_NEW_TOKENS, draft_length=1)
+        tokens = np.array([token for entry in rounds for token in entry.tokens], np.int64)
+        if len(tokens) >= _FEWEST:
+            texts.append(Text(domain, ids, tokens, preferred(_logits(drafter, ids, tokens), tokens)))
+    progress(len(prompts), len(prompts))
+    if not texts:
+        raise VocabtrimError("--k auto: the target ends its answers at once, so nothing can be replayed: give a number")
+    return texts
 
 
 def _domain(document: Document, corpus: Corpus) -> str:
@@ -101,13 +98,13 @@ def _domain(document: Document, corpus: Corpus) -> str:
     return Path(document.where.rsplit(", ", 1)[0]).name or corpus.source
 
 
-@torch.inference_mode()
-def _logits(
-    model: torch.nn.Module, prompt: list[int], tokens: NDArray[np.int64], available: NDArray[np.int64]
-) -> NDArray[np.float32]:
+def _logits(drafter: Engine, prompt: Sequence[int], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
     """float32[n, vocabulary], before each of `tokens`; -inf for what the drafter may not propose."""
-    ids = torch.tensor([[*prompt, *tokens[:-1].tolist()]])
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float().numpy()
-    allowed = np.zeros(logits.shape[1], bool)
-    allowed[available[available < logits.shape[1]]] = True
-    return np.where(allowed, logits, np.float32("-inf"))
+    drafter.rewind(0)
+    if len(prompt) > 1:
+        drafter.feed(prompt[:-1])
+    columns = drafter.feed([prompt[-1], *tokens[:-1].tolist()], keep=len(tokens)).logits
+    kept = np.arange(columns.shape[1]) if drafter.vocab_map is None else drafter.vocab_map.kept_token_ids
+    logits = np.full((len(tokens), max(int(kept[-1]), int(tokens.max())) + 1), -np.inf, np.float32)
+    logits[:, kept] = columns
+    return logits
