@@ -63,10 +63,10 @@ class Choice:
         """One line for the choice, and one for each domain: first those that the trim helps least."""
         best, full = self.best, self.full
         slots = f" and {best.slots} slots" if best.slots else ""
-        rows, its = f"{best.k} rows{slots}", f", full head {full.speedup:.2f}×"
+        rows, than = f"{best.k} rows{slots}", f", full head {full.speedup:.2f}×"
         if best.k == full.k:
-            rows, its = f"all {full.k} rows, since no trim is faster", ""
-        lines = [f"--k auto chose {rows}: expected {best.speedup:.2f}× the target alone{its}"]
+            rows, than = f"all {full.k} rows, since no trim is faster", ""
+        lines = [f"--k auto chose {rows}: expected {best.speedup:.2f}× the target alone{than}"]
         pairs = sorted(zip(best.domains, full.domains, strict=True), key=lambda pair: pair[0].speedup / pair[1].speedup)
         for mine, its in pairs:
             lines.append(
