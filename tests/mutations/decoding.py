@@ -228,6 +228,22 @@ DECODING = (
         "tests/integration/test_decoding.py -k one_model",
     ),
     Mutation(
+        "A quantised target is one model in steps of every length",
+        "calls cross the place where wide attention heads are added otherwise",
+        "engines/ort/key_tiles.py",
+        "cut for cut in later if cut > begin",
+        "cut for cut in later if cut > end",
+        "tests/engines/test_key_tiles.py",
+    ),
+    Mutation(
+        "What follows a near-tie is judged by the rules that the text followed",
+        "the bare logits judge it",
+        "runtime/measure/outputs.py",
+        "row = ruled_rows(logits[None], tokens, rules, first=index)[0]",
+        "row = logits",
+        "tests/runtime/test_bench.py -k near_tie",
+    ),
+    Mutation(
         "`verify` finds a generation that went on after an EOS",
         "endings are not looked at",
         "runtime/verification/greedy.py",
