@@ -181,6 +181,7 @@ def test_what_is_no_conversation_is_one_clear_line(chat, options, error):
 
 
 HOSTILE = [
+    "{% set r = range(3000) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",  # no call within the loops
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{% for x in [[1, 2]] recursive %}{{ loop([[1, 2], [1, 2]]) }}{% endfor %}",

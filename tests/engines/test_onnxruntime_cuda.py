@@ -423,7 +423,7 @@ def test_formats_mix(random_model, export_pair):
     with SpeculativeDecoder.load(plain.target) as alone:
         expected = [alone.generate(prompt, max_new_tokens=60).token_ids for prompt in (PROMPT, range(40, 70))]
     for target, drafter in [(standard.target, plain.drafter), (plain.target, standard.drafter)]:
-        with SpeculativeDecoder.load(target, drafter, drafter_device="cpu", draft_length=4) as decoder:
+        with SpeculativeDecoder.load(target, drafter, drafter_device="cpu", draft_length=3) as decoder:
             found = [decoder.generate(prompt, max_new_tokens=60) for prompt in (PROMPT, range(40, 70))]
         assert [result.token_ids for result in found] == expected
         assert all(result.stats.accepted for result in found)

@@ -49,7 +49,8 @@ def test_a_drafter_of_another_model_is_said_once(make_target, make_drafter, warn
 def test_a_bench_reports_it(make_target, make_drafter):
     decoder = collapsing(make_target, make_drafter)
     drafters = {"bad": decoder.drafter, "good": make_drafter(range(2, 40), noise=0.5, context=512)}
-    report = bench(decoder.target, drafters, [[3, 4]], max_new_tokens=ROUNDS, repeats=1, bandwidth=1e9)
+    options = {"max_new_tokens": ROUNDS, "draft_length": 4, "repeats": 1, "bandwidth": 1e9}
+    report = bench(decoder.target, drafters, [[3, 4]], **options)
     assert report.modes["bad"].collapse.accepted < WINDOW / 10
     assert report.modes["good"].collapse is report.modes["target_only"].collapse is None
 

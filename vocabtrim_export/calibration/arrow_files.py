@@ -56,7 +56,7 @@ def _pyarrow(path: Path, what: str) -> Iterator[Any]:
         raise VocabtrimError(f"{path} is {what}, which needs pyarrow: pip install 'vocabtrim-export[data]'") from error
     try:
         yield pyarrow
-    except (ValueError, pyarrow.ArrowException, OSError) as error:
+    except (ValueError, pyarrow.ArrowException, OSError, MemoryError) as error:  # a damaged length asks for all memory
         if isinstance(error, OSError) and error.errno:
             raise
         reason = " ".join(str(error).split())
