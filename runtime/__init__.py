@@ -10,7 +10,8 @@ from runtime.accept import accept_forced, accept_greedy, accept_sampled
 from runtime.alarm import Collapse
 from runtime.decoder import SpeculativeDecoder
 from runtime.logprobs import TokenLogprob
-from runtime.loop import Round, decode_rounds
+from runtime.loop import decode_rounds
+from runtime.round import Round
 from runtime.sampling import distribution
 from runtime.stats import Percentiles, Stats, latency_speedup, mbsu, summarize
 from runtime.stream import Generation, Stream, Token

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import comb
 
 from engines.bundle.read import Manifest
-from runtime.loop import Round
+from runtime.round import Round
 
 WINDOW = 128
 FALSE_ALARM = 1e-6

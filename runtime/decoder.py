@@ -14,9 +14,10 @@ from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from runtime.alarm import AcceptanceAlarm
 from runtime.draft_length import AdaptiveLength, DraftLength
-from runtime.loop import GREEDY, Round, decode_rounds
+from runtime.loop import GREEDY, decode_rounds
 from runtime.pair import Auto, check_pair, make_draft_length
 from runtime.prompt_tokens import Prompt, check_prompt, prompt_token_ids, require_tokenizer
+from runtime.round import Round
 from runtime.round_costs import GivenCosts
 from runtime.stream import Generation, Stream
 

@@ -3,7 +3,6 @@
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal
 
 from engines.base import Accepted, Engine, StepOutput
 from engines.exclusive_use import Claim
@@ -13,45 +12,10 @@ from runtime.drafting import TokenReader, make_reader
 from runtime.logprobs import TokenLogprob, token_logprobs
 from runtime.profiling import DRAFTER, NO_PROFILER, TARGET, Profiler
 from runtime.prompt_lookup import NO_MATCH, PromptLookup
+from runtime.round import FinishReason, Round
 from runtime.rules import make_rule
 
-FinishReason = Literal["stop", "length"]
-
 GREEDY = SamplingParams()
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """What one call of the target gave.
-
-    Attributes:
-        tokens: The new token ids, at least one.
-        is_prefill: The target read the prompt, as it does in the first round.
-        drafted: Drafted tokens that the target verified.
-        accepted: Drafted tokens that the target accepted.
-        prefill_seconds: Time to read the prompt: the target's in the first round, the drafter's when it first drafts.
-        draft_seconds: Time to propose tokens.
-        verify_seconds: Time of the target's call on them.
-        seconds: Time of the whole round.
-        finish_reason: Set on the last round: "stop" after an EOS, "length" at the tokens asked for or a full cache.
-        logprobs: Those of `tokens`; empty where they were not asked for.
-        looked_up: How many of the first drafted tokens prompt lookup gave, and not the drafter.
-        is_paused: An adaptive draft length found that drafting does not pay here: this round drafts nothing, or a
-            probe.
-    """
-
-    tokens: tuple[int, ...]
-    is_prefill: bool
-    drafted: int
-    accepted: int
-    prefill_seconds: float
-    draft_seconds: float
-    verify_seconds: float
-    seconds: float
-    finish_reason: FinishReason | None
-    logprobs: tuple[TokenLogprob, ...] = ()
-    looked_up: int = 0
-    is_paused: bool = False
 
 
 def decode_rounds(
@@ -71,9 +35,8 @@ def decode_rounds(
     The first round is the target's prefill and gives one token. Each later round drafts up to `draft_length` tokens,
     verifies them in one target call and gives 1 to `draft_length + 1` tokens; without a drafter it gives one.
     Generation ends after an EOS of the target's manifest, or when the target's cache is full. Drafting stops at the
-    end of the
-    drafter's cache. Both engines start empty (`rewind(0)`) and belong to this generator until it ends or is closed: a
-    later generation of the same thread ends this one.
+    end of the drafter's cache. Both engines start empty (`rewind(0)`) and belong to this generator until it ends or is
+    closed: a later generation of the same thread ends this one.
 
     Args:
         target: The engine whose output is generated.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from runtime.alarm import Collapse
-from runtime.loop import Round
+from runtime.round import Round
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from engines.bundle.tokenizer import TextStream, Tokenizer
 from engines.errors import VocabtrimError
 from runtime.alarm import Collapse
 from runtime.logprobs import TokenLogprob
-from runtime.loop import FinishReason, Round
+from runtime.round import FinishReason, Round
 from runtime.stats import Stats, summarize
 from runtime.stop_strings import StopStrings
 

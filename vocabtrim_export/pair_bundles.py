@@ -24,31 +24,59 @@ from vocabtrim_export.sources.source import Source
 from vocabtrim_export.tracing.trace import Traced
 
 
-def write_bundles(
-    places: Mapping[Role, Path],
-    sources: Mapping[Role, Source],
-    selection: Selection,
-    counts: TokenCounts,
-    settings: ExportSettings,
-    progress: Progress,
-) -> dict[Role, Manifest]:
-    manifests: dict[Role, Manifest] = {}
-    traced: dict[str, Traced | None] = {}
-    moments: dict[str, Mapping[str, Tensor]] = {}
-    for role, directory in places.items():
-        source, plan = sources[role], _plan(role, sources, selection, counts, settings)
-        if source.name not in traced:  # a model that drafts for itself is traced and measured once
-            progress("trace", 0, 1)
-            traced = {source.name: trace_source(plan)}
-            progress("trace", 1, 1)
-        if plan.quantization == "int4":
-            if source.name not in moments:
-                progress("measure inputs", 0, 1)
-                moments = {source.name: _moments(source, sources)}
-                progress("measure inputs", 1, 1)
-            plan = replace(plan, moments=moments[source.name])
-        manifests[role], traced[source.name] = write_proven(directory, traced[source.name], plan, progress)
-    return manifests
+class PairWriter:
+    """Writes and proves the bundles of a pair. What a head's rows do not change is computed once and used again.
+
+    Args:
+        sources: The loaded models by role.
+        counts: The token counts.
+        settings: How to export.
+        progress: Called with (task, done, total).
+    """
+
+    def __init__(
+        self, sources: Mapping[Role, Source], counts: TokenCounts, settings: ExportSettings, progress: Progress
+    ) -> None:
+        self._sources, self._counts = sources, counts
+        self._settings, self._progress = settings, progress
+        self._traced: dict[str, Traced | None] = {}  # of the last model alone: a trace holds its whole graph
+        self._moments: dict[str, Mapping[str, Tensor]] = {}
+
+    def write(self, places: Mapping[Role, Path], selection: Selection, slots: int) -> dict[Role, Manifest]:
+        """Fill empty directories.
+
+        Args:
+            places: The directories by role.
+            selection: The tokens that the drafter's head keeps.
+            slots: In-context slots of the drafter; it gets no more than its head loses tokens.
+
+        Returns:
+            The manifests by role.
+
+        Raises:
+            VocabtrimError: A graph does not compute what its model does.
+        """
+        manifests: dict[Role, Manifest] = {}
+        for role, directory in places.items():
+            plan = self._with_moments(_plan(role, self._sources, selection, self._counts, self._settings, slots))
+            name = plan.source.name
+            if name not in self._traced:  # a model that drafts for itself is traced once
+                self._progress("trace", 0, 1)
+                self._traced = {name: trace_source(plan)}
+                self._progress("trace", 1, 1)
+            manifests[role], self._traced[name] = write_proven(directory, self._traced[name], plan, self._progress)
+        return manifests
+
+    def _with_moments(self, plan: BundlePlan) -> BundlePlan:
+        """The plan with what int4 needs to know of the layers' inputs."""
+        if plan.quantization != "int4":
+            return plan
+        name = plan.source.name
+        if name not in self._moments:
+            self._progress("measure inputs", 0, 1)
+            self._moments[name] = _moments(plan.source, self._sources)
+            self._progress("measure inputs", 1, 1)
+        return replace(plan, moments=self._moments[name])
 
 
 def _moments(source: Source, sources: Mapping[Role, Source]) -> dict[str, Tensor]:
@@ -77,7 +105,12 @@ def always_kept(sources: Mapping[Role, Source]) -> set[int]:
 
 
 def _plan(
-    role: Role, sources: Mapping[Role, Source], selection: Selection, counts: TokenCounts, settings: ExportSettings
+    role: Role,
+    sources: Mapping[Role, Source],
+    selection: Selection,
+    counts: TokenCounts,
+    settings: ExportSettings,
+    slots: int,
 ) -> BundlePlan:
     source, drafter = sources[role], sources["drafter"]
     context = context_length(source.name, source.model, settings.max_length)
@@ -89,5 +122,5 @@ def _plan(
     plan = BundlePlan(role, source, settings.weights_dtype, quantization, context, trt=settings.trt)
     vocab_map = None if selection.is_noop else selection.vocab_map
     lost = selection.lost_token_ids
-    plan = replace(plan, slots=min(settings.slots or 0, len(lost)), lost_token_ids=lost)
+    plan = replace(plan, slots=min(slots, len(lost)), lost_token_ids=lost)
     return replace(plan, vocab_map=vocab_map, coverage=selection.coverage, calibration=counts.describe())

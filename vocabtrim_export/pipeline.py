@@ -1,7 +1,7 @@
 """The main job: a drafter, a target and text in; two bundles out, the drafter's head cut to K rows."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from engines.bundle.read import Manifest, Role
@@ -17,7 +17,7 @@ from vocabtrim_export.formats import write_formats
 from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.generation_rules import rule_notes
 from vocabtrim_export.lowering.graph_files import Progress
-from vocabtrim_export.pair_bundles import select, write_bundles
+from vocabtrim_export.pair_bundles import PairWriter, select
 from vocabtrim_export.planning.head import choose_head
 from vocabtrim_export.selection import Selection, rows_to_choose
 from vocabtrim_export.settings import ExportSettings, check_auto, check_settings
@@ -105,20 +105,22 @@ def export(
         with placing([output / name for name in names]) as directories:
             places = dict(zip(roles, directories, strict=False))
             manifests: dict[Role, Manifest] = {}
-            k = settings.k
+            writer = PairWriter(sources, counts, settings, progress)
+            k, slots = settings.k, settings.slots or 0
             if k == "auto":
-                choice, manifests = choose_head(places, sources, given, counts, shared.token_ids, settings, progress)
-                k, settings = choice.best.k, replace(settings, slots=choice.best.slots)
+                available = shared.token_ids
+                choice, manifests = choose_head(places, writer, sources, given, counts, available, settings, progress)
+                k, slots = choice.best.k, choice.best.slots
                 notes += choice.reasons()
             selection = select(counts, sources, k, shared.token_ids)
             notes += domains_note(counts, selection.vocab_map.kept_token_ids)
-            if settings.slots and not selection.lost_token_ids.size:
+            if slots and not selection.lost_token_ids.size:
                 raise VocabtrimError(
-                    f"--slots {settings.slots} is for tokens that the head lost, and this K keeps all of them: give a "
+                    f"--slots {slots} is for tokens that the head lost, and this K keeps all of them: give a "
                     "smaller K, or leave --slots out"
                 )
             missing = {role: place for role, place in places.items() if role not in manifests}
-            manifests |= write_bundles(missing, sources, selection, counts, settings, progress)
+            manifests |= writer.write(missing, selection, slots)
             vocab_map = None if selection.is_noop else selection.vocab_map
             others = dict(zip(settings.formats, directories[len(roles) :], strict=True))
             write_formats(others, Exported(places, manifests, sources, vocab_map), progress)

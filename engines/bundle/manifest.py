@@ -41,7 +41,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class TensorRT:
-    """What a bundle of `--format trt` holds beside the graph.
+    """What a bundle of `--format trt` holds in addition to the graph.
 
     Attributes:
         flavor: The library that built the plans; "none": there are only graphs.

@@ -27,14 +27,14 @@ def load(bundle: Bundle, neighbour: Engine | None, profile: Path | None) -> Onnx
     """
     _check(bundle, profile)
     missing = require_provider()
-    beside = neighbour if isinstance(neighbour, OnnxRuntimeCudaEngine) else None
-    stream = beside.stream if beside else make_stream()
+    other = neighbour if isinstance(neighbour, OnnxRuntimeCudaEngine) else None
+    stream = other.stream if other else make_stream()
     session = open_cuda_session(bundle, stream, missing)
     if bundle.manifest.interface == "feature-head":
         fuses = FEATURES_NAME in bundle.manifest.files
         fuse = open_cuda_session(bundle, stream, missing, FEATURES_NAME) if fuses else None
         return CudaEagleEngine(bundle, session, fuse, stream)
-    shared = beside if cache_owner(bundle, beside, "cuda") else None
+    shared = other if cache_owner(bundle, other, "cuda") else None
     engine = CudaFeatureEngine if bundle.manifest.feature_layers else OnnxRuntimeCudaEngine
     return engine(bundle, session, stream, shared)
 

@@ -9,9 +9,10 @@ from engines.bundle.read import Manifest
 from engines.sampling_params import SamplingParams
 from runtime.alarm import Collapse, find_collapse
 from runtime.draft_length import DraftLength
-from runtime.loop import GREEDY, Round
+from runtime.loop import GREEDY
 from runtime.measure.outputs import OutputDifference
 from runtime.measure.timing import Run
+from runtime.round import Round
 from runtime.stats import Percentiles, latency_speedup, mbsu, round_tokens_per_second, summarize
 
 Runs = Sequence[Sequence[Run]]  # of one mode: by prompt, then by repeat
@@ -98,7 +99,7 @@ class BenchReport:
         bandwidth: Bytes/s that the target's memory was measured to deliver.
         environment: Processor, cores, GPU if there is one, versions, and those of the tools that made the target's
             bundle.
-        sampling: Greedy, with the rules that were given beside the target's own.
+        sampling: Greedy, with the rules that were given in addition to the target's own.
     """
 
     modes: Mapping[str, ModeReport]

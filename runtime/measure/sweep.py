@@ -31,7 +31,7 @@ class SweepSettings:
         max_new_tokens: Tokens generated for each prompt, at most.
         repeats: How often each prompt is decoded in each combination.
         force_accepted: See `decode_rounds`; "all" accepts whole drafts.
-        sampling: Greedy, with the rules on logits that are given beside the target's own.
+        sampling: Greedy, with the rules on logits that are given in addition to the target's own.
     """
 
     draft_lengths: tuple[int, ...] = ()

@@ -12,7 +12,8 @@ from engines.base import Engine, Speculation, StepOutput
 from engines.bundle.vocab_map import HeadTokens
 from engines.sampling_params import Sampling, SamplingParams
 from runtime.draft_length import DraftLength
-from runtime.loop import GREEDY, Round, decode_rounds
+from runtime.loop import GREEDY, decode_rounds
+from runtime.round import Round
 
 _WARM_UP_TOKENS = 16
 _WARM_UP_ROUNDS = 6  # by the fifth of a shape, an engine may have made a CUDA graph of it

@@ -122,9 +122,9 @@ def verify_sampling(
 ) -> SamplingReport:
     """Sample with target and drafter until `draws` tokens are tested, for each of `settings`.
 
-    Drafts have 1 to γ tokens in turn: long drafts are seldom accepted whole, and the token that follows a whole draft
-    would hardly be tested. With an adaptive draft length, drafts have 1 to 4 tokens first, then the decoder's own
-    lengths, prompt lookup included.
+    The first draft has 1 token, the next 2, and so on up to γ, and then 1 again. With γ alone the token after a draft
+    that is accepted whole would hardly be tested, because long drafts seldom are. With an adaptive draft length, drafts
+    have 1 to 4 tokens first, then the decoder's own lengths, prompt lookup included.
 
     Args:
         decoder: Target and drafter.

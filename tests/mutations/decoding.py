@@ -283,4 +283,28 @@ DECODING = (
         "return self.p_value >= self.limit",
         f"{SAMPLING} -k cannot_give",
     ),
+    Mutation(
+        "`--k auto` replays what the head and the slots hold",
+        "preferred tokens are looked for in the head alone",
+        "vocabtrim_export/planning/replay.py",
+        "row_of[other] < k or int(other) in recent",
+        "row_of[other] < k",
+        "tests/vocabtrim_export/test_planning.py -k replay",
+    ),
+    Mutation(
+        "`--k auto` trims no head that would be slower on a file of prompts",
+        "only the mean counts",
+        "vocabtrim_export/planning/choose.py",
+        "all(a.speedup >= _NOT_BELOW * b.speedup for a, b in pairs)",
+        "True",
+        "tests/vocabtrim_export/test_planning.py -k full_head_stays",
+    ),
+    Mutation(
+        "On the CPU drafts are as long as they are worth unless a number is given",
+        "no number means a fixed length",
+        "runtime/pair.py",
+        "if drafter is None or isinstance(draft_length, int):",
+        'if drafter is None or draft_length != "auto":',
+        "tests/runtime/test_draft_length.py -k auto_adapts",
+    ),
 )

@@ -8,8 +8,8 @@ import pytest
 
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.alarm import FALSE_ALARM, WINDOW, AcceptanceAlarm, find_collapse, is_collapse
-from runtime.loop import Round
 from runtime.measure.bench import bench
+from runtime.round import Round
 
 ROUNDS = 2 * WINDOW  # hardly anything accepted: a round gives a token
 

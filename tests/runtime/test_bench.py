@@ -6,13 +6,13 @@ from engines.errors import VocabtrimError
 from engines.generation_rules import GenerationRules
 from runtime import SamplingParams, SpeculativeDecoder, mbsu
 from runtime.draft_length import FixedLength
-from runtime.loop import Round
 from runtime.measure.bandwidth import read_bandwidth
 from runtime.measure.bench import bench
 from runtime.measure.outputs import output_differences
 from runtime.measure.report import mode_report
 from runtime.measure.sweep import SweepSettings, sweep
 from runtime.measure.timing import Feed, Run
+from runtime.round import Round
 from runtime.stats import summarize
 
 PROMPTS = [[3, 4], [5, 6, 7], [8]]

@@ -5,9 +5,10 @@ import pytest
 from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from runtime import latency_speedup
-from runtime.loop import Round, decode_rounds
+from runtime.loop import decode_rounds
 from runtime.measure.bench import bench
 from runtime.measure.timing import Run
+from runtime.round import Round
 from runtime.stats import Percentiles, round_tokens_per_second
 
 PROMPT = [5, 6, 7]

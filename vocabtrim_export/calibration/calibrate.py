@@ -21,7 +21,7 @@ from vocabtrim_export.calibration.counts import CalibrationRun, TokenCounts, is_
 from vocabtrim_export.calibration.document import Skipped, describe_skipped
 from vocabtrim_export.calibration.endpoint import BATCH, Endpoint
 from vocabtrim_export.calibration.generations import asked_tokens, prompt_tokens, sampled_tokens, text_tokens
-from vocabtrim_export.calibration.partial_batch import SECONDS
+from vocabtrim_export.calibration.partial_batch import SECONDS, PartialBatch
 from vocabtrim_export.calibration.saving import Saver, resume
 from vocabtrim_export.calibration.sufficiency import Evidence, Rows, Verdict
 from vocabtrim_export.sources.end_tokens import eos_token_ids
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Source = Literal["drafter", "target", "text"]
 Progress = Callable[[int, int], None]
+Tokens = Sequence[Sequence[int] | NDArray[np.int64]]  # of each document of a batch
 
 # What templates that write the date are told: the result must not depend on the day.
 CALIBRATION_DATE = datetime(2024, 7, 26)
@@ -104,33 +105,17 @@ def calibrate(
     if endpoint is not None:
         endpoint.check()
         fresh = _of_endpoint(fresh, endpoint, temperature, limits or BatchLimits(batch_size=BATCH))
-    runtime = runtime_tokenizer(tokenizer)
     skipped: list[Skipped] = []
     counts = fresh if checkpoint is None or not checkpoint.exists() else resume(checkpoint, fresh)
     evidence = None if enough_for is None else _evidence(enough_for, counts, checkpoint)
     saver = Saver(checkpoint, save_seconds, counts, evidence)
+    produce = _producer(model, endpoint, tokenizer, corpus, chat, progress, max_tokens, saver, skipped)
     try:
         while counts.runs[0].enough_for != str(enough_for) and (
             batch := next_batch(corpus.documents, counts, max_tokens)
         ):
-            pass_number, indices = batch
-            documents = [corpus.documents[index] for index in indices]
-            tokens: Sequence[Sequence[int] | NDArray[np.int64]]
-            unfinished = None
-            if endpoint is not None:
-                on_step = partial(_report, progress, counts.total, max_tokens)
-                tokens = asked_tokens(endpoint, tokenizer, documents, counts.runs[0], (pass_number, indices), on_step)
-            elif model is None:
-                tokens = text_tokens(tokenizer, documents)
-            else:
-                prompts, left_out = prompt_tokens(runtime, documents, chat, counts.runs[0], counts.full_vocab)
-                skipped += left_out if pass_number == 0 else []
-                on_step = partial(_report, progress, counts.total, max_tokens)
-                numbers = draws(counts.runs[0], pass_number, indices)
-                eos = eos_token_ids(tokenizer, model.generation_config)
-                unfinished = saver.unfinished(counts, batch)
-                tokens = sampled_tokens(model, prompts, numbers, counts.runs[0], eos, on_step, unfinished)
-            held = [is_held_out(index, len(corpus.documents)) for index in indices]
+            tokens, unfinished = produce(counts, *batch)
+            held = [is_held_out(index, len(corpus.documents)) for index in batch[1]]
             counts, parts = count_batch(counts, tokens, held, max_tokens)
             if evidence is not None:
                 evidence.add([part for part, is_held in zip(parts, held, strict=False) if is_held])
@@ -148,6 +133,48 @@ def calibrate(
     for each in skipped:
         on_skip(each)
     return counts
+
+
+def _producer(
+    model: "PreTrainedModel | None",
+    endpoint: Endpoint | None,
+    tokenizer: "PreTrainedTokenizerFast",
+    corpus: Corpus,
+    chat: ChatOptions,
+    progress: Progress,
+    max_tokens: int,
+    saver: Saver,
+    skipped: list[Skipped],
+) -> Callable[[TokenCounts, int, list[int]], tuple[Tokens, PartialBatch | None]]:
+    """What makes the tokens of a batch, given the counts so far, the pass and the documents' indices.
+
+    It returns them with where the work on the batch was kept. It adds to `skipped`.
+    """
+    runtime = runtime_tokenizer(tokenizer)
+
+    def asked(counts: TokenCounts, pass_number: int, indices: list[int]) -> tuple[Tokens, None]:
+        assert endpoint is not None
+        documents = [corpus.documents[index] for index in indices]
+        on_step = partial(_report, progress, counts.total, max_tokens)
+        run = counts.runs[0]
+        return asked_tokens(endpoint, tokenizer, documents, run, (pass_number, indices), on_step), None
+
+    def read(_counts: TokenCounts, _pass_number: int, indices: list[int]) -> tuple[Tokens, None]:
+        return text_tokens(tokenizer, [corpus.documents[index] for index in indices]), None
+
+    def sampled(counts: TokenCounts, pass_number: int, indices: list[int]) -> tuple[Tokens, PartialBatch | None]:
+        assert model is not None
+        documents, run = [corpus.documents[index] for index in indices], counts.runs[0]
+        prompts, left_out = prompt_tokens(runtime, documents, chat, run, counts.full_vocab)
+        if pass_number == 0:
+            skipped.extend(left_out)
+        on_step = partial(_report, progress, counts.total, max_tokens)
+        eos = eos_token_ids(tokenizer, model.generation_config)
+        unfinished = saver.unfinished(counts, (pass_number, indices))
+        numbers = draws(run, pass_number, indices)
+        return sampled_tokens(model, prompts, numbers, run, eos, on_step, unfinished), unfinished
+
+    return asked if endpoint is not None else read if model is None else sampled
 
 
 def _evidence(rows: Rows, counts: TokenCounts, checkpoint: Path | None) -> Evidence:

@@ -113,11 +113,12 @@ class Endpoint:
         return found
 
     def _ask(self, document: Document, settings: dict[str, Any]) -> Answer:
+        body: dict[str, Any] = {"model": self.model, "prompt": document.text, **settings}
+        path = "completions"
         if document.prompt:
-            path, prompt = "chat/completions", {"messages": [asdict(message) for message in document.prompt]}
-        else:
-            path, prompt = "completions", {"prompt": document.text}  # type: ignore[dict-item]
-        reply = self._request(path, {"model": self.model, **prompt, **settings})
+            path = "chat/completions"
+            body = {"model": self.model, "messages": [asdict(message) for message in document.prompt], **settings}
+        reply = self._request(path, body)
         try:
             choice = reply["choices"][0]
             text = choice["message"]["content"] if document.prompt else choice["text"]

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from engines.bundle.read import Manifest, Role
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.calibration.counting import CalibrationInput
 from vocabtrim_export.lowering.graph_files import Progress
-from vocabtrim_export.pair_bundles import always_kept, select, write_bundles
+from vocabtrim_export.pair_bundles import PairWriter, always_kept, select
 from vocabtrim_export.planning.choose import SLOTS, Choice, choose
 from vocabtrim_export.planning.steps import measure_steps
 from vocabtrim_export.planning.texts import held_out_prompts, replayed_texts
@@ -25,6 +24,7 @@ from vocabtrim_export.sources.source import Source
 
 def choose_head(
     places: Mapping[Role, Path],
+    writer: PairWriter,
     sources: Mapping[Role, Source],
     given: CalibrationInput,
     counts: TokenCounts,
@@ -32,10 +32,12 @@ def choose_head(
     settings: ExportSettings,
     progress: Progress,
 ) -> tuple[Choice, dict[Role, Manifest]]:
-    """Write the target, which no K changes, to its place and a full drafter aside, and time and replay them.
+    """Write the pair with the full head, let its engines run on held-out prompts, and choose.
 
     Args:
-        places: The empty directories of both bundles.
+        places: The empty directories of both bundles. The target's stays filled, since no K changes it; the drafter's
+            does where the full head is chosen.
+        writer: Writes them.
         sources: The loaded models by role.
         given: What was calibrated on, a corpus.
         counts: The token counts.
@@ -44,7 +46,7 @@ def choose_head(
         progress: Called with (task, done, total).
 
     Returns:
-        The choice, and the manifest of the bundle that stays: the target's.
+        The choice, and the manifests of the directories that stay filled.
     """
     if given.corpus is None:  # `check_auto` says it before the long work
         raise ValueError("token counts hold no prompts to replay")
@@ -52,16 +54,20 @@ def choose_head(
     tokenizer = runtime_tokenizer(target.tokenizer)
     prompts = held_out_prompts(given.corpus, tokenizer, target.vocab_size, settings.calibration)
     order, _ = kept_order(counts, always_kept(sources), drafter.vocab_size, available)
-    aside = places["drafter"].with_name("full-drafter")
-    aside.mkdir()
-    full = select(counts, sources, len(order), available)
-    written: dict[Role, Path] = {"drafter": aside, "target": places["target"]}
-    manifests = write_bundles(written, sources, full, counts, replace(settings, slots=0), progress)
+    manifests = writer.write(places, select(counts, sources, len(order), available), 0)
     hidden = drafter.model.get_output_embeddings().weight.shape[1]
-    with load_engine(places["target"]) as verifier, load_engine(aside) as proposer:  # each with a cache of its own
-        times = measure_steps(verifier, proposer, hidden)
+    with load_engine(places["target"]) as verifier, load_engine(places["drafter"]) as proposer:  # a cache each
         texts = replayed_texts(prompts, verifier, proposer, lambda done, total: progress("replay", done, total))
-    shutil.rmtree(aside)
-    slots = (0, SLOTS) if settings.slots is None and not slots_refused(settings, "language-model") else ()
-    tried = slots or (settings.slots or 0,)
-    return choose(texts, order, times, manifests["drafter"].head_rows, tried), {"target": manifests["target"]}
+        times = measure_steps(verifier, proposer, hidden)
+    choice = choose(texts, order, times, manifests["drafter"].head_rows, _slots_to_try(settings))
+    if choice.best != choice.full:
+        shutil.rmtree(places["drafter"])
+        places["drafter"].mkdir()
+        del manifests["drafter"]
+    return choice, manifests
+
+
+def _slots_to_try(settings: ExportSettings) -> tuple[int, ...]:
+    if settings.slots is not None:
+        return (settings.slots,)
+    return (0,) if slots_refused(settings, "language-model") else (0, SLOTS)

@@ -1,6 +1,5 @@
 """What the steps of a pair take on this machine."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -10,7 +9,8 @@ import numpy as np
 from engines.base import Engine
 
 _ROWS = (1, 2, 3, 5, 9, 17)  # that a verification is timed with
-_CONTEXT, _REPEATS, _WARM_UP = 64, 9, 3
+_REPEATS, _WARM_UP = 15, 2
+_CONTEXT = 16  # tokens in the caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,31 +50,32 @@ def measure_steps(target: Engine, drafter: Engine, hidden: int) -> StepTimes:
         drafter: The engine of the drafter with its full head.
         hidden: The width of the drafter's head.
     """
-    rows = [n for n in _ROWS if n <= target.max_keep and _CONTEXT + n < target.capacity]
-    verify = {n: _seconds(target, n) for n in rows}
+    capacity = min(target.capacity, drafter.capacity)
+    context = min(_CONTEXT, capacity // 2)
+    rows = [n for n in _ROWS if n <= target.max_keep and context + n <= capacity]
+    calls = [(drafter, 1), *((target, n) for n in rows)]
+    for engine in (drafter, target):
+        engine.rewind(0)
+        engine.feed([1] * context)
+    # All calls in turn: a machine that slows down in between slows all of them.
+    rounds = [[_seconds(engine, n) for engine, n in calls] for _ in range(_WARM_UP + _REPEATS)]
+    step, *verify = (median(times) for times in zip(*rounds[_WARM_UP:], strict=True))
     manifest = drafter.manifest
     itemsize = 2 if manifest.dtype == "fp16" else 4
     return StepTimes(
-        verify,
-        _seconds(drafter, 1),
-        manifest.weight_bytes_per_step + manifest.kv_bytes_per_token * _CONTEXT,
+        dict(zip(rows, verify, strict=True)),
+        step,
+        manifest.weight_bytes_per_step + manifest.kv_bytes_per_token * context,
         manifest.head_bytes / manifest.head_rows,
         float(hidden * itemsize),
     )
 
 
 def _seconds(engine: Engine, tokens: int) -> float:
-    """The median of calls on so many tokens behind a short context."""
-    context = min(_CONTEXT, engine.capacity - tokens - 1)
-    engine.rewind(0)
-    engine.feed([1] * context)
-    times = [_timed(lambda: engine.feed([1] * tokens, keep=tokens), engine, context) for _ in range(_REPEATS)]
-    return median(times[_WARM_UP:])
-
-
-def _timed(call: Callable[[], object], engine: Engine, context: int) -> float:
+    """One call on so many tokens behind the context that is in the cache."""
+    context = engine.length
     start = perf_counter()
-    call()
+    engine.feed([1] * tokens, keep=tokens)
     seconds = perf_counter() - start
     engine.rewind(context)
     return seconds

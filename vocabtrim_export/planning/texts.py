@@ -81,9 +81,10 @@ def replayed_texts(
     texts = []
     for done, (domain, prompt) in enumerate(prompts):
         progress(done, len(prompts))
-        room = min(target.capacity, drafter.capacity) - _NEW_TOKENS
-        ids = prompt[-max(1, room) :]
-        rounds = decode_rounds(target, drafter, ids, max_new_tokens=_NEW_TOKENS, draft_length=1)
+        capacity = min(target.capacity, drafter.capacity)
+        ids = prompt[-max(1, capacity - _NEW_TOKENS) :]
+        new_tokens = min(_NEW_TOKENS, capacity - len(ids))
+        rounds = decode_rounds(target, drafter, ids, max_new_tokens=new_tokens, draft_length=1)
         tokens = np.array([token for entry in rounds for token in entry.tokens], np.int64)
         if len(tokens) >= _FEWEST:
             texts.append(Text(domain, ids, tokens, preferred(_logits(drafter, ids, tokens), tokens)))
