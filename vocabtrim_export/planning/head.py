@@ -56,7 +56,7 @@ def choose_head(
     order, _ = kept_order(counts, always_kept(sources), drafter.vocab_size, available)
     manifests = writer.write(places, select(counts, sources, len(order), available), 0)
     hidden = drafter.model.get_output_embeddings().weight.shape[1]
-    with load_engine(places["target"]) as verifier, load_engine(places["drafter"]) as proposer:  # a cache each
+    with load_engine(places["target"]) as verifier, load_engine(places["drafter"], "cpu", verifier) as proposer:
         texts = replayed_texts(prompts, verifier, proposer, lambda done, total: progress("replay", done, total))
         times = measure_steps(verifier, proposer, hidden)
     choice = choose(texts, order, times, manifests["drafter"].head_rows, _slots_to_try(settings))

@@ -21,7 +21,7 @@ from vocabtrim_export.calibration.prompts import encode_document
 from vocabtrim_export.planning.replay import Text, preferred
 
 _PER_DOMAIN, _MOST = 3, 12  # texts
-_PROMPT_TOKENS, _NEW_TOKENS = 256, 64
+_PROMPT_TOKENS, _NEW_TOKENS = 256, 48
 _FEWEST = 8  # tokens that a continuation must have to say anything
 
 
@@ -67,12 +67,12 @@ def replayed_texts(
     drafter: Engine,
     progress: Callable[[int, int], None],
 ) -> list[Text]:
-    """Let the target continue the prompts greedily, and the full drafter read the result.
+    """Let the target continue the prompts greedily, and the full drafter propose each next token.
 
     Args:
         prompts: See `held_out_prompts`.
         target: The target's engine.
-        drafter: The engine of the drafter with its full head, which has a KV cache of its own.
+        drafter: The engine of the drafter with its full head.
         progress: Called with (texts done, texts).
 
     Raises:
@@ -83,11 +83,9 @@ def replayed_texts(
         progress(done, len(prompts))
         capacity = min(target.capacity, drafter.capacity)
         ids = prompt[-max(1, capacity - _NEW_TOKENS) :]
-        new_tokens = min(_NEW_TOKENS, capacity - len(ids))
-        rounds = decode_rounds(target, drafter, ids, max_new_tokens=new_tokens, draft_length=1)
-        tokens = np.array([token for entry in rounds for token in entry.tokens], np.int64)
+        first, tokens, logits = _replay(target, drafter, ids, min(_NEW_TOKENS, capacity - len(ids)))
         if len(tokens) >= _FEWEST:
-            texts.append(Text(domain, ids, tokens, preferred(_logits(drafter, ids, tokens), tokens)))
+            texts.append(Text(domain, [*ids, first], tokens, preferred(logits, tokens)))
     progress(len(prompts), len(prompts))
     if not texts:
         raise VocabtrimError("--k auto: the target ends its answers at once, so nothing can be replayed: give a number")
@@ -99,13 +97,30 @@ def _domain(document: Document, corpus: Corpus) -> str:
     return Path(document.where.rsplit(", ", 1)[0]).name or corpus.source
 
 
-def _logits(drafter: Engine, prompt: Sequence[int], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    """float32[n, vocabulary], before each of `tokens`; -inf for what the drafter may not propose."""
+def _replay(
+    target: Engine, drafter: Engine, prompt: Sequence[int], new_tokens: int
+) -> tuple[int, NDArray[np.int64], NDArray[np.float32]]:
+    """Decode with the target alone; before each of its steps the drafter reads the last token and proposes the next.
+
+    A drafter that shares the target's cache reads the target's keys and values, as it does when it drafts.
+
+    Returns:
+        The first token, for which nothing is drafted; int64[n], the later ones; and the drafter's logits before each of
+        these, float32[n, vocabulary], -inf for what it may not propose.
+    """
+    unread, shares_cache = list(prompt), drafter.cache is target.cache
     drafter.rewind(0)
-    if len(prompt) > 1:
-        drafter.feed(prompt[:-1])
-    columns = drafter.feed([prompt[-1], *tokens[:-1].tolist()], keep=len(tokens)).logits
-    kept = np.arange(columns.shape[1]) if drafter.vocab_map is None else drafter.vocab_map.kept_token_ids
-    logits = np.full((len(tokens), max(int(kept[-1]), int(tokens.max())) + 1), -np.inf, np.float32)
-    logits[:, kept] = columns
-    return logits
+    tokens: list[int] = []
+    rows: list[NDArray[np.float32]] = []
+    for entry in decode_rounds(target, None, prompt, max_new_tokens=new_tokens, draft_length=1):
+        tokens += entry.tokens
+        unread += entry.tokens
+        if shares_cache:
+            drafter.adopt(target.length)
+            unread = unread[-1:]
+        rows.append(drafter.feed(unread).logits[-1].copy())
+        unread = []
+    kept = np.arange(len(rows[0])) if drafter.vocab_map is None else drafter.vocab_map.kept_token_ids
+    logits = np.full((len(tokens) - 1, max(int(kept[-1]), *tokens) + 1), -np.inf, np.float32)
+    logits[:, kept] = np.array(rows[:-1]).reshape(len(tokens) - 1, len(kept))
+    return tokens[0], np.array(tokens[1:], np.int64), logits
