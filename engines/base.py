@@ -15,6 +15,7 @@ from engines.bundle.vocab_map import HeadTokens, VocabMap
 from engines.errors import VocabtrimError
 from engines.exclusive_use import ExclusiveUse
 from engines.sampling_params import Sampling
+from engines.slots import Slots
 
 MAX_KEEP = 256
 
@@ -102,6 +103,7 @@ class Engine(ABC):
         max_draft: The tokens that it can draft one after another; None: as many as the cache holds.
         features_given: The numbers in a row of `StepOutput.features`; 0 where there are none.
         features_read: The numbers in a row that `feed_features` takes; 0 for an engine that reads tokens alone.
+        slots: The in-context slots of a drafter's head; None where it has none.
     """
 
     device: Device = "cpu"
@@ -118,6 +120,7 @@ class Engine(ABC):
         self.unrolled = 0
         self.max_draft: int | None = None
         self.features_given = self.features_read = 0
+        self.slots: Slots | None = None
 
     @property
     def head_tokens(self) -> HeadTokens | None:
@@ -125,9 +128,9 @@ class Engine(ABC):
 
         `remember` and `rewind` change it for a drafter with slots.
         """
-        return self.vocab_map
+        return self.slots or self.vocab_map
 
-    def remember(self, token_ids: Sequence[int]) -> None:  # noqa: B027
+    def remember(self, token_ids: Sequence[int]) -> None:
         """Put tokens of the text into the slots of a drafter that has some; it can propose them from now on.
 
         Nothing is fed.
@@ -135,6 +138,8 @@ class Engine(ABC):
         Args:
             token_ids: int64[n], the next tokens of the text. If they are more than the slots, the last ones stay.
         """
+        if self.slots and token_ids:
+            self.slots.see(token_ids)
 
     @abstractmethod
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
@@ -233,6 +238,8 @@ class Engine(ABC):
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
         self.length = length
+        if self.slots and length == 0:
+            self.slots.clear()
 
     def adopt(self, length: int) -> None:
         """Take over the first `length` tokens, which an engine with the same `cache` has fed."""

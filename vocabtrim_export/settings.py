@@ -88,12 +88,11 @@ def _check_slots(settings: ExportSettings, kind: str) -> None:
 def slots_refused(settings: ExportSettings, kind: str) -> str | None:
     """Why this export cannot have slots; None where it can."""
     graphs = [name for name in settings.formats if FORMATS[name].needs_graph]
-    if settings.trt is not None or graphs:
-        name = "trt" if settings.trt is not None else graphs[0]
-        return f"--format {name} cannot hold --slots: only bundles of --format onnx can"
+    if graphs:
+        return f"--format {graphs[0]} cannot hold --slots: only bundles of --format onnx and --format trt can"
     if kind in HEAD_KINDS and not HEAD_KINDS[kind].has_slots:
         return f"{HEAD_KINDS[kind].title} cannot have --slots yet: only language models, EAGLE and layer heads can"
-    if settings.weights_dtype == "bf16":
+    if settings.weights_dtype == "bf16" and settings.trt is None:
         return "--slots is for the CPU so far, which has no bf16 products: give --dtype fp32 or fp16"
     return None
 

@@ -165,7 +165,7 @@ def _check_table(root: Path, manifest: Manifest) -> None:
 
 def _check_head_rows(root: Path, manifest: Manifest) -> None:
     if (vocab_map := load_map(root, manifest)) is not None:
-        HeadRows(root / HEAD_ROWS_NAME, vocab_map, manifest.quantization)
+        HeadRows(root / HEAD_ROWS_NAME, vocab_map, manifest.head_rows_quantization)
 
 
 def _check_head(path: Path, manifest: Manifest) -> None:

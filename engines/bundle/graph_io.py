@@ -21,6 +21,7 @@ ATTENDED_SLOTS = "attended_slots"  # int64[span], the numbers from 0 on: the slo
 SLOT_WEIGHT = "slot_weight"  # [hidden, M]
 SLOT_BIAS = "slot_bias"  # [M], where the LM head has a bias
 SLOT_TOKEN_IDS = "slot_token_ids"  # int64[M], -1 for an empty slot
+SLOT_INPUTS = (SLOT_WEIGHT, SLOT_BIAS, SLOT_TOKEN_IDS)
 
 # Outputs of every decoder.
 LOGITS = "logits"  # [1, keep, head_rows], or head_rows + M columns

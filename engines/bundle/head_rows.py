@@ -11,9 +11,11 @@ from engines.bundle.graph_io import TOKEN_IDS
 from engines.bundle.typed_json import brief
 from engines.bundle.vocab_map import NOT_KEPT, VocabMap
 from engines.errors import VocabtrimError
+from engines.numbers import to_float32
 
 _BLOCK = 32
 _BITS = {"int8": 8, "int4": 4}
+_FLOATS = ("F32", "F16", "U16")  # U16: the bits of bfloat16, which NumPy lacks
 
 
 class HeadRows:
@@ -52,10 +54,10 @@ class HeadRows:
         """
         rows = self.index[token_ids].tolist()
         read = {name: np.stack([part[row] for row in rows]) for name, part in self._parts.items()}
-        bias = read["bias"].astype(np.float32) if self.has_bias else np.zeros(len(rows), np.float32)
+        bias = to_float32(read["bias"]) if self.has_bias else np.zeros(len(rows), np.float32)
         if self._bits is None:
-            return read["weight"].astype(np.float32, copy=False), bias
-        scales = read["scales"].astype(np.float32)
+            return to_float32(read["weight"]), bias
+        scales = to_float32(read["scales"])
         values, zeros = read["quantized"], read["zero_points"]
         if self._bits == 4:
             values, zeros = _nibbles(values), _nibbles(zeros)
@@ -78,7 +80,7 @@ class HeadRows:
         }
         bytes_of = {"quantized", "zero_points"}
         for name, shape in shapes.items():
-            if shape != wanted[name] or dtypes[name] not in (("U8",) if name in bytes_of else ("F32", "F16")):
+            if shape != wanted[name] or dtypes[name] not in (("U8",) if name in bytes_of else _FLOATS):
                 raise VocabtrimError(f"{path}: {name} is {dtypes[name]}{list(shape)}, which no head has: export again")
         return wanted["weight"][1] if self._bits is None else count * _BLOCK
 

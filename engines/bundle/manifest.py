@@ -161,6 +161,11 @@ class Manifest:
             return "feature-head"
         return "parallel-heads" if FEATURES_OUTPUT in self.inputs else "language-model"
 
+    @property
+    def head_rows_quantization(self) -> str:
+        """How `head_rows.safetensors` stores its rows: as the head has them, for TensorRT dequantised ("none")."""
+        return "none" if self.tensorrt else self.quantization
+
     def to_json(self) -> str:
         """The text of `vocabtrim.json`: the fields, and `digest`, by which an edit shows."""
         data = asdict(self)

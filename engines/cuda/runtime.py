@@ -147,6 +147,12 @@ class Stream:
         cuda = runtime()
         check(cuda.cudaMemcpyAsync(target, source, size, cuda.cudaMemcpyKind.cudaMemcpyDefault, self._handle))
 
+    def copy_columns(self, target: int, source: int, pitch: int, width: int, rows: int) -> None:
+        """Queue a copy of `width` bytes of each of `rows` rows, which lie `pitch` bytes apart on both sides."""
+        cuda = runtime()
+        kind = cuda.cudaMemcpyKind.cudaMemcpyDefault
+        check(cuda.cudaMemcpy2DAsync(target, pitch, source, pitch, width, rows, kind, self._handle))
+
     def pinned(self, count: int) -> NDArray[np.int64]:
         """int64[count], zeros, in page-locked memory that is freed with the last view of it."""
         memory = allocate_pinned(8 * count)

@@ -26,13 +26,11 @@ from engines.bundle.graph_io import (
     present_name,
 )
 from engines.bundle.head_rows import HeadRows
-from engines.bundle.manifest import HEAD_ROWS_NAME
 from engines.bundle.read import Bundle
-from engines.bundle.vocab_map import HeadTokens
-from engines.errors import VocabtrimError
+from engines.bundle.vocab_map import VocabMap
 from engines.ort.key_tiles import KeyTiles
 from engines.ort.session import numpy_dtype, share
-from engines.ort.slots import Slots
+from engines.slots import Slots, open_head_rows
 
 CHUNK = MAX_KEEP
 CACHED_LENGTHS = 32  # step lengths (drafts, catch-ups, verifications) whose bindings are kept
@@ -136,25 +134,12 @@ class OnnxRuntimeEngine(Engine):
         (logits,) = (output for output in self._session.get_outputs() if output.name == LOGITS)
         self._head_rows = int(logits.shape[-1])
         self.logits_type: str = logits.type
-        self._slots = self._make_slots()
+        self.slots = self._open_slots()
         self._hidden = {
             value.name: (int(value.shape[-1]), numpy_dtype(value.type))
             for value in [*self._session.get_inputs(), *self._session.get_outputs()]
             if value.name in (FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT)
         }
-
-    @property
-    def head_tokens(self) -> HeadTokens | None:
-        return self._slots or self.vocab_map
-
-    def remember(self, token_ids: Sequence[int]) -> None:
-        if self._slots and token_ids:
-            self._slots.see(token_ids)
-
-    def rewind(self, length: int) -> None:
-        super().rewind(length)
-        if self._slots and length == 0:
-            self._slots.clear()
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         self.use.check_open()
@@ -257,22 +242,24 @@ class OnnxRuntimeEngine(Engine):
             binding.bind_ortvalue_output(present_name(name), cache)
         binding.bind_ortvalue_input(KEEP, share(np.array([keep], np.int64)))
         binding.bind_ortvalue_input(TOTAL_LENGTH, share(self._total))
-        for name, array in (self._slots.inputs if self._slots else {}).items():
-            binding.bind_ortvalue_input(name, share(array))
+        self._bind_slots(binding)
         return binding
 
-    def _make_slots(self) -> Slots | None:
+    def _bind_slots(self, binding: ort.IOBinding) -> None:
+        for name, array in (self.slots.inputs if self.slots else {}).items():
+            binding.bind_ortvalue_input(name, share(array))
+
+    def _open_slots(self) -> Slots | None:
         """Raises `VocabtrimError` where the graph's slots are not those of the manifest."""
-        count, vocab_map, path = self.manifest.slots, self.vocab_map, self._source.path / HEAD_ROWS_NAME
-        weights = [value for value in self._session.get_inputs() if value.name == SLOT_WEIGHT]
-        if not count and not weights:
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        rows = open_head_rows(self._source, {name: value.shape for name, value in inputs.items()}, self._head_rows)
+        if rows is None or self.vocab_map is None:
             return None
-        if vocab_map is not None and weights:
-            rows = HeadRows(path, vocab_map, self.manifest.quantization)
-            hidden, columns = weights[0].shape
-            if rows.holds(hidden) and columns == count == self._head_rows - len(vocab_map):
-                return Slots(vocab_map, rows, (hidden, count), numpy_dtype(weights[0].type))
-        raise VocabtrimError(f"the slots of the graph in {self._source.path} are not those that {path.name} is for")
+        hidden, count = inputs[SLOT_WEIGHT].shape
+        return self._make_slots(self.vocab_map, rows, (hidden, count), inputs[SLOT_WEIGHT].type)
+
+    def _make_slots(self, vocab_map: VocabMap, rows: HeadRows, shape: tuple[int, int], onnx_type: str) -> Slots:
+        return Slots(vocab_map, rows, shape, numpy_dtype(onnx_type))
 
     def _allocate_caches(self) -> dict[str, ort.OrtValue]:
         caches = {}

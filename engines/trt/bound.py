@@ -62,7 +62,9 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class _Buffers:
-    """inputs: all but the cache, in one block, so that one copy moves them. logits: None where a plan has none."""
+    """inputs: all but those that stay on the GPU, in one block, so that one copy moves them.
+    logits: None where a plan has none.
+    """
 
     inputs_host: cuda.PinnedMemory
     inputs_device: cuda.DeviceMemory
@@ -77,15 +79,16 @@ class BoundProfile:
     The first `run` launches kernel by kernel, as libraries load them when first used; the second captures the copy of
     the inputs, the kernels and the copy of the tokens into a CUDA graph, which stands for all of them from then on.
     inputs: name → int64 array, flat, of page-locked memory, to write before `run`.
+    addresses: of the inputs that stay on the GPU, the KV cache and in-context slots, by name.
     """
 
-    def __init__(self, shared: Shared, engine: Any, index: int, cache: KVCache) -> None:
+    def __init__(self, shared: Shared, engine: Any, index: int, addresses: Mapping[str, int]) -> None:
         self.inputs: dict[str, NDArray[np.int64]] = {}
         self._shared, self._engine = shared, engine
         self._context = self._make_context(index)
         self._work = Replayed(shared.stream, self._enqueue, self._is_capturable)
         with ExitStack() as owned:
-            self._buffers = self._bind(owned, cache)
+            self._buffers = self._bind(owned, addresses)
             # After the profile and the shapes, for which it is.
             self._context.set_device_memory(shared.activation.address, shared.activation.size)
             self._owned = owned.pop_all()
@@ -138,13 +141,13 @@ class BoundProfile:
         self._require(not context.infer_shapes(), "the input shapes")
         return context
 
-    def _bind(self, owned: ExitStack, cache: KVCache) -> _Buffers:
+    def _bind(self, owned: ExitStack, addresses: Mapping[str, int]) -> _Buffers:
         library = self._shared.library
         offsets: dict[str, tuple[int, int]] = {}
         end = 0
         for name in tensor_names(library, self._engine, inputs=True):
-            if name in cache.addresses:
-                self._set_address(name, cache.addresses[name])
+            if name in addresses:
+                self._set_address(name, addresses[name])
             else:
                 offsets[name] = end, int(np.prod(self._shape(name)))
                 end += _aligned(8 * offsets[name][1])
@@ -156,8 +159,8 @@ class BoundProfile:
         for name in tensor_names(library, self._engine, inputs=False):
             if name.startswith(PRESENT):
                 past = self._engine.get_aliased_input_tensor(name)
-                self._require(past in cache.addresses, f"one address for the KV cache and {name}")
-                self._set_address(name, cache.addresses[past])
+                self._require(past in addresses, f"one address for the KV cache and {name}")
+                self._set_address(name, addresses[past])
             else:
                 outputs[name] = _own(owned, cuda.allocate_device(self._size(name)))
                 self._set_address(name, outputs[name].address)

@@ -8,16 +8,18 @@ from numpy.typing import NDArray
 
 from engines.base import MAX_KEEP, ContextFull, Device, Engine, StepOutput
 from engines.bundle.read import Bundle, Profile, TensorRT
+from engines.slots import Slots
 
 DRAFT_TOKENS = 2  # a drafter lacks at most two tokens after a round: the last it drafted and the target's
 
 
 class Executor(Protocol):
-    """Runs the fixed shapes of one bundle over a KV cache that it owns. `device` and `environment` are as an
+    """Runs the fixed shapes of one bundle over a KV cache that it owns. `device`, `slots` and `environment` are as an
     `Engine`'s.
     """
 
     device: Device
+    slots: Slots | None
 
     def environment(self) -> dict[str, str]: ...
 
@@ -100,7 +102,7 @@ class StaticEngine(Engine):
         assert bundle.manifest.tensorrt is not None
         self._plans: TensorRT = bundle.manifest.tensorrt
         self._executor = executor
-        self.device = executor.device
+        self.device, self.slots = executor.device, executor.slots
         self.max_keep = max(profile.keep for profile in self._plans.profiles)
         self.unrolled = self._plans.draft_length
         self._padding = min(profile.tokens for profile in self._plans.profiles) - 1

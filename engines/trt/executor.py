@@ -8,14 +8,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Device, StepOutput
-from engines.bundle.graph_io import ATTENDED_SLOTS, INPUT_IDS, LOGITS_POSITIONS, POSITION_IDS
+from engines.bundle.graph_io import (
+    ATTENDED_SLOTS,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_POSITIONS,
+    POSITION_IDS,
+    SLOT_WEIGHT,
+)
 from engines.bundle.read import DRAFT_MODEL_NAME, DRAFT_PLAN_NAME, MODEL_NAME, PLAN_NAME, Bundle, Profile, TensorRT
 from engines.cuda import runtime as cuda
+from engines.cuda.slots import DeviceSlots
 from engines.errors import VocabtrimError
+from engines.slots import open_head_rows
 from engines.trt.bound import BoundProfile, KVCache, Shared
 from engines.trt.engine import Executor
 from engines.trt.library import Library, Log, load_library, make_log
-from engines.trt.plan import check_plans, open_engine
+from engines.trt.plan import check_plans, open_engine, stored_dtype, tensor_names
 
 Which = Literal["model", "draft"]
 
@@ -51,6 +60,8 @@ class TensorRTExecutor(Executor):
             self._shared = Shared(library, log, stream, activation)
             self._cache = KVCache.allocate(library, self._engines["model"], stream)
             owned.callback(self._free_cache)
+            self.slots = self._open_slots(bundle, owned)
+            self._addresses = {**self._cache.addresses, **(self.slots.addresses if self.slots else {})}
             self._owned = owned.pop_all()
 
     @property
@@ -91,11 +102,29 @@ class TensorRTExecutor(Executor):
         """The profile, bound when first used."""
         bound = self._bound.get((which, index))
         if bound is None:
-            bound = BoundProfile(self._shared, self._engines[which], index, self._cache)
+            bound = BoundProfile(self._shared, self._engines[which], index, self._addresses)
             if (slots := bound.inputs.get(ATTENDED_SLOTS)) is not None:
                 slots[:] = np.arange(len(slots))
             self._bound[which, index] = bound
         return bound
+
+    def _open_slots(self, bundle: Bundle, owned: ExitStack) -> DeviceSlots | None:
+        """The slots of the plans, in memory that `owned` frees."""
+        engine, library, stream = self._engines["model"], self._shared.library, self._shared.stream
+        names = tensor_names(library, engine, inputs=True)
+        shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
+        rows = open_head_rows(bundle, shapes, engine.get_tensor_shape(LOGITS)[-1])
+        if rows is None or bundle.vocab_map is None:
+            return None
+
+        def allocate(size: int) -> int:
+            memory = cuda.allocate_device(size)
+            owned.callback(memory.free)
+            return memory.address
+
+        hidden, count = shapes[SLOT_WEIGHT]
+        dtype = stored_dtype(engine, SLOT_WEIGHT)
+        return DeviceSlots(bundle.vocab_map, rows, (hidden, count), dtype, stream, allocate)
 
     def _free_cache(self) -> None:
         """Free the cache and, before it, all that is bound to its addresses."""

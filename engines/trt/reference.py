@@ -14,11 +14,13 @@ from engines.bundle.graph_io import (
     LOGITS_POSITIONS,
     PAST,
     POSITION_IDS,
+    SLOT_WEIGHT,
     TOKEN_IDS,
     present_name,
 )
 from engines.bundle.read import DRAFT_MODEL_NAME, MODEL_NAME, Bundle, Profile
 from engines.ort.session import numpy_dtype, open_session, share
+from engines.slots import Slots, open_head_rows
 
 
 class ReferenceExecutor:
@@ -40,6 +42,8 @@ class ReferenceExecutor:
             if value.name.startswith(PAST):
                 self._caches[value.name] = share(np.zeros(value.shape, numpy_dtype(value.type)))
         self._has_spans = len(plans.spans) > 1
+        self.slots = _open_slots(bundle, self._model)
+        self._slot_inputs = {name: share(array) for name, array in (self.slots.inputs if self.slots else {}).items()}
 
     def environment(self) -> dict[str, str]:
         return {"onnxruntime": ort.__version__}
@@ -75,6 +79,8 @@ class ReferenceExecutor:
             inputs[ATTENDED_SLOTS] = np.arange(span)
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
+        for name, value in self._slot_inputs.items():
+            binding.bind_ortvalue_input(name, value)
         for name, cache in self._caches.items():
             binding.bind_ortvalue_input(name, cache)
             binding.bind_ortvalue_output(present_name(name), cache)
@@ -82,3 +88,13 @@ class ReferenceExecutor:
             binding.bind_output(name)
         session.run_with_iobinding(binding)
         return [value.numpy() for value in binding.get_outputs()[len(self._caches) :]]
+
+
+def _open_slots(bundle: Bundle, session: ort.InferenceSession) -> Slots | None:
+    inputs = {value.name: value for value in session.get_inputs()}
+    (logits,) = (value for value in session.get_outputs() if value.name == LOGITS)
+    shapes = {name: value.shape for name, value in inputs.items()}
+    rows = open_head_rows(bundle, shapes, int(logits.shape[-1]))
+    if rows is None or bundle.vocab_map is None:
+        return None
+    return Slots(bundle.vocab_map, rows, shapes[SLOT_WEIGHT], numpy_dtype(inputs[SLOT_WEIGHT].type))

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from engines.bundle.head_rows import HeadRows
 from engines.bundle.vocab_map import NOT_KEPT, VocabMap
 from engines.errors import VocabtrimError
-from engines.ort.slots import Slots
+from engines.slots import Slots
 
 VOCAB, HIDDEN = 40, 8
 MAP = VocabMap.from_ids(range(0, VOCAB, 4), VOCAB)

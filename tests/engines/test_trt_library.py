@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from engines.base import StepOutput
 from engines.bundle.read import Bundle, Profile, TensorRT
+from engines.bundle.vocab_map import VocabMap
 from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
 from engines.trt import executor
@@ -321,6 +323,7 @@ class FakeCuda:
         self.capturing: list | None = None
         self.launches = self.graphs = 0
         self.fail_malloc_at = None
+        self.columns: list[int] = []  # bytes of a row of each copy of columns
 
     def array(self, address, dtype, shape):
         """The live memory at `address`, which need not be an allocation's start."""
@@ -369,7 +372,20 @@ class FakeCuda:
 
     def cudaMemcpyAsync(self, target, source, size, kind, stream):
         assert kind == self.cudaMemcpyKind.cudaMemcpyDefault
+        if all(source not in range(start, start + len(memory)) for start, memory in self.memory.items()):  # pageable
+            assert self.capturing is None, "a graph would read it when it is long gone"
+            ctypes.memmove(self.array(target, np.uint8, size).ctypes.data, source, size)
+            return self.OK
         return self.queue(lambda: ctypes.memmove(target, self.array(source, np.uint8, size).ctypes.data, size))
+
+    def cudaMemcpy2DAsync(self, target, pitch, source, source_pitch, width, rows, kind, stream):
+        assert (kind, pitch) == (self.cudaMemcpyKind.cudaMemcpyDefault, source_pitch)
+        assert self.capturing is None, "a captured copy would be repeated"
+        self.columns.append(width)
+        for row in range(rows):
+            to = self.array(target + row * pitch, np.uint8, width)
+            to[:] = (ctypes.c_ubyte * width).from_address(source + row * pitch)
+        return self.OK
 
     def cudaStreamBeginCapture(self, stream, mode):
         self.capturing = []
@@ -411,13 +427,15 @@ class FakeEngine:
 
     device_memory_size_v2 = 1000
 
-    def __init__(self, cuda_, profiles, outputs):
+    def __init__(self, cuda_, profiles, outputs, slots=False):
         self.cuda, self.profiles, self.outputs = cuda_, profiles, outputs
         self.capturable = True
         self.fails = self.fails_while_capturing = False
         inputs = {"input_ids": "INT64", "position_ids": "INT64", "past_key_values.0.key": "HALF"}
         if "logits" in outputs:
             inputs["logits_positions"] = "INT64"
+        if slots:
+            inputs |= {"slot_weight": "HALF", "slot_token_ids": "INT64"}
         self.types = inputs | {"token_ids": "INT64", "logits": "BF16", "present.0.key": "HALF"}
         self.names = [*inputs, *outputs]
         self.num_io_tensors = len(self.names)
@@ -432,7 +450,8 @@ class FakeEngine:
         return SimpleNamespace(name=self.types[name])
 
     def get_tensor_shape(self, name):
-        return (1, 2, -1, 4) if name in ("past_key_values.0.key", "present.0.key") else (1, -1)
+        shapes = {"logits": (1, -1, 5), "slot_weight": (3, 2), "slot_token_ids": (2,)}
+        return (1, 2, -1, 4) if name in ("past_key_values.0.key", "present.0.key") else shapes.get(name, (1, -1))
 
     def get_tensor_profile_shape(self, name, index):
         return [self.profiles[index][name]] * 3
@@ -493,6 +512,8 @@ class FakeContext:
         cache[:, positions[0] : positions[0] + len(ids)] = ids[None, :, None]
         sums = np.cumsum(cache[1, :, 3].astype(np.float32))
         tokens = self._array("token_ids")[0]
+        if "slot_weight" in self.engine.names:  # a filled slot adds the sum of its column
+            sums += self._array("slot_weight").sum(0, where=self._array("slot_token_ids") >= 0).sum()
         if "logits" in self.engine.outputs:
             at = positions[self._array("logits_positions")]
             tokens[:] = sums[at]
@@ -531,9 +552,12 @@ def gpu(monkeypatch):
     return SimpleNamespace(cuda=fake, engines=engines)
 
 
+MANIFEST = SimpleNamespace(tensorrt=PLANS, slots=0, head_rows_quantization="none")
+
+
 @pytest.fixture
 def opened(gpu, tmp_path):
-    bundle = Bundle(tmp_path, SimpleNamespace(tensorrt=PLANS), None)
+    bundle = Bundle(tmp_path, MANIFEST, None)
     with_it = executor.TensorRTExecutor(bundle)
     yield with_it
     with_it.close()
@@ -590,7 +614,7 @@ def test_spans_are_profiles_over_one_cache(opened):
 def test_an_executor_that_cannot_be_made_leaves_nothing(gpu, tmp_path, allocation):
     gpu.cuda.fail_malloc_at = allocation
     with pytest.raises(VocabtrimError, match="out of GPU memory"):
-        executor.TensorRTExecutor(Bundle(tmp_path, SimpleNamespace(tensorrt=PLANS), None))
+        executor.TensorRTExecutor(Bundle(tmp_path, MANIFEST, None))
     assert not gpu.cuda.memory
     assert not gpu.cuda.live
 
@@ -610,6 +634,57 @@ def test_a_failed_run_carries_the_librarys_reason(opened, gpu):
     gpu.engines["model.engine"].fails = True
     with pytest.raises(RuntimeError, match="TensorRT failed to run a plan: it gave no reason"):
         step(opened, 0, [1, 2], 0, [1])
+
+
+@pytest.fixture
+def slotted(gpu, tmp_path):
+    """The bundle of three rows and two slots; token t, which is not kept, has a row of three times t."""
+    for name, engine in gpu.engines.items():
+        profiles = [profile | {"slot_weight": (3, 2), "slot_token_ids": (2,)} for profile in engine.profiles]
+        gpu.engines[name] = FakeEngine(gpu.cuda, profiles, engine.outputs, slots=True)
+    vocab_map = VocabMap.from_ids([0, 10, 20], 30)
+    lost = np.setdiff1d(np.arange(30), vocab_map.kept_token_ids)
+    weight = np.repeat(lost[:, None], 3, 1).astype(np.float16)
+    save_file({"token_ids": lost, "weight": weight}, tmp_path / "head_rows.safetensors")
+    return Bundle(tmp_path, SimpleNamespace(tensorrt=PLANS, slots=2, head_rows_quantization="none"), vocab_map)
+
+
+def test_slots_are_bound_once_and_a_token_is_one_copy(slotted, gpu):
+    with_it = executor.TensorRTExecutor(slotted)
+
+    def slot_sum():
+        return step(with_it, 0, [0, 0], 0, [1]).token_ids.item() // 3
+
+    seen = []
+    for tokens in ([], [4], [4], [5, 4], [6], []):  # captured by the second step, replayed from the third on
+        gpu.cuda.columns.clear()
+        with_it.slots.see(tokens)
+        seen.append((slot_sum(), tuple(gpu.cuda.columns)))
+    assert seen == [(0, ()), (4, (2,)), (4, ()), (9, (2,)), (10, (2,)), (10, ())]
+    assert with_it.cuda_graphs == 1
+    assert with_it.draft(8, np.array([0, 0]), np.array([0, 1])).tolist()[0] == 30
+    with_it.slots.clear()
+    assert slot_sum() == 0
+    gpu.cuda.columns.clear()
+    with_it.slots.see([7, 8])
+    assert gpu.cuda.columns == [4]  # neighbours
+    assert slot_sum() == 15
+    with_it.close()
+    assert not gpu.cuda.memory
+    assert not gpu.cuda.live
+
+
+def test_slots_that_are_not_the_plans_are_refused(slotted, gpu):
+    slotted.manifest.slots = 3
+    with pytest.raises(VocabtrimError, match=r"slots of the graph in .* are not those that head_rows"):
+        executor.TensorRTExecutor(slotted)
+    slotted.manifest.slots = 2
+    for allocation in range(4):
+        gpu.cuda.fail_malloc_at = allocation
+        with pytest.raises(VocabtrimError, match="out of GPU memory"):
+            executor.TensorRTExecutor(slotted)
+        assert not gpu.cuda.memory
+        assert not gpu.cuda.live
 
 
 def test_a_bundle_without_plans_is_refused(tmp_path):

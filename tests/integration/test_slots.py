@@ -153,7 +153,6 @@ def test_mistakes_of_an_export(model, count_file, tmp_path, capsys):
 
     assert_one_line(attempt("--k", K, "--slots", -1), "--slots is -1.*0 for none")
     assert_one_line(attempt("--k", VOCAB, "--slots", 8), "keeps all of them.*smaller K")
-    assert_one_line(attempt("--k", K, "--slots", 8, "--format", "trt"), "trt cannot hold --slots.*--format onnx can")
     assert_one_line(attempt("--k", K, "--slots", 8, "--format", "onnx", "triton"), "triton cannot hold --slots")
     assert_one_line(attempt("--k", K, "--slots", 8, "--dtype", "bf16"), "give --dtype fp32 or fp16")
     assert not (tmp_path / "out").exists()

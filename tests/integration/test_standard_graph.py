@@ -1,6 +1,7 @@
 """The graphs that TensorRT plans are built from, on ONNX Runtime's CPU against PyTorch: this is what the plans mean."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import transformers
 
 from engines import VocabtrimError, load_engine
+from engines.trt import reference
 from runtime import SamplingParams, SpeculativeDecoder
 from tests.bundles import ARCHITECTURES
 from vocabtrim_export.trt.settings import TensorRTSettings
@@ -161,3 +163,66 @@ def test_a_text_takes_the_shortest_span(pair):
         engine.rewind(40)
         engine.feed([5])
         assert spans[-1] == 64
+
+
+def filled(bundle, tokens):
+    """An engine of a bundle with these tokens in its slots, and the column of each in its logits."""
+    engine = load_engine(bundle)
+    engine.remember(tokens.tolist())
+    return engine, engine.head_tokens.inverse[tokens]
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4", "fp8"])
+def test_with_every_token_in_slots_the_trimmed_head_is_the_full_one(quantize, random_model, export_pair, monkeypatch):
+    """Its rows are those that the full head multiplies with, in every quantisation; activations are not rounded."""
+    monkeypatch.setattr(reference, "open_session", partial(reference.open_session, fuse_dequantized=False))
+    directory = random_model("llama")
+    options = {"trt": GRAPHS, "dtype": "fp32", "quantize": quantize}
+    slotted, full = (export_pair(directory, k=k, slots=slots, **options) for k, slots in ((64, 10_000), (448, 0)))
+    lost = slotted.selection.lost_token_ids
+    assert slotted.drafter_manifest.slots == len(lost)
+    ids = np.random.default_rng(3).integers(2, 400, 40)
+    engine, columns = filled(slotted.drafter, lost)
+    with engine, load_engine(full.drafter) as whole:
+        wanted = whole.feed(ids, keep=8)
+        found = engine.feed(ids, keep=8)
+        proposable = np.sort(engine.head_tokens.kept_token_ids)
+        logits = wanted.logits[:, proposable]
+        off = np.abs(found.logits[:, columns] - wanted.logits[:, lost]).max()
+        assert off < 1e-5 * logits.std()
+        assert found.token_ids.tolist() == proposable[logits.argmax(-1)].tolist()
+
+
+def test_slots_draft_what_they_draft_on_onnx_runtime(random_model, export_pair):
+    """Token for token, drafted in steps and in one call, with tokens leaving the sixteen slots."""
+    directory = random_model("llama")
+    options = {"k": 64, "slots": 16, "dtype": "fp32"}
+    plain, standard = export_pair(directory, **options), export_pair(directory, trt=GRAPHS, **options)
+    lost = plain.selection.lost_token_ids.tolist()
+    accepted = 0
+    for draft_length in (2, 3):  # 3 in one call
+        with (
+            SpeculativeDecoder.load(plain.target, plain.drafter, draft_length=draft_length) as host,
+            SpeculativeDecoder.load(standard.target, standard.drafter, draft_length=draft_length) as decoder,
+        ):
+            for prompt in ([5, 17, 200, 33], lost[:60], [7]):
+                found, wanted = (each.generate(prompt, max_new_tokens=60) for each in (decoder, host))
+                assert found.token_ids == wanted.token_ids
+                assert (found.stats.drafted, found.stats.accepted) == (wanted.stats.drafted, wanted.stats.accepted)
+                accepted += found.stats.accepted
+            sampling = SamplingParams(temperature=1.0, seed=4)
+            found, wanted = (each.generate([7], max_new_tokens=40, sampling=sampling) for each in (decoder, host))
+            assert found.token_ids == wanted.token_ids
+            decoder.drafter.rewind(0)
+            assert (decoder.drafter.head_tokens.kept_token_ids[64:] == -1).all()
+    assert accepted > 40
+
+
+def test_slots_of_half_precision(random_model, export_pair):
+    result = export_pair(random_model("phi"), k=64, slots=10_000, trt=GRAPHS)  # fp16, and a head with a bias
+    full = export_pair(random_model("phi"), k=448, trt=GRAPHS)
+    lost = result.selection.lost_token_ids
+    engine, columns = filled(result.drafter, lost)
+    with engine, load_engine(full.drafter) as whole:
+        wanted, found = whole.feed([5, 6, 7]).logits[:, lost], engine.feed([5, 6, 7]).logits[:, columns]
+        np.testing.assert_allclose(found, wanted, atol=2e-3 * wanted.std(), rtol=2e-3)

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from vocabtrim_export.trt.settings import TensorRTSettings
 if importlib.util.find_spec("tensorrt_rtx") is None:
     pytest.skip("needs TensorRT-RTX: pip install '.[trt-rtx]'", allow_module_level=True)
 RTX = TensorRTSettings(flavor="rtx", compute_capabilities=("8.9",), draft_length=3, prefill_chunk=16)
+UNROLLED = replace(RTX, unroll=True)
 LAYERS = 2  # of the random models
 
 
@@ -79,8 +81,7 @@ def test_one_plan_has_all_spans_and_capabilities(random_model, export_pair):
 
 
 def test_unrolled_drafts_write_the_cache_once(random_model, export_pair):
-    settings = TensorRTSettings(flavor="rtx", compute_capabilities=("8.9",), draft_length=3, unroll=True)
-    result = export_pair(random_model("llama"), trt=settings)
+    result = export_pair(random_model("llama"), trt=UNROLLED, slots=16)
     counts = network_of(result.drafter, DRAFT_NETWORK_NAME).counts()
     assert counts["KV_CACHE_UPDATE"] == 2 * LAYERS
     assert counts["ATTENTION_INPUT"] == 3 * LAYERS
@@ -88,6 +89,24 @@ def test_unrolled_drafts_write_the_cache_once(random_model, export_pair):
     assert "draft.onnx" in read_bundle(result.drafter).manifest.files
     assert (result.drafter / "draft.onnx").stat().st_size < 1e6  # its weights are model.onnx's
     assert not (result.target / "draft.onnx").exists()
+
+
+def test_slots_are_inputs_of_fixed_shapes(random_model, export_pair):
+    result = export_pair(random_model("llama"), trt=UNROLLED, slots=16)
+    manifest = read_bundle(result.drafter).manifest
+    assert (manifest.slots, manifest.tensorrt.flavor) == (16, "rtx")
+    for name, steps in ((NETWORK_NAME, 1), (DRAFT_NETWORK_NAME, 3)):
+        layers = network_of(result.drafter, name).layers
+        read = [tensor for layer in layers for tensor in layer.inputs if tensor.name.startswith("slot_")]
+        weights = [tensor for tensor in read if tensor.name == "slot_weight"]
+        assert {(tensor.dtype, tensor.shape[-2:]) for tensor in weights} == {("HALF", (64, 16))}
+        assert len(weights) == steps
+        tokens = {tensor for tensor in read if tensor.name == "slot_token_ids"}
+        assert {(tensor.dtype, tensor.shape) for tensor in tokens} == {("INT64", (16,))}
+        tops = [layer for layer in layers if layer.type == "TOPK"]
+        assert [layer.inputs[0].shape[-1] for layer in tops] == [192 + 16] * steps
+    target = network_of(result.target)
+    assert not [tensor for layer in target.layers for tensor in layer.inputs if tensor.name.startswith("slot_")]
 
 
 @pytest.mark.parametrize(("quantize", "bits"), [("int8", 8), ("int4", 4), ("fp8", 8)])
@@ -101,14 +120,14 @@ def test_quantised_weights_stay_small_in_the_plan(quantize, bits, random_model, 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_what_cannot_run_here_is_said_in_one_line(dtype, random_model, export_pair):
-    result = export_pair(random_model("llama"), trt=RTX, dtype=dtype)
+    result = export_pair(random_model("llama"), trt=RTX, dtype=dtype, slots=16)
     with pytest.raises(VocabtrimError, match=r"^\S.*(no NVIDIA driver|no GPU|CUDA)") as raised:
         load_engine(result.target, device="cuda").close()
     assert "\n" not in str(raised.value)
 
 
 def test_polygraphy_runs_the_graph_on_the_bundles_inputs(random_model, export_pair):
-    result = export_pair(random_model("llama"), trt=RTX)
+    result = export_pair(random_model("llama"), trt=UNROLLED, slots=16)
 
     def polygraphy(*arguments):
         command = [str(Path(sys.executable).with_name("polygraphy")), *arguments]

@@ -14,8 +14,8 @@ import runtime.rules
 from engines.bundle.head_rows import HeadRows
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
-from engines.ort.slots import Slots
 from engines.sampling_params import SamplingParams
+from engines.slots import Slots
 from runtime.accept import accept_sampled
 from runtime.draft_length import AdaptiveLength
 from runtime.loop import decode_rounds

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engines.bundle.checks import graph_metadata
 from engines.bundle.graph_file import HEAD_TENSORS, GraphFile
-from engines.bundle.graph_io import TOKEN_IDS, TOKEN_TABLE
+from engines.bundle.graph_io import SLOT_WEIGHT, TOKEN_IDS, TOKEN_TABLE
 from engines.bundle.read import (
     FEATURES_NAME,
     HEAD_ROWS_NAME,
@@ -114,7 +114,7 @@ def write_bundle(
     for path in directory.glob("*.onnx"):
         stamp_graph(path, graph_metadata(manifest) | {HEAD_TENSORS: json.dumps(names)})
     if tensorrt is not None:
-        write_loader(directory, manifest, plan.source.tokenizer.encode(_PROMPT))
+        write_loader(directory, manifest, plan.source.tokenizer.encode(_PROMPT), _slot_size(lowered))
     files = {path.name: FileDigest(path.stat().st_size, file_digest(path)) for path in sorted(directory.iterdir())}
     manifest = replace(manifest, files=files)
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
@@ -148,10 +148,22 @@ def _write_graphs(
 
 def _save_head_rows(directory: Path, traced: Traced, plan: BundlePlan) -> None:
     """The rows of the tokens that the trimmed head lacks, in their order, and these tokens."""
-    parts = lower_slot_rows(traced, plan.weights, torch.from_numpy(plan.rows_of(plan.lost_token_ids)))
-    tensors = {name: weight.load().contiguous() for name, weight in parts.items()}
+    rows = torch.from_numpy(plan.rows_of(plan.lost_token_ids))
+    parts = lower_slot_rows(traced, plan.weights, rows, is_standard=plan.trt is not None)
+    tensors = {name: _as_bits(weight.load().contiguous()) for name, weight in parts.items()}
     save_file({TOKEN_IDS: torch.from_numpy(plan.lost_token_ids.copy()), **tensors}, directory / HEAD_ROWS_NAME)
     shutil.copymode(directory / MODEL_NAME, directory / HEAD_ROWS_NAME)  # save_file lets the owner alone read it
+
+
+def _slot_size(lowered: Lowered) -> int:
+    """The numbers in a row of the head; 0 where the graph has no slots."""
+    sizes = (value.shape[0] for value in lowered.model.graph.inputs if value.name == SLOT_WEIGHT and value.shape)
+    return int(next(sizes, 0))  # type: ignore[arg-type]
+
+
+def _as_bits(tensor: Tensor) -> Tensor:
+    """bfloat16, which NumPy lacks, as the uint16 that engines take for it; other tensors as they are."""
+    return tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor
 
 
 def _save_tokenizer(source: Source, directory: Path) -> None:

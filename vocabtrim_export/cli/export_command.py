@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="M",
         help="in-context slots of the drafter's head: it can also propose the last M distinct tokens of the text that "
-        "are not among the K (default: 0, or what --k auto chooses; CPU)",
+        "are not among the K (default: 0, or what --k auto chooses)",
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="gets DIR/drafter, DIR/target and DIR/FORMAT"

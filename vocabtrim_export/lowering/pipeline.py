@@ -65,9 +65,9 @@ def lower(traced: Traced, weights: Weights) -> Lowered:
     return Lowered.of(decoder, head_weights)
 
 
-def lower_slot_rows(traced: Traced, weights: Weights, rows: Tensor) -> dict[str, Weight]:
+def lower_slot_rows(traced: Traced, weights: Weights, rows: Tensor, is_standard: bool) -> dict[str, Weight]:
     """The head's rows that may enter slots, int64[n]; see `slot_weights`. `traced` stays as it was."""
-    return slot_weights(_start(traced, weights), weights.quantization, rows)
+    return slot_weights(_start(traced, weights), weights.quantization, rows, is_standard)
 
 
 def lower_features(linear: nn.Linear, weights: Weights) -> ir.Model:

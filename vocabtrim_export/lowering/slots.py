@@ -10,6 +10,7 @@ from vocabtrim_export.lowering.graph import DecoderGraph, name_of
 from vocabtrim_export.lowering.nodes import Nodes
 from vocabtrim_export.lowering.ort_products import quantized_parts
 from vocabtrim_export.lowering.quantize import BITS, Quantization
+from vocabtrim_export.lowering.standard_products import dequantized_rows
 from vocabtrim_export.lowering.weights import Weight
 
 _BEHIND_A_HEAD = {"Add", "Cast", "Div", "Mul", "Sub", "Tanh"}  # element by element
@@ -46,8 +47,16 @@ def add_slots(decoder: DecoderGraph, slots: int) -> ir.Value:
     return token_ids
 
 
-def slot_weights(decoder: DecoderGraph, quantization: Quantization, rows: Tensor) -> dict[str, Weight]:
+def slot_weights(
+    decoder: DecoderGraph, quantization: Quantization, rows: Tensor, is_standard: bool
+) -> dict[str, Weight]:
     """These rows of the head, int64[n], as the trimmed head has its own.
+
+    Args:
+        decoder: The graph before the head is trimmed.
+        quantization: How the head is quantised.
+        rows: The rows.
+        is_standard: The graph is one of standard operators; its quantised rows are given dequantised.
 
     Returns:
         weight: [n, hidden], or quantised the parts of `quantized_parts`; and bias: [n] where the head has one.
@@ -56,7 +65,10 @@ def slot_weights(decoder: DecoderGraph, quantization: Quantization, rows: Tensor
     _, weight, *bias = head.inputs
     dense = decoder.weights[name_of(weight)].rows(rows)
     bits = BITS.get(quantization)
-    parts = {"weight": dense} if bits is None else quantized_parts(dense, bits)
+    if is_standard:
+        parts = {"weight": dequantized_rows(dense, quantization)}
+    else:
+        parts = {"weight": dense} if bits is None else quantized_parts(dense, bits)
     if bias and bias[0] is not None:
         parts["bias"] = decoder.weights[name_of(bias[0])].rows(rows)
     return parts
@@ -66,14 +78,19 @@ def _join(decoder: DecoderGraph, logits: ir.Value, values: ir.Value, token_ids: 
     """The logits with those of the slots behind them, empty ones masked."""
     dtype = logits.dtype
     assert dtype is not None
+    masked_in = ir.DataType.FLOAT if dtype == ir.DataType.BFLOAT16 else dtype  # as for ArgMax, exact
     zero = decoder.initializer("slot_zero", ir.Tensor(np.array(0, np.int64), name="slot_zero"))
-    lowest = decoder.initializer("slot_lowest", ir.Tensor(np.array(-np.inf, dtype.numpy()), name="slot_lowest"))
-    is_empty = ir.node("Less", [token_ids, zero])
-    masked = ir.node("Where", [is_empty.outputs[0], lowest, values])
-    joined = ir.node("Concat", [logits, masked.outputs[0]], {"axis": -1})
-    for node in (is_empty, masked, joined):
+    lowest = decoder.initializer("slot_lowest", ir.Tensor(np.array(-np.inf, masked_in.numpy()), name="slot_lowest"))
+
+    def append(op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        node = ir.node(op, inputs, attributes)
         decoder.graph.append(node)
-    output = joined.outputs[0]
+        return node.outputs[0]
+
+    values = values if masked_in == dtype else append("Cast", values, to=masked_in)
+    masked = append("Where", append("Less", token_ids, zero), lowest, values)
+    masked = masked if masked_in == dtype else append("Cast", masked, to=dtype)
+    output = append("Concat", logits, masked, axis=-1)
     output.name, logits.name = logits.name, "kept_logits"
     output.type = ir.TensorType(dtype)
     return output

@@ -79,7 +79,7 @@ def _quantized(nodes: Nodes, name: str, dense: Weight, quantization: Quantizatio
         return nodes("DequantizeLinear", weight, scale, axis=0), [values, scales]
     if size % BLOCK:
         raise VocabtrimError(f"{name} has {size} inputs, which int4 blocks of {BLOCK} do not divide: use int8")
-    block = 2 * BLOCK if size % (2 * BLOCK) == 0 else BLOCK
+    block = _block(size)
     compute = cache(lambda: quantize_int4(dense.load(), block, dense.moments))
     packed = ir.LazyTensor(
         lambda: _int4_tensor(compute()[0], values), ir.DataType.INT4, ir.Shape(dense.shape), name=values
@@ -87,6 +87,28 @@ def _quantized(nodes: Nodes, name: str, dense: Weight, quantization: Quantizatio
     weight = nodes.decoder.initializer(values, packed)
     scale = nodes.decoder.add_weight(scales, Weight((rows, size // block), dense.dtype, lambda: compute()[1]))
     return nodes("DequantizeLinear", weight, scale, axis=1, block_size=block), [values, scales]
+
+
+def dequantized_rows(dense: Weight, quantization: Quantization) -> Weight:
+    """`dense`, [out, in], as a product multiplies with it: what DequantizeLinear gives, in the dtype of `dense`."""
+    if quantization == "none":
+        return dense
+
+    def load() -> Tensor:
+        rows, size = dense.shape
+        if quantization == "int4":
+            values, scales = quantize_int4(dense.load(), _block(size), dense.moments)
+        else:
+            values, scales = quantize_rows(dense.load(), quantization)
+        blocks = values.float().view(rows, scales[:1].numel(), -1)
+        return (blocks * scales.float().view(rows, -1, 1)).view(rows, size).to(dense.dtype)
+
+    return Weight(dense.shape, dense.dtype, load)
+
+
+def _block(size: int) -> int:
+    """Inputs that share an int4 scale, in rows of `size`."""
+    return 2 * BLOCK if size % (2 * BLOCK) == 0 else BLOCK
 
 
 def _int4_tensor(values: Tensor, name: str) -> ir.PackedTensor[NDArray[np.uint8]]:

@@ -29,6 +29,7 @@ PROMPT = @PROMPT@
 MANIFEST = json.loads((Path(__file__).parent / "vocabtrim.json").read_text("utf-8"))
 SPANS = sorted({profile["span"] for profile in MANIFEST["tensorrt"]["profiles"]})  # the last: the whole cache
 UNROLLED_TOKENS = @UNROLLED@
+HIDDEN_SIZE = @HIDDEN@  # of a row of the head, for in-context slots
 
 
 def phases():
@@ -51,12 +52,20 @@ def feed(phase):
         inputs["logits_positions"] = np.arange(tokens - keep, tokens)
     if len(SPANS) > 1:
         inputs["attended_slots"] = np.arange(SPANS[0])
+    cache = (1, MANIFEST["num_kv_heads"], SPANS[-1], MANIFEST["head_dim"])
     caches = [name for name in MANIFEST["inputs"] if name.startswith("past_key_values.")]
-    return inputs | {name: empty_cache() for name in caches}
+    return inputs | {name: zeros(cache) for name in caches} | empty_slots()
 
 
-def empty_cache():
-    shape = (1, MANIFEST["num_kv_heads"], SPANS[-1], MANIFEST["head_dim"])
+def empty_slots():
+    """In-context slots of the head, where it has some."""
+    count = MANIFEST["slots"]
+    shapes = {"slot_weight": (HIDDEN_SIZE, count), "slot_bias": (count,)}
+    slots = {name: zeros(shape) for name, shape in shapes.items() if name in MANIFEST["inputs"]}
+    return slots | ({"slot_token_ids": np.full(count, -1)} if count else {})
+
+
+def zeros(shape):
     if MANIFEST["dtype"] == "bf16":  # numpy has no such type; Polygraphy takes torch's
         import torch
 
@@ -104,10 +113,10 @@ if __name__ == "__main__":
 '''
 
 
-def write_loader(directory: Path, manifest: Manifest, prompt_ids: Sequence[int]) -> Path:
-    """Write `polygraphy_inputs.py` into the bundle `directory`; it reads all but the prompt from the bundle's manifest.
+def write_loader(directory: Path, manifest: Manifest, prompt_ids: Sequence[int], hidden_size: int = 0) -> Path:
+    """Write `polygraphy_inputs.py` into the bundle `directory`; it reads the rest from the bundle's manifest.
 
-    prompt_ids: tokens of a real text, repeated where a shape has more.
+    prompt_ids: tokens of a real text, repeated where a shape has more. hidden_size: of a row of the head, for slots.
     Raises `VocabtrimError` for a bundle that is not of `--format trt`, or an empty or impossible prompt.
     """
     if manifest.tensorrt is None:
@@ -117,7 +126,10 @@ def write_loader(directory: Path, manifest: Manifest, prompt_ids: Sequence[int])
             f"the prompt for {LOADER_NAME} must be token ids below {manifest.vocab_size}, at least one"
         )
     path = directory / LOADER_NAME
-    script = _SCRIPT.replace("@PROMPT@", _wrapped(prompt_ids)).replace("@UNROLLED@", str(DRAFT_TOKENS))
+    numbers = {"@PROMPT@": _wrapped(prompt_ids), "@UNROLLED@": DRAFT_TOKENS, "@HIDDEN@": hidden_size}
+    script = _SCRIPT
+    for name, number in numbers.items():
+        script = script.replace(name, str(number))
     path.write_text(script, "utf-8")
     return path
 

@@ -5,9 +5,38 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.bundle.graph_io import SLOT_BIAS, SLOT_TOKEN_IDS, SLOT_WEIGHT
+from engines.bundle.graph_io import SLOT_BIAS, SLOT_INPUTS, SLOT_TOKEN_IDS, SLOT_WEIGHT
 from engines.bundle.head_rows import HeadRows
+from engines.bundle.manifest import HEAD_ROWS_NAME
+from engines.bundle.read import Bundle
 from engines.bundle.vocab_map import NOT_KEPT, VocabMap
+from engines.errors import VocabtrimError
+from engines.numbers import from_float32
+
+
+def open_head_rows(bundle: Bundle, inputs: Mapping[str, Sequence[int | str]], columns: int) -> HeadRows | None:
+    """Open the rows that may enter the slots of a bundle's graph; None where it has no slots.
+
+    Args:
+        bundle: The bundle.
+        inputs: The shapes of the graph's inputs by name.
+        columns: Columns of its logits.
+
+    Raises:
+        VocabtrimError: The graph's slots are not those of the manifest, or of the file of rows.
+    """
+    count, vocab_map = bundle.manifest.slots, bundle.vocab_map
+    found = {name: tuple(inputs[name]) for name in SLOT_INPUTS if name in inputs}
+    if not count and not found:
+        return None
+    hidden = found.get(SLOT_WEIGHT, (0,))[0]
+    if vocab_map is not None and isinstance(hidden, int):
+        rows = HeadRows(bundle.path / HEAD_ROWS_NAME, vocab_map, bundle.manifest.head_rows_quantization)
+        wanted = {SLOT_WEIGHT: (hidden, count), SLOT_TOKEN_IDS: (count,)}
+        wanted |= {SLOT_BIAS: (count,)} if rows.has_bias else {}
+        if found == wanted and rows.holds(hidden) and columns == len(vocab_map) + count:
+            return rows
+    raise VocabtrimError(f"the slots of the graph in {bundle.path} are not those that {HEAD_ROWS_NAME} is for")
 
 
 class Slots:
@@ -21,7 +50,7 @@ class Slots:
     def __init__(
         self, vocab_map: VocabMap, rows: HeadRows, shape: tuple[int, int], dtype: np.dtype[np.generic]
     ) -> None:
-        """shape, dtype: of the graph's slot_weight, [hidden, M]."""
+        """shape, dtype: of the graph's slot_weight, [hidden, M]; uint16 holds the bits of bfloat16."""
         count = shape[1]
         self._rows, self._count, self._kept = rows, count, len(vocab_map)
         self.kept_token_ids = np.concatenate([vocab_map.kept_token_ids, np.full(count, NOT_KEPT, np.int64)])
@@ -70,7 +99,7 @@ class Slots:
 
     def _write(self, token_ids: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         weights, biases = self._rows.read(token_ids)
-        self._weight[:, slots] = weights.T[: len(self._weight)]
-        self._bias[slots] = biases
+        self._weight[:, slots] = from_float32(weights.T[: len(self._weight)], self._weight.dtype)
+        self._bias[slots] = from_float32(biases, self._bias.dtype)
         self._token_ids[slots] = token_ids
         self.inverse[token_ids] = self._kept + slots
