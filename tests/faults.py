@@ -25,7 +25,7 @@ from engines.bundle.read import read_bundle
 from engines.errors import VocabtrimError
 from vocabtrim_export import pipeline
 from vocabtrim_export.bundles.output import COUNTS_NAME, alone, reserved
-from vocabtrim_export.calibration import BatchLimits, Corpus, Document, TokenCounts, calibrate
+from vocabtrim_export.calibration import BatchLimits, Corpus, CountSettings, Document, TokenCounts, calibrate
 from vocabtrim_export.calibration.counting import CalibrationSettings
 from vocabtrim_export.proof import proven
 
@@ -178,8 +178,8 @@ def calibrations(work: Path) -> None:
 
     def run(path: Path) -> None:
         with alone(path):
-            settings = {"source": "target", "max_tokens": 70, "seed": 1, "limits": limits, "save_seconds": 0.0}
-            calibrate(model, tokenizer, corpus, **settings, checkpoint=path)
+            settings = CountSettings("target", max_tokens=70, seed=1, limits=limits)
+            calibrate(model, tokenizer, corpus, settings, checkpoint=path, save_seconds=0.0)
 
     def before() -> None:
         shutil.rmtree(place.parent, ignore_errors=True)

@@ -9,6 +9,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.notes import no_gain
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.calibration import Skipped, skipped_note
+from vocabtrim_export.calibration.counter import Listener
 from vocabtrim_export.calibration.counting import count_tokens, read_calibration
 from vocabtrim_export.calibration.domains import domains_note
 from vocabtrim_export.drafters.shared_tokens import differing_note, proposable_tokens
@@ -96,10 +97,8 @@ def export(
             given,
             settings.calibration,
             output / COUNTS_NAME,
-            progress,
-            skipped.append,
-            counted.append,
             rows_to_choose(settings.k),
+            Listener(progress, skipped.append, counted.append),
         )
         notes += tuple(counted)
         with placing([output / name for name in names]) as directories:

@@ -1,7 +1,6 @@
 """The original model as the judge of what a bundle generates."""
 
 import inspect
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from engines.base import Engine
 from engines.bundle.vocabulary import Vocabulary, shared_tokens
 from engines.errors import VocabtrimError
-from runtime.verification.teacher_forcing import Predict
+from runtime.verification.teacher_forcing import GivenText, Predict
 from vocabtrim_export.generation_rules import generation_rules
 from vocabtrim_export.sources.rotation import fix_long_tables
 from vocabtrim_export.sources.source import Source, load_source
@@ -44,10 +43,10 @@ def transformers_reference(spec: str, engine: Engine) -> Predict:
     can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.inference_mode()
-    def predict(prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float32]:
-        ids = torch.tensor([[*prompt, *tokens[:-1]]])
-        keep = {"logits_to_keep": len(tokens)} if can_keep else {}
-        rows: NDArray[np.float32] = model(ids, **keep).logits[0, -len(tokens) :].numpy()
+    def predict(text: GivenText) -> NDArray[np.float32]:
+        asked = len(text.tokens)
+        keep = {"logits_to_keep": asked} if can_keep else {}
+        rows: NDArray[np.float32] = model(torch.tensor([text.fed]), **keep).logits[0, -asked:].numpy()
         missing = max(0, target.vocab_size - rows.shape[1])  # rows that a file of the same model may leave out
         return np.pad(rows, ((0, 0), (0, missing)), constant_values=-np.inf)[:, : target.vocab_size]
 

@@ -11,7 +11,7 @@ from runtime.logit_rules import make_logit_rules, ruled_rows
 from runtime.loop import GREEDY
 from runtime.measure.timing import Run
 from runtime.verification.greedy import Difference, difference_at, tolerance
-from runtime.verification.teacher_forcing import stepped_logits
+from runtime.verification.teacher_forcing import GivenText, stepped_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def _along(
         return [Difference(departs, *ends, gap=float(np.finfo(np.float32).max), tolerance=0.0)]  # JSON has no infinity
     found: list[Difference] = []
     rules = make_logit_rules(sampling, target.manifest, prompt)
-    for index, logits in enumerate(stepped_logits(target, prompt, tokens)):
+    for index, logits in enumerate(stepped_logits(target, GivenText(prompt, tokens))):
         row = ruled_rows(logits[None], tokens, rules, first=index)[0]
         if index == departs:
             gap = abs(float(row[alone[index]]) - float(row[tokens[index]]))

@@ -19,7 +19,7 @@ from runtime.decoder import SpeculativeDecoder
 from runtime.logit_rules import LogitRules, make_logit_rules, ruled_rows
 from runtime.loop import GREEDY
 from runtime.stream import Generation
-from runtime.verification.teacher_forcing import Predict, forced_logits, stepped_logits
+from runtime.verification.teacher_forcing import GivenText, Predict, forced_logits, stepped_logits
 
 EPSILON = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}  # from 1 to the next number
 # Between two float32 runtimes a logit of SmolLM2, 30 layers, was off by 30 epsilons of the row's largest at most, the
@@ -175,9 +175,10 @@ def _verify_one(
     result = decoder.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling)
     tokens = result.token_ids
     rules = make_logit_rules(sampling, target.manifest, prompt)
-    own = forced_logits(target, prompt, tokens)
-    rows = own if predict is None else predict(prompt, tokens)
-    target_only, step_deviation = _step_by_step(target, prompt, tokens, own, rules)
+    text = GivenText(prompt, tokens)
+    own = forced_logits(target, text)
+    rows = own if predict is None else predict(text)
+    target_only, step_deviation = _step_by_step(target, text, own, rules)
     return PromptReport(
         len(tokens),
         tuple(differences(ruled_rows(rows, tokens, rules), tokens, target.manifest)),
@@ -190,16 +191,13 @@ def _verify_one(
 
 
 def _step_by_step(
-    target: Engine,
-    prompt: Sequence[int],
-    tokens: Sequence[int],
-    blocks: NDArray[np.float32],
-    rules: LogitRules | None,
+    target: Engine, text: GivenText, blocks: NDArray[np.float32], rules: LogitRules | None
 ) -> tuple[tuple[Difference, ...], float]:
     """What calls on one token choose otherwise, and how far their logits are from `blocks`, in roundings."""
     found: list[Difference] = []
     deviations = []
-    for index, row in enumerate(stepped_logits(target, prompt, tokens)):
+    tokens = text.tokens
+    for index, row in enumerate(stepped_logits(target, text)):
         ruled = ruled_rows(row[None], tokens, rules, first=index)[0]
         if ruled.argmax() != tokens[index]:
             found.append(difference_at(index, tokens[index], ruled, target.manifest))

@@ -127,7 +127,7 @@ CONVERSATIONS = (
         "A record that cannot be a prompt is left out, and named",
         "nothing is said",
         "vocabtrim_export/calibration/calibrate.py",
-        "        on_skip(each)\n",
+        "        events.on_skip(each)\n",
         "        pass\n",
         f"{COUNT_TESTS} -k left_out",
     ),

@@ -10,7 +10,7 @@ from engines.errors import VocabtrimError
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.accept import Accepted, accept_greedy
 from runtime.verification.greedy import differences, tolerance, verify
-from runtime.verification.teacher_forcing import forced_logits, stepped_logits
+from runtime.verification.teacher_forcing import GivenText, forced_logits, stepped_logits
 
 PROMPTS = [[5, 6, 7], [9]]
 
@@ -28,9 +28,10 @@ def test_forced_logits_are_those_after_each_prefix(make_target, max_keep, prompt
     engine.max_keep = max_keep
     engine.feed([1, 2, 3])
     expected = np.stack([engine.logits([*prompt, *tokens[:i]]) for i in range(new)])
-    np.testing.assert_array_equal(forced_logits(engine, prompt, tokens), expected)
+    text = GivenText(prompt, tokens)
+    np.testing.assert_array_equal(forced_logits(engine, text), expected)
     engine.fed.clear()
-    np.testing.assert_array_equal([row.copy() for row in stepped_logits(engine, prompt, tokens)], expected)
+    np.testing.assert_array_equal([row.copy() for row in stepped_logits(engine, text)], expected)
     assert engine.fed == [len(prompt)] + [1] * (new - 1)
 
 
@@ -50,8 +51,8 @@ def test_a_right_loop_is_equal(decoder):
 def test_the_distance_of_a_references_logits_is_stated_in_roundings(decoder):
     """One logit of each row off by 2⁻²⁰ of the row's largest: 8 epsilons of float32."""
 
-    def predict(prompt, tokens):
-        rows = forced_logits(decoder.target, prompt, tokens)
+    def predict(text):
+        rows = forced_logits(decoder.target, text)
         rows[:, 2] += 2**-20 * np.abs(rows).max(axis=1)
         return rows
 
@@ -90,7 +91,7 @@ def test_one_wrong_token_does_not_spoil_the_rest(decoder):
     before = decoder.generate(PROMPTS[0], max_new_tokens=10).token_ids
     start = [*PROMPTS[0], *before, 40]
     tokens = (*before, 40, *decoder.generate(start, max_new_tokens=10).token_ids)
-    (found,) = differences(forced_logits(engine, PROMPTS[0], tokens), tokens, engine.manifest)
+    (found,) = differences(forced_logits(engine, GivenText(PROMPTS[0], tokens)), tokens, engine.manifest)
     assert (found.position, found.found) == (10, 40)
 
 

@@ -14,6 +14,8 @@ from vocabtrim_export.calibration import (
     BatchLimits,
     CalibrationRun,
     Corpus,
+    CountEvents,
+    CountSettings,
     Document,
     Message,
     TokenCounts,
@@ -108,25 +110,27 @@ def interrupted_at(tokens):
         if done >= tokens:
             raise Interrupted
 
-    return progress
+    return CountEvents(progress)
 
 
 @pytest.mark.parametrize("source", ["target", "text"])
 def test_a_resumed_calibration_ends_as_an_uninterrupted_one(tmp_path, model, tokenizer, source):
     path = tmp_path / "checkpoint"
-    settings = {"source": source, "max_tokens": 900, "seed": 3, "limits": LIMITS}
+    settings = CountSettings(source, max_tokens=900, seed=3, limits=LIMITS)
     documents = corpus(20 if source == "target" else 100)  # the model goes round more than once
-    whole = calibrate(model, tokenizer, documents, **settings)
+    whole = calibrate(model, tokenizer, documents, settings)
     with pytest.raises(Interrupted):
-        calibrate(model, tokenizer, documents, **settings, checkpoint=path, progress=interrupted_at(100))
+        calibrate(model, tokenizer, documents, settings, checkpoint=path, events=interrupted_at(100))
     begun = TokenCounts.load(path)
     assert 0 < begun.total < whole.total
-    assert same(calibrate(model, tokenizer, documents, **settings, checkpoint=path), whole)
+    assert same(calibrate(model, tokenizer, documents, settings, checkpoint=path), whole)
     assert whole.runs[0].documents_done > 20
     assert whole.runs[0].tokens == whole.total == 900
     assert whole.held_out.sum() > 0
     # A finished one returns at once.
-    assert same(calibrate(model, tokenizer, documents, **settings, checkpoint=path, progress=pytest.fail), whole)
+    assert same(
+        calibrate(model, tokenizer, documents, settings, checkpoint=path, events=CountEvents(pytest.fail)), whole
+    )
 
 
 KILLED = """
@@ -134,7 +138,7 @@ import os, sys
 from pathlib import Path
 from tests.vocabtrim_export.test_counts import KILLED_SETTINGS, corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vocabtrim_export.calibration import calibrate, generate
+from vocabtrim_export.calibration import CountEvents, calibrate, generate
 
 where, path, deaths = sys.argv[1], Path(sys.argv[2]), iter(map(int, sys.argv[3:]))
 model, tokenizer = AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
@@ -151,13 +155,14 @@ def progress(done, total):
         os.kill(os.getpid(), 9)
 
 
+events = CountEvents(progress)
 for death in deaths:  # the last one never comes: every process before is a fork that dies
     if death and (child := os.fork()):
         assert os.waitpid(child, 0)[1] == 9
         continue
-    calibrate(model, tokenizer, corpus(9), **KILLED_SETTINGS, checkpoint=path, save_seconds=0, progress=progress)
+    calibrate(model, tokenizer, corpus(9), KILLED_SETTINGS, checkpoint=path, save_seconds=0, events=events)
 """
-KILLED_SETTINGS = {"source": "target", "max_tokens": 300, "seed": 3, "limits": LIMITS}
+KILLED_SETTINGS = CountSettings("target", max_tokens=300, seed=3, limits=LIMITS)
 
 
 def test_a_run_killed_in_the_middle_of_a_batch_ends_with_the_same_file(tmp_path, model, tokenizer, monkeypatch):
@@ -167,7 +172,7 @@ def test_a_run_killed_in_the_middle_of_a_batch_ends_with_the_same_file(tmp_path,
     tokenizer.save_pretrained(tmp_path / "model")
     files = tmp_path / "whole", tmp_path / "killed" / "counts"
     files[1].parent.mkdir()
-    calibrate(model, tokenizer, corpus(9), **KILLED_SETTINGS, checkpoint=files[0])
+    calibrate(model, tokenizer, corpus(9), KILLED_SETTINGS, checkpoint=files[0])
     run = [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(files[1]), *["3", "5", "8", "6", "19", "0"]]
     done = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr
@@ -181,10 +186,10 @@ def test_a_run_killed_in_the_middle_of_a_batch_ends_with_the_same_file(tmp_path,
 @pytest.mark.parametrize("source", ["target", "text"])
 def test_a_limit_that_is_raised_goes_on_within_the_document_it_cut(tmp_path, model, tokenizer, source):
     path, documents = tmp_path / "checkpoint", corpus(60)
-    settings = {"source": source, "seed": 3, "limits": LIMITS}
-    whole = calibrate(model, tokenizer, documents, **settings, max_tokens=137)
+    settings = CountSettings(source, max_tokens=137, seed=3, limits=LIMITS)
+    whole = calibrate(model, tokenizer, documents, settings)
     for limit in (1, 2, 50, 51, 137):
-        found = calibrate(model, tokenizer, documents, **settings, max_tokens=limit, checkpoint=path)
+        found = calibrate(model, tokenizer, documents, replace(settings, max_tokens=limit), checkpoint=path)
         assert found.total == found.runs[0].tokens == limit
     assert same(found, whole)
 
@@ -202,20 +207,15 @@ def test_a_limit_that_is_raised_goes_on_within_the_document_it_cut(tmp_path, mod
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, model, tokenizer, change, named):
-    settings = {
-        "corpus": corpus(8),
-        "source": "target",
-        "max_tokens": 5,
-        "limits": LIMITS,
-        "checkpoint": tmp_path / "c",
-    }
-    calibrate(model, tokenizer, **settings)
+    settings, path = CountSettings("target", max_tokens=5, limits=LIMITS), tmp_path / "c"
+    calibrate(model, tokenizer, corpus(8), settings, checkpoint=path)
+    documents = change.pop("corpus", corpus(8))
     with pytest.raises(VocabtrimError, match=f"calibrated with another {named}: remove it"):
-        calibrate(model, tokenizer, **{**settings, **change})
+        calibrate(model, tokenizer, documents, replace(settings, **change), checkpoint=path)
 
 
 def test_text_counts_its_tokens_in_one_pass(tokenizer):
-    found = calibrate(None, tokenizer, corpus(10), source="text", max_tokens=10**6)
+    found = calibrate(None, tokenizer, corpus(10), CountSettings("text", max_tokens=10**6))
     expected = [tokenizer(document.text, add_special_tokens=False)["input_ids"] for document in corpus(10).documents]
     assert found.total == sum(map(len, expected))
     assert found.held_out.tolist() == np.bincount(expected[7], minlength=len(tokenizer)).tolist()
@@ -249,7 +249,7 @@ FORMS = {
 def test_counts_equal_a_plain_loop_over_the_texts_of_every_form(tmp_path, tokenizer, name, limit):
     content, texts = FORMS[name]
     (tmp_path / name).write_text(content, "utf-8")
-    found = calibrate(None, tokenizer, read_corpus([tmp_path / name]), source="text", max_tokens=limit)
+    found = calibrate(None, tokenizer, read_corpus([tmp_path / name]), CountSettings("text", max_tokens=limit))
     ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert found.total == min(limit, len(ids))
     if limit > len(ids):
@@ -268,15 +268,15 @@ def test_a_prompt_that_the_model_cannot_take_is_left_out_and_named(model, tokeni
     monkeypatch.setattr(tokenizer, "chat_template", strict)
     chats = [Document("", (Message("user", text),), f"file, line {text}") for text in ("fox", "no", "dog")]
     skipped = []
-    settings = {"source": "target", "max_tokens": 60, "limits": LIMITS, "on_skip": skipped.append}
-    assert calibrate(model, tokenizer, Corpus.of(chats, "test"), **settings).total == 60
+    settings, events = CountSettings("target", max_tokens=60, limits=LIMITS), CountEvents(on_skip=skipped.append)
+    assert calibrate(model, tokenizer, Corpus.of(chats, "test"), settings, events=events).total == 60
     assert [each.where for each in skipped] == ["file, line no"]  # once, though it comes round again
     with pytest.raises(VocabtrimError, match=r"counted no token: 1 record was skipped: file, line no: .* not this"):
-        calibrate(model, tokenizer, Corpus.of(chats[1:2], "test"), **settings)
+        calibrate(model, tokenizer, Corpus.of(chats[1:2], "test"), settings)
 
 
 def test_settings_that_cannot_work_are_refused(model, tokenizer):
-    for settings, message in [
+    for change, message in [
         ({"model": None, "source": "drafter"}, "needs the drafter model"),
         ({"source": "web"}, "unknown calibration source 'web'"),
         ({"max_tokens": 0}, "must be positive"),
@@ -285,9 +285,9 @@ def test_settings_that_cannot_work_are_refused(model, tokenizer):
         ({"seed": -1}, "seed must be 0 or more"),
         ({"corpus": Corpus.of([], "nothing")}, "counted no token"),
     ]:
-        arguments = {"model": model, "corpus": corpus(2), "source": "target", "max_tokens": 5, **settings}
+        asked = {"model": model, "corpus": corpus(2), "source": "target", "max_tokens": 5, **change}
         with pytest.raises(VocabtrimError, match=message):
-            calibrate(tokenizer=tokenizer, **arguments)
+            calibrate(asked.pop("model"), tokenizer, asked.pop("corpus"), CountSettings(**asked))
 
 
 def test_counts_that_were_changed_are_refused(tmp_path):

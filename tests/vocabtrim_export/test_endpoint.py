@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration import Corpus, Document, Message, TokenCounts, calibrate
+from vocabtrim_export.calibration import Corpus, CountSettings, Document, Message, TokenCounts, calibrate
 from vocabtrim_export.calibration.endpoint import Endpoint
 
 CHATS = [Document("", (Message("user", f"the fox {index}"),)) for index in range(40)]
@@ -65,10 +65,9 @@ def serve(tokenizer, fault=lambda _number: None, factor=1):
         server.server_close()
 
 
-def count(tokenizer, endpoint, tokens=10**6, **settings):
-    return calibrate(
-        None, tokenizer, CORPUS, source="target", max_tokens=tokens, endpoint=endpoint, temperature=0, **settings
-    )
+def count(tokenizer, endpoint, checkpoint=None):
+    settings = CountSettings("target", max_tokens=10**6, endpoint=endpoint, temperature=0)
+    return calibrate(None, tokenizer, CORPUS, settings, checkpoint=checkpoint)
 
 
 def expected(tokenizer):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration import BatchLimits, Corpus, Document, Message, calibrate
+from vocabtrim_export.calibration import BatchLimits, Corpus, CountSettings, Document, Message, calibrate
 from vocabtrim_export.calibration.prompts import encode_document
 from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
 
@@ -108,7 +108,8 @@ def test_only_generated_tokens_count_and_the_eos_does(model, tokenizer):
     chats = [Document("", (Message("user", f"the {word}"),)) for word in ("dog", "fox", "quick brown system of tokens")]
     corpus = Corpus.of(chats, "test")
     limits = BatchLimits(batch_size=2, max_prompt_tokens=6, max_new_tokens=STEPS)
-    found = calibrate(model, tokenizer, corpus, source="drafter", max_tokens=10**6, temperature=0, limits=limits)
+    settings = CountSettings("drafter", max_tokens=10**6, temperature=0, limits=limits)
+    found = calibrate(model, tokenizer, corpus, settings)
     prompts = [
         tokenizer.apply_chat_template(  # the tokenizer's own way from messages to ids
             [{"role": "user", "content": chat.prompt[0].content}], add_generation_prompt=True, return_dict=False

@@ -1,9 +1,11 @@
 """`--calibration-tokens auto`: it stops when more tokens would change little, wherever it was interrupted."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from vocabtrim_export.calibration import Corpus, Document, TokenCounts, calibrate
+from vocabtrim_export.calibration import Corpus, CountEvents, CountSettings, Document, TokenCounts, calibrate
 from vocabtrim_export.calibration.sufficiency import FIRST_LOOK, Evidence, rows_of
 
 VOCAB, MOST = 448, 60_000
@@ -26,8 +28,8 @@ def test_auto_stops_where_the_kept_tokens_no_longer_change(tokenizer):
     totals = []
     for spread in (0, 1):
         verdicts = []
-        settings = {"source": "text", "max_tokens": MOST, "enough_for": 64, "on_verdict": verdicts.append}
-        counts = calibrate(None, tokenizer, corpus(tokenizer, spread), **settings)
+        settings, events = CountSettings("text", MOST, enough_for=64), CountEvents(on_verdict=verdicts.append)
+        counts = calibrate(None, tokenizer, corpus(tokenizer, spread), settings, events=events)
         assert [verdict.is_enough for verdict in verdicts] == [False] * (len(verdicts) - 1) + [True]
         last, order = verdicts[-1], np.argsort(-counts.counts, kind="stable")[:64]
         assert last.low <= last.coverage <= last.high
@@ -41,9 +43,9 @@ class Interrupted(Exception):
 
 
 def test_auto_ends_with_the_same_file_wherever_it_was_interrupted(tokenizer, tmp_path):
-    documents, settings = corpus(tokenizer, 0), {"source": "text", "max_tokens": MOST, "enough_for": 0.8}
+    documents, settings = corpus(tokenizer, 0), CountSettings("text", MOST, enough_for=0.8)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    calibrate(None, tokenizer, documents, **settings, checkpoint=whole)
+    calibrate(None, tokenizer, documents, settings, checkpoint=whole)
     for limit in (3000, 5000, 9000, 12_000):
 
         def stop(done, _total, limit=limit):
@@ -51,13 +53,15 @@ def test_auto_ends_with_the_same_file_wherever_it_was_interrupted(tokenizer, tmp
                 raise Interrupted
 
         with pytest.raises(Interrupted):
-            calibrate(None, tokenizer, documents, **settings, checkpoint=resumed, progress=stop)
-    calibrate(None, tokenizer, documents, **settings, checkpoint=resumed)
+            calibrate(None, tokenizer, documents, settings, checkpoint=resumed, events=CountEvents(stop))
+    calibrate(None, tokenizer, documents, settings, checkpoint=resumed)
     assert whole.read_bytes() == resumed.read_bytes()
     assert 12_000 < TokenCounts.load(whole).total < MOST
-    calibrate(None, tokenizer, documents, **settings, checkpoint=resumed, progress=pytest.fail)  # it is finished
-    more = settings | {"max_tokens": TokenCounts.load(whole).total + 7, "enough_for": None}
-    assert calibrate(None, tokenizer, documents, **more, checkpoint=resumed).total == more["max_tokens"]
+    calibrate(
+        None, tokenizer, documents, settings, checkpoint=resumed, events=CountEvents(pytest.fail)
+    )  # it is finished
+    more = replace(settings, max_tokens=TokenCounts.load(whole).total + 7, enough_for=None)
+    assert calibrate(None, tokenizer, documents, more, checkpoint=resumed).total == more.max_tokens
 
 
 def test_the_interval_is_over_documents_and_not_over_tokens():

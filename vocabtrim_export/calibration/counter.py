@@ -1,75 +1,167 @@
 """`calibrate` by a user's settings: of one corpus, or of each domain and their mixture."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engines.bundle.chat_template import ChatOptions
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration import Corpus, Skipped, TokenCounts, calibrate
-from vocabtrim_export.calibration import Source as CalibrationSource
+from vocabtrim_export.calibration import (
+    CalibrationSource,
+    Corpus,
+    CountEvents,
+    CountSettings,
+    Skipped,
+    TokenCounts,
+    calibrate,
+)
 from vocabtrim_export.calibration.domains import Domain, mix
 from vocabtrim_export.calibration.endpoint import Endpoint
 from vocabtrim_export.calibration.sufficiency import MOST_TOKENS, Rows, Verdict
 from vocabtrim_export.lowering.graph_files import Progress
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
     from vocabtrim_export.calibration.counting import CalibrationInput, CalibrationSettings
 
 
-def counter(
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Functions that are called while tokens are counted.
+
+    Attributes:
+        progress: Called with (task, done, total): megabytes of a model that is loaded, tokens counted, and percents of
+            held-out tokens that `auto` finds covered.
+        on_skip: Called for each record of the data that is left out.
+        on_note: Called with what `auto` found out about the number of tokens.
+    """
+
+    progress: Progress = lambda _task, _done, _total: None
+    on_skip: Callable[[Skipped], None] = lambda _skipped: None
+    on_note: Callable[[str], None] = lambda _note: None
+
+
+NOBODY = Listener()
+
+
+@dataclass(frozen=True, slots=True)
+class CountJob:
+    """How to count by a user's settings.
+
+    Attributes:
+        source: Whose tokens are counted.
+        settings: The user's settings.
+        checkpoint: The file that is rewritten as tokens come in, and gone on from.
+        rows: The rows of the head that `auto` counts for: a number, or the share of held-out tokens to cover.
+        listener: Who is told about it.
+    """
+
+    source: CalibrationSource
+    settings: "CalibrationSettings"
+    checkpoint: Path
+    rows: Rows
+    listener: Listener = NOBODY
+
+
+def count_data(
+    model: "PreTrainedModel | None",
+    tokenizer: "PreTrainedTokenizerFast",
     data: "CalibrationInput",
-    how: CalibrationSource,
-    settings: "CalibrationSettings",
-    checkpoint: Path,
-    progress: Progress,
-    on_skip: Callable[[Skipped], None],
-    on_note: Callable[[str], None],
-    rows: Rows,
-) -> Callable[..., TokenCounts]:
-    """`calibrate` on this data; the model and its tokenizer are left to be given."""
+    job: CountJob,
+    model_digest: str = "",
+) -> TokenCounts:
+    """`calibrate` on text: on one corpus, or on each domain, whose counts are mixed.
+
+    Args:
+        model: The model that generates; None where a text is counted or an endpoint generates.
+        tokenizer: Its tokenizer.
+        data: Text, no counts.
+        job: How to count.
+        model_digest: Identifies the model's weights.
+
+    Raises:
+        VocabtrimError: See `calibrate`.
+    """
     assert data.corpus is not None
     if not data.domains:
-        return _calibrator(data.corpus, how, settings, checkpoint, progress, on_skip, on_note, rows)
-    places = [checkpoint.with_name(f"{checkpoint.name}.{domain.name}") for domain in data.domains]
-    weights = sum(domain.weight for domain in data.domains)
-
-    def calibrator(domain: Domain, place: Path) -> Callable[..., TokenCounts]:
-        tokens = settings.calibration_tokens
-        if tokens != "auto":
-            tokens = max(1, round(tokens * domain.weight / weights))
-        return _calibrator(
-            domain.corpus,
-            how,
-            replace(settings, calibration_tokens=tokens),
-            place,
-            lambda task, done, total: progress(f"{task} {domain.name}", done, total),
-            on_skip,
-            lambda note: on_note(f"{domain.name}: {note}"),
-            rows,
+        return _count_corpus(model, tokenizer, data.corpus, job, model_digest)
+    checkpoint = job.checkpoint
+    places = {domain.name: checkpoint.with_name(f"{checkpoint.name}.{domain.name}") for domain in data.domains}
+    _take_apart(checkpoint, places)
+    whole = sum(domain.weight for domain in data.domains)
+    counts = [
+        _count_corpus(
+            model, tokenizer, domain.corpus, _job_of(domain, job, domain.weight / whole, places), model_digest
         )
-
-    def count(*model: Any, **digest: Any) -> TokenCounts:
-        _take_apart(checkpoint, dict(zip([domain.name for domain in data.domains], places, strict=True)))
-        pairs = zip(data.domains, places, strict=True)
-        counts = mix(data.domains, [calibrator(domain, place)(*model, **digest) for domain, place in pairs])
-        counts.save(checkpoint)
-        for place in places:
-            place.unlink()
-        return counts
-
-    return count
+        for domain in data.domains
+    ]
+    mixture = mix(data.domains, counts)
+    mixture.save(checkpoint)
+    for place in places.values():
+        place.unlink()
+    return mixture
 
 
-def _endpoint(settings: "CalibrationSettings", how: CalibrationSource) -> Endpoint | None:
+def _job_of(domain: Domain, job: CountJob, share: float, places: Mapping[str, Path]) -> CountJob:
+    """The job for one domain, whose share of the tokens is that of its weight."""
+    tokens, listener = job.settings.calibration_tokens, job.listener
+    if tokens != "auto":
+        tokens = max(1, round(tokens * share))
+    named = replace(
+        listener,
+        progress=lambda task, done, total: listener.progress(f"{task} {domain.name}", done, total),
+        on_note=lambda note: listener.on_note(f"{domain.name}: {note}"),
+    )
+    settings = replace(job.settings, calibration_tokens=tokens)
+    return replace(job, settings=settings, checkpoint=places[domain.name], listener=named)
+
+
+def _count_corpus(
+    model: "PreTrainedModel | None",
+    tokenizer: "PreTrainedTokenizerFast",
+    corpus: Corpus,
+    job: CountJob,
+    model_digest: str,
+) -> TokenCounts:
+    asked, listener = job.settings, job.listener
+    for skipped in corpus.skipped:
+        listener.on_skip(skipped)
+    job.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    is_auto = asked.calibration_tokens == "auto"
+    settings = CountSettings(
+        job.source,
+        MOST_TOKENS if asked.calibration_tokens == "auto" else asked.calibration_tokens,
+        asked.seed,
+        asked.temperature,
+        chat=ChatOptions(asked.chat_template, template_args=asked.template_args),
+        enough_for=job.rows if is_auto else None,
+        endpoint=_endpoint(asked, job.source),
+        model_digest=model_digest,
+    )
+    verdicts: list[Verdict] = []
+
+    def look(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        listener.progress("coverage %", int(100 * verdict.coverage), 100)
+
+    events = CountEvents(lambda done, total: listener.progress("calibrate", done, total), listener.on_skip, look)
+    counts = calibrate(model, tokenizer, corpus, settings, checkpoint=job.checkpoint, events=events)
+    if is_auto:
+        listener.progress("calibrate", counts.total, counts.total)
+    for verdict in verdicts[-1:]:
+        listener.on_note(str(replace(verdict, tokens=counts.total)))
+    return counts
+
+
+def _endpoint(settings: "CalibrationSettings", source: CalibrationSource) -> Endpoint | None:
     url, model = settings.calibration_endpoint, settings.calibration_model
     if url is None and model is None:
         return None
     if not url or not model:
         raise VocabtrimError("--calibration-endpoint URL and --calibration-model NAME belong together: give both")
-    if how == "text":
+    if source == "text":
         raise VocabtrimError("--calibration-source text counts a text, which no endpoint generates: leave one out")
     return Endpoint(url, model)
 
@@ -83,48 +175,3 @@ def _take_apart(checkpoint: Path, places: Mapping[str, Path]) -> None:
         if place is not None and not place.exists():
             run = replace(each.runs[0], domain="", weight=0.0)
             replace(each, runs=(run,)).save(place)
-
-
-def _calibrator(
-    corpus: Corpus,
-    how: CalibrationSource,
-    settings: "CalibrationSettings",
-    checkpoint: Path,
-    progress: Progress,
-    on_skip: Callable[[Skipped], None],
-    on_note: Callable[[str], None],
-    rows: Rows,
-) -> Callable[..., TokenCounts]:
-    """`calibrate` on this corpus by these settings; the model and its tokenizer are left to be given."""
-    for skipped in corpus.skipped:
-        on_skip(skipped)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    run = partial(
-        calibrate,
-        corpus=corpus,
-        source=how,
-        seed=settings.seed,
-        temperature=settings.temperature,
-        checkpoint=checkpoint,
-        progress=lambda done, total: progress("calibrate", done, total),
-        chat=ChatOptions(settings.chat_template, template_args=settings.template_args),
-        on_skip=on_skip,
-        endpoint=_endpoint(settings, how),
-    )
-    if settings.calibration_tokens != "auto":
-        return partial(run, max_tokens=settings.calibration_tokens)
-
-    def count(*model: Any, **how: Any) -> TokenCounts:
-        verdicts: list[Verdict] = []
-
-        def look(verdict: Verdict) -> None:
-            verdicts.append(verdict)
-            progress("coverage %", int(100 * verdict.coverage), 100)
-
-        counts = run(*model, max_tokens=MOST_TOKENS, enough_for=rows, on_verdict=look, **how)
-        progress("calibrate", counts.total, counts.total)
-        for verdict in verdicts[-1:]:
-            on_note(str(replace(verdict, tokens=counts.total)))
-        return counts
-
-    return count

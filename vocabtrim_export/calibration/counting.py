@@ -1,6 +1,6 @@
 """Token counts for an export: read from earlier calibrations, or counted with the right one of the loaded models."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
@@ -12,12 +12,10 @@ import torch
 from engines.bundle.read import Role
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import alone
-from vocabtrim_export.calibration import Corpus, Skipped, TokenCounts, builtin_corpus, read_corpus
-from vocabtrim_export.calibration import Source as CalibrationSource
-from vocabtrim_export.calibration.counter import counter
+from vocabtrim_export.calibration import CalibrationSource, Corpus, TokenCounts, builtin_corpus, read_corpus
+from vocabtrim_export.calibration.counter import NOBODY, CountJob, Listener, count_data
 from vocabtrim_export.calibration.domains import Domain, read_domains
 from vocabtrim_export.calibration.sufficiency import Rows
-from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.sources.precision import calibration_model
 from vocabtrim_export.sources.source import Source, load_source, load_tokenizer
 
@@ -109,10 +107,8 @@ def count_tokens(
     data: CalibrationInput,
     settings: CalibrationSettings,
     checkpoint: Path,
-    progress: Progress,
-    on_skip: Callable[[Skipped], None],
-    on_note: Callable[[str], None] = lambda _note: None,
     rows: Rows | None = None,
+    listener: Listener = NOBODY,
 ) -> TokenCounts:
     """Add up earlier counts, or calibrate.
 
@@ -121,11 +117,9 @@ def count_tokens(
         data: What `read_calibration` read.
         settings: How to calibrate.
         checkpoint: The file that a calibration rewrites as it goes.
-        progress: Called with (task, done, total): tokens, and percents of held-out tokens that `auto` finds covered.
-        on_skip: Called for each record of the data that is left out.
-        on_note: Called with what `auto` found out about the number of tokens.
         rows: The rows of the head that `auto` counts for: a number, or the share of held-out tokens to cover; None: a
             quarter of the vocabulary.
+        listener: Who is told about it.
 
     Raises:
         VocabtrimError: The counts come from another tokenizer, or the model that is to generate is not there.
@@ -137,12 +131,11 @@ def count_tokens(
         return counts
     how = calibration_source(settings, sources.keys())
     source = next(iter(sources.values())) if how == "text" else sources[how]
-    rows = rows or source.vocab_size // QUARTER
-    run = counter(data, how, settings, checkpoint, progress, on_skip, on_note, rows)
+    job = CountJob(how, settings, checkpoint, rows or source.vocab_size // QUARTER, listener)
     if how == "text" or settings.calibration_endpoint:
-        return run(None, source.tokenizer)
+        return count_data(None, source.tokenizer, data, job)
     with calibration_model(source.model) as model:
-        return run(model, source.tokenizer, model_digest=source.digest)
+        return count_data(model, source.tokenizer, data, job, source.digest)
 
 
 def calibrate_models(
@@ -150,23 +143,18 @@ def calibrate_models(
     target: str | None,
     output: Path,
     settings: CalibrationSettings,
-    progress: Progress = lambda _task, _done, _total: None,
-    on_skip: Callable[[Skipped], None] = lambda _skipped: None,
-    on_note: Callable[[str], None] = lambda _note: None,
+    listener: Listener = NOBODY,
 ) -> TokenCounts:
     """Load the model that counts, and write its counts to `output`; an interrupted run is continued.
 
-    Counting a text loads no model, only a tokenizer.
+    Counting a text loads no model, only a tokenizer. `auto` counts for a head of a quarter of the vocabulary.
 
     Args:
         drafter: MODEL of the drafter, if there is one.
         target: MODEL of the target, if there is one.
         output: The `.safetensors` file of token counts.
         settings: How to calibrate.
-        progress: Called with (task, done, total): megabytes of the model loaded, then tokens counted.
-        on_skip: Called for each record of the data that is left out.
-        on_note: Called with what `auto` found out about the number of tokens; it counts for a head of a quarter of the
-            vocabulary.
+        listener: Who is told about it.
 
     Raises:
         VocabtrimError: No model is named, a model or a file cannot be read, or see `calibrate`.
@@ -187,12 +175,16 @@ def calibrate_models(
     if target is not None:
         specs["target"] = target
     how = calibration_source(settings, specs)
-
     if how == "text" or settings.calibration_endpoint:
         tokenizer = load_tokenizer(specs[how] if how != "text" else target or str(drafter))
         with alone(output):
-            rows = len(tokenizer) // QUARTER
-            return counter(data, how, settings, output, progress, on_skip, on_note, rows)(None, tokenizer)
-    source = load_source(specs[how], torch.float32, lambda done, total: progress("load", done >> 20, total >> 20))
+            return count_data(
+                None, tokenizer, data, CountJob(how, settings, output, len(tokenizer) // QUARTER, listener)
+            )
+
+    def on_read(done: int, total: int) -> None:
+        listener.progress("load", done >> 20, total >> 20)
+
+    source = load_source(specs[how], torch.float32, on_read)
     with alone(output):
-        return count_tokens({how: source}, data, settings, output, progress, on_skip, on_note)
+        return count_tokens({how: source}, data, settings, output, listener=listener)

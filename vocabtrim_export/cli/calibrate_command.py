@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from vocabtrim_export.calibration.counter import Listener
     from vocabtrim_export.calibration.counting import calibrate_models
     from vocabtrim_export.cli.arguments import calibration_settings
     from vocabtrim_export.cli.prompt_arguments import print_skipped
@@ -29,14 +30,9 @@ def run(options: argparse.Namespace) -> None:
     skipped: list[Skipped] = []
     notes: list[str] = []
     with progress_reporter(RATES) as progress:
+        listener = Listener(progress, skipped.append, notes.append)
         counts = calibrate_models(
-            options.drafter,
-            options.target,
-            options.output,
-            calibration_settings(options),
-            progress,
-            skipped.append,
-            notes.append,
+            options.drafter, options.target, options.output, calibration_settings(options), listener
         )
     print_skipped(skipped)
     for note in notes:

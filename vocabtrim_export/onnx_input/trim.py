@@ -13,14 +13,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from engines.bundle.graph_file import GraphFile
-from engines.bundle.read import MODEL_NAME, VOCAB_MAP_NAME, file_digest
+from engines.bundle.read import MODEL_NAME, VOCAB_MAP_NAME
 from engines.bundle.tokenizer import TEMPLATES_NAME, tokenizer_digest
 from engines.bundle.vocabulary import Vocabulary
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
-from vocabtrim_export.calibration import Source as CalibrationSource
-from vocabtrim_export.calibration import TokenCounts, skipped_note
-from vocabtrim_export.calibration.counter import counter
+from vocabtrim_export.calibration import CalibrationSource, TokenCounts, skipped_note
+from vocabtrim_export.calibration.counter import CountJob, Listener, count_data
 from vocabtrim_export.calibration.counting import CalibrationInput, CalibrationSettings, read_calibration
 from vocabtrim_export.lowering.graph_files import Progress, save_graph
 from vocabtrim_export.onnx_input.cut import cut_head
@@ -169,13 +168,9 @@ def _count(
             "give the counts of vocabtrim calibrate, or count the text itself"
         )
     how: CalibrationSource = "target" if settings.calibration_endpoint else "text"
-    rows = rows_to_choose(k) or 1
-
-    def ignore(_said: object) -> None:
-        """Skipped records are reported by the caller."""
-
-    run = counter(data, how, settings, checkpoint, progress, ignore, ignore, rows)
-    return run(None, source.tokenizer, model_digest=file_digest(source.graph))
+    listener = Listener(progress)  # the caller reports skipped records
+    job = CountJob(how, settings, checkpoint, rows_to_choose(k) or 1, listener)
+    return count_data(None, source.tokenizer, data, job)
 
 
 def _bytes(product: ir.Node) -> int:
