@@ -40,17 +40,25 @@ def open_head_rows(bundle: Bundle, inputs: Mapping[str, Sequence[int | str]], co
 
 
 class Slots:
-    """Columns of a head for tokens that it lacks. The least recently seen token leaves.
+    """The M in-context slots of a head: columns for tokens that it lacks. The least recently seen token leaves.
 
-    kept_token_ids: int64[K + M], the token of each column of the logits, `NOT_KEPT` for an empty slot. inverse:
-    int64[full_vocab], the column of each token, `NOT_KEPT` for one that has none. Both change as the slots do.
-    inputs: what the graph reads, by name; a session that is bound to these arrays sees every change.
+    Attributes:
+        kept_token_ids: int64[K + M], the token of each column of the logits, `NOT_KEPT` for an empty slot. It changes
+            with the slots.
+        inverse: int64[full_vocab], the column of each token, `NOT_KEPT` for a token without one. It changes too.
     """
 
     def __init__(
         self, vocab_map: VocabMap, rows: HeadRows, shape: tuple[int, int], dtype: np.dtype[np.generic]
     ) -> None:
-        """shape, dtype: of the graph's slot_weight, [hidden, M]; uint16 holds the bits of bfloat16."""
+        """Make empty slots.
+
+        Args:
+            vocab_map: The K kept tokens.
+            rows: The head's rows of all tokens.
+            shape: The shape of the graph's input slot_weight, (hidden, M).
+            dtype: The dtype of that input; uint16 holds the bits of bfloat16.
+        """
         count = shape[1]
         self._rows, self._count, self._kept = rows, count, len(vocab_map)
         self.kept_token_ids = np.concatenate([vocab_map.kept_token_ids, np.full(count, NOT_KEPT, np.int64)])
@@ -61,6 +69,7 @@ class Slots:
 
     @property
     def inputs(self) -> Mapping[str, NDArray[np.generic]]:
+        """The graph's inputs by name. A session that is bound to these arrays sees every change."""
         bias = {SLOT_BIAS: self._bias} if self._rows.has_bias else {}
         return {SLOT_WEIGHT: self._weight, SLOT_TOKEN_IDS: self._token_ids, **bias}
 

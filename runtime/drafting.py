@@ -9,32 +9,36 @@ from engines.base import Engine, StepOutput
 
 
 class TokenReader:
-    """Of a drafter that reads tokens. Its cache holds a beginning of the text, its accepted drafts included."""
+    """Feeds a drafter that reads tokens, whose cache holds a beginning of the text, accepted drafts included."""
 
     def __init__(self, drafter: Engine, vocab_size: int) -> None:
         self.drafter, self.vocab_size = drafter, vocab_size
         self.remembered = 0  # tokens of the text that the drafter was told of for its slots
 
     def target_fed(self, output: StepOutput, kept: int) -> None:
-        """The target made `output`, and `kept` of the tokens fed for it are part of the text."""
+        """Note that the target gave `output`, and that `kept` of the tokens fed for it are part of the text."""
 
     def hold(self) -> None:
-        """Before the target's next call: keep of its last one what is still to be read."""
+        """Copy what is still to be read of the target's last call, before its next call overwrites it."""
 
     def unread(self, sequence: Sequence[int]) -> list[int]:
-        """What the drafter has not been fed of the text: at least one token."""
+        """Returns the tokens of the text that the drafter has not been fed: at least one."""
         self._remember(sequence)
         return self._known(sequence[self.drafter.length :])
 
     def read(self, tokens: list[int]) -> StepOutput:
-        """Feed what `unread` gave."""
+        """Feed the tokens that `unread` returned."""
         return self.drafter.feed(tokens)
 
     def was_fed(self, count: int) -> None:
-        """Other than by `read`, the drafter was fed the `count` tokens that `unread` gave, and drafted after them."""
+        """Note that the drafter was fed the `count` tokens of `unread` by another call, and drafted after them."""
 
     def rewind(self, length: int) -> None:
-        """Forget drafted tokens. length: tokens of the text that the target has read."""
+        """Forget drafted tokens.
+
+        Args:
+            length: The tokens of the text that the target has read.
+        """
         self.drafter.rewind(min(self.drafter.length, length))
 
     def _remember(self, sequence: Sequence[int]) -> None:
@@ -49,7 +53,7 @@ class TokenReader:
 
 
 class FeatureReader(TokenReader):
-    """Of a head: row t of its cache is made of the target's features of token t and of token t + 1.
+    """Feeds a head. Row t of the head's cache is made of the target's features of token t and of token t + 1.
 
     Between rounds the cache holds such rows only. What the head fed itself while drafting is forgotten even where it
     was accepted: the target has given the true features meanwhile. These are copied from where the target is as late

@@ -16,8 +16,16 @@ Auto = Literal["auto"]
 
 
 def resolve_draft_length(target: Engine, drafter: Engine | None, draft_length: int | None) -> int:
-    """γ, by default DEFAULT_DRAFT_LENGTH or what `drafter` can draft and `target` verify. Raises `VocabtrimError` for
-    more than that."""
+    """Returns γ: `draft_length`, or by default DEFAULT_DRAFT_LENGTH or as many tokens as the engines can.
+
+    Args:
+        target: The engine that verifies.
+        drafter: The engine that drafts; None for the target alone.
+        draft_length: The number of tokens asked for; None for the default.
+
+    Raises:
+        VocabtrimError: The drafter cannot draft, or the target cannot verify, so many tokens.
+    """
     most = (target.max_keep if drafter else MAX_KEEP) - 1
     if not most:
         raise VocabtrimError("the target's engine verifies no drafts: export it with a --draft-length of 1 or more")
@@ -64,7 +72,11 @@ def make_draft_length(
 
 
 def check_pair(target: Engine, drafter: Engine | None) -> None:
-    """Raise `VocabtrimError` unless `drafter` can draft for `target`. A target's bundle may draft, as an oracle."""
+    """Check that `drafter` can draft for `target`. A target's bundle may draft as well: such a pair tests the loop.
+
+    Raises:
+        VocabtrimError: It cannot.
+    """
     manifest = target.manifest
     if manifest.role != "target" or target.vocab_map is not None:
         raise VocabtrimError("the target's bundle holds a drafter: give the bundle of the whole model")

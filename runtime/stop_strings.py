@@ -28,8 +28,9 @@ class StopStrings:
         The text then ends. Of several strings in one piece, the one that begins first counts.
 
         Args:
-            piece: the new text, special tokens included. shown: the same without them.
-            is_last: no text follows, nothing is held.
+            piece: The new text, special tokens included.
+            shown: The new text without special tokens.
+            is_last: Whether no text follows: then nothing is held back.
         """
         self._held.append((piece, shown))
         text = "".join(held for held, _ in self._held)

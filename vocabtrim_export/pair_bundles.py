@@ -93,11 +93,20 @@ def select(
     k: int | Coverage,
     available: NDArray[np.int64],
 ) -> Selection:
+    """Choose the tokens that the drafter's head keeps.
+
+    Args:
+        counts: How often each token was seen.
+        sources: The loaded models by role.
+        k: The number of rows, or the share of held-out tokens to cover.
+        available: int64[n], the ids that both models give the same meaning.
+    """
     always, rows = always_kept(sources), sources["drafter"].vocab_size
     return select_vocab(counts, k, always_keep=always, full_vocab=rows, available=available)
 
 
 def always_kept(sources: Mapping[Role, Source]) -> set[int]:
+    """Returns the ids that every head keeps: the tokens that begin, end or structure a text in one of the models."""
     always: set[int] = set()
     for source in sources.values():
         always |= structural_token_ids(source.tokenizer, source.model.generation_config)

@@ -80,6 +80,7 @@ def graph_metadata(manifest: Manifest) -> dict[str, str]:
 
 
 def load_map(root: Path, manifest: Manifest) -> VocabMap | None:
+    """Returns the table of a trimmed head's rows; None for a full head."""
     return VocabMap.load(root / VOCAB_MAP_NAME) if manifest.vocab_map else None
 
 

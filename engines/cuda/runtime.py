@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engines.errors import VocabtrimError
 
-ALIGNMENT = 256  # that TensorRT asks of every address
+ALIGNMENT = 256  # bytes; TensorRT requires it of every address
 
 _MENDABLE = {
     "cudaErrorInsufficientDriver": "no NVIDIA driver, or one too old for this CUDA: install or update it",
@@ -24,7 +24,11 @@ _MENDABLE = {
 
 
 def runtime() -> Any:
-    """The module `cuda.bindings.runtime`."""
+    """Returns the module `cuda.bindings.runtime`.
+
+    Raises:
+        VocabtrimError: It is not installed.
+    """
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
@@ -66,21 +70,30 @@ def has_device() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU. compute_capability is such as "8.6"."""
+    """A GPU.
+
+    Attributes:
+        name: Its product name.
+        compute_capability: Such as "8.6".
+    """
 
     name: str
     compute_capability: str
 
 
 def current_device() -> Device:
-    """The GPU that calls of this thread go to. Raises `VocabtrimError` if there is none."""
+    """Returns the GPU that calls of this thread go to.
+
+    Raises:
+        VocabtrimError: There is none.
+    """
     cuda = runtime()
     properties = check(cuda.cudaGetDeviceProperties(check(cuda.cudaGetDevice())))
     return Device(properties.name.split(b"\0")[0].decode(), f"{properties.major}.{properties.minor}")
 
 
 def environment() -> dict[str, str]:
-    """What a report says of the GPU that calls of this thread go to."""
+    """Returns the name and versions that a report lists of the GPU that calls of this thread go to."""
     device = current_device()
     versions = {"cuda_driver": runtime().cudaDriverGetVersion(), "cuda_runtime": runtime().cudaRuntimeGetVersion()}
     named = {name: check(version) for name, version in versions.items()}
@@ -120,7 +133,7 @@ class PinnedMemory:
     size: int
 
     def view(self, offset: int, count: int) -> NDArray[np.int64]:
-        """int64[count] over the bytes from `offset` on. It must not be used after `free`."""
+        """Returns int64[count] over the bytes from `offset` on. It must not be used after `free`."""
         raw = (ctypes.c_byte * (8 * count)).from_address(self.address + offset)
         return np.frombuffer(memoryview(raw), np.int64)
 
@@ -143,7 +156,7 @@ class Stream:
         self._is_capturing = False
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Queue a copy between any two of host and device memory."""
+        """Queue a copy of `size` bytes from address `source` to address `target`, on the host or the device."""
         cuda = runtime()
         check(cuda.cudaMemcpyAsync(target, source, size, cuda.cudaMemcpyKind.cudaMemcpyDefault, self._handle))
 
@@ -154,7 +167,7 @@ class Stream:
         check(cuda.cudaMemcpy2DAsync(target, pitch, source, pitch, width, rows, kind, self._handle))
 
     def pinned(self, count: int) -> NDArray[np.int64]:
-        """int64[count], zeros, in page-locked memory that is freed with the last view of it."""
+        """Returns int64[count], zeros, in page-locked memory that is freed with the last view of it."""
         memory = allocate_pinned(8 * count)
         array = memory.view(0, count)
         # Not at exit: the driver may be gone by then, and its memory with it.

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from engines.base import Engine, StepOutput
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
 from engines.bundle.read import Bundle
-from engines.ort.engine import HostStep, OnnxRuntimeEngine, Step
+from engines.ort.engine import OnnxRuntimeEngine
+from engines.ort.step import HostStep, Step
 
 
 class FeatureEngine(OnnxRuntimeEngine):
@@ -44,11 +45,15 @@ class FeatureEngine(OnnxRuntimeEngine):
 
 
 class EagleEngine(OnnxRuntimeEngine):
-    """An EAGLE head or a multi-token-prediction layer. Row t of its cache is made of the features of token t and the
-    embedding of token t + 1.
+    """An EAGLE head or a multi-token-prediction layer.
 
-    `feed` goes on from the hidden state that the last row left: draft steps read no features.
-    fuse: a session on the graph that makes hidden states of features; None where they are hidden states already.
+    Row t of its cache is made of the features of token t and the embedding of token t + 1. `feed` goes on from the
+    hidden state that the last row left: draft steps read no features.
+
+    Args:
+        bundle: The bundle.
+        session: A session on the head's decoder.
+        fuse: A session on the graph that makes hidden states of features; None if features are hidden states already.
     """
 
     def __init__(self, bundle: Bundle, session: ort.InferenceSession, fuse: ort.InferenceSession | None) -> None:
@@ -88,12 +93,25 @@ class EagleEngine(OnnxRuntimeEngine):
 
 
 def require_last_row(head: Engine, token_ids: Sequence[int] | NDArray[np.int64], last_at: int) -> None:
-    """Raise ValueError unless `head` can go on without features. last_at: its length after the row computed last."""
+    """Check that `head` can go on without features.
+
+    Args:
+        head: The head.
+        token_ids: int64[n], the tokens to feed.
+        last_at: The head's length after the row that it computed last.
+
+    Raises:
+        ValueError: More than one token is fed, or that row is not the last one any more.
+    """
     if len(token_ids) != 1 or not head.length == last_at > 0:
         raise ValueError("without features, a head goes on by one token from the row that it computed last")
 
 
 def require_rows(head: Engine, token_ids: Sequence[int] | NDArray[np.int64], features: NDArray[np.float32]) -> None:
-    """Raise ValueError unless there is a row of features for each token."""
+    """Check that there is a row of features for each token.
+
+    Raises:
+        ValueError: `features` is not [tokens, features_read].
+    """
     if features.shape != (len(token_ids), head.features_read):
         raise ValueError(f"{len(token_ids)} tokens go with [tokens, {head.features_read}], not {features.shape}")

@@ -1,9 +1,6 @@
 """`OnnxRuntimeEngine`: a bundle on ONNX Runtime, with everything it touches bound once."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -30,6 +27,7 @@ from engines.bundle.read import Bundle
 from engines.bundle.vocab_map import VocabMap
 from engines.ort.key_tiles import KeyTiles
 from engines.ort.session import numpy_dtype, share
+from engines.ort.step import HostStep, Step
 from engines.slots import Slots, open_head_rows
 
 CHUNK = MAX_KEEP
@@ -38,71 +36,21 @@ _NEVER_LONE = 16  # rows: no tile of attention is shorter than these, so that an
 
 
 def padded(rows: int) -> int:
-    """`rows`, or one more where a kernel would compute one of them alone: a single row, and an odd number that may end
-    one row into a tile.
+    """Returns `rows`, or one more where a kernel would compute one row alone.
 
-    A lone row has kernels of its own, in attention and in products of 4-bit weights, which add in another order.
+    That is a single row, or the last of an odd number, which may end one row into a tile. A lone row has kernels of its
+    own, in attention and in products of 4-bit weights, which add in another order.
     """
     return rows + (rows == 1 or (rows > _NEVER_LONE and rows % 2 == 1))
-
-
-@dataclass(frozen=True, slots=True)
-class Step(ABC):
-    """One input length with its buffers: written by `feed`, read by the session, never allocated again.
-
-    input_ids, position_ids: int64[1, rows], as many rows as are computed: the length, or one more. seqlens_k: int32[1],
-    tokens in the cache after the step, less one. token_ids: int64[1, keep], what `run` gives for the length's last.
-    """
-
-    session: ort.InferenceSession
-    binding: ort.IOBinding
-    input_ids: NDArray[np.int64]
-    position_ids: NDArray[np.int64]
-    seqlens_k: NDArray[np.int32]
-    token_ids: NDArray[np.int64]
-
-    @abstractmethod
-    def run(self, end: int) -> None:
-        """Compute with what the arrays hold and wait for `token_ids`. end: tokens in the cache afterwards."""
-
-    @abstractmethod
-    def read_logits(self) -> NDArray[np.float32]:
-        """float32[keep, head_rows] of the last `run`."""
-
-
-@dataclass(frozen=True, slots=True)
-class HostStep(Step):
-    """The session works on the arrays themselves. total: int32[1], of all steps of an engine.
-
-    logits: [1, keep, head_rows]. hidden: what else goes in and comes out, by name: [1, length, size] each, in the
-    bundle's dtype. All without what a padding row gave.
-    """
-
-    total: NDArray[np.int32]
-    logits: NDArray[Any]
-    hidden: Mapping[str, NDArray[Any]]
-
-    def without_padding(self, length: int, keep: int) -> "HostStep":
-        """This step with views of what `length` tokens alone give, the last `keep` of them predicted after."""
-        last = self.token_ids.shape[1] - (self.input_ids.shape[1] - length)
-        asked = slice(last - keep, last)
-        hidden = {name: array[:, :length] for name, array in self.hidden.items()}
-        return replace(self, token_ids=self.token_ids[:, asked], logits=self.logits[:, asked], hidden=hidden)
-
-    def run(self, end: int) -> None:
-        self.total[0] = end
-        self.session.run_with_iobinding(self.binding)
-
-    def read_logits(self) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = self.logits[0].astype(np.float32, copy=False)
-        return logits
 
 
 class OnnxRuntimeEngine(Engine):
     """Runs on the CPU. Each layer's keys and values live in one buffer, bound as past and as present.
 
-    session: on the bundle's model. shared: an engine whose buffers to use instead of own ones; the two caches must be
-    of one form and on one device.
+    Args:
+        bundle: The bundle.
+        session: A session on the bundle's model.
+        shared: An engine whose KV cache to use instead of an own one; the caches must be of one form and on one device.
 
     A quantised target never computes a lone row (see `padded`): its products round their inputs to 8 bits, which makes
     another order of additions, 1e-7 of a sum, a difference of several per cent of the logits. A row of padding, the
@@ -125,7 +73,7 @@ class OnnxRuntimeEngine(Engine):
         self._tiles = KeyTiles.of(bundle.manifest.head_dim)
         self.capacity -= self._is_padded
         self._seqlens = np.zeros(1, np.int32)
-        # What the kernels reserve for: the tokens so far on the CPU, on CUDA always all that fit.
+        # The number of tokens that the kernels reserve for: those so far on the CPU, always the capacity on CUDA.
         self._total = np.full(1, self.capacity, np.int32)
         self._steps: dict[tuple[int, int], Step] = {}
         # position_ids are absent where attention counts by itself
@@ -235,7 +183,7 @@ class OnnxRuntimeEngine(Engine):
         return step.without_padding(length, keep)
 
     def _bind_common(self, keep: int) -> ort.IOBinding:
-        """A binding of what all lengths have in common: the cache, and the numbers that kernels read on the host."""
+        """Returns a binding of what all lengths share: the cache, and the numbers that kernels read on the host."""
         binding = self._session.io_binding()
         for name, cache in self._caches.items():
             binding.bind_ortvalue_input(name, cache)
@@ -250,7 +198,11 @@ class OnnxRuntimeEngine(Engine):
             binding.bind_ortvalue_input(name, share(array))
 
     def _open_slots(self) -> Slots | None:
-        """Raises `VocabtrimError` where the graph's slots are not those of the manifest."""
+        """Returns the slots of the graph; None if it has none.
+
+        Raises:
+            VocabtrimError: They are not those of the manifest.
+        """
         inputs = {value.name: value for value in self._session.get_inputs()}
         rows = open_head_rows(self._source, {name: value.shape for name, value in inputs.items()}, self._head_rows)
         if rows is None or self.vocab_map is None:
@@ -270,5 +222,5 @@ class OnnxRuntimeEngine(Engine):
         return caches
 
     def _allocate_cache(self, shape: tuple[int, ...], onnx_type: str) -> ort.OrtValue:
-        """Zeros: a masked slot weighs 0 in attention, but 0 times a NaN of old memory is NaN."""
+        """Returns zeros, because a masked slot weighs 0 in attention, but 0 times a NaN of old memory is NaN."""
         return share(np.zeros(shape, numpy_dtype(onnx_type)))

@@ -35,7 +35,7 @@ def load(bundle: Bundle, neighbour: Engine | None, profile: Path | None) -> Engi
 
 
 def cache_owner(bundle: Bundle, neighbour: Engine | None, device: Device) -> OnnxRuntimeEngine | None:
-    """The neighbour, where it runs on ONNX Runtime on this device and its KV cache can serve `bundle` too."""
+    """Returns `neighbour` if it runs on ONNX Runtime on this device and its KV cache can serve `bundle` too."""
     if not isinstance(neighbour, OnnxRuntimeEngine) or neighbour.device != device:
         return None
     names = ("source_digest", "dtype", "context_length", "num_layers", "num_kv_heads", "head_dim")

@@ -13,9 +13,11 @@ from engines.ort.session import numpy_dtype
 
 
 class MedusaEngine(Engine):
-    """Head i predicts the token i + 2 places after the one whose features it reads: all heads draft from the target's
-    features alone. `feed_features` runs them all and gives what the first one predicts; each `feed` then gives what
-    the next one predicts, whatever it is fed. There is no KV cache: `length` only counts.
+    """Medusa heads, which all draft from the target's features alone.
+
+    Head i predicts the token i + 2 places after the one whose features it reads. `feed_features` runs all heads and
+    gives what the first one predicts; each `feed` then gives what the next one predicts, whatever token it is fed.
+    There is no KV cache: `length` only counts.
     """
 
     def __init__(self, bundle: Bundle, session: ort.InferenceSession) -> None:

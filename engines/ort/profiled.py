@@ -13,9 +13,12 @@ from engines.ort.session import open_session
 
 
 class ProfiledEngine(OnnxRuntimeEngine):
-    """Slower than it would be. When it is closed, `traces` appear: ONNX Runtime's own, in the Trace Event Format.
+    """An engine that traces its operators, which makes it slower.
 
-    traces: by the file that they go to, the sessions that make them.
+    When it is closed, the files of `traces` appear: ONNX Runtime's own traces, in the Trace Event Format.
+
+    Attributes:
+        traces: The sessions that are traced, by the files that their traces go to.
     """
 
     traces: Mapping[Path, ort.InferenceSession] = {}
@@ -28,15 +31,21 @@ class ProfiledEngine(OnnxRuntimeEngine):
 
 
 class _ProfiledTarget(ProfiledEngine, FeatureEngine):
-    """One that gives features."""
+    """A traced target that gives features."""
 
 
 class _ProfiledHead(ProfiledEngine, EagleEngine):
-    """An EAGLE head: of its two graphs a trace each."""
+    """A traced EAGLE head; each of its two graphs has a trace."""
 
 
 def load_profiled(bundle: Bundle, profile: Path, shared: OnnxRuntimeEngine | None = None) -> ProfiledEngine:
-    """profile: where the decoder's trace goes; that of a head's `fc` goes to NAME_features in the same directory."""
+    """Load an engine that traces its operators.
+
+    Args:
+        bundle: The bundle.
+        profile: The file of the decoder's trace. That of a head's `fc` goes to NAME_features in the same directory.
+        shared: See `OnnxRuntimeEngine`.
+    """
     engine: ProfiledEngine
     traces = {profile: _open(bundle.path / MODEL_NAME, profile)}
     if bundle.manifest.interface == "feature-head":

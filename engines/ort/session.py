@@ -13,12 +13,12 @@ from engines.errors import VocabtrimError
 
 
 def share(array: NDArray[Any]) -> ort.OrtValue:
-    """An OrtValue on the memory of `array`, which it keeps alive."""
+    """Returns an OrtValue on the memory of `array`, which it keeps alive."""
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def numpy_dtype(onnx_type: str) -> np.dtype[np.generic]:
-    """The dtype of, for one, "tensor(float16)". NumPy has no bfloat16: uint16, its bits."""
+    """Returns the dtype of an ONNX type such as "tensor(float16)"; for bfloat16, which NumPy lacks, uint16."""
     name = re.fullmatch(r"tensor\((\w+)\)", onnx_type)
     dtypes = {"float": np.float32, "float16": np.float16, "bfloat16": np.uint16}
     return np.dtype(dtypes[name[1] if name else onnx_type])
@@ -30,19 +30,19 @@ def new_session(
     profile_prefix: Path | None = None,
     fuse_dequantized: bool = True,
 ) -> ort.InferenceSession:
-    """A session with a thread pool of its own, which changes nothing for the other sessions of the process.
+    """Open a session with a thread pool of its own, which changes nothing for the other sessions of the process.
 
-    Where the program has set up ONNX Runtime's global thread pool, every session has to use that one, and so does this.
+    If the program has set up ONNX Runtime's global thread pool, every session must use that one, and so does this.
 
     Args:
-        model: an ONNX file, or its bytes.
+        model: An ONNX file, or its bytes.
         providers: ONNX Runtime's execution providers, the preferred one first.
-        profile_prefix: the prefix of the file to write a profile to; None for no profile.
-        fuse_dequantized: let ONNX Runtime fuse products with `DequantizeLinear` behind their weights into kernels that
-            round activations to 8 bits.
+        profile_prefix: The prefix of the file to write a profile to; None for no profile.
+        fuse_dequantized: Whether ONNX Runtime may fuse products with `DequantizeLinear` behind their weights into
+            kernels that round activations to 8 bits.
 
     Raises:
-        Exception: what ONNX Runtime raises; its exceptions have no common base.
+        Exception: What ONNX Runtime raises; its exceptions have no common base.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -63,7 +63,16 @@ def new_session(
 
 
 def open_session(path: Path, profile_prefix: Path | None = None, fuse_dequantized: bool = True) -> ort.InferenceSession:
-    """A session on the CPU, as `new_session` opens it. Raises `VocabtrimError`."""
+    """Open a session on the CPU.
+
+    Args:
+        path: The ONNX file.
+        profile_prefix: See `new_session`.
+        fuse_dequantized: See `new_session`.
+
+    Raises:
+        VocabtrimError: ONNX Runtime cannot open the file.
+    """
     try:
         return new_session(path, profile_prefix=profile_prefix, fuse_dequantized=fuse_dequantized)
     except Exception as error:  # onnxruntime's exceptions have no common base
@@ -71,5 +80,5 @@ def open_session(path: Path, profile_prefix: Path | None = None, fuse_dequantize
 
 
 def reason(error: Exception) -> str:
-    """What an exception of ONNX Runtime says, in one line of bounded length."""
+    """Returns the message of an exception of ONNX Runtime, in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]

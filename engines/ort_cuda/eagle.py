@@ -12,7 +12,7 @@ from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
 from engines.bundle.read import Bundle
 from engines.cuda import runtime as cuda
 from engines.ort.eagle import require_last_row, require_rows
-from engines.ort.engine import Step
+from engines.ort.step import Step
 from engines.ort_cuda.binding import CudaRun, Place, Run, Work, run_options
 from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
 from engines.ort_cuda.provider import can_be_captured

@@ -14,8 +14,9 @@ from engines.bundle.graph_io import INPUT_IDS, LOGITS, POSITION_IDS, SEQLENS_K, 
 from engines.bundle.read import Bundle
 from engines.cuda import runtime as cuda
 from engines.cuda.graph_replay import Replayed
-from engines.ort.engine import OnnxRuntimeEngine, Step
+from engines.ort.engine import OnnxRuntimeEngine
 from engines.ort.session import new_session, numpy_dtype
+from engines.ort.step import Step
 from engines.ort_cuda.binding import CudaRun, Place, Work, element_type, run_options
 from engines.ort_cuda.pair import PairRounds
 from engines.ort_cuda.provider import can_be_captured, explain_out_of_memory, open_cuda_graph

@@ -209,9 +209,9 @@ def differences(rows: NDArray[np.float32], tokens: Sequence[int], manifest: Mani
     """Where `tokens` are not the most likely ones.
 
     Args:
-        tokens: Token ids.
         rows: float32[len(tokens), columns], the logits of the same positions.
-        manifest: Of the model that generated the tokens: its dtype and depth say what rounding may explain.
+        tokens: Token ids.
+        manifest: The manifest of the model that generated the tokens. Its dtype and depth say what rounding explains.
     """
     chosen = rows.argmax(axis=1).tolist()
     return [
@@ -231,6 +231,14 @@ def tolerance(row: NDArray[np.float32], manifest: Manifest) -> float:
 
 
 def difference_at(index: int, token: int, row: NDArray[np.float32], manifest: Manifest) -> Difference:
+    """Describe a generated token that is not the most likely one.
+
+    Args:
+        index: Its position in the generated text.
+        token: Its id.
+        row: float32[columns], the logits at that position.
+        manifest: The manifest of the model that generated it.
+    """
     best = int(row.argmax())
     gap = float(row[best]) - float(row[token]) if token < len(row) else float("inf")
     return Difference(index, token, best, gap, tolerance(row, manifest))

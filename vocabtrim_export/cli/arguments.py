@@ -14,49 +14,55 @@ if TYPE_CHECKING:
 
 
 def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `calibration_settings` reads."""
     parser.add_argument(
         "--calibration",
         type=Path,
         nargs="+",
         default=[],
         metavar="PATH",
-        help="text files, .jsonl, .json, .csv, .tsv or .parquet files of prompts, conversations or texts (see "
-        "docs/conversations.md), also compressed (.gz, .bz2, .xz, .zst), directories of these; or token counts "
-        "(.safetensors) of earlier calibrations. As NAME=PATH[:WEIGHT] they are domains, counted apart and mixed by "
-        "weight. Without it a corpus that comes with Python stands in",
+        help="prompts, conversations or texts to count on: text, .jsonl, .json, .csv, .tsv or .parquet files (see "
+        "docs/conversations.md), also compressed (.gz, .bz2, .xz, .zst), or directories of such files. Or token counts "
+        "(.safetensors) of earlier calibrations. Files given as NAME=PATH[:WEIGHT] are domains, which are counted "
+        "separately and mixed by weight (default: Python's documentation, which is unlike most users' prompts)",
     )
     parser.add_argument(
         "--calibration-source",
         choices=["target", "drafter", "text"],
-        help="whose tokens to count: what the target or the drafter generates on the prompts, or the text itself "
-        "(default: target where there is one, else drafter)",
+        help="what to count: the tokens that the target or the drafter generates on the prompts, or those of the text "
+        "itself (default: target, or drafter if there is no target)",
     )
     parser.add_argument(
         "--calibration-tokens",
         type=calibration_tokens,
         default="auto",
         metavar="N",
-        help="tokens to count, or auto (the default): until more would change little for this K",
+        help="how many tokens to count; auto stops when more tokens would hardly change which ones K keeps",
     )
     parser.add_argument(
         "--calibration-endpoint",
         metavar="URL",
-        help="a server with OpenAI's protocol (vLLM, SGLang, llama.cpp) that generates instead, such as "
+        help="let a server with OpenAI's protocol (vLLM, SGLang, llama.cpp) generate, such as "
         "http://localhost:8000/v1; its key is read from the environment variable OPENAI_API_KEY",
     )
-    parser.add_argument("--calibration-model", metavar="NAME", help="the model's name at the endpoint")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling that calibrates")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling that calibrates")
+    parser.add_argument("--calibration-model", metavar="NAME", help="the model's name on that server")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="sampling temperature of the generations that are counted; 0: greedy",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of that sampling")
     add_template_arguments(parser)
 
 
 def calibration_tokens(text: str) -> "int | Auto":
-    """`--calibration-tokens N`, or auto."""
+    """Parse `--calibration-tokens`: a number, or "auto"."""
     return "auto" if text == "auto" else int(text)
 
 
 def calibration_settings(options: argparse.Namespace) -> "CalibrationSettings":
-    """What `add_calibration_arguments` parsed."""
+    """Returns the settings that the options of `add_calibration_arguments` say."""
     from vocabtrim_export.calibration.counting import CalibrationSettings
 
     return CalibrationSettings(
@@ -73,30 +79,52 @@ def calibration_settings(options: argparse.Namespace) -> "CalibrationSettings":
 
 
 def add_rule_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `rule_options` reads."""
     group = parser.add_argument_group(
-        "rules on logits", "greedy and sampled; without one, the model's generation config decides"
+        "rules on logits",
+        "They apply to greedy and to sampled decoding. The model's generation config sets those that are not given.",
     )
     group.add_argument(
-        "--repetition-penalty", type=float, metavar="X", help="above 1: tokens of prompt and output are less likely"
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="make tokens that the prompt or the output holds less likely; 1: no such rule",
     )
     group.add_argument(
-        "--presence-penalty", type=float, default=0.0, metavar="X", help="subtracted from logits of the output's tokens"
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="subtract X from the logit of each token that the output holds",
     )
     group.add_argument(
-        "--frequency-penalty", type=float, default=0.0, metavar="X", help="the same, for each time that they occur"
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="subtract X from a token's logit for each time that the output holds it",
     )
     group.add_argument(
-        "--logit-bias", nargs="+", default=[], metavar="ID=X", help="added to the logits of these token ids"
+        "--logit-bias", nargs="+", default=[], metavar="ID=X", help="add X to the logit of the token with this id"
     )
     group.add_argument(
-        "--no-repeat-ngram-size", type=int, metavar="N", help="no sequence of N tokens twice; 0 allows it"
+        "--no-repeat-ngram-size",
+        type=int,
+        metavar="N",
+        help="never repeat a sequence of N tokens; 0: no such rule",
     )
-    group.add_argument("--suppress-tokens", type=int, nargs="*", metavar="ID", help="token ids that are never chosen")
-    group.add_argument("--min-new-tokens", type=int, metavar="N", help="tokens before which no EOS is chosen")
+    group.add_argument("--suppress-tokens", type=int, nargs="*", metavar="ID", help="never choose these token ids")
+    group.add_argument(
+        "--min-new-tokens", type=int, metavar="N", help="choose no end-of-sequence token (EOS) before N tokens"
+    )
 
 
 def rule_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What `add_rule_arguments` parsed, as arguments of `SamplingParams`. Raises `VocabtrimError`."""
+    """Returns the options of `add_rule_arguments` as keyword arguments of `SamplingParams`.
+
+    Raises:
+        VocabtrimError: A value of `--logit-bias` is not ID=X.
+    """
     biases: dict[int, float] = {}
     for text in options.logit_bias:
         token, _, bias = text.partition("=")
@@ -117,6 +145,7 @@ def rule_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_format_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--format`."""
     from vocabtrim_export.formats import FORMATS
 
     parser.add_argument(
@@ -125,61 +154,77 @@ def add_format_argument(parser: argparse.ArgumentParser) -> None:
         choices=["onnx", "trt", *FORMATS],
         default=["onnx"],
         metavar="FORMAT",
-        help="onnx (the default): bundles for ONNX Runtime; trt: bundles with TensorRT engines; in addition, each in "
-        f"DIR/FORMAT: {', '.join(FORMATS)} (docs/formats.md)",
+        help="onnx (the default): bundles for ONNX Runtime; trt: bundles with TensorRT plans. Other programs' formats, "
+        f"each written to DIR/FORMAT in addition: {', '.join(FORMATS)} (see docs/formats.md)",
     )
 
 
 def other_formats(options: argparse.Namespace) -> tuple[str, ...]:
-    """What `--format` names beyond the bundles, each once."""
+    """Returns the formats that `--format` names in addition to the bundles, each once."""
     return tuple(name for name in dict.fromkeys(options.format) if name not in ("onnx", "trt"))
 
 
 def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `tensorrt_settings` reads."""
     group = parser.add_argument_group("with --format trt")
     group.add_argument(
         "--trt-flavor",
         choices=["auto", "tensorrt", "rtx", "none"],
         default="auto",
-        help="tensorrt: builds for the GPU of this machine; rtx: TensorRT-RTX, builds without a GPU; auto: tensorrt "
-        "where it is installed and there is a GPU, else rtx; none: the graphs alone",
+        help="what builds the plans. tensorrt: builds for the GPU of this machine; rtx: TensorRT-RTX, which builds "
+        "without a GPU; auto: tensorrt if it is installed and there is a GPU, else rtx; none: write the ONNX graphs "
+        "without plans",
     )
     group.add_argument(
         "--compute-capability",
         nargs="+",
         default=[],
         metavar="X.Y",
-        help="of the GPUs to build for, such as 8.6 8.9 (rtx; default: all from 8.0 on)",
+        help="compute capabilities of the GPUs to build for, such as 8.6 8.9 (rtx only; default: all from 8.0 on)",
     )
     group.add_argument(
-        "--draft-length", type=int, default=4, metavar="N", help="tokens verified per round, less one (γ)"
+        "--draft-length", type=int, default=4, metavar="N", help="the most drafted tokens that a round verifies (γ)"
     )
     group.add_argument(
-        "--unroll-draft", action="store_true", help="build an engine that drafts all γ tokens in one call as well"
+        "--unroll-draft", action="store_true", help="also build a plan that drafts all γ tokens in one call"
     )
-    group.add_argument("--prefill-chunk", type=int, default=256, metavar="N", help="tokens of a prompt read per call")
+    group.add_argument(
+        "--prefill-chunk", type=int, default=256, metavar="N", help="tokens of the prompt that one call reads"
+    )
     group.add_argument(
         "--span",
         type=int,
         nargs="+",
         default=[],
         metavar="N",
-        help="lengths below --max-length to build for as well: a text takes as long as the next longer one",
+        help="shorter texts to build for too, in tokens: a step then attends to the smallest span that holds the text "
+        "instead of to --max-length",
     )
-    group.add_argument("--strip-weights", action="store_true", help="plans without weights; loading reads the graph's")
     group.add_argument(
-        "--timing-cache", type=Path, metavar="FILE", help="kernel timings to reuse and to add to (tensorrt)"
+        "--strip-weights",
+        action="store_true",
+        help="build plans without weights, which are read from the ONNX graph when a plan is loaded",
+    )
+    group.add_argument(
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="reuse the kernel timings in FILE and add new ones (tensorrt only)",
     )
     group.add_argument(
         "--version-compatible",
         action="store_true",
-        help="plans that the lean runtime of TensorRT opens as well, a tenth of its size (tensorrt)",
+        help="build plans that TensorRT's lean runtime, a tenth of the full one's size, can run too (tensorrt only)",
     )
     group.add_argument("--verbose", action="store_true", help="show what TensorRT logs while it builds")
 
 
 def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":
-    """What `add_tensorrt_arguments` parsed; None for another format."""
+    """Returns the settings that the options of `add_tensorrt_arguments` say; None for another format.
+
+    Raises:
+        VocabtrimError: The options contradict `--format`.
+    """
     if {"onnx", "trt"} <= set(options.format):
         raise VocabtrimError(
             "--format onnx and --format trt make the same bundles: give one here, the other its own --output"
@@ -206,31 +251,34 @@ def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":
 
 
 def draft_length(text: str) -> "int | Auto":
-    """`--draft-length N`, or auto."""
+    """Parse `--draft-length`: a number, or "auto"."""
     return "auto" if text == "auto" else int(text)
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which engines run where, and how long drafts are."""
     parser.add_argument("--target", type=Path, required=True, metavar="DIR", help="the target's bundle")
-    parser.add_argument("--device", default="cpu", help="where the engines run: cpu or cuda")
-    parser.add_argument("--drafter-device", metavar="DEVICE", help="where the drafter runs (default: as the target)")
+    parser.add_argument("--device", default="cpu", help="where the models run: cpu or cuda")
+    parser.add_argument("--drafter-device", metavar="DEVICE", help="where the drafter runs (default: as --device)")
     parser.add_argument(
         "--draft-length",
         type=draft_length,
         metavar="N",
-        help="tokens drafted per round (γ), or auto, the default on the CPU: up to 16, as many as are worth their time "
-        "on this text and machine (default elsewhere: 4, or fewer where the target verifies no more)",
+        help="tokens drafted per round (γ); auto: up to 16, as many as save time on this text and machine (default: "
+        "auto on the CPU, elsewhere 4 or as many as the target's plans verify)",
     )
 
 
 def add_prompt_lookup_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--no-prompt-lookup`."""
     parser.add_argument(
         "--no-prompt-lookup",
         action="store_false",
         dest="prompt_lookup",
-        help="where the draft length is auto: never draft what the text itself repeats",
+        help="with --draft-length auto: do not draft text that repeats an earlier part of the prompt or the output",
     )
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")

@@ -1,7 +1,8 @@
-"""Measure what a drafter gains: all ways of decoding in one run, interleaved, warmed up, medians.
+"""Measure how much faster a drafter makes decoding than the target alone.
 
-Several drafters, draft lengths or contexts make a sweep of every combination; --plan says which is fastest here. Exit
-code 1 where an output differs from the target's own by more than near-ties.
+All ways of decoding are warmed up and then take turns within one run; the figures are medians. Several drafters, draft
+lengths or contexts are measured in every combination; --plan says which is fastest on this machine. The exit code is 1
+where an output differs from the target's own by more than a near-tie.
 """
 
 import argparse
@@ -41,28 +42,37 @@ RANDOM_PROMPT_TOKENS = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     add_engine_arguments(parser)
     add_sweep_arguments(parser)
     parser.add_argument(
-        "--drafter", type=Path, nargs="+", default=[], metavar="DIR", help="the trimmed drafter's bundle, or several"
+        "--drafter",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="the trimmed drafter's bundle, or several to compare",
     )
     parser.add_argument(
-        "--baseline-drafter", type=Path, metavar="DIR", help="a bundle of the same drafter with its full head"
+        "--baseline-drafter",
+        type=Path,
+        metavar="DIR",
+        help="the bundle of the same drafter with its full head, to compare with",
     )
     add_prompts_argument(parser)
     add_template_arguments(parser)
     parser.add_argument(
-        "--num-prompts", type=int, metavar="N", help="prompts to use, from the first on (default: 8; 1 random one)"
+        "--num-prompts", type=int, metavar="N", help="use the first N prompts (default: 8; with --random-weights 1)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each prompt in each mode")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="the most tokens to generate")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each prompt with each drafter")
     add_rule_arguments(parser)
     add_random_weight_arguments(parser)
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """0, or 1 where a mode's output differs from the target's own by more than near-ties."""
+    """Run the command. Returns 0, or 1 where an output differs from the target's own by more than near-ties."""
     from engines import load_engine
     from runtime.measure.plan_measurement import PlanReport
     from runtime.measure.sweep import SweepReport
@@ -92,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _is_single(options: argparse.Namespace) -> bool:
-    """Nothing is swept: what is compared is the trimmed drafter and, if one is given, the full one."""
+    """Whether nothing is swept: only the trimmed drafter and, if one is given, the full one are compared."""
     lists = options.drafter, options.draft_length, options.context, options.k
     return not options.plan and not options.plot and all(len(values) <= 1 for values in lists)
 

@@ -19,14 +19,19 @@ _RANDOM_OPTIONS = ("random_drafter", "k", "dtype", "quantize", "quantize_drafter
 
 @dataclass(frozen=True, slots=True)
 class Bundles:
-    """What a bench runs. drafters: by the names that reports give them."""
+    """The bundles that a bench runs.
+
+    Attributes:
+        target: The target's bundle.
+        drafters: The drafters' bundles by the names that reports give them.
+    """
 
     target: Path
     drafters: Mapping[str, Path]
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Positive numbers, as in "1,2,4"."""
+    """Parse positive numbers, such as "1,2,4". Returns them ascending, each once."""
     try:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -37,7 +42,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def forced(text: str) -> "Forced":
-    """A number from 0 up, or "all"."""
+    """Parse a number from 0 up, or "all"."""
     if text == "all":
         return "all"
     if not text.isdecimal():
@@ -46,7 +51,7 @@ def forced(text: str) -> "Forced":
 
 
 def head_rows(text: str) -> tuple[int | None, ...]:
-    """Numbers of rows, None for "full", as in "8192,full"."""
+    """Parse numbers of rows, such as "8192,full". Returns None for "full"."""
     parts = text.split(",")
     if not all(part == "full" or (part.isdecimal() and int(part) > 0) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}: give numbers of rows or full, such as 8192,32768,full")
@@ -54,7 +59,7 @@ def head_rows(text: str) -> tuple[int | None, ...]:
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
-    """Some of them replace those of `add_engine_arguments`, as a bench takes lists, and makes its own targets."""
+    """Add the options of a sweep. They replace those of `add_engine_arguments` that take one value or are required."""
     group = parser.add_argument_group("what is measured", conflict_handler="resolve")
     group.add_argument("--target", type=Path, metavar="DIR", help="the target's bundle")
     group.add_argument(
@@ -62,61 +67,70 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
         type=numbers,
         default=[],
         metavar="N[,N…]",
-        help="tokens drafted per round (γ; default: as long as they are worth on the CPU, 16 at most; 4 on a GPU, in a "
-        f"sweep and where acceptance is forced; with --plan {','.join(map(str, PLAN_DRAFT_LENGTHS))})",
+        help="tokens drafted per round (γ). Default: on the CPU up to 16, as many as save time; on a GPU, in a sweep "
+        f"and with --force-accepted 4; with --plan {','.join(map(str, PLAN_DRAFT_LENGTHS))}",
     )
     group.add_argument(
         "--context",
         type=numbers,
         default=[],
         metavar="N[,N…]",
-        help="cut or repeat the prompts to N tokens, for step times there",
+        help="cut or repeat each prompt to N tokens, to measure step times at that context length",
     )
     group.add_argument(
         "--force-accepted",
         type=forced,
         metavar="N",
-        help="accept N of each draft (or all), whatever the target says: latency apart from the drafter's quality; "
-        "the output means nothing",
+        help="accept N tokens of each draft (or all) whatever the target says: this measures latency apart from the "
+        "drafter's quality; the output means nothing",
     )
     group.add_argument(
-        "--plan", action="store_true", help="say which drafter and draft length are fastest here, and why not faster"
+        "--plan", action="store_true", help="say which drafter and draft length are fastest here, and what limits them"
     )
     group.add_argument(
         "--profile",
         type=Path,
         metavar="DIR",
-        help="write there what rounds and operators take in one more generation: traces for ui.perfetto.dev (CPU)",
+        help="write to DIR how long rounds and operators take in one more generation, as traces for ui.perfetto.dev "
+        "(CPU only)",
     )
-    group.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the sweep")
+    group.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the results of the sweep")
 
 
 def add_random_weight_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of bundles with random weights."""
     group = parser.add_argument_group("with --random-weights")
     group.add_argument(
         "--random-weights",
         choices=RANDOM_SHAPES,
         metavar="NAME",
-        help="measure bundles of random weights in the shape of a model, made here, instead of --target and "
-        f"--drafter, on prompts of random tokens: {', '.join(RANDOM_SHAPES)}. --force-accepted is all without one",
+        help="instead of --target and --drafter, measure bundles of this model's shape that are made now with random "
+        f"weights, on prompts of random tokens: {', '.join(RANDOM_SHAPES)}. --force-accepted is then all by default",
     )
     group.add_argument(
         "--random-drafter",
         choices=RANDOM_SHAPES + RANDOM_HEADS,
         metavar="NAME",
-        help=f"the drafters' shape, if not the target's, or that of EAGLE-3 heads for it: {', '.join(RANDOM_HEADS)}",
+        help="the drafter's shape (default: the target's): one of those, or an EAGLE-3 head for it: "
+        f"{', '.join(RANDOM_HEADS)}",
     )
-    group.add_argument("--k", type=head_rows, default=[], metavar="K[,K…]", help="rows of the drafters' heads, or full")
-    group.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="of weights and KV cache (default: fp32)")
+    group.add_argument("--k", type=head_rows, default=[], metavar="K[,K…]", help="rows of the drafter's head, or full")
+    group.add_argument(
+        "--dtype", choices=["fp32", "fp16", "bf16"], help="dtype of weights and KV cache (default: fp32)"
+    )
     quantizations = ["none", "int8", "int4"]
-    group.add_argument("--quantize", choices=quantizations, help="weight-only, all bundles (default: none)")
-    group.add_argument("--quantize-drafter", choices=quantizations, help="the same, for the drafters alone")
-    group.add_argument("--max-length", type=int, metavar="N", help="tokens the KV caches hold (default: 1024)")
-    group.add_argument("--bundles", type=Path, metavar="DIR", help="keep the bundles there for later runs")
+    group.add_argument("--quantize", choices=quantizations, help="quantise the weights (default: none)")
+    group.add_argument("--quantize-drafter", choices=quantizations, help="the same for the drafter alone")
+    group.add_argument("--max-length", type=int, metavar="N", help="tokens that the KV caches hold (default: 1024)")
+    group.add_argument("--bundles", type=Path, metavar="DIR", help="keep the bundles in DIR for later runs")
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise `VocabtrimError` for what does not go together."""
+    """Check the options of `vocabtrim bench`.
+
+    Raises:
+        VocabtrimError: An option is out of range, missing, or contradicts another.
+    """
     for name in ("max_new_tokens", "repeats"):
         _at_least_one(name, getattr(options, name))
     if options.num_prompts is not None:

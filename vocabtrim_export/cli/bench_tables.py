@@ -14,6 +14,7 @@ _LISTED = 8  # differences of a mode
 
 
 def show(report: "BenchReport | PlanReport | SweepReport") -> None:
+    """Print a report of any kind on standard output."""
     from runtime.measure.plan_measurement import PlanReport
     from runtime.measure.report import BenchReport
 
@@ -26,6 +27,7 @@ def show(report: "BenchReport | PlanReport | SweepReport") -> None:
 
 
 def show_bench(report: "BenchReport") -> None:
+    """Print a table with a column for each way of decoding, and where their outputs differ."""
     title = (
         f"{report.prompts} prompts, {report.max_new_tokens} new tokens, {_length(report)}, "
         f"{_judged(report.force_accepted)}, medians of {report.repeats}; "
@@ -63,6 +65,7 @@ def show_bench(report: "BenchReport") -> None:
 
 
 def show_sweep(report: "SweepReport") -> None:
+    """Print a table with a row for each combination, and where their outputs differ."""
     settings = report.settings
     title = (
         f"{report.prompts} prompts, {settings.max_new_tokens} new tokens, {_judged(settings.force_accepted)}, "
@@ -82,6 +85,7 @@ def show_sweep(report: "SweepReport") -> None:
 
 
 def show_plan(report: "PlanReport") -> None:
+    """Print the expected speed of each candidate, the fastest one, and what limits it."""
     plan = report.plan
     columns = ["drafter", "rows", "γ", "τ", "tokens/s", "speed-up"]
     rows = [

@@ -1,4 +1,4 @@
-"""Count the tokens that a model uses. One file of counts serves every K; a run that was interrupted goes on."""
+"""Count how often a model uses each token. The counts serve exports with any K; an interrupted run can be continued."""
 
 import argparse
 import json
@@ -14,14 +14,26 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--drafter", metavar="MODEL", help="a hub id, a local model directory, or a .gguf file")
-    parser.add_argument("--target", metavar="MODEL", help="the same; its generations are the best to count")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="token counts (.safetensors)")
+    """Add the command's options."""
+    parser.add_argument(
+        "--target",
+        metavar="MODEL",
+        help="the target: a hub id, a local model directory or a .gguf file. Its generations are the best to count",
+    )
+    parser.add_argument("--drafter", metavar="MODEL", help="the drafter, if its generations are to be counted instead")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the file of token counts to write (.safetensors), for vocabtrim-export --calibration",
+    )
     add_calibration_arguments(parser)
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
+    """Run the command."""
     from vocabtrim_export.calibration.counter import Listener
     from vocabtrim_export.calibration.counting import calibrate_models
     from vocabtrim_export.cli.arguments import calibration_settings

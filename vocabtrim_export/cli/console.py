@@ -15,7 +15,8 @@ _SECONDS_BETWEEN_LINES = 15.0
 def progress_reporter(rates: dict[str, str] | None = None) -> Iterator[Report]:
     """Yield `report(task, done, total)`.
 
-    rates: the unit of the tasks whose speed is worth showing, as in {"calibrate": "tokens"}.
+    Args:
+        rates: The unit of each task whose speed is worth showing, such as {"calibrate": "tokens"}.
     """
     if sys.stderr.isatty():
         with _bars(rates or {}) as report:
@@ -43,7 +44,7 @@ def _bars(rates: dict[str, str]) -> Iterator[Report]:
 
 
 def _lines(rates: dict[str, str]) -> Report:
-    """A line when a task begins to move, every 15 seconds while it does, and when it is done."""
+    """Print a line for a task at its first report, then every 15 seconds, and when it is done."""
     last: dict[str, float] = {}
     complete: set[str] = set()
     rate = _Rate(rates)
@@ -62,7 +63,7 @@ def _lines(rates: dict[str, str]) -> Report:
 
 
 class _Rate:
-    """Speed since a task's first report (an earlier run's work does not count), and the time left at that speed."""
+    """A task's speed since its first report, so that an earlier run's work does not count, and the time left."""
 
     def __init__(self, units: dict[str, str]) -> None:
         self.units = units
@@ -87,7 +88,7 @@ def _duration(seconds: float) -> str:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on standard output; the first column is left-aligned, numbers right."""
+    """Print a table on standard output; the first column is left-aligned, the others right."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Cut a drafter's LM head to its K most used rows and export it, and its target, to ONNX."""
+"""Trim a drafter's LM head to the K tokens that are used most, and export drafter and target to ONNX or TensorRT."""
 
 import argparse
 import json
@@ -24,49 +24,58 @@ _MODEL = "a hub id, a local model directory, a .gguf file, or a directory with a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument(
         "--drafter",
         required=True,
         metavar="MODEL",
-        help=f"the model to trim: {_MODEL}; or the directory of an EAGLE head or of Medusa heads of the "
-        "target; or mtp: the target's own multi-token-prediction layer",
+        help=f"the model to trim: {_MODEL}. Or a head that reads the target's hidden states: the directory of an EAGLE "
+        "head or of Medusa heads, or mtp for the target's own multi-token-prediction layer",
     )
-    parser.add_argument("--target", metavar="MODEL", help="the model it drafts for; may be the same one")
+    parser.add_argument("--target", metavar="MODEL", help="the model that it drafts for; may be the same")
     parser.add_argument(
         "--k",
         required=True,
         metavar="K",
-        help="rows the drafter's head keeps (rounded up to a multiple of 64), or coverage:0.95: as few as keep that "
-        "share of held-out tokens, or auto: what should be fastest, by the target's text on held-out prompts and by "
-        "measured steps (language models on the CPU)",
+        help="how many tokens the drafter's head keeps, one row each, rounded up to a multiple of 64. coverage:0.95: "
+        "as few as cover that share of held-out tokens. auto: the number that should be fastest, by the target's text "
+        "on held-out prompts and by steps measured here (for drafters that are language models, on the CPU)",
     )
     parser.add_argument(
         "--slots",
         type=int,
         metavar="M",
-        help="in-context slots of the drafter's head: it can also propose the last M distinct tokens of the text that "
-        "are not among the K (default: 0, or what --k auto chooses)",
+        help="in-context slots: the drafter can also propose the last M distinct tokens of the text that are not among "
+        "the K (default: 0, or what --k auto chooses)",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="gets DIR/drafter, DIR/target and DIR/FORMAT"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where to write DIR/drafter, DIR/target and DIR/FORMAT",
     )
     add_format_argument(parser)
     parser.add_argument(
-        "--dtype", choices=["fp32", "fp16", "bf16"], help="of weights and KV cache (default: fp32, fp16 for trt)"
+        "--dtype", choices=["fp32", "fp16", "bf16"], help="dtype of weights and KV cache (default: fp32; fp16 for trt)"
     )
     quantizations = ["none", "int8", "int4", "fp8"]
-    parser.add_argument("--quantize", choices=quantizations, default="none", help="weight-only, both models")
-    parser.add_argument("--quantize-drafter", choices=quantizations, help="the same, for the drafter alone")
+    parser.add_argument("--quantize", choices=quantizations, default="none", help="quantise the weights of both models")
+    parser.add_argument("--quantize-drafter", choices=quantizations, help="the same for the drafter alone")
     parser.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens the KV caches hold (default: the model's, at most 4096)"
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens that the KV caches hold (default: the model's context, at most 4096)",
     )
     add_calibration_arguments(parser)
     add_tensorrt_arguments(parser)
-    parser.add_argument("--force", action="store_true", help="replace bundles that are in DIR already")
+    parser.add_argument("--force", action="store_true", help="replace the bundles of an earlier export in DIR")
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
+    """Run the command."""
     from vocabtrim_export.cli.arguments import calibration_settings, other_formats, tensorrt_settings
     from vocabtrim_export.cli.onnx_trim import run_onnx
     from vocabtrim_export.onnx_input.trim import holds_onnx
@@ -99,6 +108,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def summary(result: "ExportResult") -> dict[str, object]:
+    """Returns what `--json` prints."""
     selection = result.selection
     return {
         "drafter": str(result.drafter),
@@ -118,6 +128,7 @@ def summary(result: "ExportResult") -> dict[str, object]:
 
 
 def text(result: "ExportResult") -> str:
+    """Returns what the command prints without `--json`: the kept tokens, the bundles, and a command to try them."""
     selection, drafter, target = result.selection, result.drafter_manifest, result.target_manifest
     lines = [
         kept(selection) + (f", and {drafter.slots} slots" if drafter.slots else ""),

@@ -1,4 +1,4 @@
-"""Generate text with a target and, faster and to the same result, a drafter."""
+"""Generate text with a target; a drafter makes it faster and leaves the output as it is."""
 
 import argparse
 import json
@@ -19,44 +19,66 @@ from vocabtrim_export.cli.streams import read_prompt
 
 if TYPE_CHECKING:
     from runtime import Stats
+    from runtime.stream import Stream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     add_engine_arguments(parser)
     add_prompt_lookup_argument(parser)
-    parser.add_argument("--drafter", type=Path, metavar="DIR", help="the drafter's bundle; without, the target alone")
-    parser.add_argument("--prompt", help="what to answer (default: read standard input)")
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    parser.add_argument("--drafter", type=Path, metavar="DIR", help="the drafter's bundle (default: the target alone)")
+    parser.add_argument("--prompt", help="the text to answer (default: read standard input)")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt instead of answering it: no chat template"
+    )
     parser.add_argument(
         "--messages",
         type=Path,
         metavar="FILE",
-        help="answer a conversation instead: a JSON list of messages, or the body of an OpenAI request with its tools",
+        help="answer a conversation instead of a prompt: a JSON list of messages, or the body of an OpenAI request, "
+        "whose tools are used too",
     )
-    parser.add_argument("--tools", type=Path, metavar="FILE", help="a JSON list of the schemas of tools to offer")
     parser.add_argument(
-        "--continue-final-message", action="store_true", help="go on with the last message instead of answering it"
+        "--tools", type=Path, metavar="FILE", help="a JSON list of the schemas of tools that the model may call"
+    )
+    parser.add_argument(
+        "--continue-final-message", action="store_true", help="continue the last message instead of answering it"
     )
     add_template_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to generate at most")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="the most tokens to generate")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the output before this text; may be given several times",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest that hold this mass")
     parser.add_argument(
-        "--min-p", type=float, default=0.0, help="sample among tokens at least this times as likely as the likeliest"
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy, always the most likely token"
     )
-    parser.add_argument("--seed", type=int, help="of the sampling (default: a fresh one)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens; 0: from all")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the most likely tokens whose probabilities reach this sum"
+    )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="sample from the tokens that have at least this share of the most likely token's probability",
+    )
+    parser.add_argument("--seed", type=int, help="seed of the sampling (default: another one each time)")
     add_rule_arguments(parser)
     parser.add_argument(
-        "--logprobs", type=int, metavar="N", help="with --json: each token's log-probability and N alternatives'"
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="with --json: print each token's log-probability and those of the N most likely",
     )
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
+    """Run the command: the text goes to standard output, figures to standard error."""
     from runtime import SamplingParams, SpeculativeDecoder
 
     chosen = options.temperature, options.top_k, options.top_p, options.seed, options.min_p
@@ -86,24 +108,28 @@ def run(options: argparse.Namespace) -> None:
             chat_template=options.chat_template,
             continue_final_message=options.continue_final_message,
         )
-        if not options.json:
-            for token in stream:
-                print(token.text, end="", flush=True)
-            print()
-        result = stream.finish()
-    if options.json:
-        print(json.dumps(result.to_dict(), indent=2))
-    else:
-        stats = result.stats
-        print(
-            f"[{len(result.token_ids)} tokens, {result.finish_reason}; {stats.tokens_per_second:.1f} tokens/s, "
-            f"block efficiency {stats.block_efficiency:.2f}{_notes(stats)}]",
-            file=sys.stderr,
-        )
+        _show(stream, options.json)
+
+
+def _show(stream: "Stream", as_json: bool) -> None:
+    """Print the text as it comes, and its figures; or all of it as JSON at the end."""
+    if as_json:
+        print(json.dumps(stream.finish().to_dict(), indent=2))
+        return
+    for token in stream:
+        print(token.text, end="", flush=True)
+    print()
+    result = stream.finish()
+    stats = result.stats
+    print(
+        f"[{len(result.token_ids)} tokens, {result.finish_reason}; {stats.tokens_per_second:.1f} tokens/s, "
+        f"block efficiency {stats.block_efficiency:.2f}{_notes(stats)}]",
+        file=sys.stderr,
+    )
 
 
 def _notes(stats: "Stats") -> str:
-    """What the numbers alone do not say."""
+    """Returns what explains the speed, where there is something to explain."""
     notes = f", {stats.looked_up_accepted} tokens from prompt lookup" if stats.looked_up_accepted else ""
     notes += f", drafting did not pay in {stats.paused} of {stats.rounds} rounds" if stats.paused else ""
     return notes + (", acceptance collapsed" if stats.collapse else "")

@@ -1,4 +1,4 @@
-"""Show what a bundle holds: the model, its graph, its plans and the layers that TensorRT made of them."""
+"""Show what a bundle holds: the model, its graphs, its TensorRT plans and the layers that they were built from."""
 
 import argparse
 import json
@@ -20,17 +20,21 @@ Graph = dict[str, list[dict[str, Any]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="DIR", help="the bundle")
+    """Add the command's options."""
+    parser.add_argument("bundle", type=Path, metavar="DIR", help="the bundle: a directory that vocabtrim-export wrote")
     parser.add_argument(
-        "--layers", action="store_true", help="list every layer of the parsed network, or every node of an ONNX graph"
+        "--layers", action="store_true", help="list every layer that TensorRT parsed, or every node of the ONNX graphs"
     )
     parser.add_argument(
-        "--check", action="store_true", help="check everything that can be wrong with it, and say it; exit code 2 if so"
+        "--check",
+        action="store_true",
+        help="check the files against the manifest, and list every check; exit code 2 if one fails",
     )
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
+    """Run the command."""
     from engines.bundle.read import read_bundle
 
     if options.check:
@@ -46,7 +50,15 @@ def run(options: argparse.Namespace) -> None:
 
 
 def run_checks(path: Path, as_json: bool) -> None:
-    """Print every check of a bundle. Raises `VocabtrimError` if one failed."""
+    """Print every check of a bundle and its result.
+
+    Args:
+        path: The bundle.
+        as_json: Print JSON instead of a table.
+
+    Raises:
+        VocabtrimError: A check failed.
+    """
     from rich.markup import escape
 
     from engines.bundle.read import check_bundle
@@ -64,12 +76,12 @@ def run_checks(path: Path, as_json: bool) -> None:
 
 
 def read_graphs(bundle: "Bundle") -> dict[str, Graph]:
-    """File → its inputs and outputs, each with name, dtype and shape (a dynamic dimension's name for its size)."""
+    """Returns the inputs and outputs of each ONNX file: name, dtype and shape, a dynamic dimension by its name."""
     return {name: {"inputs": _values(graph.input), "outputs": _values(graph.output)} for name, graph in _open(bundle)}
 
 
 def read_networks(bundle: "Bundle") -> dict[str, "Network"]:
-    """File → the parsed network of a plan that it describes; none for a bundle without plans."""
+    """Returns the parsed network of each plan by the file that describes it; none for a bundle without plans."""
     from vocabtrim_export.trt.network import DRAFT_NETWORK_NAME, NETWORK_NAME, Network
 
     paths = [bundle.path / name for name in (NETWORK_NAME, DRAFT_NETWORK_NAME) if name in bundle.manifest.files]
@@ -77,7 +89,7 @@ def read_networks(bundle: "Bundle") -> dict[str, "Network"]:
 
 
 def list_layers(bundle: "Bundle", networks: dict[str, "Network"]) -> dict[str, list[dict[str, Any]]]:
-    """File → its layers in order: of the parsed networks where there are any, else the nodes of the graphs."""
+    """Returns the layers of each parsed network in order, by file; without networks, the nodes of each graph."""
     if networks:
         return {name: [_layer(layer) for layer in network.layers] for name, network in networks.items()}
     return {
@@ -95,7 +107,7 @@ def summary(
     networks: dict[str, "Network"],
     layers: dict[str, list[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """What `--json` prints: the manifest as it is, and what is only in the files."""
+    """Returns what `--json` prints: the manifest, and what only the bundle's files say."""
     facts: dict[str, Any] = {
         "bundle": str(bundle.path),
         "format": "trt" if bundle.manifest.tensorrt else "onnx",
@@ -111,7 +123,7 @@ def summary(
 
 
 def _open(bundle: "Bundle") -> list[tuple[str, Any]]:
-    """The ONNX graphs by their file, without weights: these are megabytes, the rest is not."""
+    """Returns the name and the graph of each ONNX file. Weights, which are most of its bytes, are not loaded."""
     import onnx
 
     names = sorted((name for name in bundle.manifest.files if name.endswith(".onnx")), reverse=True)
@@ -170,7 +182,7 @@ def _print(
 
 
 def _facts(manifest: "Manifest") -> dict[str, str]:
-    """The manifest in words, as far as people ask for it."""
+    """Returns the fields of the manifest that people ask for, in words."""
     share = f"{manifest.head_rows / manifest.vocab_size:.1%}"
     facts = {
         "role": manifest.role,
@@ -199,7 +211,7 @@ def _facts(manifest: "Manifest") -> dict[str, str]:
 
 
 def _without_caches(graph: Graph) -> list[tuple[str, dict[str, Any]]]:
-    """(side, tensor) for each; the KV caches of all layers stand as one on each side."""
+    """Returns (side, tensor) for each input and output; the KV caches of all layers are one entry on each side."""
     shown = []
     for side, values in (("input", graph["inputs"]), ("output", graph["outputs"])):
         caches = [value for value in values if value["name"].startswith(_CACHE)]
@@ -214,12 +226,12 @@ def _shape(shape: list[Any]) -> str:
 
 
 def _tensors(tensors: list[Any]) -> str:
-    """A parsed network knows the shape of each, a graph only the name."""
+    """Returns the shapes of a parsed network's tensors, or the names of a graph's, which have no shapes there."""
     return ", ".join(tensor if isinstance(tensor, str) else _shape(tensor["shape"]) for tensor in tensors)
 
 
 def _rules(manifest: "Manifest") -> str:
-    """What the bundle changes of the model's logits, and what of the generation config it does not apply."""
+    """Returns the rules that the bundle applies to logits, and those of the generation config that it does not."""
     rules = manifest.rules
     lacking = f"not applied: {', '.join(rules.unsupported)}" if rules.unsupported else ""
     return "; ".join(filter(None, (rules.applied(), lacking))) or "none"

@@ -18,14 +18,21 @@ from vocabtrim_export.cli.streams import BROKEN_PIPE, discard_output, prepare_ou
 from vocabtrim_export.version import __version__
 
 COMMANDS = {
-    "export": "calibrate, trim and export a drafter and its target (what `vocabtrim-export` does)",
-    "calibrate": "count the tokens that a model uses, for any K",
+    "export": "choose the drafter's tokens, trim its LM head and write both bundles (as `vocabtrim-export` does)",
+    "calibrate": "count how often a model uses each token; the counts serve exports with any K",
     "generate": "generate text with a target and a drafter",
-    "inspect": "show what a bundle holds: sizes, inputs and outputs, profiles, layers",
-    "verify": "check that a drafter leaves the target's output as it is, greedy and sampled",
-    "bench": "measure what a drafter gains, against decoding with the target alone",
+    "inspect": "show what a bundle holds: sizes, inputs and outputs, TensorRT profiles, layers",
+    "verify": "check that the output with a drafter is the target's own, greedy and sampled",
+    "bench": "measure how much faster a drafter makes decoding than the target alone",
 }
-# what the extra `export` installs
+_WORDS = """words:
+  target     the language model whose output is wanted
+  drafter    a smaller model that proposes tokens; the target verifies several of them in one step
+  K          the number of tokens that the drafter's trimmed LM head keeps, a row each
+  bundle     a directory that holds an exported model: graphs or plans, weights, tokenizer and a manifest
+  MODEL      a model to export: a hub id, a local directory or a .gguf file
+"""
+# The packages that the extra `export` installs.
 _EXPORT_PACKAGES = {"accelerate", "gguf", "onnx_ir", "onnxscript", "sentencepiece", "torch", "transformers"}
 
 
@@ -37,34 +44,47 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults where there is something to show."""
+    """Shows a default where it is a value, not where an option is merely on or off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return (
             super()._get_help_string(action)
-            if action.default not in (None, []) and action.default is not False
+            if action.default not in (None, []) and not isinstance(action.default, bool | list)
             else action.help
         )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`vocabtrim COMMAND …`. Returns the exit code.
+    """Run `vocabtrim COMMAND …`.
 
-    0; 1 where `verify` found a difference; 2 for a user's mistake; 130 after Ctrl-C; 141 where the reader of the output
-    has gone, as after `| head`.
+    Args:
+        argv: The command and its options; None: those of the process.
+
+    Returns:
+        The exit code: 0; 1 where `verify` or `bench` found a difference; 2 for a user's mistake; 130 after Ctrl-C; 141
+        where the reader of the output has gone, as after `| head`.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     return _in_one_line(lambda: _main(arguments))
 
 
 def export_main(argv: Sequence[str] | None = None) -> int:
-    """`vocabtrim-export …`, the main job by its own name."""
+    """Run `vocabtrim-export …`, which is `vocabtrim export …`. Arguments and exit codes are those of `main`."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     return run_command("export", arguments, "vocabtrim-export")
 
 
 def run_command(command: str, arguments: Sequence[str], prog: str) -> int:
-    """Parse `arguments` for `command`, run it, and turn what goes wrong into one line. Returns the exit code."""
+    """Run a command; an error becomes one line on standard error.
+
+    Args:
+        command: A key of `COMMANDS`.
+        arguments: The command's options.
+        prog: The program's name in its help and errors.
+
+    Returns:
+        The exit code, see `main`.
+    """
     return _in_one_line(lambda: _run(command, arguments, prog))
 
 
@@ -79,11 +99,17 @@ def _run(command: str, arguments: Sequence[str], prog: str) -> int:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    parser = Parser(prog="vocabtrim", description="Trim a drafter's LM head, export it, run it losslessly, measure it.")
+    parser = Parser(
+        prog="vocabtrim",
+        description="Make speculative decoding faster: trim the drafter's LM head to the tokens that it uses, export\n"
+        "both models, generate with them what the target alone would, and measure the gain.",
+    )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     _add_version(parser)
     lines = [f"  {name:<11}{text}" for name, text in COMMANDS.items()]
-    parser.epilog = "commands:\n" + "\n".join(lines) + "\n\n`vocabtrim COMMAND --help` lists a command's options."
+    parser.epilog = "\n".join(
+        ("commands:", *lines, "", _WORDS, "`vocabtrim COMMAND --help` lists a command's options.")
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     command = parser.parse_args(arguments[:1]).command
     return _run(command, arguments[1:], f"vocabtrim {command}")
@@ -94,7 +120,7 @@ def _add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def _in_one_line(run: Callable[[], int]) -> int:
-    """What `run` returns; what goes wrong in it becomes one line on standard error and an exit code."""
+    """Returns what `run` returns. An error in it becomes one line on standard error and an exit code."""
     prepare_output()
     try:
         try:
@@ -126,7 +152,7 @@ def _in_one_line(run: Callable[[], int]) -> int:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM, which batch systems and containers stop a program with, ends the block as Ctrl-C does."""
+    """Make SIGTERM, with which batch systems and containers stop a program, end the block as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -143,7 +169,7 @@ def _fail(message: str) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' notes off the terminal: what a user must know, we say."""
+    """Keep other libraries' notes off the terminal: the commands say themselves what a user must know."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

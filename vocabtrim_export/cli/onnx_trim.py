@@ -11,7 +11,11 @@ _NOT_FOR_ONNX = ("target", "dtype", "quantize_drafter", "max_length", "slots")
 
 
 def run_onnx(options: argparse.Namespace) -> None:
-    """Trim it in place of an export. Raises `VocabtrimError`."""
+    """Trim the ONNX model that `--drafter` names, instead of an export.
+
+    Raises:
+        VocabtrimError: An option needs the original weights, or the model cannot be trimmed.
+    """
     from vocabtrim_export.cli.arguments import calibration_settings
     from vocabtrim_export.cli.selection_text import kept, notes, parse_k
     from vocabtrim_export.onnx_input.trim import trim_onnx

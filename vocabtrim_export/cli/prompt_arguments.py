@@ -15,34 +15,42 @@ if TYPE_CHECKING:
 
 
 def add_template_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `template_args` and `chat_options` read."""
     parser.add_argument(
         "--template-arg",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a variable of the model's chat template, such as enable_thinking=false; the value is JSON, or else text; "
-        "may be given several times",
+        help="set a variable of the model's chat template, such as enable_thinking=false; a value that is not JSON is "
+        "text; may be given several times",
     )
     parser.add_argument(
         "--chat-template",
         metavar="NAME",
-        help="which of the model's named chat templates (default: tool_use where tools are given, else default)",
+        help="the name of one of the model's chat templates, if it has several (default: tool_use where tools are "
+        "given, else default)",
     )
 
 
 def add_prompts_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--prompts`."""
     parser.add_argument(
         "--prompts",
         type=Path,
         nargs="+",
         default=[],
         metavar="PATH",
-        help="files as --calibration takes them; a record that the model cannot take is left out, and named",
+        help="files of prompts or conversations (forms: docs/conversations.md); a record that the model cannot take is "
+        "skipped and named",
     )
 
 
 def template_args(options: argparse.Namespace) -> dict[str, Any]:
-    """What `--template-arg` gave. Raises `VocabtrimError` for an argument without a name or a value."""
+    """Returns the variables that `--template-arg` sets.
+
+    Raises:
+        VocabtrimError: An argument has no name or no value.
+    """
     arguments: dict[str, Any] = {}
     for text in options.template_arg:
         name, separator, value = text.partition("=")
@@ -56,14 +64,14 @@ def template_args(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def chat_options(options: argparse.Namespace) -> "ChatOptions":
-    """How `add_template_arguments` says to render."""
+    """Returns the chat template and its variables that the options of `add_template_arguments` say."""
     from engines.bundle.chat_template import ChatOptions
 
     return ChatOptions(options.chat_template, template_args=template_args(options))
 
 
 def print_skipped(skipped: "Sequence[Skipped]") -> None:
-    """Say on standard error which records were left out, and how many."""
+    """Print on standard error which records were left out, and how many."""
     from vocabtrim_export.calibration.document import describe_skipped
 
     if skipped:
@@ -71,7 +79,15 @@ def print_skipped(skipped: "Sequence[Skipped]") -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """The JSON in a file. Raises `VocabtrimError`."""
+    """Returns the JSON data in a file.
+
+    Args:
+        path: The file.
+        what: The option that names it, for errors.
+
+    Raises:
+        VocabtrimError: The file cannot be read, or is not JSON.
+    """
     try:
         return json.loads(path.read_bytes())
     except OSError as error:

@@ -9,7 +9,11 @@ if TYPE_CHECKING:
 
 
 def parse_k(text: str) -> "int | Coverage | Literal['auto']":
-    """`--k` as `ExportSettings` takes it: "32000", "coverage:0.95" or "auto". Raises `VocabtrimError`."""
+    """Parse `--k`, such as "32000", "coverage:0.95" or "auto", to what `ExportSettings` takes.
+
+    Raises:
+        VocabtrimError: It is none of these.
+    """
     from vocabtrim_export.selection import Coverage
 
     if text.strip() == "auto":
@@ -24,7 +28,12 @@ def parse_k(text: str) -> "int | Coverage | Literal['auto']":
 
 
 def notes(selection: "Selection", builtin: bool) -> list[str]:
-    """What the user should know about this selection."""
+    """Returns what the user should know about this selection.
+
+    Args:
+        selection: The kept tokens.
+        builtin: Whether they were counted on the built-in corpus.
+    """
     lines = []
     if builtin:
         lines.append("no --calibration given: counted on Python's documentation; results on your prompts will differ")
@@ -44,6 +53,7 @@ def notes(selection: "Selection", builtin: bool) -> list[str]:
 
 
 def kept(selection: "Selection") -> str:
+    """Returns how many tokens are kept, why, and which share of held-out tokens they cover, in one line."""
     coverage = "" if selection.coverage is None else f", {selection.coverage:.2%} of held-out tokens"
     return (
         f"kept {len(selection.vocab_map)} of {selection.vocab_map.full_vocab} tokens{coverage} "

@@ -1,8 +1,8 @@
-"""Check that speculation leaves the target's output as it is.
+"""Check that the output with a drafter is the target's own.
 
-Each greedy token is compared with what a reference predicts after the same tokens, and with what the target alone
-chooses there, one token at a time; with --sampling the law of sampled tokens is tested, too. Exit code 1 for a
-difference that rounding does not explain.
+Every token of a greedy generation is compared with the most likely token of a reference model after the same text, and
+with the token that the target alone chooses there. With --sampling the distribution of sampled tokens is tested too.
+The exit code is 1 where a difference is larger than rounding explains.
 """
 
 import argparse
@@ -42,33 +42,38 @@ PROMPTS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     add_engine_arguments(parser)
     add_prompt_lookup_argument(parser)
     parser.add_argument("--drafter", type=Path, required=True, metavar="DIR", help="the drafter's bundle")
     parser.add_argument(
         "--reference",
         metavar="MODEL",
-        help="the model that judges, in transformers and float32: a hub id, a local directory or a .gguf file "
-        "(default: the target's own engine)",
+        help="the reference model, which transformers runs in float32: a hub id, a local directory or a .gguf file "
+        "(default: the target's own bundle)",
     )
     add_prompts_argument(parser)
     add_template_arguments(parser)
-    parser.add_argument("--num-prompts", type=int, default=8, metavar="N", help="prompts to use, from the first on")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most")
+    parser.add_argument("--num-prompts", type=int, default=8, metavar="N", help="use the first N prompts")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="the most tokens to generate for a prompt"
+    )
     group = parser.add_argument_group("sampling")
-    group.add_argument("--sampling", action="store_true", help="test the law of sampled tokens as well")
-    group.add_argument("--temperature", type=float, help="of one test instead of those of several settings")
-    group.add_argument("--top-k", type=int, help="of that test")
-    group.add_argument("--top-p", type=float, help="of that test")
-    group.add_argument("--min-p", type=float, help="of that test")
-    group.add_argument("--draws", type=int, default=2000, metavar="N", help="tokens to test in each setting")
-    group.add_argument("--seed", type=int, default=0, help="of the first generation")
+    group.add_argument("--sampling", action="store_true", help="test the distribution of sampled tokens too")
+    group.add_argument(
+        "--temperature", type=float, help="test this temperature alone (default: several settings, one after the other)"
+    )
+    group.add_argument("--top-k", type=int, help="test with this top-k alone")
+    group.add_argument("--top-p", type=float, help="test with this top-p alone")
+    group.add_argument("--min-p", type=float, help="test with this min-p alone")
+    group.add_argument("--draws", type=int, default=2000, metavar="N", help="sampled tokens to test in each setting")
+    group.add_argument("--seed", type=int, default=0, help="seed of the first generation; each later one adds 1")
     add_rule_arguments(parser)
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """0, or 1 for a real difference."""
+    """Run the command. Returns 0, or 1 for a difference that rounding does not explain."""
     from runtime import SamplingParams, SpeculativeDecoder
     from runtime.verification.sampled import verify_sampling
 
@@ -104,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> "Sequence[SamplingParams]":
-    """What to test the law at; nothing without --sampling."""
+    """Returns the sampling settings to test; none without --sampling."""
     from dataclasses import replace
 
     from engines.sampling_params import SamplingParams

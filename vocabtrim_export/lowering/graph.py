@@ -113,6 +113,7 @@ def attributes(node: ir.Node) -> dict[str, int | float]:
 
 
 def name_of(value: ir.Value | None) -> str:
+    """Returns the name of a value that is known to have one."""
     assert value is not None
     assert value.name is not None
     return value.name

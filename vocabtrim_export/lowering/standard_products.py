@@ -120,7 +120,8 @@ def quantize_rows(weight: Tensor, quantization: Quantization) -> tuple[Tensor, T
     """Quantise a weight symmetrically, with one scale a row.
 
     Args:
-        weight: [out, in].
+        weight: [out, in], any float dtype.
+        quantization: "int8" or "fp8".
 
     Returns:
         int8 or float8_e4m3fn[out, in], and the scales, [out], in the weight's dtype.

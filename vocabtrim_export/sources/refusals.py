@@ -62,7 +62,7 @@ def _layer_types(config: Config) -> set[str]:
 
 
 def _keeps_a_state(config: Config, kind: ModelClass) -> bool:
-    """transformers marks the classes whose cache it cannot rewind itself; a layer without attention is of them, too."""
+    """Whether a layer keeps a state that cannot be rewound, by transformers' own mark or by the layers' types."""
     others = _layer_types(config) - _PLAIN_LAYERS - _OTHER_LAYERS.keys()
     return bool(getattr(kind, "_is_stateful", False) or others)
 

@@ -55,6 +55,7 @@ def is_multimodal(config: PreTrainedConfig, text: PreTrainedConfig) -> bool:
 
 
 def multimodal_note(spec: str, text: PreTrainedConfig) -> str:
+    """Returns the note that only the text model of a multimodal model is exported."""
     return f"{spec} is multimodal: its text model ({text.model_type}) is exported, for prompts of text alone"
 
 

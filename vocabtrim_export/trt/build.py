@@ -141,12 +141,12 @@ def target_capabilities(library: Library, options: BuildOptions) -> tuple[str, .
 
 
 def member_name(capability: str) -> str:
-    """ "8.6" → "SM86", the name in TensorRT-RTX's enum."""
+    """Returns the name of a compute capability in TensorRT-RTX's enum: "SM86" for "8.6"."""
     return "SM" + capability.replace(".", "")
 
 
 def _known(members: Mapping[str, Any]) -> list[str]:
-    """ "8.6" for "SM86" and so on, ascending; of the enum's members also NONE and CURRENT."""
+    """Returns the compute capabilities of the enum's members, ascending; NONE and CURRENT, members too, are none."""
     numbers = sorted(int(name[2:]) for name in members if name[:2] == "SM" and name[2:].isdecimal())
     return [f"{number // 10}.{number % 10}" for number in numbers]
 

@@ -17,14 +17,21 @@ from vocabtrim_export.trt.build import BuildOptions, build_plan, target_capabili
 from vocabtrim_export.trt.network import DRAFT_NETWORK_NAME, NETWORK_NAME
 from vocabtrim_export.trt.settings import TensorRTSettings, dimensions, profiles
 
-# of GPUs that have these types; TensorRT says so itself, but only when it builds
+# The first compute capability with each type. TensorRT refuses older GPUs too, but only when it builds.
 _SINCE = {"bf16": (8, 0), "int4": (8, 0), "fp8": (8, 9)}
 _LOG = logging.getLogger("vocabtrim_export.trt")
 
 
 def check_buildable(settings: TensorRTSettings, dtypes: Collection[str]) -> None:
-    """Raise `VocabtrimError` for what would fail only after the long work: a library that is not there, a GPU that it
-    does not build for, a type that it cannot run. dtypes: of the weights, and what they are quantised to."""
+    """Refuse, before the long work, plans that could not be built after it.
+
+    Args:
+        settings: How to build.
+        dtypes: The dtypes of the weights and what they are quantised to, such as {"fp16", "int4"}.
+
+    Raises:
+        VocabtrimError: The library is missing, does not build for a GPU, or cannot run one of the types there.
+    """
     settings.check()
     if settings.flavor == "none":
         return
@@ -53,7 +60,22 @@ def write_tensorrt(
 ) -> tuple[Lowered, TensorRT]:
     """Write `model.onnx` and its plan, and, for a drafter with `settings.unroll`, `draft.onnx` and its plan.
 
-    With the flavor "none" only the graphs. Raises `VocabtrimError` for what cannot be built.
+    With the flavor "none" only the graphs are written.
+
+    Args:
+        directory: The bundle.
+        traced: The traced model.
+        weights: Its weights.
+        role: "drafter" or "target".
+        context_length: The tokens that the KV cache holds.
+        settings: How to build.
+        progress: Called with (task, done, total).
+
+    Returns:
+        The lowered graph, and the manifest's description of the plans.
+
+    Raises:
+        VocabtrimError: A plan cannot be built.
     """
     shapes = profiles(role, settings, context_length)
     plans = TensorRT("none", "", (), shapes, 0, False)
@@ -88,7 +110,7 @@ class _Builder:
     def build(
         self, model: str, plan: str, network: str, shapes: Sequence[Mapping[str, int]], task: str
     ) -> tuple[str, ...]:
-        """Build one plan and keep what it is made of; the compute capabilities that it is for."""
+        """Build one plan and write what it is made of. Returns the compute capabilities that it is for."""
         built = build_plan(
             self.library,
             self.directory / model,

@@ -20,7 +20,13 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 @dataclass(frozen=True, slots=True)
 class NetworkTensor:
-    """A tensor of the parsed network. dtype: as TensorRT calls it, such as "HALF". shape: -1 where it is dynamic."""
+    """A tensor of the parsed network.
+
+    Attributes:
+        name: Its name.
+        dtype: TensorRT's name of its type, such as "HALF".
+        shape: Its sizes; -1 for a dynamic dimension.
+    """
 
     name: str
     dtype: str
@@ -29,7 +35,14 @@ class NetworkTensor:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer of the parsed network. type: as TensorRT calls it, such as "KV_CACHE_UPDATE"."""
+    """A layer of the parsed network.
+
+    Attributes:
+        name: Its name.
+        type: TensorRT's name of its kind, such as "KV_CACHE_UPDATE".
+        inputs: The tensors that it reads.
+        outputs: The tensors that it computes.
+    """
 
     name: str
     type: str
@@ -39,8 +52,13 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A layer of the built plan. type: the compiler's word for it, "gemm" or "kgen" (generated); nodes: the ONNX nodes
-    whose work it does, most of them fused into several kernels."""
+    """A layer of the built plan.
+
+    Attributes:
+        name: Its name.
+        type: The compiler's name of its kind, "gemm" or "kgen" (a generated kernel).
+        nodes: The ONNX nodes whose work it does. A node may be split over several kernels.
+    """
 
     name: str
     type: str
@@ -49,20 +67,26 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """One plan, as `network.json` of a bundle keeps it.
+    """What one plan was made of; `network.json` of a bundle holds it.
 
-    kernels: what the builder said of the plan, one optimization profile after the other; empty where it said nothing.
+    Attributes:
+        layers: The layers of the parsed network.
+        kernels: The kernels that the builder listed, one optimization profile after the other; empty where it listed
+            none.
     """
 
     layers: tuple[Layer, ...]
     kernels: tuple[Kernel, ...]
 
     def counts(self) -> dict[str, int]:
-        """Number of parsed layers of each type, the most frequent first."""
+        """Returns the number of parsed layers of each type, the most frequent first."""
         return dict(Counter(layer.type for layer in self.layers).most_common())
 
     def to_json(self) -> str:
-        """Every tensor is written once and referred to by its index: an unrolled graph has thousands of them."""
+        """Returns the text of `network.json`.
+
+        Every tensor is written once and referred to by its index, because an unrolled graph has thousands of them.
+        """
         tensors: dict[NetworkTensor, int] = {}
 
         def indices(of: Sequence[NetworkTensor]) -> list[int]:
@@ -79,7 +103,15 @@ class Network:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Network":
-        """The inverse of `to_json`; `where` names the file in the error of a malformed one."""
+        """Read what `to_json` returned.
+
+        Args:
+            text: The file's text.
+            where: The file's name, for errors.
+
+        Raises:
+            VocabtrimError: The text does not describe a network.
+        """
         try:
             data = json.loads(text)
             if data["format"] != _FORMAT:
@@ -96,31 +128,35 @@ class Network:
 
 
 def describe_network(network: Any) -> tuple[Layer, ...]:
-    """The layers of a TensorRT `INetworkDefinition`, in its order.
+    """Describe the layers of a TensorRT `INetworkDefinition`, in its order.
 
-    Without those that the parser puts beside an ONNX node's own to change a tensor's type or rank, or to hold a number:
-    a layer that reads the result of one reads, in this description, the tensor before it, in the form it sees.
+    The layers that the parser adds of its own, to change a tensor's type or rank or to hold a number, are left out. A
+    layer that reads the output of one is described as reading the tensor before it, in the shape that the layer sees.
     """
     outputs = {network.get_output(index).name for index in range(network.num_outputs)}
     before: dict[str, str] = {}
     layers = []
     for layer in (network.get_layer(index) for index in range(network.num_layers)):
         inputs = _tensors((layer.get_input(index) for index in range(layer.num_inputs)), before)
-        made = _tensors((layer.get_output(index) for index in range(layer.num_outputs)), {})
-        if _is_plumbing(layer) and made[0].name not in outputs:
-            before.update((made[0].name, tensor.name) for tensor in inputs[:1])
+        results = _tensors((layer.get_output(index) for index in range(layer.num_outputs)), {})
+        if _is_plumbing(layer) and results[0].name not in outputs:
+            before.update((results[0].name, tensor.name) for tensor in inputs[:1])
         else:
-            layers.append(Layer(layer.name, layer.type.name, inputs, made))
+            layers.append(Layer(layer.name, layer.type.name, inputs, results))
     return tuple(layers)
 
 
 def parse_kernels(lines: Iterable[str]) -> tuple[Kernel, ...]:
-    """The kernels that a builder of detailed profiling verbosity lists in its log, one a line:
-    "Name: …, LayerType: …, Inputs: […], …, Metadata: [ONNX Layer: …][ONNX Layer: …]". Other lines are passed over."""
+    """Parse the kernels that a builder of detailed profiling verbosity lists in its log.
+
+    Args:
+        lines: The log. A kernel's line is "Name: …, LayerType: …, Inputs: […], …, Metadata: [ONNX Layer: …][ONNX
+            Layer: …]"; other lines are skipped.
+    """
     kernels = []
     for line in lines:
-        if found := _KERNEL.match(line):
-            kernels.append(Kernel(found["name"], found["type"], tuple(_NODE.findall(line))))
+        if match := _KERNEL.match(line):
+            kernels.append(Kernel(match["name"], match["type"], tuple(_NODE.findall(line))))
     return tuple(kernels)
 
 
@@ -129,7 +165,7 @@ def _is_plumbing(layer: Any) -> bool:
 
 
 def _tensors(tensors: Iterable[Any], before: Mapping[str, str]) -> tuple[NetworkTensor, ...]:
-    """Layers have optional inputs, which are None."""
+    """Describe the tensors of a layer, without the None that stands for an optional input."""
     return tuple(
         NetworkTensor(before.get(tensor.name, tensor.name), tensor.dtype.name, tuple(tensor.shape))
         for tensor in tensors

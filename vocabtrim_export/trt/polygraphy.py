@@ -114,10 +114,19 @@ if __name__ == "__main__":
 
 
 def write_loader(directory: Path, manifest: Manifest, prompt_ids: Sequence[int], hidden_size: int = 0) -> Path:
-    """Write `polygraphy_inputs.py` into the bundle `directory`; it reads the rest from the bundle's manifest.
+    """Write `polygraphy_inputs.py`, which reads the rest from the bundle's manifest.
 
-    prompt_ids: tokens of a real text, repeated where a shape has more. hidden_size: of a row of the head, for slots.
-    Raises `VocabtrimError` for a bundle that is not of `--format trt`, or an empty or impossible prompt.
+    Args:
+        directory: The bundle.
+        manifest: Its manifest.
+        prompt_ids: Token ids of a real text, which is repeated where a shape has more tokens.
+        hidden_size: The numbers in a row of the head, for slots.
+
+    Returns:
+        The path of the script.
+
+    Raises:
+        VocabtrimError: The bundle is not of `--format trt`, or the prompt is empty or has ids that the model lacks.
     """
     if manifest.tensorrt is None:
         raise VocabtrimError(f"{directory} has no fixed shapes to give inputs for: export it with --format trt")
@@ -135,7 +144,7 @@ def write_loader(directory: Path, manifest: Manifest, prompt_ids: Sequence[int],
 
 
 def _wrapped(numbers: Sequence[int]) -> str:
-    """A Python list of them, sixteen a line."""
+    """Returns the source of a Python list of the numbers, sixteen a line."""
     rows = [numbers[start : start + 16] for start in range(0, len(numbers), 16)]
     lines = "".join(f"    {', '.join(str(int(number)) for number in row)},\n" for row in rows)
     return f"[\n{lines}]"
