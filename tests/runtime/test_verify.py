@@ -176,7 +176,7 @@ def test_a_generation_that_ends_in_the_wrong_place_is_different(decoder, monkeyp
     changed = type(result)("", tokens, finish, result.stats)
     monkeypatch.setattr(decoder, "generate", lambda *given, **how: changed)
     rows = np.eye(48, dtype=np.float32)[list(tokens)]
-    report = verify(decoder, PROMPTS[:1], max_new_tokens=3, predict=lambda prompt, given: rows)
+    report = verify(decoder, PROMPTS[:1], max_new_tokens=3, predict=lambda _text: rows)
     assert report.prompts[0].verdict == "different"
     assert message in report.prompts[0].ending
 
