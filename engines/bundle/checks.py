@@ -14,6 +14,7 @@ from engines.bundle.head_rows import HeadRows
 from engines.bundle.manifest import (
     DRAFT_MODEL_NAME,
     DRAFT_PLAN_NAME,
+    EXPECTED_NAME,
     FEATURES_NAME,
     HEAD_ROWS_NAME,
     MANIFEST_NAME,
@@ -30,7 +31,7 @@ from engines.errors import VocabtrimError
 # what a load reads where it is there: none of them may appear beside the files that the manifest names
 _READ_IF_THERE = (
     *(MODEL_NAME, DRAFT_MODEL_NAME, FEATURES_NAME, PLAN_NAME, DRAFT_PLAN_NAME, VOCAB_MAP_NAME),
-    *(HEAD_ROWS_NAME, TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME, TEMPLATES_NAME),
+    *(HEAD_ROWS_NAME, EXPECTED_NAME, TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME, TEMPLATES_NAME),
 )
 
 

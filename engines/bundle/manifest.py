@@ -22,6 +22,7 @@ DRAFT_MODEL_NAME = "draft.onnx"
 DRAFT_PLAN_NAME = "draft.engine"
 FEATURES_NAME = "features.onnx"
 HEAD_ROWS_NAME = "head_rows.safetensors"
+EXPECTED_NAME = "expected_logits.safetensors"
 
 Role = Literal["target", "drafter"]
 Interface = Literal["language-model", "feature-head", "parallel-heads"]

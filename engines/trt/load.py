@@ -7,13 +7,20 @@ from engines.bundle.read import Bundle
 from engines.errors import VocabtrimError
 from engines.trt.engine import StaticEngine
 from engines.trt.executor import TensorRTExecutor
+from engines.trt.plan_proof import prove_plan
 
 
 def load(bundle: Bundle, neighbour: Engine | None, profile: Path | None) -> Engine:  # noqa: ARG001  (it shares nothing)
-    """Load a bundle of `--format trt`; see `engines.load.load_engine`."""
+    """Load a bundle of `--format trt`, whose plan proves itself first; see `engines.load.load_engine`."""
     plans = bundle.manifest.tensorrt
     if profile:
         raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
     if plans is None or plans.flavor == "none":
         raise VocabtrimError(f"{bundle.path} holds no TensorRT plan: export it with --format trt, or use device 'cpu'")
-    return StaticEngine(bundle, TensorRTExecutor(bundle))
+    engine = StaticEngine(bundle, TensorRTExecutor(bundle))
+    try:
+        prove_plan(bundle, engine)
+    except BaseException:
+        engine.close()
+        raise
+    return engine

@@ -3,15 +3,20 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engines import VocabtrimError, load_engine, read_bundle
+from engines.base import StepOutput
 from engines.bundle.read import PLAN_NAME
+from engines.trt.engine import StaticEngine
+from engines.trt.plan_proof import PROOF_NAME, prove_plan
+from engines.trt.reference import ReferenceExecutor
 from tests.bundles import ARCHITECTURES
 from vocabtrim_export.cli.main import export_main, main
 from vocabtrim_export.trt.network import DRAFT_NETWORK_NAME, NETWORK_NAME, Network
@@ -107,6 +112,63 @@ def test_slots_are_inputs_of_fixed_shapes(random_model, export_pair):
         assert [layer.inputs[0].shape[-1] for layer in tops] == [192 + 16] * steps
     target = network_of(result.target)
     assert not [tensor for layer in target.layers for tensor in layer.inputs if tensor.name.startswith("slot_")]
+
+
+@pytest.fixture
+def unrolled_drafter(random_model, export_pair, tmp_path):
+    """A bundle of plans, whose graphs stand in for them where there is no GPU."""
+    path = tmp_path / "drafter"
+    shutil.copytree(export_pair(random_model("llama"), trt=UNROLLED, slots=16).drafter, path)
+    return read_bundle(path)
+
+
+def test_a_plan_proves_itself_once(unrolled_drafter):
+    with StaticEngine(unrolled_drafter, ReferenceExecutor(unrolled_drafter)) as engine:
+        proof = prove_plan(unrolled_drafter, engine)
+        assert 0 < proof.largest_difference < 0.05  # fp16 against the float32 view of the same graph
+        assert engine.length == 0
+        engine.feed = None  # the second time nothing runs
+        assert prove_plan(unrolled_drafter, engine) == proof
+        engine.environment = lambda: {"another": "driver"}
+        with pytest.raises(TypeError):
+            prove_plan(unrolled_drafter, engine)
+
+
+def logits_rolled(executor):
+    step = executor.step
+    executor.step = lambda *given: (
+        (output := step(*given)) and StepOutput(output.token_ids, lambda: np.roll(output.logits, 1, -1))
+    )
+
+
+def positions_shifted(executor):
+    step = executor.step
+    executor.step = lambda profile, ids, at, rows: step(profile, ids, np.maximum(at - 1, 0), rows)
+
+
+def nan_logits(executor):
+    step = executor.step
+    executor.step = lambda *given: (
+        (output := step(*given)) and StepOutput(output.token_ids, lambda: np.full_like(output.logits, np.nan))
+    )
+
+
+def drafts_shifted(executor):
+    draft = executor.draft
+    executor.draft = lambda *given: draft(*given)[::-1].copy()
+
+
+@pytest.mark.parametrize("wrong", [logits_rolled, positions_shifted, nan_logits, drafts_shifted])
+def test_a_plan_that_computes_something_else_is_refused(wrong, unrolled_drafter):
+    executor = ReferenceExecutor(unrolled_drafter)
+    wrong(executor)
+    with (
+        StaticEngine(unrolled_drafter, executor) as engine,
+        pytest.raises(VocabtrimError, match="on this GPU its plan does not compute what its graph does") as raised,
+    ):
+        prove_plan(unrolled_drafter, engine)
+    assert "\n" not in str(raised.value)
+    assert not (unrolled_drafter.path / PROOF_NAME).exists()
 
 
 @pytest.mark.parametrize(("quantize", "bits"), [("int8", 8), ("int4", 4), ("fp8", 8)])

@@ -6,6 +6,14 @@ TESTS, PROVEN = "tests/integration/test_proof.py", "vocabtrim_export/proof/prove
 
 PROOF = (
     Mutation(
+        "A plan that computes something else than its graph is refused at its first load",
+        "the limit of a plan is a thousand times the logits' spread",
+        "engines/trt/plan_proof.py",
+        '"fp16": 0.1',
+        '"fp16": 1e3',
+        "tests/integration/test_tensorrt_export.py -k something_else",
+    ),
+    Mutation(
         "A graph that is not its model is never placed",
         "a difference is not refused",
         PROVEN,
@@ -24,7 +32,7 @@ PROOF = (
     Mutation(
         "Each wrong graph is caught by the export itself",
         "the limit is a thousand times the logits' spread",
-        "vocabtrim_export/proof/deviation.py",
+        "engines/deviation.py",
         '"fp32": 1e-3',
         '"fp32": 1e3',
         f"{TESTS} -k noticed",

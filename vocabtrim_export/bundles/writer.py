@@ -115,10 +115,20 @@ def write_bundle(
         stamp_graph(path, graph_metadata(manifest) | {HEAD_TENSORS: json.dumps(names)})
     if tensorrt is not None:
         write_loader(directory, manifest, plan.source.tokenizer.encode(_PROMPT), _slot_size(lowered))
-    files = {path.name: FileDigest(path.stat().st_size, file_digest(path)) for path in sorted(directory.iterdir())}
-    manifest = replace(manifest, files=files)
+    manifest = replace(manifest, files={path.name: _digest(path) for path in sorted(directory.iterdir())})
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
     return manifest
+
+
+def add_file(directory: Path, manifest: Manifest, name: str) -> Manifest:
+    """Name one more file of a bundle in its manifest, which is written anew and returned."""
+    manifest = replace(manifest, files={**manifest.files, name: _digest(directory / name)})
+    (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
+    return manifest
+
+
+def _digest(path: Path) -> FileDigest:
+    return FileDigest(path.stat().st_size, file_digest(path))
 
 
 def _write_graphs(

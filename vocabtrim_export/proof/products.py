@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from engines.bundle.graph_io import FEATURES_OUTPUT
 from engines.bundle.read import FEATURES_NAME, MODEL_NAME
+from engines.deviation import TOLERANCE, deviation
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.proof.computed import run_products
 from vocabtrim_export.proof.dequantized import dequantized
-from vocabtrim_export.proof.deviation import TOLERANCE, deviation
 from vocabtrim_export.sources.precision import in_float32
 
 _ROWS = 5

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from engines.bundle.graph_io import LOGITS, PAST, TOKEN_IDS
 from engines.bundle.read import MODEL_NAME
+from engines.deviation import TOLERANCE, deviation
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.proof.computed import Computed, run_graph
 from vocabtrim_export.proof.dequantized import dequantized
-from vocabtrim_export.proof.deviation import TOLERANCE, deviation
 from vocabtrim_export.proof.expected import Rows, expected_cache, expected_outputs
 from vocabtrim_export.proof.products import fusion_difference, heads_difference
 from vocabtrim_export.proof.tokens import Calls, Window, calls, window_of

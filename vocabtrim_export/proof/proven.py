@@ -3,11 +3,13 @@
 import shutil
 from pathlib import Path
 
-from engines.bundle.read import Manifest
+from engines.bundle.manifest import EXPECTED_NAME
+from engines.bundle.read import PLAN_NAME, Manifest
 from engines.errors import VocabtrimError
-from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
+from vocabtrim_export.bundles.writer import BundlePlan, add_file, write_bundle
 from vocabtrim_export.drafters.base import ParallelHeads
 from vocabtrim_export.lowering.graph_files import Progress
+from vocabtrim_export.proof.plan_expected import expected_logits
 from vocabtrim_export.proof.prove import find_difference
 from vocabtrim_export.sources.source import DTYPES
 from vocabtrim_export.tracing.trace import Traced, trace
@@ -49,6 +51,9 @@ def write_proven(
             f"{plan.source.name} ({architecture}) cannot be exported: run on a few tokens, its graph does not compute "
             f"what the model does: {difference}"
         )
+    if PLAN_NAME in manifest.files:
+        expected_logits(directory, plan).save(directory / EXPECTED_NAME)
+        manifest = add_file(directory, manifest, EXPECTED_NAME)
     return manifest, traced
 
 

@@ -6,11 +6,11 @@ import numpy as np
 
 from engines.bundle.graph_io import LOGITS, TOKEN_IDS
 from engines.bundle.read import DRAFT_MODEL_NAME, MODEL_NAME
+from engines.deviation import TOLERANCE
 from engines.errors import VocabtrimError
 from engines.trt.engine import DRAFT_TOKENS
 from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.proof.computed import Decoding, proof_session
-from vocabtrim_export.proof.deviation import TOLERANCE
 from vocabtrim_export.proof.tokens import calls
 
 

@@ -1,0 +1,159 @@
+"""A plan proves itself at its first load on a GPU: it computes what the graph that it was built from computes.
+
+The export writes what the graph computes of a few tokens, `expected_logits.safetensors`. The first load feeds the plan
+the same tokens in the same calls and keeps the result beside it, for this plan, library and GPU.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from engines.base import Engine
+from engines.bundle.manifest import DRAFT_PLAN_NAME, EXPECTED_NAME, PLAN_NAME
+from engines.bundle.read import Bundle
+from engines.bundle.typed_json import brief, decode, read
+from engines.bundle.vocab_map import NOT_KEPT
+from engines.deviation import deviation
+from engines.errors import VocabtrimError
+
+PROOF_NAME = "plan_proof.json"
+# The largest difference of a logit that half precision explains, as a share of the logits' standard deviation. A plan
+# that decodes wrongly is off by about 1.
+TOLERANCE: Mapping[str, float] = {"fp16": 0.1, "bf16": 0.3}
+_KEPT = 8  # the last positions of a call, whose logits are compared
+_LOG = logging.getLogger("engines.trt")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedLogits:
+    """What a graph computes of a few tokens.
+
+    Attributes:
+        token_ids: int64[S], the tokens.
+        lengths: int64[calls], how many of them each call feeds.
+        columns: int64[C], the columns of the logits that are compared.
+        logits: float32[rows, C], after the last positions of each call, `kept_positions` of them.
+    """
+
+    token_ids: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    logits: NDArray[np.float32]
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(save({name: getattr(self, name) for name in self.__slots__}))
+
+    @classmethod
+    def load(cls, path: Path) -> "ExpectedLogits":
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return cls(*(file.get_tensor(name) for name in cls.__slots__))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise VocabtrimError(f"{path} does not hold expected logits ({brief(error)}): export again") from error
+
+
+@dataclass(frozen=True, slots=True)
+class PlanProof:
+    """A proof that was done. plans: the files' digests. environment: library, driver and GPU. largest_difference: of a
+    logit, as a share of the logits' standard deviation."""
+
+    plans: Mapping[str, str]
+    environment: Mapping[str, str]
+    largest_difference: float
+
+
+def kept_positions(length: int) -> int:
+    """How many of the last positions of a call of `length` tokens are compared."""
+    return min(length, _KEPT)
+
+
+def prove_plan(bundle: Bundle, engine: Engine) -> PlanProof | None:
+    """Compare an engine that has just been loaded with what its graph computes, unless that was done before.
+
+    The engine's KV cache is empty again afterwards.
+
+    Args:
+        bundle: The bundle with the plans.
+        engine: The engine that runs them.
+
+    Returns:
+        The proof, which lies beside the plans where the directory can be written; None for a bundle that an older
+        version exported, which states no expected logits.
+
+    Raises:
+        VocabtrimError: The plan computes something else.
+    """
+    digests = {name: bundle.manifest.files[name].sha256 for name in _plans(bundle)}
+    if EXPECTED_NAME not in bundle.manifest.files:
+        _LOG.warning("%s cannot be proven here, an older version exported it: export again", bundle.path)
+        return None
+    place, environment = bundle.path / PROOF_NAME, dict(engine.environment())
+    done = _proof_at(place)
+    if done and (done.plans, done.environment) == (digests, environment):
+        return done
+    largest = _largest_difference(engine, ExpectedLogits.load(bundle.path / EXPECTED_NAME))
+    if not largest <= TOLERANCE.get(bundle.manifest.dtype, min(TOLERANCE.values())):
+        raise VocabtrimError(
+            f"{bundle.path}: on this GPU its plan does not compute what its graph does: a logit is off by "
+            f"{largest:.2g} of the logits' spread. Build it with another version of {' '.join(environment)}, or run a bundle of "
+            "--format onnx"
+        )
+    proof = PlanProof(digests, environment, largest)
+    try:
+        place.write_text(json.dumps(asdict(proof), indent=2) + "\n", "utf-8")
+    except OSError as error:
+        _LOG.info("%s cannot be written (%s): the plan will be proven at each load", place, error.strerror)
+    return proof
+
+
+def _plans(bundle: Bundle) -> list[str]:
+    return [name for name in (PLAN_NAME, DRAFT_PLAN_NAME) if name in bundle.manifest.files]
+
+
+def _proof_at(place: Path) -> PlanProof | None:
+    """The proof that lies there; None where there is none, or something else."""
+    try:
+        proof: PlanProof = decode(PlanProof, read(place), str(place))
+    except VocabtrimError:
+        return None
+    return proof
+
+
+def _largest_difference(engine: Engine, expected: ExpectedLogits) -> float:
+    """Of a logit, as a share of the logits' standard deviation."""
+    rows, begin = [], 0
+    for length in expected.lengths.tolist():
+        output = engine.feed(expected.token_ids[begin : begin + length], kept_positions(length))
+        rows.append(output.logits[:, expected.columns].copy())
+        begin += length
+    differences = [deviation(np.concatenate(rows), expected.logits), _draft_difference(engine, expected.token_ids)]
+    engine.rewind(0)
+    return float(np.max(differences))  # NaN where one is
+
+
+def _draft_difference(engine: Engine, token_ids: NDArray[np.int64]) -> float:
+    """How far the tokens that one call drafts are below the best of the same plan's single steps; 0 without such a
+    call."""
+    start = len(token_ids) - 1
+    engine.rewind(start)
+    drafted = engine.draft(token_ids[start:])
+    if drafted is None:
+        return 0.0
+    engine.rewind(start)
+    worst, token = 0.0, int(token_ids[start])
+    for wanted in drafted.tolist():
+        logits = engine.feed([token]).logits[0]
+        column = wanted if engine.head_tokens is None else engine.head_tokens.inverse[wanted]
+        finite = logits[np.isfinite(logits)]
+        if column == NOT_KEPT or not finite.size:
+            return float("inf")
+        worst = max(worst, float((finite.max() - logits[column]) / finite.std()))
+        token = wanted
+    return worst

@@ -1,0 +1,28 @@
+"""What a TensorRT plan must compute, as the graph that it is built from does on the CPU."""
+
+from pathlib import Path
+
+import numpy as np
+
+from engines.bundle.graph_io import LOGITS
+from engines.numbers import to_float32
+from engines.trt.plan_proof import ExpectedLogits, kept_positions
+from vocabtrim_export.bundles.writer import BundlePlan
+from vocabtrim_export.proof.computed import run_graph
+from vocabtrim_export.proof.tokens import calls, window_of
+
+_COLUMNS = 512  # of the logits, evenly spaced: enough to notice any wrong head
+
+
+def expected_logits(directory: Path, plan: BundlePlan) -> ExpectedLogits:
+    """Run `directory`'s standard graph, which was proven, on the proof's tokens."""
+    window = window_of(plan.source.model, plan.context_length, narrow=False)
+    fed = calls(plan.source, plan.context_length, window)
+    logits = to_float32(run_graph(directory, fed, window).outputs[LOGITS])
+    ends = np.cumsum(fed.lengths)
+    rows = np.concatenate([np.arange(end - kept_positions(n), end) for end, n in zip(ends, fed.lengths, strict=True)])
+    spaced = np.linspace(0, logits.shape[1] - 1, min(_COLUMNS, logits.shape[1])).astype(np.int64)
+    columns = np.unique(np.concatenate([spaced, logits[rows].argmax(-1)]))
+    return ExpectedLogits(
+        fed.token_ids, np.array(fed.lengths, np.int64), columns, np.ascontiguousarray(logits[np.ix_(rows, columns)])
+    )
