@@ -102,8 +102,8 @@ def prove_plan(bundle: Bundle, engine: Engine) -> PlanProof | None:
     if not largest <= TOLERANCE.get(bundle.manifest.dtype, min(TOLERANCE.values())):
         raise VocabtrimError(
             f"{bundle.path}: on this GPU its plan does not compute what its graph does: a logit is off by "
-            f"{largest:.2g} of the logits' spread. Build it with another version of {' '.join(environment)}, or run a bundle of "
-            "--format onnx"
+            f"{largest:.2g} of the logits' spread. Build it with another version of {' '.join(environment)}, or run a "
+            "bundle of --format onnx"
         )
     proof = PlanProof(digests, environment, largest)
     try:
