@@ -1,10 +1,12 @@
 """`GenerationRules`: what a model's generation config does to its logits, as a bundle keeps it."""
 
-import math
 from dataclasses import dataclass, fields
+
+import numpy as np
 
 from engines.errors import VocabtrimError
 
+_FLOAT32 = np.finfo(np.float32)  # the dtype of logits
 UNSUPPORTED_NOTE = "not applied, although the model's generation config has it"
 
 
@@ -36,12 +38,14 @@ class GenerationRules:
     unsupported: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 < self.repetition_penalty < math.inf:
+        if not _FLOAT32.tiny <= self.repetition_penalty <= _FLOAT32.max:
             raise VocabtrimError(
                 f"repetition_penalty is {self.repetition_penalty}: give a number above 0; 1 changes nothing"
             )
         if not all(self.bad_words_ids):
             raise VocabtrimError("bad_words_ids has an empty sequence: leave it out")
+        if any(token < 0 for word in self.bad_words_ids for token in word):
+            raise VocabtrimError("bad_words_ids has a negative token id: leave that sequence out")
 
     def applied(self) -> str:
         """The rules that change something, such as "repetition_penalty 1.1, no_repeat_ngram_size 3"; may be empty."""

@@ -1,15 +1,18 @@
 """`SamplingParams`: how a token is chosen, on the host as on a device."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from engines.arguments import LARGEST, real_number, whole_number
 from engines.errors import VocabtrimError
 from engines.generation_rules import GenerationRules
 
+_REAL = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_WHOLE = ("top_k", "seed", "no_repeat_ngram_size", "min_new_tokens")
+_MAY_BE_NONE = ("repetition_penalty", "seed", "no_repeat_ngram_size", "min_new_tokens")
 MIN_TEMPERATURE = 1e-5  # below it float32 logits divide to infinity
 
 
@@ -50,7 +53,8 @@ class SamplingParams:
     min_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
+        self._convert()
+        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= LARGEST):
             raise VocabtrimError(
                 f"temperature is {self.temperature}: give 0 (greedy) or a number of at least {MIN_TEMPERATURE}"
             )
@@ -63,9 +67,6 @@ class SamplingParams:
         if not 0 <= self.min_p <= 1:
             raise VocabtrimError(f"min_p is {self.min_p}: give a number from 0 (keep all tokens) to 1")
         self._check_rules()
-        object.__setattr__(self, "logit_bias", {int(token): float(bias) for token, bias in self.logit_bias.items()})
-        if self.suppress_tokens is not None:
-            object.__setattr__(self, "suppress_tokens", tuple(int(token) for token in self.suppress_tokens))
 
     @property
     def is_greedy(self) -> bool:
@@ -86,19 +87,45 @@ class SamplingParams:
                 if not 0 <= token < vocab_size:
                     raise VocabtrimError(f"{name} names token {token}: the target's ids go from 0 to {vocab_size - 1}")
 
+    def _convert(self) -> None:
+        """Make every number Python's own. Raises `VocabtrimError` for what is none."""
+        for names, convert in ((_REAL, real_number), (_WHOLE, whole_number)):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None or name not in _MAY_BE_NONE:
+                    object.__setattr__(self, name, convert(name, value))
+        if not isinstance(self.logit_bias, Mapping):
+            raise VocabtrimError(f"logit_bias is {self.logit_bias!r}: give a dict of token ids and numbers")
+        biases = {
+            _token_id("logit_bias", token): real_number(f"logit_bias of token {token}", bias)
+            for token, bias in self.logit_bias.items()
+        }
+        object.__setattr__(self, "logit_bias", biases)
+        if self.suppress_tokens is not None:
+            if isinstance(self.suppress_tokens, str) or not hasattr(self.suppress_tokens, "__iter__"):
+                raise VocabtrimError(f"suppress_tokens is {self.suppress_tokens!r}: give a list of token ids")
+            ids = tuple(_token_id("suppress_tokens", token) for token in self.suppress_tokens)
+            object.__setattr__(self, "suppress_tokens", ids)
+
     def _check_rules(self) -> None:
         self.rules(GenerationRules())  # checks what it is given
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
+            if not abs(getattr(self, name)) <= LARGEST:
                 raise VocabtrimError(f"{name} is {getattr(self, name)}: give a finite number; 0 changes nothing")
         for token, bias in self.logit_bias.items():
-            if not math.isfinite(bias):
+            if not abs(bias) <= LARGEST:
                 raise VocabtrimError(
                     f"logit_bias of token {token} is {bias}: give a finite number, or name it in suppress_tokens"
                 )
         for name in ("no_repeat_ngram_size", "min_new_tokens"):
             if (getattr(self, name) or 0) < 0:
                 raise VocabtrimError(f"{name} is {getattr(self, name)}: give 0 or more")
+
+
+def _token_id(name: str, token: Any) -> int:
+    """A token id; a JSON object has it as text."""
+    is_text = isinstance(token, str) and token.isdecimal()
+    return whole_number(f"a token id of {name}", int(token) if is_text else token)
 
 
 @dataclass(frozen=True, slots=True)

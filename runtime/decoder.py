@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from engines.arguments import whole_number
 from engines.base import Engine
 from engines.bundle.chat_template import ChatOptions
 from engines.bundle.tokenizer import TOKENIZER_NAME, Tokenizer
@@ -188,11 +189,12 @@ class SpeculativeDecoder:
         The arguments and errors are those of `generate`.
         """
         self.target.use.check_open()
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
         if max_new_tokens < 1:
             raise VocabtrimError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
         if isinstance(logprobs, bool):
             logprobs = 0 if logprobs else None
-        if logprobs is not None and logprobs < 0:
+        if logprobs is not None and (logprobs := whole_number("logprobs", logprobs)) < 0:
             raise VocabtrimError(f"logprobs is {logprobs}: give the number of alternatives, or 0 for none")
         sampling.check_token_ids(self.target.manifest.vocab_size)
         if stop:

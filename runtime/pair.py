@@ -4,6 +4,7 @@ from typing import Literal
 
 import numpy as np
 
+from engines.arguments import whole_number
 from engines.base import MAX_KEEP, Engine
 from engines.bundle.vocabulary import Vocabulary, shared_tokens
 from engines.errors import VocabtrimError
@@ -57,6 +58,8 @@ def make_draft_length(
     Raises:
         VocabtrimError: The target verifies fewer tokens, or "auto" is asked of engines that draft on a GPU.
     """
+    if draft_length not in (None, "auto"):
+        draft_length = whole_number("draft_length", draft_length)
     fixed = resolve_draft_length(target, drafter, None if draft_length == "auto" else draft_length)
     if drafter is None or isinstance(draft_length, int):
         return FixedLength(fixed)

@@ -1,6 +1,7 @@
 """A prompt of any form → the token ids that the target reads."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Number
 from operator import index
 from typing import Any, TypeAlias, cast
 
@@ -11,6 +12,8 @@ from engines.base import Engine
 from engines.bundle.chat_template import ChatOptions
 from engines.bundle.tokenizer import Tokenizer
 from engines.errors import VocabtrimError
+
+_MOST_IDS = 1 << 32  # the tokenizers library's ids have 32 bits
 
 # Text, the messages of a conversation (`{"role": …, "content": …}`, or pydantic models of them), or token ids.
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | NDArray[np.int64]
@@ -29,10 +32,14 @@ def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, chat: bool, op
         VocabtrimError: There is no tokenizer, options are given for a prompt that no template renders, or the prompt
             has none of these forms.
     """
+    given: Any = prompt
+    is_list = hasattr(given, "__len__") and hasattr(given, "__getitem__") and not isinstance(given, bytes | Mapping)
+    if not is_list or _is_no_message(given):
+        raise VocabtrimError(f"a prompt is text, a list of messages, or token ids; got {_kind(given)}")
     if isinstance(prompt, str):
         if chat and require_tokenizer(tokenizer).has_chat_template:
             return require_tokenizer(tokenizer).encode_chat([{"role": "user", "content": prompt}], options)
-    elif not isinstance(prompt, Mapping) and len(prompt) and not hasattr(prompt[0], "__index__"):
+    elif len(prompt) and not hasattr(prompt[0], "__index__"):
         return require_tokenizer(tokenizer).encode_chat(cast(Sequence[Any], prompt), options)
     if options != ChatOptions():
         raise VocabtrimError("tools and template arguments are for messages that a chat template renders")
@@ -41,7 +48,7 @@ def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, chat: bool, op
     try:
         return [index(token) for token in cast(Sequence[int], prompt)]
     except TypeError as error:
-        raise VocabtrimError("a prompt is text, a list of messages, or token ids") from error
+        raise VocabtrimError(f"a prompt is text, a list of messages, or token ids; got {_kind(given)}") from error
 
 
 def check_prompt(token_ids: Sequence[int], target: Engine, tokenizer: Tokenizer | None) -> None:
@@ -64,11 +71,26 @@ def check_prompt(token_ids: Sequence[int], target: Engine, tokenizer: Tokenizer 
         )
     vocab_size = target.manifest.vocab_size
     if outside := [token for token in token_ids if not 0 <= token < vocab_size]:
-        token = tokenizer.backend.id_to_token(outside[0]) if tokenizer and outside[0] >= 0 else None
+        is_known = tokenizer and 0 <= outside[0] < _MOST_IDS
+        token = tokenizer.backend.id_to_token(outside[0]) if tokenizer and is_known else None
         raise VocabtrimError(
             f"the prompt has the token id {outside[0]}{f' ({token})' if token else ''}, for which the target has "
             f"no row: its ids are 0 to {vocab_size - 1}; leave it out"
         )
+
+
+def _is_no_message(prompt: Any) -> bool:
+    """Whether a list begins with something that is neither a message nor a token id."""
+    if isinstance(prompt, str) or not len(prompt):
+        return False
+    first = prompt[0]
+    is_scalar = first is None or isinstance(first, str | bytes | list | tuple | Number)
+    return is_scalar and not hasattr(first, "__index__")
+
+
+def _kind(prompt: Any) -> str:
+    is_list = isinstance(prompt, list | tuple) and prompt
+    return f"a {type(prompt).__name__} of {type(prompt[0]).__name__}" if is_list else type(prompt).__name__
 
 
 def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:

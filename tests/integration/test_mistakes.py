@@ -90,6 +90,34 @@ def test_weights_that_do_not_fit_their_config(attempt, model, tmp_path):
     config = json.loads((model / "config.json").read_text())
     write(deeper / "config.json", json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
     assert_one_line(attempt(drafter=deeper), "do not fit")
+    write(deeper / "config.json", json.dumps(config | {"vocab_size": 512}))
+    assert_one_line(attempt(drafter=deeper), r"embed_tokens.weight has the shape \[448, 64\], .* asks for \[512, 64\]")
+    write(deeper / "config.json", json.dumps(config | {"tie_word_embeddings": False}))
+    assert_one_line(attempt(drafter=deeper), 'no usable lm_head.weight .* set "tie_word_embeddings" to true')
+
+
+def test_weights_that_overflow(attempt, model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    damaged = shutil.copytree(model, tmp_path / "damaged")
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("inf")
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    assert_one_line(attempt(drafter=damaged), "computes NaN or infinite logits")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "pattern"),
+    [
+        ("generation_config.json", "{bad", "generation_config.json"),  # with its rules and its ends of a generation
+        ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id names '</s>', which is no token id"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1", "cannot read the tokenizer of .*fetch"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}', "'hidden_size': .*x"),
+    ],
+)
+def test_files_beside_the_weights_that_cannot_be_read(file, content, pattern, attempt, model, tmp_path):
+    write(shutil.copytree(model, tmp_path / "damaged") / file, content)
+    assert_one_line(attempt(drafter=tmp_path / "damaged"), pattern)
 
 
 def test_tokenizers_that_do_not_belong(attempt, random_model, model, tmp_path):

@@ -1,6 +1,7 @@
 import json
 from itertools import product
 
+import numpy as np
 import pytest
 import tokenizers
 
@@ -73,6 +74,11 @@ def test_a_stop_string_ends_the_text_wherever_a_block_ends(make_target, letters,
     assert cut_blocks > 10
 
 
+def test_a_stop_that_is_no_string_is_refused():
+    with pytest.raises(VocabtrimError, match="stop is 5: give a string"):
+        StopStrings(5)
+
+
 def test_of_two_stop_strings_in_one_piece_the_one_that_begins_first_counts():
     assert StopStrings(["b", "ab"]).push("xab", "xab", is_last=False) == ("x", True)
     assert StopStrings(["ab", "b"]).push("xab", "xab", is_last=False) == ("x", True)
@@ -131,11 +137,27 @@ def test_a_prompt_is_text_a_chat_or_ids(make_target, tokenizer):
         ([48], {}, "48, for which the target has no row"),
         ([-1], {}, "-1, for which the target has no row"),
         ([3], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([3], {"max_new_tokens": float("inf")}, "max_new_tokens is inf: give a whole number"),
+        ([3], {"max_new_tokens": "3"}, "max_new_tokens is '3'"),
+        ([3], {"logprobs": 1.5}, "logprobs is 1.5"),
+        (b"abc", {}, "got bytes"),  # whose items are numbers
+        ([3.0], {}, "got a list of float"),
+        (["a", "b"], {}, "got a list of str"),
+        (None, {}, "got NoneType"),
+        ({3, 4}, {}, "got set"),
+        ([10**30], {}, "for which the target has no row"),
     ],
 )
 def test_a_prompt_that_cannot_run_is_refused_before_the_first_token(make_target, prompt, options, message):
     with pytest.raises(VocabtrimError, match=message):
         SpeculativeDecoder(make_target(context=16)).stream(prompt, **options)
+
+
+def test_a_draft_length_is_a_whole_number_whoever_made_it(make_target, make_drafter):
+    assert SpeculativeDecoder(make_target(), make_drafter(), draft_length=np.int64(3)).draft_length == 3
+    for wrong in (1.5, True, "4"):  # none of them means "auto"
+        with pytest.raises(VocabtrimError, match=f"draft_length is {wrong!r}: give a whole number"):
+            SpeculativeDecoder(make_target(), make_drafter(), draft_length=wrong)
 
 
 def test_the_longest_prompt_generates_until_the_context_is_full(make_target):

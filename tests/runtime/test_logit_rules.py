@@ -162,12 +162,37 @@ def test_verify_judges_by_the_rules(make_target, make_drafter, monkeypatch):
         ({"logit_bias": {48: 1.0}}, "logit_bias names token 48"),
         ({"suppress_tokens": [-1]}, "suppress_tokens names token -1"),
         ({"suppress_tokens": range(48)}, "the rules forbid every token"),
+        ({"suppress_tokens": "56"}, "suppress_tokens is '56'"),
+        ({"suppress_tokens": [5.9]}, "a token id of suppress_tokens is 5.9: give a whole number"),
+        ({"logit_bias": {5.7: 1.0}}, "a token id of logit_bias is 5.7"),
+        ({"logit_bias": {5: None}}, "logit_bias of token 5 is None: give a number"),
+        ({"logit_bias": {5: 1e39}}, "logit_bias of token 5 is 1e\\+39"),
+        ({"logit_bias": None}, "logit_bias is None"),
+        ({"presence_penalty": 1e39}, "presence_penalty is 1e\\+39"),  # infinite in float32, and NaN times no occurrence
+        ({"repetition_penalty": 1e-300}, "repetition_penalty is 1e-300"),
+        ({"temperature": "0.8"}, "temperature is '0.8': give a number"),
+        ({"temperature": True}, "temperature is True"),
+        ({"top_p": None}, "top_p is None: give a number"),
+        ({"top_k": 1.5}, "top_k is 1.5: give a whole number"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"min_new_tokens": float("nan")}, "min_new_tokens is nan"),
     ],
 )
 def test_rules_out_of_range_are_refused_in_one_line(make_target, wrong, message):
     with pytest.raises(VocabtrimError, match=message) as caught:
         SpeculativeDecoder(make_target()).generate([5], sampling=SamplingParams(**wrong))
     assert "\n" not in str(caught.value)
+
+
+def test_scalars_of_other_libraries_and_ids_as_text_are_numbers():
+    given = SamplingParams(np.float32(0.5), np.int64(3), seed=torch.tensor(7), logit_bias={"5": np.float64(2)})
+    assert given == SamplingParams(0.5, 3, seed=7, logit_bias={5: 2.0})
+    assert [type(value) for value in (given.temperature, given.top_k, given.seed)] == [float, int, int]
+
+
+def test_a_sequence_with_a_negative_id_is_refused():
+    with pytest.raises(VocabtrimError, match="bad_words_ids has a negative token id"):
+        GenerationRules(bad_words_ids=((5, -1),))  # as an index it would forbid the last token of the vocabulary
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0, seed=2, presence_penalty=2.0)])

@@ -77,6 +77,10 @@ def write_arrow_stream(rows, stream):
             Document("Add.\n\n1, 2\n\n3", (Message("user", "Add.\n\n1, 2"),)),
         ),
         (
+            {"instruction": "Add.", "context": "1, 2", "response": "3"},  # as Dolly has them
+            Document("Add.\n\n1, 2\n\n3", (Message("user", "Add.\n\n1, 2"),)),
+        ),
+        (
             {
                 "custom_id": "1",
                 "method": "POST",
@@ -136,6 +140,8 @@ def test_the_built_in_corpus_stands_in():
         ("a.jsonl", b'{"text": "x"}\n\n{"text": ', "a.jsonl, line 3 is not valid JSON"),
         ("a.jsonl", b'\n{"text": ""}', "a.jsonl, line 2: no usable text"),
         ("a.jsonl", b'{"output": "y"}', "a.jsonl, line 1: a record needs one of the fields .* it has output"),
+        ("a.csv", b"prompt,response\na,b,c\n", "a.csv, line 2 has more cells than the header"),
+        ("a.parquet", table({"text": [b"x"]}), "row 1, text: expected text, got bytes"),
         ("a.csv", b"sentence,label\nHi,1\n", "a.csv, line 2: a record needs one of the fields .* sentence, label"),
         ("a.txt.zst", zstd(b"text" * 99)[:-3], "a.txt.zst is damaged, it cannot be decompressed"),
         ("a.zst", b"text", "a.zst is not .zst data"),
@@ -207,6 +213,8 @@ SUFFIXES = {bytes: "", gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress
         ("a.csv", 'id,prompt\n1,"né\u2028"\n2,b\n'),
         ("a.csv", 'id;prompt\r\n1;"né\u2028"\r\n2;b\r\n'),
         ("a.tsv", "id\tprompt\n1\tné\u2028\n2\tb\n"),
+        ("a.csv", "ID, Prompt\n1,né\u2028\n2,b\n"),
+        ("a.jsonl", '[{"prompt": "né\u2028"}, {"prompt": "b"}]\n'),
     ],
 )
 def test_every_format_compression_and_encoding_reads_alike(tmp_path, name, text, encoding, compress):
@@ -214,6 +222,11 @@ def test_every_format_compression_and_encoding_reads_alike(tmp_path, name, text,
     path.write_bytes(compress(text.encode(encoding)))
     found = read_corpus([path]).documents
     assert [document.prompt for document in found] == [(Message("user", "né\u2028"),), (Message("user", "b"),)]
+
+
+def test_a_table_of_one_column_is_not_cut_at_commas(tmp_path):
+    (tmp_path / "a.csv").write_text('text\nHi, you\n"and, you"\n')
+    assert [document.text for document in read_corpus([tmp_path / "a.csv"]).documents] == ["Hi, you", "and, you"]
 
 
 def test_a_cell_of_a_table_may_hold_a_conversation(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.calibration.records import FIELDS
 
 _ROWS_AT_ONCE = 256
 
@@ -73,7 +74,8 @@ def _text_columns(pyarrow: Any, schema: Any) -> list[str]:
         strings = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
         return bool(strings or types.is_struct(kind) or types.is_list(kind) or types.is_large_list(kind))
 
-    return [field.name for field in schema if holds_text(field.type)]
+    # bytes under a field's own name are read, so that the record is refused and not taken for an empty one
+    return [field.name for field in schema if holds_text(field.type) or field.name in FIELDS]
 
 
 def _rows(batches: Iterable[Any], names: list[str], path: Path) -> Iterator[tuple[str, dict[str, object]]]:

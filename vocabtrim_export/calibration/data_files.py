@@ -19,6 +19,7 @@ from vocabtrim_export.calibration.arrow_files import open_zstd, read_table
 
 # The longest line of JSONL and the largest file that is read as a whole, in bytes: longer ones were not meant as one.
 MAX_LINE, MAX_FILE = 64 << 20, 1 << 30
+_NO_DELIMITER = "\x1f"  # stands in no text
 _LISTS = ("messages", "conversations", "conversation", "turns", "prompt")  # a table's cell holds these as JSON
 _OPENERS: Mapping[str, tuple[bytes, Callable[[BinaryIO, Path], Any]]] = {
     ".gz": (b"\x1f\x8b", lambda stream, _: gzip.GzipFile(fileobj=stream)),
@@ -151,7 +152,7 @@ def _read_json_lines(stream: io.BufferedReader, path: Path) -> Iterator[tuple[st
         if len(line) > MAX_LINE:
             raise VocabtrimError(f"{where} is longer than {MAX_LINE >> 20} MiB: split or remove it")
         if (text := _decode(line, where)).strip():
-            yield where, _parse(text, where)
+            yield from _listed(_parse(text, where), where, where)
 
 
 def _read_json(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, object]]:
@@ -167,14 +168,25 @@ def _read_json(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, obj
             raise
         yield from _read_json_lines(_buffered(data), path)
         return
-    listed = records if isinstance(records, list) and not _is_conversation(records) else [records]
-    for number, record in enumerate(listed, 1):
-        yield f"{path}, record {number}", record
+    yield from _listed(records, f"{path}, record 1", str(path))
+
+
+def _listed(value: object, where: str, container: str) -> Iterator[tuple[str, object]]:
+    """The records of a JSON value: its items where it is a list of records, otherwise itself."""
+    if not isinstance(value, list) or _is_conversation(value) or (where == container and not _holds_objects(value)):
+        yield where, value
+        return
+    for number, record in enumerate(value, 1):
+        yield f"{container}, record {number}", record
 
 
 def _is_conversation(records: list[object]) -> bool:
     """Whether a list holds the messages of one conversation, in OpenAI's form or ShareGPT's, and no records."""
     return bool(records) and all(isinstance(each, dict) and ("role" in each or "from" in each) for each in records)
+
+
+def _holds_objects(values: list[object]) -> bool:
+    return bool(values) and all(isinstance(each, dict) for each in values)
 
 
 def _is_json(text: str) -> bool:
@@ -197,10 +209,18 @@ def _read_table(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, ob
     text = _decode(_read_all(stream, path), str(path))
     header = text.partition("\n")[0]
     delimiter = max(",", ";", "\t", key=header.count)
+    if delimiter not in header:
+        delimiter = _NO_DELIMITER  # one column, whose text may hold commas
     before = csv.field_size_limit(MAX_LINE)  # 128 KiB by default, for the whole process
     try:
         rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
         for row in rows:
+            if None in row:
+                raise VocabtrimError(
+                    f"{path}, line {rows.line_num} has more cells than the header: put text that holds {delimiter!r} "
+                    "in double quotes"
+                )
             cells = {name: value for name, value in row.items() if isinstance(name, str)}
             yield f"{path}, line {rows.line_num}", _cells(cells)
     except csv.Error as error:

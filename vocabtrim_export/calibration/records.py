@@ -73,7 +73,7 @@ def _field(record: Mapping[str, object]) -> str | None:
 def _messages(record: Mapping[str, object], field: str, where: str) -> list[Message]:
     value = record[field]
     if field in _ANSWERS and isinstance(value, str):
-        more = record.get("input") if field == "instruction" else None
+        more = (record.get("input") or record.get("context")) if field == "instruction" else None
         value = [f"{value}\n\n{more}" if isinstance(more, str) and more.strip() else value]
     if not isinstance(value, list):
         raise VocabtrimError(f"{where}: `{field}` must be a list, not {_kind(value)}")

@@ -34,7 +34,7 @@ def find_difference(directory: Path, plan: BundlePlan) -> str | None:
         None where they compute what `plan.source` does, else what differs first, to end a sentence.
 
     Raises:
-        VocabtrimError: The model itself computes NaN.
+        VocabtrimError: The model itself computes NaN or infinite logits.
     """
     if isinstance(plan.source.model, ParallelHeads):
         return heads_difference(directory, plan)
@@ -90,10 +90,11 @@ def _as_written(directory: Path, plan: BundlePlan) -> Iterator[list[str]]:
 def _first_difference(
     plan: BundlePlan, fed: Calls, window: Window | None, computed: Computed, wanted: Mapping[str, Rows]
 ) -> str | None:
-    if broken := np.isnan(wanted[LOGITS]).any(0).sum():
+    logits = wanted[LOGITS]
+    if broken := (np.isnan(logits) | np.isposinf(logits)).any(0).sum():
         raise VocabtrimError(
-            f"{plan.source.name}: PyTorch computes NaN logits for {broken:,} of its tokens: its weights are damaged or "
-            "overflow; download them again, or try another --dtype"
+            f"{plan.source.name}: PyTorch computes NaN or infinite logits for {broken:,} of its tokens: its weights "
+            "are damaged or overflow; download them again, or try another --dtype"
         )
     for name, rows in wanted.items():
         off = deviation(computed.outputs[name], rows)

@@ -14,7 +14,13 @@ def eos_token_ids(tokenizer: "PreTrainedTokenizerFast", *configs: Any) -> frozen
     """Returns what `eos_token_id` of the tokenizer and of each of `configs` names: an id, several or none."""
     named = [tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)]
     lists = [ids if isinstance(ids, list | tuple) else [ids] for ids in named]
-    return frozenset(int(token_id) for ids in lists for token_id in ids if token_id is not None)
+    ids = [token_id for ids in lists for token_id in ids if token_id is not None]
+    for token_id in ids:
+        if not isinstance(token_id, int | float) or token_id != int(token_id):
+            raise VocabtrimError(
+                f"eos_token_id names {token_id!r}, which is no token id: correct config.json and generation_config.json"
+            )
+    return frozenset(int(token_id) for token_id in ids if token_id >= 0)  # -1 stands for none
 
 
 def add_end_tokens(

@@ -1,6 +1,7 @@
 """Loading what a user calls MODEL: a hub id, a local model directory, or a `.gguf` file."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
             check_whole(header)
             return read_tokenizer(header).tokenizer
         _read_config(spec, where)
-        tokenizer: Any = AutoTokenizer.from_pretrained(where, **_NO_CODE)
+        tokenizer = _read_tokenizer(spec, where)
     except VocabtrimError:
         raise
     except Exception as error:  # transformers and huggingface_hub raise many kinds
@@ -165,10 +166,11 @@ def _load(spec: str, where: str, files: list[Path], weights: int, dtype: torch.d
     text = text_config(spec, config)
     check_architecture(spec, text)
     _check_size(spec, text, weights)
-    tokenizer: Any = AutoTokenizer.from_pretrained(where, **_NO_CODE)
+    tokenizer = _read_tokenizer(spec, where)
     model, loading = _load_weights(where, files, dtype, config, text)
-    if missing := [*loading["missing_keys"], *loading["mismatched_keys"]]:
-        raise VocabtrimError(f"the weights of {spec} do not fit its config.json: no usable {missing[0]} among them")
+    _check_fit(spec, loading)
+    if (Path(where) / "generation_config.json").is_file():  # transformers passes over one that it cannot read
+        model.generation_config = GenerationConfig.from_pretrained(where)
     notes: tuple[str, ...] = (multimodal_note(spec, text),) if is_multimodal(config, text) else ()
     notes += _own_code_note(spec, config)
     notes += check_unread(spec, loading["unexpected_keys"], int(model.config.num_hidden_layers))
@@ -202,7 +204,7 @@ def _load_weights(
 ) -> Any:
     """(model, transformers' account of the tensors), of a quantised checkpoint by its dense weights and of a
     multimodal one by its text model's."""
-    how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     quantization: Any = getattr(config, "quantization_config", None)
     is_quantized = isinstance(quantization, dict) and is_readable(quantization)
     multimodal = is_multimodal(config, text)
@@ -219,10 +221,33 @@ def _load_weights(
     if "lm_head.weight" not in weights and getattr(config, "tie_word_embeddings", False):
         text.tie_word_embeddings = True  # the whole's rule holds for a head that the whole has
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
-    model, loading = kind.from_pretrained(None, config=text, state_dict=weights, **how)
-    if (Path(where) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(where)
-    return model, loading
+    return kind.from_pretrained(None, config=text, state_dict=weights, **how)
+
+
+def _read_tokenizer(spec: str, where: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(where, **_NO_CODE)
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise VocabtrimError(
+            f"cannot read the tokenizer of {spec}: {_first_line(error)}; fetch its files again (tokenizer.json or "
+            "tokenizer.model, tokenizer_config.json, chat_template.jinja)"
+        ) from error
+
+
+def _check_fit(spec: str, loading: Mapping[str, Any]) -> None:
+    """Refuse weights that are not those of the configuration. loading: transformers' account of the tensors."""
+    begin = f"the weights of {spec} do not fit its config.json: "
+    for name, there, wanted in sorted(loading["mismatched_keys"]):
+        raise VocabtrimError(f"{begin}{name} has the shape {list(there)}, config.json asks for {list(wanted)}")
+    missing, unread = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    if missing == ["lm_head.weight"]:
+        raise VocabtrimError(
+            f'{begin}no usable lm_head.weight among them; if its head is its embedding, set "tie_word_embeddings" to '
+            "true there"
+        )
+    if missing:
+        names = f"; they have names such as {unread[0]}" if unread else ""
+        raise VocabtrimError(f"{begin}no usable {missing[0]} among them{names}")
 
 
 def _check_size(spec: str, config: PreTrainedConfig, weights: int) -> None:
@@ -270,4 +295,6 @@ def _digest(files: list[Path]) -> str:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines or isinstance(error, KeyError):
+        return " ".join([type(error).__name__, *lines])
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

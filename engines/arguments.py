@@ -1,0 +1,47 @@
+"""Numbers as callers give them: Python's, numpy's and torch's scalars alike; anything else is one clear line."""
+
+from operator import index
+from typing import Any
+
+import numpy as np
+
+from engines.errors import VocabtrimError
+
+LARGEST = float(np.finfo(np.float32).max)  # logits are float32: a larger number would become infinite
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Returns the integer `value`.
+
+    Args:
+        name: What the number is, for the message.
+        value: An int, or a scalar that stands for one.
+
+    Raises:
+        VocabtrimError: It is none: a float, a text, None or a truth value.
+    """
+    try:
+        if not isinstance(value, bool | np.bool_):
+            return index(value)
+    except TypeError:
+        pass
+    raise VocabtrimError(f"{name} is {value!r}: give a whole number")
+
+
+def real_number(name: str, value: Any) -> float:
+    """Returns `value`, any number, as a float.
+
+    Args:
+        name: What the number is, for the message.
+        value: An int, a float, or a scalar that stands for one.
+
+    Raises:
+        VocabtrimError: It is none: a text, None or a truth value.
+    """
+    is_number = hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
+    try:
+        if is_number and not isinstance(value, bool | np.bool_):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise VocabtrimError(f"{name} is {value!r}: give a number")
