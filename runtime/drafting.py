@@ -97,5 +97,10 @@ class FeatureReader(TokenReader):
 
 
 def make_reader(drafter: Engine, vocab_size: int) -> TokenReader:
-    """vocab_size: the target's."""
+    """Returns the reader that `drafter` needs.
+
+    Args:
+        drafter: The engine that drafts.
+        vocab_size: The number of tokens of the target.
+    """
     return (FeatureReader if drafter.features_read else TokenReader)(drafter, vocab_size)

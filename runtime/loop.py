@@ -76,9 +76,17 @@ def decode_rounds(
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """The tokens of a draft that can be used, and what the target makes of the last token and at least them.
+    """A draft and its verification.
 
-    accepted: where the device has decided already. looked_up, is_paused: see `Round`.
+    Attributes:
+        draft: The drafted tokens that can be used.
+        verified: The target's output for the token before the draft and at least all of `draft`.
+        prefill_seconds: See `Round`.
+        draft_seconds: See `Round`.
+        verify_seconds: See `Round`.
+        accepted: The outcome, where the device has decided it already.
+        looked_up: See `Round`.
+        is_paused: See `Round`.
     """
 
     draft: list[int]
@@ -185,17 +193,17 @@ class _Loop:
         )
 
     def append(self, tokens: Sequence[int]) -> None:
-        """The text goes on with `tokens`."""
+        """Add `tokens` to the text."""
         self.sequence += tokens
         if self.lookup:
             self.lookup.extend(tokens)
 
     def logprobs_of(self, tokens: Sequence[int], output: StepOutput) -> tuple[TokenLogprob, ...]:
-        """Nothing where none were asked for: an engine then need not hand its logits over."""
+        """Returns nothing where none were asked for, so that an engine need not hand its logits over."""
         return () if self.logprobs is None else token_logprobs(output.logits, tokens, self.logprobs)
 
     def move(self) -> _Move:
-        """Draft and verify: in one go of the device where the engines can, else one after the other."""
+        """Draft and verify: in one call where the engines can, else one after the other."""
         room = self.room(self.drafter) if self.drafter else 0
         match = self.lookup.match() if self.lookup and room > 0 else NO_MATCH
         plan = self.length.begin(match.chances) if room > 0 else Plan(0, 0)
@@ -203,8 +211,8 @@ class _Loop:
         if self.reader and steps > 0:
             if self.one_cache:
                 self.reader.drafter.adopt(self.target.length)
-            if made := self.speculate(self.reader, steps):
-                return made
+            if move := self.speculate(self.reader, steps):
+                return move
         start = perf_counter()
         draft = self.usable(list(match.tokens[: min(plan.looked_up, room)]))
         looked_up, prefill_seconds = len(draft), 0.0
@@ -221,22 +229,23 @@ class _Loop:
         return _Move(draft, output, *times, None, looked_up, not plan.pays)
 
     def speculate(self, reader: TokenReader, room: int) -> _Move | None:
-        """One call for both engines. Not for a drafter's first tokens, which are a prompt."""
+        """Draft and verify in one call for both engines; None where they cannot, or the drafter has read nothing."""
         if reader.drafter.length == 0 or not self.rule.runs_on_device or self.length.adapts:
             return None
         unread = reader.unread(self.sequence)
         with self.profiler.span("speculate", TARGET, length=len(self.sequence)):
-            made = self.target.speculate(reader.drafter, unread, room, self.rule.sampling)
-        if made is None:
+            speculation = self.target.speculate(reader.drafter, unread, room, self.rule.sampling)
+        if speculation is None:
             return None
         reader.was_fed(len(unread))
-        draft, accepted = self.usable(made.drafted.tolist()), made.accepted
-        if accepted is not None and accepted.count > len(draft):  # it goes on after an EOS
+        draft, accepted = self.usable(speculation.drafted.tolist()), speculation.accepted
+        if accepted is not None and accepted.count > len(draft):  # the accepted draft goes on after an EOS
             accepted = Accepted(len(draft), accepted.next_token)
-        return _Move(draft, made.verified, 0.0, made.draft_seconds, made.verify_seconds, accepted)
+        times = 0.0, speculation.draft_seconds, speculation.verify_seconds
+        return _Move(draft, speculation.verified, *times, accepted)
 
     def draft(self, reader: TokenReader, room: int) -> tuple[list[int], float]:
-        """The drafted tokens, and the seconds that the drafter's prefill took if this was its first draft."""
+        """Returns the drafted tokens, and the seconds of the drafter's prefill if this was its first draft."""
         draft: list[int] = []
         drafter, start = reader.drafter, perf_counter()
         unread, is_first = reader.unread(self.sequence), drafter.length == 0
@@ -259,7 +268,7 @@ class _Loop:
         return draft, prefill_seconds
 
     def usable(self, drafted: list[int]) -> list[int]:
-        """The tokens that drafting one by one would have given: up to an EOS, or to one that the target lacks."""
+        """Returns what drafting one by one would have given: the tokens up to an EOS or one that the target lacks."""
         for index, token in enumerate(drafted):
             if token >= self.vocab_size:
                 return drafted[:index]
@@ -268,7 +277,7 @@ class _Loop:
         return drafted
 
     def room(self, drafter: Engine) -> int:
-        """The most tokens to draft: no more than can be used, since the target adds one, or than the caches hold."""
+        """Returns the most tokens to draft: as many as can be used, since the target adds one, and the caches hold."""
         length, longest = len(self.sequence), self.length.longest
         return min(
             longest if drafter.max_draft is None else min(longest, drafter.max_draft),

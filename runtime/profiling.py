@@ -29,7 +29,13 @@ class Profiler(Protocol):
     """Told when a phase begins and, by leaving the context, when it ends; also where it ends with an exception."""
 
     def span(self, name: str, track: str = LOOP, **payload: float) -> AbstractContextManager[None]:
-        """track: what is busy: `LOOP`, `TARGET` or `DRAFTER`. Spans of one track nest."""
+        """Record the block as a span. Spans of one track nest.
+
+        Args:
+            name: The phase.
+            track: What is busy: `LOOP`, `TARGET` or `DRAFTER`.
+            payload: Numbers that describe it.
+        """
 
 
 class _Nothing:
@@ -94,7 +100,7 @@ def _one_value(payload: dict[str, float]) -> Any:
 
 
 class _Span(NamedTuple):
-    """begin, end: of `perf_counter_ns`."""
+    """A recorded span; `begin` and `end` are in nanoseconds, by `perf_counter_ns`."""
 
     name: str
     track: str

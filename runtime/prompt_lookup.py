@@ -34,8 +34,14 @@ class PromptLookup:
     """
 
     def __init__(self, prompt: Iterable[int], longest: int, shares: Shares) -> None:
-        """longest: tokens of a match. shares: of right tokens by the length of their match, from LOOKUP_PRIORS on; they
-        outlive the text."""
+        """Index a prompt.
+
+        Args:
+            prompt: Token ids.
+            longest: The most tokens of a match.
+            shares: The shares of right tokens by the length of their match, which start at LOOKUP_PRIORS. They outlive
+                the text.
+        """
         self._text: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # where the token after the last place of an n-gram stands
         self._longest, self._shares = longest, shares

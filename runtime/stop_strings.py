@@ -13,7 +13,11 @@ class StopStrings:
     """
 
     def __init__(self, stop: str | Sequence[str] | None) -> None:
-        """stop: one string or several. Raises `VocabtrimError` for one that is empty, or no string."""
+        """Look for one string or several.
+
+        Raises:
+            VocabtrimError: One is empty, or no string.
+        """
         if stop is not None and not hasattr(stop, "__iter__"):
             raise VocabtrimError(f"stop is {stop!r}: give a string, or a list of strings")
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop or ())

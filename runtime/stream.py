@@ -73,7 +73,14 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
         stop: str | Sequence[str] | None = None,
         collapse: Callable[[], Collapse | None] = lambda: None,
     ) -> None:
-        """rounds: see `decode_rounds`. collapse: what the decoder's alarm has found by now."""
+        """Give out the tokens of a generation.
+
+        Args:
+            rounds: See `decode_rounds`.
+            tokenizer: The target's tokenizer; None gives token ids without text.
+            stop: The strings that end the text.
+            collapse: Returns what the decoder's alarm has found by now.
+        """
         self._rounds = rounds
         self._past: list[Round] = []
         self._collapse = collapse

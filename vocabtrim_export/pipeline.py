@@ -4,13 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engines.bundle.read import Manifest, Role
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.notes import no_gain
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
-from vocabtrim_export.calibration import Skipped, skipped_note
+from vocabtrim_export.calibration import Skipped, TokenCounts, skipped_note
 from vocabtrim_export.calibration.counter import Listener
-from vocabtrim_export.calibration.counting import count_tokens, read_calibration
+from vocabtrim_export.calibration.counting import CalibrationInput, count_tokens, read_calibration
 from vocabtrim_export.calibration.domains import domains_note
 from vocabtrim_export.drafters.shared_tokens import differing_note, proposable_tokens
 from vocabtrim_export.drafters.source import find_head
@@ -103,23 +106,9 @@ def export(
         notes += tuple(counted)
         with placing([output / name for name in names]) as directories:
             places = dict(zip(roles, directories, strict=False))
-            manifests: dict[Role, Manifest] = {}
-            writer = PairWriter(sources, counts, settings, progress)
-            k, slots = settings.k, settings.slots or 0
-            if k == "auto":
-                available = shared.token_ids
-                choice, manifests = choose_head(places, writer, sources, given, counts, available, settings, progress)
-                k, slots = choice.best.k, choice.best.slots
-                notes += choice.reasons()
-            selection = select(counts, sources, k, shared.token_ids)
-            notes += domains_note(counts, selection.vocab_map.kept_token_ids)
-            if slots and not selection.lost_token_ids.size:
-                raise VocabtrimError(
-                    f"--slots {slots} is for tokens that the head lost, and this K keeps all of them: give a "
-                    "smaller K, or leave --slots out"
-                )
-            missing = {role: place for role, place in places.items() if role not in manifests}
-            manifests |= writer.write(missing, selection, slots)
+            pair = _write_pair(places, sources, given, counts, shared.token_ids, settings, progress)
+            selection, manifests = pair.selection, pair.manifests
+            notes += pair.notes
             vocab_map = None if selection.is_noop else selection.vocab_map
             others = dict(zip(settings.formats, directories[len(roles) :], strict=True))
             write_formats(others, Exported(places, manifests, sources, vocab_map), progress)
@@ -128,6 +117,45 @@ def export(
     drafter_manifest, target_manifest = manifests["drafter"], manifests.get("target")
     notes += (*no_gain(drafter_manifest, target_manifest), *skipped_note(skipped))
     return ExportResult(output / "drafter", where, drafter_manifest, target_manifest, selection, written, notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The bundles of a pair, as they were written."""
+
+    selection: Selection
+    manifests: dict[Role, Manifest]
+    notes: tuple[str, ...]
+
+
+def _write_pair(
+    places: Mapping[Role, Path],
+    sources: Mapping[Role, Source],
+    data: CalibrationInput,
+    counts: TokenCounts,
+    available: NDArray[np.int64],
+    settings: ExportSettings,
+    progress: Progress,
+) -> _Pair:
+    """Choose the kept tokens and fill the directories of the pair. available: the ids that both models share."""
+    manifests: dict[Role, Manifest] = {}
+    notes: tuple[str, ...] = ()
+    writer = PairWriter(sources, counts, settings, progress)
+    k, slots = settings.k, settings.slots or 0
+    if k == "auto":
+        choice, manifests = choose_head(places, writer, sources, data, counts, available, settings, progress)
+        k, slots = choice.best.k, choice.best.slots
+        notes += choice.reasons()
+    selection = select(counts, sources, k, available)
+    notes += domains_note(counts, selection.vocab_map.kept_token_ids)
+    if slots and not selection.lost_token_ids.size:
+        raise VocabtrimError(
+            f"--slots {slots} is for tokens that the head lost, and this K keeps all of them: give a smaller K, or "
+            "leave --slots out"
+        )
+    missing = {role: place for role, place in places.items() if role not in manifests}
+    manifests |= writer.write(missing, selection, slots)
+    return _Pair(selection, manifests, notes)
 
 
 def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> dict[Role, Source]:

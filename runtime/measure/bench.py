@@ -61,14 +61,9 @@ def bench(
     check_greedy(sampling)
     modes: dict[str, Engine | None] = {TARGET_ONLY: None, **drafters}
     token_ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts]
-    lengths: dict[str, DraftLength] = {}
-    for mode, drafter in modes.items():  # the first without a drafter; refuses what does not belong together
-        check_pair(target, drafter)
-        if force_accepted is not None and draft_length != "auto":
-            lengths[mode] = FixedLength(resolve_draft_length(target, drafter, draft_length))
-        else:
-            lengths[mode] = make_draft_length(target, drafter, draft_length)
-    length = lengths[mode]
+    is_forced = force_accepted is not None
+    lengths = {mode: _draft_length(target, drafter, draft_length, is_forced) for mode, drafter in modes.items()}
+    length = [*lengths.values()][-1]
     forced = resolve_forced(force_accepted, length)
     ways = {
         mode: Way(drafter, lengths[mode], token_ids, max_new_tokens, forced, sampling)
@@ -93,6 +88,16 @@ def bench(
     }
     sizes = len(prompts), max_new_tokens, length.longest, length.adapts, repeats, forced
     return BenchReport(reports, *sizes, speeds[target.device], measured_on(target), sampling)
+
+
+def _draft_length(
+    target: Engine, drafter: Engine | None, draft_length: int | Auto | None, is_forced: bool
+) -> DraftLength:
+    """How long a mode's drafts are; fixed by default where acceptance is forced. Refuses engines of different pairs."""
+    check_pair(target, drafter)
+    if is_forced and draft_length != "auto":
+        return FixedLength(resolve_draft_length(target, drafter, draft_length))
+    return make_draft_length(target, drafter, draft_length)
 
 
 def check_greedy(sampling: SamplingParams) -> None:

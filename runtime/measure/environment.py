@@ -21,7 +21,7 @@ def cpu_model() -> str:
 
 
 def environment() -> dict[str, str | int]:
-    """cpu, usable cores, system, and the versions of Python and numpy."""
+    """Returns the CPU, its usable cores, the system, and the versions of Python and numpy."""
     return {
         "cpu": cpu_model(),
         "cores": usable_cores(),

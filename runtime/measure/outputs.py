@@ -10,7 +10,7 @@ from engines.sampling_params import SamplingParams
 from runtime.logit_rules import make_logit_rules, ruled_rows
 from runtime.loop import GREEDY
 from runtime.measure.timing import Run
-from runtime.verification.greedy import Difference, difference_at, tolerance
+from runtime.verification.differences import Difference, difference_at, tolerance
 from runtime.verification.teacher_forcing import GivenText, stepped_logits
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from engines.base import Engine
 from engines.errors import VocabtrimError
 from runtime.measure.bench import TARGET_ONLY, measured_on
+from runtime.measure.percentiles import call_percentiles, draft_percentiles, round_percentiles
 from runtime.measure.planner import DrafterTimes, Plan, RoundTimes, expected_block_efficiency, plan
-from runtime.measure.report import call_percentiles, draft_percentiles, round_percentiles
 from runtime.measure.sweep import Prompts, SweepSettings, check_settings, encoded_at
 from runtime.measure.timing import Run, Way, measure
 from runtime.stats import Percentiles, summarize

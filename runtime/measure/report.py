@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 from engines.bundle.read import Manifest
 from engines.sampling_params import SamplingParams
@@ -11,8 +11,8 @@ from runtime.alarm import Collapse, find_collapse
 from runtime.draft_length import DraftLength
 from runtime.loop import GREEDY
 from runtime.measure.outputs import OutputDifference
+from runtime.measure.percentiles import call_percentiles, draft_percentiles, host_percentiles, round_percentiles
 from runtime.measure.timing import Run
-from runtime.round import Round
 from runtime.stats import Percentiles, latency_speedup, mbsu, round_tokens_per_second, summarize
 
 Runs = Sequence[Sequence[Run]]  # of one mode: by prompt, then by repeat
@@ -237,36 +237,6 @@ def _rate(runs: Runs, of: Callable[[Run], tuple[int, float]]) -> float:
 
 def _ratio(a: float, b: float) -> float:
     return a / b if b else 0.0
-
-
-def call_percentiles(
-    runs: Sequence[Run], engine: Literal["target", "drafter"], tokens: int | None
-) -> Percentiles | None:
-    """ms of an engine's calls on `tokens` tokens, or on any number. Prefills do not count, however short."""
-    feeds = [feed for run in runs for feed in (run.drafter if engine == "drafter" else run.target[1:])]
-    return Percentiles.of(feed.seconds * 1e3 for feed in feeds if tokens in (None, feed.tokens))
-
-
-def round_percentiles(runs: Sequence[Run], length: int | None) -> Percentiles | None:
-    """ms of rounds with a full draft. The one in which a drafter reads the prompt is left out."""
-    return Percentiles.of(entry.seconds * 1e3 for entry in _full_rounds(runs, length))
-
-
-def host_percentiles(runs: Sequence[Run], length: int | None) -> Percentiles | None:
-    """ms of these rounds outside drafting and verifying."""
-    rounds = _full_rounds(runs, length)
-    return Percentiles.of(1e3 * (entry.seconds - entry.draft_seconds - entry.verify_seconds) for entry in rounds)
-
-
-def draft_percentiles(runs: Sequence[Run], length: int) -> Percentiles | None:
-    """ms that a full draft takes per token: with what a drafter with a cache of its own catches up on."""
-    return Percentiles.of(entry.draft_seconds * 1e3 / length for entry in _full_rounds(runs, length))
-
-
-def _full_rounds(runs: Sequence[Run], length: int | None) -> list[Round]:
-    """The rounds that drafted `length` tokens, or all where drafts have no fixed length."""
-    rounds = [entry for run in runs for entry in run.rounds if not entry.is_prefill and not entry.prefill_seconds]
-    return [entry for entry in rounds if length in (None, entry.drafted)]
 
 
 def _differing(runs: Runs, baseline: Runs) -> tuple[int, ...]:

@@ -182,7 +182,7 @@ DECODING = (
     Mutation(
         "`verify` finds tokens that the target would not have chosen",
         "every difference passes for a near-tie",
-        "runtime/verification/greedy.py",
+        "runtime/verification/differences.py",
         'return "near-tie" if self.gap <= self.tolerance else "different"',
         'return "near-tie"',
         VERIFY,
@@ -190,7 +190,7 @@ DECODING = (
     Mutation(
         "`verify` finds tokens that the target would not have chosen",
         "differences are not listed",
-        "runtime/verification/greedy.py",
+        "runtime/verification/differences.py",
         "if token != best",
         "if False",
         VERIFY,
@@ -198,7 +198,7 @@ DECODING = (
     Mutation(
         "`verify` finds tokens that the target would not have chosen",
         "a gap that is NaN passes for a near-tie",
-        "runtime/verification/greedy.py",
+        "runtime/verification/differences.py",
         '"near-tie" if self.gap <= self.tolerance else "different"',
         '"different" if self.gap > self.tolerance else "near-tie"',
         VERIFY,

@@ -185,7 +185,7 @@ FILES = (
     Mutation(
         "No model's own code runs",
         "remote code is allowed",
-        "vocabtrim_export/sources/source.py",
+        "vocabtrim_export/sources/checkpoint.py",
         '{"trust_remote_code": False}',
         '{"trust_remote_code": True}',
         "tests/vocabtrim_export/test_weight_files.py -k own_code",
@@ -201,7 +201,7 @@ FILES = (
     Mutation(
         "A model that a config.json makes too large is refused before it is allocated",
         "its size is not compared with the weights",
-        "vocabtrim_export/sources/source.py",
+        "vocabtrim_export/sources/checkpoint.py",
         "if wanted > _MOST_RATIO * weights:",
         "if False:",
         "tests/vocabtrim_export/test_weight_files.py",

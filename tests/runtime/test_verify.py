@@ -9,7 +9,8 @@ import runtime.rules
 from engines.errors import VocabtrimError
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.accept import Accepted, accept_greedy
-from runtime.verification.greedy import differences, tolerance, verify
+from runtime.verification.differences import differences, tolerance
+from runtime.verification.greedy import verify
 from runtime.verification.teacher_forcing import GivenText, forced_logits, stepped_logits
 
 PROMPTS = [[5, 6, 7], [9]]

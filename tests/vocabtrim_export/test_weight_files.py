@@ -9,6 +9,7 @@ import torch
 from safetensors.numpy import save
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources import checkpoint
 from vocabtrim_export.sources import source as sources
 from vocabtrim_export.sources.weight_files import count_weights
 
@@ -58,7 +59,7 @@ def test_a_config_that_asks_for_more_than_there_is(model, tokenizer, tmp_path, m
     tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 1_000_000}))
-    loader = sources.AutoModelForCausalLM
+    loader = checkpoint.AutoModelForCausalLM
     monkeypatch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("it was allocated"))
     with pytest.raises(VocabtrimError, match="do not fit its config"):
         sources.load_source(str(tmp_path), torch.float32)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vocabtrim_export.calibration.counts import CalibrationRun, TokenCounts
+from vocabtrim_export.calibration.calibration_run import CalibrationRun
+from vocabtrim_export.calibration.counts import TokenCounts
 from vocabtrim_export.calibration.document import Document
 
 if TYPE_CHECKING:

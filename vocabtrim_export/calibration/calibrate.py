@@ -16,9 +16,10 @@ from engines.bundle.messages import plain_data
 from engines.bundle.tokenizer import tokenizer_digest
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.batches import BatchLimits, count_batch, draws, next_batch
+from vocabtrim_export.calibration.calibration_run import CalibrationRun
 from vocabtrim_export.calibration.corpus import Corpus
 from vocabtrim_export.calibration.count_settings import NO_EVENTS, CountEvents, CountSettings
-from vocabtrim_export.calibration.counts import CalibrationRun, TokenCounts, is_held_out, read_working
+from vocabtrim_export.calibration.counts import TokenCounts, is_held_out, read_working
 from vocabtrim_export.calibration.document import Skipped, describe_skipped
 from vocabtrim_export.calibration.endpoint import BATCH
 from vocabtrim_export.calibration.generations import asked_tokens, prompt_tokens, sampled_tokens, text_tokens

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from engines.bundle.chat_template import ChatOptions
 from engines.bundle.tokenizer import Tokenizer
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration.counts import CalibrationRun
+from vocabtrim_export.calibration.calibration_run import CalibrationRun
 from vocabtrim_export.calibration.document import Document, Skipped
 from vocabtrim_export.calibration.endpoint import Endpoint, check_same_tokenizer
 from vocabtrim_export.calibration.partial_batch import PartialBatch

@@ -30,7 +30,8 @@ from vocabtrim_export.cli.prompt_arguments import (
 
 if TYPE_CHECKING:
     from runtime import SamplingParams, SpeculativeDecoder
-    from runtime.verification.greedy import Difference, VerifyReport
+    from runtime.verification.differences import Difference
+    from runtime.verification.greedy import VerifyReport
     from runtime.verification.sampled import SamplingReport
 
 PROMPTS = (

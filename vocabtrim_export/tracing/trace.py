@@ -20,8 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT, INPUT_IDS, LOGITS, POSITION_IDS
 from engines.errors import VocabtrimError
-from vocabtrim_export.tracing.composites import DOMAIN, Norm, Rope, composites, rotary_modules
+from vocabtrim_export.tracing.composites import DOMAIN, Norm, Rope, composites
 from vocabtrim_export.tracing.failure import untraceable
+from vocabtrim_export.tracing.parts import find_norms, find_rope
 
 OPSET = 20
 
@@ -30,11 +31,12 @@ OPSET = 20
 class Traced:
     """A decoder as composites.
 
-    graph: inputs input_ids, position_ids: int64[1, S]; output logits[1, S, vocab]. Its initializers have names and
-    shapes, no values. weights: their values by name, sharing the model's memory.
-    A target that a head reads has the output features[1, S, layers·hidden] as well, a head the input hidden and the
-    output next_hidden, [1, S, hidden] both.
-    rotates: whether attention does the rotation; else it is in the graph as the model writes it.
+    Attributes:
+        graph: Its inputs are input_ids and position_ids, int64[1, S], its output logits[1, S, vocab]. A target that a
+            head reads has the output features[1, S, layers·hidden] too; a head has the input hidden and the output
+            next_hidden, [1, S, hidden] both. Initializers have names and shapes, no values.
+        weights: The initializers' values by name, which share the model's memory.
+        rotates: Whether attention does the rotation; else it is in the graph as the model writes it.
     """
 
     graph: ir.Model
@@ -49,12 +51,18 @@ def trace(
     feature_layers: Sequence[int] = (),
     fuse_rotation: bool = True,
 ) -> Traced:
-    """Trace `model` for a KV cache of `context_length` tokens.
+    """Trace a model.
 
-    feature_layers: those whose inputs are to be an output, too; counted on, the LM head is one more.
-    fuse_rotation: let attention rotate q and k, where the model's rotation is of the kind that it can do. That
-    supposes that the model attends to what its rotation gives, with nothing in between.
-    Raises `VocabtrimError` for an architecture that transformers' attention interface does not cover.
+    Args:
+        model: A transformers causal LM, or a head.
+        dtype: The dtype of the graph's weights.
+        context_length: The tokens that the KV cache holds.
+        feature_layers: The layers whose inputs become an output too; the number of layers itself is the LM head.
+        fuse_rotation: Let attention rotate q and k, where the model's rotation is of the kind that it can do. The model
+            must then attend to what its rotation gives, with nothing in between.
+
+    Raises:
+        VocabtrimError: transformers' attention interface does not cover the architecture.
     """
     modeling = sys.modules[type(model).__module__]
     rope = find_rope(model, modeling, context_length) if fuse_rotation else None
@@ -71,65 +79,8 @@ def trace(
     return Traced(graph, weights, rope is not None)
 
 
-def find_norms(model: PreTrainedModel) -> list[Norm]:
-    """The RMS norms of a model, known by what they compute and not by their name alone."""
-    return [
-        norm
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith("RMSNorm") and (norm := _as_norm(name, module))
-    ]
-
-
-def _as_norm(name: str, module: nn.Module) -> Norm | None:
-    weight = getattr(module, "weight", None)
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(epsilon, float):
-        return None
-    probe = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0))
-    scale = weight.detach().float()
-    expected = copy.deepcopy(module).float()(probe)
-    plain = probe * torch.rsqrt(probe.square().mean(-1, keepdim=True) + epsilon)
-    for zero_centered in (False, True):
-        if torch.allclose(expected, plain * (1 + scale if zero_centered else scale), rtol=1e-4, atol=1e-5):
-            return Norm(name, epsilon, zero_centered)
-    return None
-
-
-def find_rope(model: PreTrainedModel, modeling: ModuleType, context_length: int) -> Rope | None:
-    """The rotary tables of a model that rotates halves of (the first dimensions of) q and k; None for any other."""
-    modules, apply = rotary_modules(model), getattr(modeling, "apply_rotary_pos_emb", None)
-    if len(modules) != 1 or apply is None:
-        return None
-    by_layer_type = "layer_type" in inspect.signature(modules[0].forward).parameters
-    layer_types = sorted(set(model.config.get_text_config().layer_types)) if by_layer_type else [None]
-    positions, hidden = torch.arange(context_length)[None], torch.zeros(1, 1, 1)
-    tables = {}
-    for layer_type in layer_types:
-        options = {"layer_type": layer_type} if layer_type else {}
-        cos, sin = modules[0](hidden, positions, **options)
-        half = cos.shape[-1] // 2
-        # GroupQueryAttention takes tables of a multiple of 8 columns
-        if half % 8 or not _rotates_halves(apply, cos[:, -1:], sin[:, -1:]):
-            return None
-        tables[layer_type or "default"] = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-    return Rope(tables)
-
-
-def _rotates_halves(apply: object, cos: Tensor, sin: Tensor) -> bool:
-    size = cos.shape[-1]
-    x = torch.randn(1, 1, 1, size, generator=torch.Generator().manual_seed(0))
-    a, b = x.split(size // 2, dim=-1)
-    c, s = cos[..., : size // 2], sin[..., : size // 2]
-    expected = torch.cat([a * c - b * s, b * c + a * s], dim=-1)
-    try:
-        q, k = apply(x, x, cos, sin)  # type: ignore[operator]
-    except (TypeError, RuntimeError, ValueError):
-        return False
-    return all(y.shape == x.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-5) for y in (q, k))
-
-
 class _Decoder(nn.Module):
-    """The graph's inputs and outputs around the model; `outputs` are the names of the latter."""
+    """A model with the graph's inputs and outputs; `outputs` are the names of the outputs."""
 
     def __init__(self, model: PreTrainedModel, rope: Rope | None, feature_layers: Sequence[int] = ()) -> None:
         super().__init__()
@@ -143,7 +94,7 @@ class _Decoder(nn.Module):
 
 
 class _HeadDecoder(_Decoder):
-    """The same of a head that reads and gives a hidden state."""
+    """A head, which reads and gives a hidden state, with the graph's inputs and outputs."""
 
     def __init__(self, model: PreTrainedModel, rope: Rope | None) -> None:
         super().__init__(model, rope)
@@ -156,10 +107,18 @@ class _HeadDecoder(_Decoder):
 
 @contextmanager
 def layer_inputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[Callable[[], list[Tensor]]]:
-    """Notes what enters these decoder layers when `model` runs: [1, S, hidden] each, in the order of `layers`. The
-    number of layers itself stands for the LM head, which reads what leaves the last layer and the norm behind it.
+    """Record what enters some decoder layers while `model` runs in the block.
 
-    Raises `VocabtrimError` for a model whose layers are not to be found.
+    Args:
+        model: The model.
+        layers: The layers by index. The number of layers itself stands for the LM head, which reads the output of the
+            last layer and the norm behind it.
+
+    Yields:
+        A function that returns the layers' inputs, [1, S, hidden] each, in the order of `layers`.
+
+    Raises:
+        VocabtrimError: The model's layers cannot be found.
     """
     entered: dict[int, Tensor] = {}
 
@@ -181,13 +140,17 @@ def layer_inputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[Call
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The one list of modules that is as long as the model is deep. Raises `VocabtrimError` where there is none."""
+    """Returns the model's decoder layers: the one list of modules that is as long as the model is deep.
+
+    Raises:
+        VocabtrimError: There is no such list, or more than one.
+    """
     config = model.config.get_text_config()
     lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
-    found = [each for each in lists if len(each) == config.num_hidden_layers]
-    if len(found) != 1:
+    candidates = [each for each in lists if len(each) == config.num_hidden_layers]
+    if len(candidates) != 1:
         raise VocabtrimError(f"a {config.model_type} model does not show its layers, whose inputs a head would read")
-    return found[0]
+    return candidates[0]
 
 
 def _trace_skeleton(
@@ -232,7 +195,10 @@ def _trace_skeleton(
 
 
 def _config_of(model: PreTrainedModel) -> PreTrainedConfig:
-    """A copy that says whether `model` ties its head to its embedding: checkpoints may store a head all the same."""
+    """Returns a copy of the config that says whether `model` ties its head to its embedding.
+
+    The checkpoint decides that, not its config: it may store a head although the config says tied.
+    """
     config = copy.deepcopy(model.config)
     head = model.get_output_embeddings()
     if head is not None:

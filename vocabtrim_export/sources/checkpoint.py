@@ -1,0 +1,183 @@
+"""Loads a local directory in transformers' form: config, tokenizer and weights, also quantised or multimodal ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import __version__ as transformers_version
+
+from engines.bundle.typed_json import read
+from engines.errors import VocabtrimError
+from vocabtrim_export.sources.quantized_checkpoints import dense_weights, is_readable
+from vocabtrim_export.sources.refusals import check_architecture
+from vocabtrim_export.sources.text_models import (
+    is_multimodal,
+    multimodal_note,
+    text_config,
+    text_tensor_names,
+    text_weights,
+)
+from vocabtrim_export.sources.unread_tensors import check_unread
+
+_NO_CODE = {"trust_remote_code": False}  # never a question on the terminal, never a model's own code
+_MOST_RATIO = 16  # a checkpoint may pack several weights in a number
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the files of a model hold.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+        end_token_ids: The ids that a file names in addition to those of the configs.
+        notes: What the user should know.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    end_token_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def load_checkpoint(spec: str, where: str, files: list[Path], weights: int, dtype: torch.dtype) -> Loaded:
+    """Load the model in a directory.
+
+    Args:
+        spec: MODEL as the user gave it, for errors.
+        where: The directory.
+        files: Its weight files.
+        weights: The number of weights in these.
+        dtype: The dtype of the model's parameters.
+
+    Raises:
+        VocabtrimError: The model is of a kind that is not read, or its weights do not fit its config.
+    """
+    config = read_config(spec, where)
+    text = text_config(spec, config)
+    check_architecture(spec, text)
+    _check_size(spec, text, weights)
+    tokenizer = read_checkpoint_tokenizer(spec, where)
+    model, loading = _load_weights(where, files, dtype, config, text)
+    _check_fit(spec, loading)
+    if (Path(where) / "generation_config.json").is_file():  # transformers passes over one that it cannot read
+        model.generation_config = GenerationConfig.from_pretrained(where)
+    notes: tuple[str, ...] = (multimodal_note(spec, text),) if is_multimodal(config, text) else ()
+    notes += _own_code_note(spec, config)
+    notes += check_unread(spec, loading["unexpected_keys"], int(model.config.num_hidden_layers))
+    return Loaded(model, tokenizer, notes=notes)
+
+
+def read_config(spec: str, where: str) -> PreTrainedConfig:
+    """Read the config of a model whose architecture transformers itself has.
+
+    Args:
+        spec: MODEL as the user gave it, for errors.
+        where: The directory.
+
+    Raises:
+        VocabtrimError: transformers lacks the architecture.
+    """
+    raw = read(Path(where) / "config.json")
+    stated = raw.get("model_type") if isinstance(raw, dict) else None
+    if stated and stated not in CONFIG_MAPPING:
+        if "auto_map" in raw:
+            raise VocabtrimError(f"{spec} ({stated}) brings its own code (auto_map in config.json), which is never run")
+        raise VocabtrimError(f"{spec}: transformers {transformers_version} has no architecture {stated!r}")
+    config: PreTrainedConfig = AutoConfig.from_pretrained(where, **_NO_CODE)
+    return config
+
+
+def _own_code_note(spec: str, config: PreTrainedConfig) -> tuple[str, ...]:
+    """Returns a note where a checkpoint of a known architecture brings a model class of its own."""
+    if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        return ()
+    return (
+        f"{spec} brings its own code (auto_map in config.json), which is not run: it is read as transformers' own "
+        f"{config.model_type}",
+    )
+
+
+def _load_weights(
+    where: str, files: list[Path], dtype: torch.dtype, config: PreTrainedConfig, text: PreTrainedConfig
+) -> Any:
+    """Returns the model, and transformers' account of its tensors.
+
+    A quantised checkpoint is loaded from its dense weights, a multimodal one from those of its text model.
+    """
+    how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    quantization: Any = getattr(config, "quantization_config", None)
+    is_quantized = isinstance(quantization, dict) and is_readable(quantization)
+    multimodal = is_multimodal(config, text)
+    if not is_quantized and not multimodal:
+        return AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **how)
+    if is_quantized:
+        weights = dense_weights(files, quantization, dtype)
+        if multimodal:
+            weights = {name: weights[stored] for stored, name in text_tensor_names(weights).items()}
+    else:
+        weights = text_weights(files)
+    if hasattr(text, "quantization_config"):
+        del text.quantization_config
+    if "lm_head.weight" not in weights and getattr(config, "tie_word_embeddings", False):
+        text.tie_word_embeddings = True  # the whole's rule holds for a head that the whole has
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+    return kind.from_pretrained(None, config=text, state_dict=weights, **how)
+
+
+def read_checkpoint_tokenizer(spec: str, where: str) -> Any:
+    """Read the tokenizer of a model. Raises `VocabtrimError` where transformers cannot."""
+    try:
+        return AutoTokenizer.from_pretrained(where, **_NO_CODE)
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise VocabtrimError(
+            f"cannot read the tokenizer of {spec}: {first_line(error)}; fetch its files again (tokenizer.json or "
+            "tokenizer.model, tokenizer_config.json, chat_template.jinja)"
+        ) from error
+
+
+def _check_fit(spec: str, loading: Mapping[str, Any]) -> None:
+    """Refuse weights that are not those of the configuration. loading: transformers' account of the tensors."""
+    begin = f"the weights of {spec} do not fit its config.json: "
+    for name, there, wanted in sorted(loading["mismatched_keys"]):
+        raise VocabtrimError(f"{begin}{name} has the shape {list(there)}, config.json asks for {list(wanted)}")
+    missing, unread = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    if missing == ["lm_head.weight"]:
+        raise VocabtrimError(
+            f'{begin}no usable lm_head.weight among them; if its head is its embedding, set "tie_word_embeddings" to '
+            "true there"
+        )
+    if missing:
+        names = f"; they have names such as {unread[0]}" if unread else ""
+        raise VocabtrimError(f"{begin}no usable {missing[0]} among them{names}")
+
+
+def _check_size(spec: str, config: PreTrainedConfig, weights: int) -> None:
+    """Refuse a config.json that asks for far more weights than there are, before they are allocated."""
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(config)
+    wanted = sum(parameter.numel() for parameter in skeleton.parameters())
+    if wanted > _MOST_RATIO * weights:
+        raise VocabtrimError(
+            f"the weights of {spec} do not fit its config.json: it asks for {wanted}, there are {weights}"
+        )
+
+
+def first_line(error: Exception) -> str:
+    """Returns what an exception of transformers says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines or isinstance(error, KeyError):
+        return " ".join([type(error).__name__, *lines])
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
