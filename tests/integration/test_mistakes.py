@@ -153,6 +153,7 @@ def test_unusable_calibration(attempt, tmp_path):
 def test_wrong_options(attempt):
     assert_one_line(attempt(max_length=100_000), "--max-length 100000")
     assert_one_line(attempt(dtype="fp64"), "fp64")
+    assert_one_line(attempt(quantise="int4"), "unrecognized arguments: --quantise int4; did you mean --quantize?")
     assert_one_line(attempt(k=None), "--k")
     assert_one_line(attempt(target=None, calibration=None, calibration_source="target"), "--target")
 
@@ -166,7 +167,18 @@ def test_an_output_that_holds_something(attempt, tmp_path):
     mine = write(tmp_path / "other" / "drafter" / "notes.txt", "precious")
     assert_one_line(attempt(output=tmp_path / "other", force=True), "not a bundle")
     assert mine.read_text() == "precious"
-    assert_one_line(attempt(output=write(tmp_path / "file", "x")), "is a file")
+    file = write(tmp_path / "file", "x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "deep")
+    for output, pattern in [
+        (file, "is a file"),
+        (file / "sub", "file is a file"),
+        (tmp_path / "link", "link to nothing"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / "a\0b", "is no path"),
+        (tmp_path / "out" / "target" / "inner", "is inside the bundle"),
+        ("/proc/nothing", "/proc/nothing: No such file"),
+    ]:
+        assert_one_line(attempt(output=output), pattern)
 
 
 @pytest.mark.parametrize(

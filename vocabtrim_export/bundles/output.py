@@ -22,8 +22,7 @@ def check_output(output: Path, names: list[str], force: bool) -> None:
 
     Token counts do not count as something: a calibration that was interrupted goes on from them.
     """
-    if output.exists() and not output.is_dir():
-        raise VocabtrimError(f"{output} is a file: name a directory for the output")
+    _check_place(output)
     ours = (COUNTS_NAME, ASIDE)  # what an interrupted or killed run leaves
     if output.is_dir() and not force and any(not path.name.startswith(ours) for path in output.iterdir()):
         raise VocabtrimError(f"{output} is not empty: choose another --output, or --force to replace its bundles")
@@ -32,6 +31,20 @@ def check_output(output: Path, names: list[str], force: bool) -> None:
         is_ours = any((place / mark).is_file() for mark in _OURS)
         if place.exists() and not is_ours and (not place.is_dir() or any(place.iterdir())):
             raise VocabtrimError(f"{place} is not a bundle, so it is not replaced: move it away first")
+
+
+def _check_place(output: Path) -> None:
+    """Refuse a path that can be no directory, and one inside a bundle, which is replaced as a whole."""
+    if "\0" in str(output):
+        raise VocabtrimError(f"{str(output)!r} is no path: name a directory for the output")
+    above = [each for each in (output, *output.absolute().parents) if os.path.lexists(each)]
+    if above and above[0].is_symlink() and not above[0].exists():
+        raise VocabtrimError(f"{above[0]} is a link to nothing: name a directory for the output")
+    if above and not above[0].is_dir():
+        raise VocabtrimError(f"{above[0]} is a file: name a directory for the output")
+    for parent in output.absolute().parents:
+        if (parent / MANIFEST_NAME).is_file():
+            raise VocabtrimError(f"{output} is inside the bundle {parent}: choose another --output")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The entry points. Nothing heavy is imported before the arguments are understood."""
 
 import argparse
+import difflib
 import errno
 import importlib
 import logging
@@ -40,6 +41,10 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, like all the others."""
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            wrong = message.split()[2].partition("=")[0]
+            close = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+            message += f"; did you mean {close[0]}?" if close else ""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
@@ -147,7 +152,9 @@ def _in_one_line(run: Callable[[], int]) -> int:
             return _fail(f"the disk is full: free some space and run it again ({error.filename or error.strerror})")
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return _fail(f"no permission to write {error.filename or 'the output'}: choose another --output")
-        raise
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}: give another path")
 
 
 @contextmanager
