@@ -192,7 +192,7 @@ class Engine(ABC):
         draft_length: int,  # noqa: ARG002
         sampling: Sampling | None = None,  # noqa: ARG002
     ) -> Speculation | None:
-        """As the target, have `drafter` draft and verify the draft, without the host in between.
+        """Draft with `drafter` and verify the draft with this engine, the target, without the host in between.
 
         The target's cache then holds the whole draft, and the drafter's all but its last token. An EAGLE head reads the
         features of the target's last call on the device.
@@ -221,7 +221,7 @@ class Engine(ABC):
         raise VocabtrimError("only ONNX Runtime on the CPU can fork an engine: load the bundle once more instead")
 
     def environment(self) -> dict[str, str]:
-        """What a report says of the engine: the library that computes and its version, and the GPU if there is one."""
+        """Describe the engine for a report: the library that computes, its version, and the GPU if there is one."""
         return {}
 
     def rewind(self, length: int) -> None:
@@ -252,7 +252,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _release(self) -> None:
-        """What `close` does. May be called again, and then does nothing."""
+        """Release what `close` is to release. A second call does nothing."""
 
     def __enter__(self) -> Self:
         return self

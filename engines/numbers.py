@@ -1,4 +1,4 @@
-"""What engines store numbers as."""
+"""The number formats of engines, as NumPy arrays."""
 
 from typing import Any
 

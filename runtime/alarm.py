@@ -35,7 +35,7 @@ class Collapse:
     coverage: float | None
 
     def __str__(self) -> str:
-        """What was seen and what it likely comes of, in one line."""
+        """Returns what was seen and its likely causes, in one line."""
         keeps = "every token" if self.coverage is None else f"{self.coverage:.1%} of the calibration's tokens"
         return (
             f"the first drafted token was accepted in only {self.accepted} of {self.rounds} rounds, though the drafter "

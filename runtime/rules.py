@@ -23,7 +23,7 @@ class Rule(Protocol):
 
     @property
     def sampling(self) -> Sampling | None:
-        """What a device needs to do both by itself; None where it takes the most likely tokens."""
+        """The parameters with which a device can do both by itself; None where it takes the most likely tokens."""
 
     def propose(self, draft: list[int], output: StepOutput) -> int | None:
         """The drafter's next token after the text and `draft`; None where it has none that may be chosen."""

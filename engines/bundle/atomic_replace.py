@@ -23,7 +23,7 @@ _PATIENCE = 10.0  # seconds; the renames take milliseconds
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
-    """What the commit mark announces: `aside/new/NAME` takes its place, for all names."""
+    """Carry out what the commit mark announces: every `aside/new/NAME` takes its place."""
 
     aside: str
     names: tuple[str, ...]
@@ -82,7 +82,11 @@ def finish(directory: Path) -> None:
 
 
 def finish_if_free(directory: Path) -> None:
-    """As `finish`, for a reader: waits while another process does it. Raises `VocabtrimError` where that fails."""
+    """Do what `finish` does for a reader, which waits while another process does it.
+
+    Raises:
+        VocabtrimError: It fails.
+    """
     mark, until = directory / MARK_NAME, time.monotonic() + _PATIENCE
     while mark.is_file():
         try:

@@ -67,7 +67,7 @@ class ChatTemplates:
         return self._render(name, plain, options)
 
     def assistant_end(self, name: str) -> str:
-        """What the template writes after an assistant's message that ends a conversation; "" where it cannot say."""
+        """Returns the text that the template writes after an assistant's last message; "" where that is not clear."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
         text = self._try(name, messages, add_generation_prompt=False)
         return text.rpartition(_PROBE)[2]
@@ -106,7 +106,7 @@ class ChatTemplates:
         return kept if text[len(kept) :].startswith(_OPEN_END) else kept.rstrip()
 
     def _forms_of(self, name: str) -> MessageForms:
-        """What this template reads, found out by giving it each form once."""
+        """Find out which forms of messages this template reads, by rendering each form once."""
         if name not in self._forms:
             self._forms[name] = self._probe(name)
         return self._forms[name]

@@ -70,7 +70,7 @@ def content_checks(root: Path, manifest: Manifest, thorough: bool) -> list[Check
 
 
 def graph_metadata(manifest: Manifest) -> dict[str, str]:
-    """What a bundle's graphs say of themselves: the digests of what they belong to."""
+    """Returns the metadata that a bundle's graphs carry: the digests of the bundle that they belong to."""
     digests = {
         "vocab_map": manifest.vocab_map or "",
         "tokenizer": manifest.tokenizer,

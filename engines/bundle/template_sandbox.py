@@ -47,7 +47,7 @@ class CompiledTemplate:
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong, without line breaks and control characters, in bounded length."""
+    """Returns an error's message in bounded length, without line breaks and control characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(letter if letter.isprintable() else "?" for letter in text[:_MAX_MESSAGE])
     return text if len(text) < _MAX_MESSAGE else f"{text}…"

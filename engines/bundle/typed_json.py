@@ -98,7 +98,7 @@ def _is_scalar(kind: Any, value: Any) -> bool:
 
 
 def _expected(kind: Any) -> str:
-    """What JSON must hold for a `kind`, in words."""
+    """Returns in words what JSON must hold for a `kind`."""
     if get_origin(kind) is Literal:
         return " or ".join(map(json.dumps, get_args(kind)))
     words = {int: "a whole number, 0 or more", float: "a number, 0 or more", bool: "true or false", str: "a text"}

@@ -107,7 +107,7 @@ def check_greedy(sampling: SamplingParams) -> None:
 
 
 def measured_on(target: Engine) -> dict[str, Any]:
-    """What a report says of the machine, of what runs the target, and of the tools that made its bundle."""
+    """Describe, for a report, the machine, the library that runs the target, and the tools that made its bundle."""
     made_by = {"source": target.manifest.source, "tool_versions": dict(target.manifest.tool_versions)}
     return environment() | target.environment() | made_by
 

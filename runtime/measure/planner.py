@@ -140,7 +140,7 @@ def _trimming_gain(candidates: Sequence[Candidate]) -> float | None:
 
 
 def _against_speculation(target_step_ms: float, drafter: DrafterTimes, times: RoundTimes) -> list[str]:
-    """What holds back even the best candidate."""
+    """Returns the reasons why even the best candidate is not faster, in words."""
     reasons = []
     width, cost = times.draft_length + 1, times.verify_ms / target_step_ms
     if (cost - 1) / times.draft_length > _COMPUTE_BOUND:

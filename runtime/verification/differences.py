@@ -41,7 +41,7 @@ class Difference:
 
 
 def differences(rows: NDArray[np.float32], tokens: Sequence[int], manifest: Manifest) -> list[Difference]:
-    """Where `tokens` are not the most likely ones.
+    """Find the positions where `tokens` are not the most likely ones.
 
     Args:
         rows: float32[len(tokens), columns], the logits of the same positions.

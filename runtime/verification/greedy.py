@@ -165,7 +165,7 @@ def _verify_one(
 def _step_by_step(
     target: Engine, text: GivenText, blocks: NDArray[np.float32], rules: LogitRules | None
 ) -> tuple[tuple[Difference, ...], float]:
-    """What calls on one token choose otherwise, and how far their logits are from `blocks`, in roundings."""
+    """Returns where calls on one token choose otherwise, and how far their logits are from `blocks`, in roundings."""
     found: list[Difference] = []
     deviations = []
     tokens = text.tokens
@@ -187,8 +187,9 @@ def _deviation(own: NDArray[np.float32], rows: NDArray[np.float32], manifest: Ma
 
 
 def _ending(result: Generation, prompt_length: int, max_new_tokens: int, target: Engine) -> str | None:
-    """What is wrong with where a generation ended: it must end at the first EOS, else at the tokens asked for or the
-    context.
+    """Returns what is wrong with the place where a generation ended; None if nothing is.
+
+    It must end at the first EOS, else at the number of tokens asked for or at the end of the context.
     """
     stops = [i for i, token in enumerate(result.token_ids) if token in target.manifest.eos_token_ids]
     last = len(result.token_ids) - 1

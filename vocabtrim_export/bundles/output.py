@@ -70,7 +70,7 @@ def reserved(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(paths: list[Path]) -> Iterator[list[Path]]:
-    """As `placing`, in a directory that is reserved for no more than this."""
+    """Do what `placing` does, and reserve the directory for that time only."""
     with reserved(paths[0].parent), placing(paths) as fresh:
         yield fresh
 

@@ -223,7 +223,7 @@ def _manifest(plan: BundlePlan, lowered: Lowered) -> Manifest:
 
 
 def _features(plan: BundlePlan) -> dict[str, Any]:
-    """What the manifest says of features given or read."""
+    """Returns the fields of the manifest that describe the features given or read."""
     if isinstance(plan.source, HeadSource):
         size = int(plan.source.model.config.feature_size)
         return {"kind": plan.source.kind, "feature_layers": plan.source.feature_layers, "feature_size": size}

@@ -44,9 +44,15 @@ class BatchLimits:
 
 
 def next_batch(documents: Sequence[Document], counts: TokenCounts, max_tokens: int) -> tuple[int, list[int]] | None:
-    """The pass over the corpus and the documents (by index) that come next, or None when the counting is done.
+    """Choose the next batch. It depends on the counts alone, so interruptions do not change it.
 
-    A function of the counts alone, so that it does not matter how often the work was interrupted.
+    Args:
+        documents: The documents of the corpus.
+        counts: The counts so far.
+        max_tokens: The number of tokens to count.
+
+    Returns:
+        The number of the pass over the corpus and the indices of the documents; None when the counting is done.
     """
     run = counts.runs[0]
     if not documents or counts.total >= max_tokens:
@@ -62,7 +68,7 @@ def next_batch(documents: Sequence[Document], counts: TokenCounts, max_tokens: i
 
 
 def _order(documents: Sequence[Document], run: CalibrationRun, pass_number: int) -> list[int]:
-    """A random order of the documents in which neighbours are of like length, to limit padding.
+    """Returns a random order of the documents in which neighbours have similar lengths, which limits padding.
 
     Windows of a shuffled corpus are sorted by length and their batches shuffled, so that stopping early still leaves
     short and long prompts.
@@ -81,7 +87,7 @@ def _order(documents: Sequence[Document], run: CalibrationRun, pass_number: int)
 
 
 def draws(run: CalibrationRun, pass_number: int, indices: Sequence[int]) -> NDArray[np.float64]:
-    """float64[B, max_new_tokens] in [0, 1): each document has numbers of its own, whatever batch it falls into."""
+    """Returns float64[B, max_new_tokens] in [0, 1), the same numbers for a document in whatever batch it is."""
     seeds = ([run.seed, pass_number, index] for index in indices)
     return np.array([np.random.default_rng(seed).random(run.max_new_tokens) for seed in seeds])
 

@@ -49,7 +49,7 @@ class BufferedLayer(DynamicLayer):
 
 
 class BufferedCache(Cache):
-    """As many buffered layers as the model turns out to have."""
+    """A cache of buffered layers, one for each layer that the model turns out to have."""
 
     def __init__(self, capacity: int) -> None:
         new_layer = cast(type[DynamicLayer], partial(BufferedLayer, capacity))  # it is only ever called

@@ -87,7 +87,11 @@ class TokenCounts:
         }
 
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
-        """Counts of one tokenizer add up. Refuses another vocabulary, and a run that both already contain."""
+        """Add the counts of other text.
+
+        Raises:
+            VocabtrimError: The tokenizers differ, or both contain the same calibration run.
+        """
         if (self.tokenizer_digest, self.full_vocab) != (other.tokenizer_digest, other.full_vocab):
             raise VocabtrimError(
                 "token counts of different tokenizers cannot be added "
@@ -188,7 +192,11 @@ def mixed(domains: Sequence[TokenCounts]) -> TokenCounts:
 
 
 def _with_domains(whole: TokenCounts, arrays: Mapping[str, NDArray[np.int64]], path: Path) -> TokenCounts:
-    """The counts of a file with those of its domains. Raises `VocabtrimError` where they are not what was mixed."""
+    """Returns the counts of a file with those of its domains.
+
+    Raises:
+        VocabtrimError: The domains do not add up to the counts.
+    """
     try:
         pairs = [(run, arrays[f"counts.{run.domain}"], arrays[f"held_out.{run.domain}"]) for run in whole.runs]
         again = mixed([TokenCounts(each[0], each[1], whole.tokenizer_digest, (run,)) for run, *each in pairs])
@@ -212,7 +220,7 @@ def _sha256(digest: str, runs: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Provenance:
-    """What a file of token counts says beside its arrays."""
+    """The metadata of a file of token counts."""
 
     tokenizer_digest: str
     runs: tuple[CalibrationRun, ...]

@@ -124,7 +124,7 @@ class _Batch:
             self.alive = self.alive[self.alive]
 
     def segment(self) -> dict[str, Tensor]:
-        """What was computed since the last segment, and the state besides the cache."""
+        """Returns what was computed since the last segment, and the state besides the cache."""
         kept = torch.searchsorted(self.saved_rows, self.rows)  # both ascend
         state = {"rows": self.rows, "alive": self.alive, "last": self.last, "generated": self.generated, "kept": kept}
         parts = {name: tensor.cpu() for name, tensor in state.items()} | self.cache.written(self.saved)

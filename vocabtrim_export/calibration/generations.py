@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def text_tokens(tokenizer: "PreTrainedTokenizerFast", documents: Sequence[Document]) -> list[list[int]]:
-    """The tokens of each document's texts, each text encoded by itself."""
+    """Returns the tokens of each document's texts, each text encoded by itself."""
     texts = [text for document in documents for text in document.counted_texts]
     encoded = iter(encode(tokenizer, texts, add_special_tokens=False))
     return [[token for _ in document.counted_texts for token in next(encoded)] for document in documents]
@@ -29,9 +29,17 @@ def text_tokens(tokenizer: "PreTrainedTokenizerFast", documents: Sequence[Docume
 def prompt_tokens(
     tokenizer: Tokenizer, documents: Sequence[Document], chat: ChatOptions, run: CalibrationRun, rows: int
 ) -> tuple[list[list[int]], list[Skipped]]:
-    """The end of each document's prompt, empty where it cannot be one, and those that cannot.
+    """Encode the prompts of documents, and cut them to their ends.
 
-    rows: of the model's embedding; an added token, as an image's, may have an id beyond them.
+    Args:
+        tokenizer: The runtime's tokenizer.
+        documents: The documents.
+        chat: How the chat template renders them.
+        run: The settings of the calibration.
+        rows: The rows of the model's embedding. An added token, such as an image's, may have an id beyond them.
+
+    Returns:
+        The prompts, empty for a document that cannot be one, and the documents that cannot.
     """
     prompts: list[list[int]] = []
     skipped: list[Skipped] = []
@@ -56,7 +64,7 @@ def sampled_tokens(
     on_step: Callable[[int], None],
     unfinished: PartialBatch | None,
 ) -> list[NDArray[np.int64]]:
-    """The tokens that `model` continues each prompt with; none where the prompt has no token."""
+    """Generate with `model` after each prompt. Returns the new tokens; none for an empty prompt."""
     from vocabtrim_export.calibration.generate import NO_TOKEN, generate_batch
 
     tokens = [np.empty(0, np.int64)] * len(prompts)
@@ -84,7 +92,7 @@ def asked_tokens(
     batch: tuple[int, list[int]],
     on_step: Callable[[int], None],
 ) -> list[list[int]]:
-    """The tokens of what the server continues each document with, an EOS where the model ended it."""
+    """Generate with a server after each document. Returns the new tokens, an EOS where the model ended included."""
     pass_number, indices = batch
     seeds = [int(np.random.default_rng([run.seed, pass_number, index]).integers(1 << 31)) for index in indices]
     answers = endpoint.answers(documents, run.max_new_tokens, run.temperature, seeds, on_step)

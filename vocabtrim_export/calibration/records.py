@@ -56,7 +56,7 @@ def parse_record(record: object, where: str) -> Iterator[Document]:
 
 
 def _replies(response: object, where: str) -> tuple[str, ...]:
-    """What a recorded response says; the assistant's messages of its request were replies to earlier requests."""
+    """Returns the texts of a recorded response. Assistant messages of its request answered earlier requests."""
     if isinstance(response, dict) and isinstance(response.get("body"), dict):
         response = response["body"]
     choices = response.get("choices") if isinstance(response, dict) else None

@@ -22,7 +22,7 @@ class Saver:
         self.evidence = evidence
 
     def unfinished(self, counts: TokenCounts, batch: tuple[int, list[int]]) -> PartialBatch | None:
-        """Where the work on this batch is kept."""
+        """Returns the place on disk where the work on this batch is kept; None without a checkpoint."""
         if self.checkpoint is None:
             return None
         run = counts.runs[0]

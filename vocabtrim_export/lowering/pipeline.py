@@ -109,7 +109,7 @@ def lower_standard(traced: Traced, weights: Weights, cache: CacheForm) -> Lowere
 
 
 def lower_unrolled(traced: Traced, weights: Weights, cache: CacheForm, steps: int) -> Lowered:
-    """As `lower_standard`, `steps` greedy steps at once: see `unroll` for what goes in and comes out."""
+    """Lower `steps` greedy steps to one graph of standard operators; `unroll` lists its inputs and outputs."""
     decoder = _start(traced, weights)
     select_last_position(decoder)
     _finish_head(decoder, weights)

@@ -96,7 +96,7 @@ def behind(value: ir.Value | None, op: str) -> ir.Node | None:
 
 
 def packed_name(first: str) -> str:
-    """What the weights of q, k and v together are called, by the name of q's."""
+    """Returns the name of the joined weights of q, k and v, made from the name of q's."""
     return first.replace("q_proj", "qkv_proj") if "q_proj" in first else f"{first}.qkv"
 
 

@@ -25,7 +25,7 @@ Heads = Mapping[nn.Module, Tensor | None]
 
 
 def heads_difference(directory: Path, plan: BundlePlan) -> str | None:
-    """What the graph of parallel heads computes otherwise than the heads, to end a sentence; None where nothing."""
+    """Returns how a graph of parallel heads differs from the heads, as the end of a sentence; None if it does not."""
     model = plan.source.model
     assert isinstance(model, ParallelHeads)
     rows = None if plan.head_rows is None else torch.from_numpy(plan.head_rows)

@@ -121,5 +121,5 @@ def _where(plan: BundlePlan, fed: Calls, window: Window | None, computed: Comput
 
 
 def _last(cached: NDArray[Any], wanted: NDArray[np.float32]) -> NDArray[Any]:
-    """As many of the last tokens of a cache [kv_heads, S, head_dim] as `wanted` holds."""
+    """Returns the last tokens of a cache [kv_heads, S, head_dim], as many as `wanted` holds."""
     return cached[:, -wanted.shape[1] :]

@@ -16,7 +16,7 @@ _MOST_HEADER = 100 << 20  # bytes; what the safetensors library itself allows
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What a .safetensors header says of a tensor."""
+    """A tensor, as the header of a .safetensors file describes it."""
 
     dtype: str
     shape: tuple[int, ...]
