@@ -23,7 +23,7 @@ _PATIENCE = 10.0  # seconds; the renames take milliseconds
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
-    """Carry out what the commit mark announces: every `aside/new/NAME` takes its place."""
+    """The content of a commit mark, which announces that every `aside/new/NAME` takes its place."""
 
     aside: str
     names: tuple[str, ...]
