@@ -92,8 +92,6 @@ def slots_refused(settings: ExportSettings, kind: str) -> str | None:
         return f"--format {graphs[0]} cannot hold --slots: only bundles of --format onnx and --format trt can"
     if kind in HEAD_KINDS and not HEAD_KINDS[kind].has_slots:
         return f"{HEAD_KINDS[kind].title} cannot have --slots yet: only language models, EAGLE and layer heads can"
-    if settings.weights_dtype == "bf16" and settings.trt is None:
-        return "--slots is for the CPU so far, which has no bf16 products: give --dtype fp32 or fp16"
     return None
 
 

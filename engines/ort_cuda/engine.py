@@ -10,10 +10,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from engines.base import Device, Engine, Speculation, StepOutput
-from engines.bundle.graph_io import INPUT_IDS, LOGITS, POSITION_IDS, SEQLENS_K, TOKEN_IDS
+from engines.bundle.graph_io import INPUT_IDS, LOGITS, POSITION_IDS, SEQLENS_K, SLOT_TOKEN_IDS, TOKEN_IDS
+from engines.bundle.head_rows import HeadRows
 from engines.bundle.read import Bundle
+from engines.bundle.vocab_map import VocabMap
 from engines.cuda import runtime as cuda
 from engines.cuda.graph_replay import Replayed
+from engines.cuda.slots import DeviceSlots
 from engines.ort.engine import OnnxRuntimeEngine
 from engines.ort.session import new_session, numpy_dtype
 from engines.ort.step import Step
@@ -61,6 +64,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         device: "cuda"; "cpu" only to test all this without a GPU.
         lag: Positions by which a drafter's cache is shorter than the text that it has read.
         rounds: The rounds that this engine drafts in.
+        slot_places: The inputs of in-context slots by name; none where there are no slots.
     """
 
     lag = 0
@@ -76,6 +80,8 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     ) -> None:
         self.device, self.stream, self._bundle = device, stream, bundle
         self.rounds = PairRounds(self)  # that this engine drafts in
+        self.slot_places: dict[str, Place] = {}
+        self._slot_memory: list[ort.OrtValue] = []
         try:
             super().__init__(bundle, session, shared)
         except Exception as error:
@@ -149,6 +155,8 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             if isinstance(step, DeviceStep):
                 step.work.close()
         super()._release()
+        self.slot_places.clear()
+        self._slot_memory.clear()
 
     def allocate(self, shape: tuple[int, ...], element: Any) -> ort.OrtValue:
         """Allocate memory on the device, uninitialised. element: a NumPy dtype, or a number of ONNX's."""
@@ -209,6 +217,21 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             run,
             self.replayed(enqueue),
         )
+
+    def _make_slots(self, vocab_map: VocabMap, rows: HeadRows, shape: tuple[int, int], onnx_type: str) -> DeviceSlots:
+        def allocate(size: int) -> int:
+            self._slot_memory.append(self.allocate((size,), np.uint8))
+            return int(self._slot_memory[-1].data_ptr())
+
+        slots = DeviceSlots(vocab_map, rows, shape, numpy_dtype(onnx_type), self.stream, allocate)
+        for name, array in slots.inputs.items():
+            element = np.int64 if name == SLOT_TOKEN_IDS else element_type(onnx_type)
+            self.slot_places[name] = Place(element, array.shape, slots.addresses[name])
+        return slots
+
+    def _bind_slots(self, binding: ort.IOBinding) -> None:
+        for name, place in self.slot_places.items():
+            binding.bind_input(name, self.device, 0, *place)
 
     def _allocate_cache(self, shape: tuple[int, ...], onnx_type: str) -> ort.OrtValue:
         value = self.allocate(shape, element_type(onnx_type))

@@ -44,11 +44,6 @@ def _check(bundle: Bundle, profile: Path | None) -> None:
         raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
     if bundle.manifest.interface == "parallel-heads":
         raise VocabtrimError(f"{bundle.path} holds Medusa heads, which run on the CPU only so far: use device 'cpu'")
-    if bundle.manifest.slots:
-        raise VocabtrimError(
-            f"{bundle.path} has slots, which run with ONNX Runtime on the CPU only so far: load it with device 'cpu' "
-            "(--drafter-device cpu), or export it without --slots"
-        )
 
 
 def make_stream() -> cuda.Stream:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.bundle.graph_io import LOGITS, TOKEN_IDS
+from engines.bundle.graph_io import LOGITS, SLOT_TOKEN_IDS, TOKEN_IDS
 from engines.ort_cuda.binding import Place, Run, run_options
 from engines.ort_cuda.graphs.acceptance import sampled_acceptance
 from engines.ort_cuda.graphs.sampling import draw_graph, warp_graph
@@ -50,17 +50,20 @@ class DeviceSampler:
     ) -> None:
         vocab, rows = target.manifest.head_rows, drafter.manifest.head_rows
         kept = drafter.vocab_map.kept_token_ids if drafter.vocab_map else None
-        columns = np.arange(rows) if kept is None and rows < vocab else kept
+        kept_columns = np.arange(rows) if kept is None and rows < vocab else kept
+        slots = drafter.manifest.slots
+        columns = rows + slots
+        self._slot_tokens = {name: place for name, place in drafter.slot_places.items() if name == SLOT_TOKEN_IDS}
         self._device, self._has_top_p, self._has_min_p = target.device, has_top_p, has_min_p
         self._draft_length = draft_length
         self.chances = _PARAMETERS + draft_length + (draft_length + 2) // 2
         self._options = run_options()
         choice = top_k, has_top_p, has_min_p
-        self._warp_draft = target.open_graph(warp_graph(rows, _TYPES[drafter.logits_type], *choice))
-        self._draw = target.open_graph(draw_graph(rows, kept))
+        self._warp_draft = target.open_graph(warp_graph(columns, _TYPES[drafter.logits_type], *choice))
+        self._draw = target.open_graph(draw_graph(columns, kept, slots))
         self._warp_verified = target.open_graph(warp_graph(vocab, _TYPES[target.logits_type], *choice))
-        self._accept = target.open_graph(sampled_acceptance(vocab, columns))
-        self._q = target.allocate((draft_length, rows), np.float32)
+        self._accept = target.open_graph(sampled_acceptance(vocab, kept_columns, slots))
+        self._q = target.allocate((draft_length, columns), np.float32)
         self._p = target.allocate((draft_length + 1, vocab), np.float32)
 
     def write_chances(self, values: NDArray[np.int64], sampling: Sampling) -> None:
@@ -86,13 +89,13 @@ class DeviceSampler:
             chances: Address of what `write_chances` wrote.
             token: Address that the token is written to.
         """
-        rows = self._q.shape()[1]
-        q = Place(np.float32, (1, rows), self._q.data_ptr() + 4 * rows * step)
+        columns = self._q.shape()[1]
+        q = Place(np.float32, (1, columns), self._q.data_ptr() + 4 * columns * step)
         uniform = Place(np.float32, (1,), chances + 8 * (_PARAMETERS + step))
         drawn = Place(np.int64, (1, 1), token)
         return [
             self._warp(self._warp_draft, logits, chances, q),
-            self._bind(self._draw, {"probabilities": q, "uniform": uniform}, {TOKEN_IDS: drawn}),
+            self._bind(self._draw, {"probabilities": q, "uniform": uniform, **self._slot_tokens}, {TOKEN_IDS: drawn}),
         ]
 
     def judge(self, logits: ort.OrtValue, chances: int, drafted: int, verdict: int) -> list[Run]:
@@ -107,7 +110,7 @@ class DeviceSampler:
         steps = self._draft_length
         uniforms = Place(np.float32, (steps + 1,), chances + 8 * (_PARAMETERS + steps))
         tokens = Place(np.int64, (1, steps), drafted)
-        inputs: _Bound = {"draft_ids": tokens, "p": self._p, "q": self._q, "uniforms": uniforms}
+        inputs: _Bound = {"draft_ids": tokens, "p": self._p, "q": self._q, "uniforms": uniforms, **self._slot_tokens}
         outputs = {"accepted": Place(np.int64, (1,), verdict), "next_token": Place(np.int64, (1,), verdict + 8)}
         p = Place(np.float32, tuple(self._p.shape()), self._p.data_ptr())
         return [self._warp(self._warp_verified, logits, chances, p), self._bind(self._accept, inputs, outputs)]

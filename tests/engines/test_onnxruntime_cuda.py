@@ -37,16 +37,21 @@ PROMPT = [5, 17, 200, 33]
 
 
 class HostStream:
-    """`engines.cuda.runtime.Stream` where the device's memory is the host's. copies: bytes of each."""
+    """`engines.cuda.runtime.Stream` where the device's memory is the host's. copies, columns: bytes of each."""
 
     address = 4711
 
     def __init__(self):
-        self.copies, self.waits = [], 0
+        self.copies, self.columns, self.waits = [], [], 0
 
     def copy(self, target, source, size):
         ctypes.memmove(target, source, size)
         self.copies.append(size)
+
+    def copy_columns(self, target, source, pitch, width, rows):
+        for row in range(rows):
+            ctypes.memmove(target + row * pitch, source + row * pitch, width)
+        self.columns.append(width * rows)
 
     def zero(self, memory):
         ctypes.memset(memory.address, 0, memory.size)
@@ -72,7 +77,7 @@ class HostStream:
 
 @pytest.fixture(scope="module")
 def pair(random_model, export_pair):
-    return export_pair(random_model("llama"), quantize_drafter="int4")
+    return export_pair(random_model("llama"), k=128, quantize_drafter="int4", slots=16)
 
 
 def device_engine(path, stream=None, shared=None):
@@ -182,22 +187,22 @@ def host_round(target, drafter, unread, draft_length, params, uniforms):
     """What the host's rules make of one round, step by step, with the same uniform numbers."""
     numbers = iter(float(number) for number in uniforms)
     scripted = SimpleNamespace(random=lambda: next(numbers))
-    vocab_map, draft, q = drafter.vocab_map, [], []
+    head_tokens, draft, q = drafter.head_tokens, [], []
     output = drafter.feed(unread)
     for i in range(draft_length):
         q.append(distribution(output.logits, params)[0])
         row = sample(q[-1], scripted)
-        draft.append(int(vocab_map.kept_token_ids[row]) if vocab_map else row)
+        draft.append(int(head_tokens.kept_token_ids[row]) if head_tokens else row)
         if i + 1 < draft_length:
             output = drafter.feed(draft[-1:])
     p = distribution(target.feed([unread[-1], *draft], keep=draft_length + 1).logits, params)
     # The rule asks for a number for each token up to the first rejected one, and for the last number then.
-    rows = draft if vocab_map is None else vocab_map.inverse[draft].tolist()
+    rows = draft if head_tokens is None else head_tokens.inverse[draft].tolist()
     stays = [uniforms[draft_length + i] * q[i][rows[i]] < p[i][token] for i, token in enumerate(draft)]
     count = stays.index(False) if False in stays else draft_length
     judged = iter([*uniforms[draft_length:][: min(count + 1, draft_length)], uniforms[-1]])
     rng = SimpleNamespace(random=lambda: float(next(judged)))
-    return draft, accept_sampled(draft, q, p.__getitem__, vocab_map, rng)
+    return draft, accept_sampled(draft, q, p.__getitem__, head_tokens, rng)
 
 
 SAMPLINGS = [
@@ -214,16 +219,17 @@ SAMPLINGS = [
 )
 def test_a_sampled_round_on_the_device_is_the_hosts(params, pair):
     """Token for token where both take the same numbers; and no logits come back."""
-    stream, counts = HostStream(), []
+    stream, counts, lost = HostStream(), [], pair.selection.lost_token_ids
     with device_engine(pair.target, stream) as target, load_engine(pair.target) as target_alone:
         for path in (pair.drafter, pair.target):
             with device_engine(path, stream) as drafter, load_engine(path) as drafter_alone:
-                text = [*PROMPT]
+                text, from_slots = [*PROMPT, *lost[:24]], 0
                 engines_ = (target, target_alone, drafter, drafter_alone)
                 for number in range(24):
                     draft_length = (3, 1, 5)[number % 3]
                     for engine, length in zip(engines_, (1, 1, 2, 2), strict=True):
                         engine.rewind(0)
+                        engine.remember(text)  # where it has slots, they change under the rounds that are kept
                         engine.feed(text[:-length])
                     stream.copies.clear()
                     rng = np.random.default_rng(number)
@@ -233,8 +239,40 @@ def test_a_sampled_round_on_the_device_is_the_hosts(params, pair):
                     wanted = host_round(target_alone, drafter_alone, text[-2:], draft_length, params, uniforms)
                     assert (made.drafted.tolist(), made.accepted) == wanted
                     counts.append(made.accepted.count)
-                    text = [*text, *wanted[0][: made.accepted.count], made.accepted.next_token]
+                    from_slots += np.isin(made.drafted, lost).sum()
+                    text = [*text[:4], *text[5:], *wanted[0][: made.accepted.count], made.accepted.next_token]
+                assert from_slots > (path == pair.drafter)
     assert {0, 1, 3, 5} <= set(counts)
+
+
+def test_slots_are_those_of_the_host_and_a_new_token_is_one_copy(pair):
+    """Rounds are bound once; slots change under them."""
+    stream, lost = HostStream(), pair.selection.lost_token_ids.tolist()
+    with (
+        device_engine(pair.target, stream) as target,
+        device_engine(pair.drafter, stream, target) as drafter,
+        SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=3) as host,
+        SpeculativeDecoder(target, drafter, draft_length=3) as device,
+    ):
+        for prompt in (lost[:60], [5, *lost[100:110]], [7]):
+            found, wanted = (each.generate(prompt, max_new_tokens=80) for each in (device, host))
+            assert found.token_ids == wanted.token_ids
+            assert found.stats.accepted == wanted.stats.accepted > 0
+            held = [set(each.drafter.head_tokens.kept_token_ids[128:]) for each in (device, host)]
+            assert held[0] == held[1]
+            kept = list(drafter.rounds.kept.values())
+        assert list(drafter.rounds.kept.values()) == kept
+        drafter.rewind(0)
+        stream.copies.clear()
+        stream.columns.clear()
+        for token, columns in ((lost[0], [64 * 4]), (lost[0], []), (lost[1], [64 * 4])):
+            drafter.remember([token])
+            assert stream.columns == columns
+            assert stream.copies == [8 * 16] * len(columns)
+            stream.copies.clear()
+            stream.columns.clear()
+    drafter.remember(lost[:3])  # closed: its memory is gone
+    assert not stream.copies
 
 
 def test_a_sampled_generation_waits_once_a_round_and_stops_at_an_eos(pair):

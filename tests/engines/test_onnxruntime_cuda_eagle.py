@@ -241,13 +241,14 @@ def sampled_rounds(device, host, params, count):
         for target, head in (device, host):
             for engine in (target, head):
                 engine.rewind(0)
+            head.remember(text)
             head.feed_features(text[1:-1], target.feed(text[:-2]).features)
             rows = target.feed(text[-2:-1]).features.copy()
         made = device[0].speculate(device[1], text[-1:], 4, Sampling(params, np.random.default_rng(number)))
         for engine, length in zip(host, (len(text) - 1, len(text) - 2), strict=True):
             engine.rewind(length)
         feeds = chain([partial(host[1].feed_features, features=rows)], repeat(host[1].feed))
-        drafter = SimpleNamespace(vocab_map=host[1].vocab_map, feed=partial(call_next, feeds))
+        drafter = SimpleNamespace(head_tokens=host[1].head_tokens, feed=partial(call_next, feeds))
         uniforms = np.random.default_rng(number).random(9, np.float32)
         yield (made.drafted.tolist(), made.accepted), host_round(host[0], drafter, text[-1:], 4, params, uniforms)
         text = [*text[:40], made.accepted.next_token]
@@ -278,7 +279,7 @@ def test_a_sampled_generation_moves_no_features(pair):
 
 @pytest.fixture(scope="module")
 def half(head_dir, target_dir, export_pair):
-    return export_pair(head_dir, target_dir, k=128, dtype="fp16", quantize_drafter="int4")
+    return export_pair(head_dir, target_dir, k=128, dtype="fp16", quantize_drafter="int4", slots=16)
 
 
 def test_fp16_with_a_trimmed_int4_head(half):

@@ -57,6 +57,18 @@ def test_the_least_recently_seen_token_leaves(rows, texts, count):
     assert LOST[0] in arrays["slot_token_ids"]
 
 
+def test_bfloat16_stands_in_slots_as_its_bits(tmp_path):
+    bits = (WEIGHT.view(np.uint32) >> 16).astype(np.uint16)
+    save_file({"token_ids": LOST, "weight": bits, "bias": bits[:, 0].copy()}, tmp_path / "rows.safetensors")
+    rows = HeadRows(tmp_path / "rows.safetensors", MAP, "none")
+    weights, biases = rows.read(LOST[[3, 1]])
+    np.testing.assert_array_equal(weights, (bits[[3, 1]].astype(np.uint32) << 16).view(np.float32))
+    np.testing.assert_array_equal(biases, weights[:, 0])
+    slots = Slots(MAP, rows, (HIDDEN, 2), np.dtype(np.uint16))
+    slots.see(LOST[[3, 1]].tolist())
+    np.testing.assert_array_equal(slots.inputs["slot_weight"], bits[[3, 1]].T)
+
+
 def test_a_long_text_reads_no_more_rows_than_there_are_slots(rows, monkeypatch):
     read = []
     monkeypatch.setattr(rows, "read", lambda ids, real=rows.read: read.append(len(ids)) or real(ids))

@@ -154,13 +154,10 @@ def test_mistakes_of_an_export(model, count_file, tmp_path, capsys):
     assert_one_line(attempt("--k", K, "--slots", -1), "--slots is -1.*0 for none")
     assert_one_line(attempt("--k", VOCAB, "--slots", 8), "keeps all of them.*smaller K")
     assert_one_line(attempt("--k", K, "--slots", 8, "--format", "onnx", "triton"), "triton cannot hold --slots")
-    assert_one_line(attempt("--k", K, "--slots", 8, "--dtype", "bf16"), "give --dtype fp32 or fp16")
     assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_of_a_bundle(pair, tmp_path):
-    with pytest.raises(VocabtrimError, match="slots, which run with ONNX Runtime on the CPU"):
-        load_engine(pair.drafter, "cuda")
     missing, changed, older = (shutil.copytree(pair.drafter, tmp_path / name) for name in ("missing", "changed", "old"))
     (missing / HEAD_ROWS_NAME).unlink()
     data = bytearray((changed / HEAD_ROWS_NAME).read_bytes())

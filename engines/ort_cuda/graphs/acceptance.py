@@ -4,15 +4,17 @@ It runs between the target's verification and the next draft (`engines.ort_cuda.
 `engines.ort_cuda.graphs.sampling` makes of the logits (temperature, top-k, top-p, min-p). It has no state, no weights
 and no control flow.
 
-The graph uses only what ONNX Runtime (CPU, CUDA) and TensorRT all run: gathers instead of scatters, running sums
-instead of products, and counting instead of ArgMax, because TensorRT does not promise which of several equal values its
-ArgMax finds. The length of the draft is a dynamic dimension, which a TensorRT plan's profile fixes.
+The graph uses only what ONNX Runtime (CPU, CUDA) and TensorRT all run: gathers instead of scatters (but for in-context
+slots, whose tokens are not known beforehand), running sums instead of products, and counting instead of ArgMax, because
+TensorRT does not promise which of several equal values its ArgMax finds. The length of the draft is a dynamic
+dimension, which a TensorRT plan's profile fixes.
 """
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from engines.bundle.graph_io import SLOT_TOKEN_IDS
 from engines.bundle.vocab_map import VocabMap
 from engines.ort_cuda.graphs.builder import FLOAT, INT64, GraphBuilder
 from engines.ort_cuda.graphs.sampling import draw
@@ -22,7 +24,7 @@ _VERIFIED = "verified"  # draft_length + 1
 _END = (1 << 31) - 1
 
 
-def sampled_acceptance(vocab: int, kept_token_ids: NDArray[np.int64] | None = None) -> ir.Model:
+def sampled_acceptance(vocab: int, kept_token_ids: NDArray[np.int64] | None = None, slots: int = 0) -> ir.Model:
     """Keep or replace drafted tokens so that what comes out is distributed as the target alone would have it.
 
     Leviathan et al. 2023, arXiv 2211.17192, algorithm 1: token i stays while u_i < p_i(token) / q_i(token); the next
@@ -30,20 +32,22 @@ def sampled_acceptance(vocab: int, kept_token_ids: NDArray[np.int64] | None = No
     The same rule, with the same treatment of the edges, as `runtime.accept.accept_sampled`, in float32: a uniform has
     24 bits, and a point that lies within about 1e-6 of two tokens' border may fall to either.
 
+    slots: the number of columns of q behind its first K, whose tokens are the input slot_token_ids int64[slots], -1 for
+    an empty slot, whose q is 0. No token stands in both parts.
     vocab: columns of p. kept_token_ids: int64[K], ascending, the token of each column of q; others have q = 0. None:
     column i is token i, and K = vocab.
     Inputs: draft_ids int64[1, γ], γ of at least 1, token i drawn from row i of q;
         p float32[γ + 1, vocab], the target's distributions before and after each drafted token;
-        q float32[γ, K], the drafter's; uniforms float32[γ + 1] in [0, 1), the last one for the next token.
+        q float32[γ, K + slots], the drafter's; uniforms float32[γ + 1] in [0, 1), the last one for the next token.
     Outputs: accepted int64[1]; next_token int64[1], `NO_TOKEN` where a number that it hangs on is not finite.
     """
     graph = GraphBuilder("sampled_acceptance")
     kept = np.arange(vocab) if kept_token_ids is None else VocabMap(kept_token_ids, vocab).kept_token_ids
     draft = graph.input("draft_ids", ir.DataType.INT64, [1, _DRAFT])
     p = graph.input("p", ir.DataType.FLOAT, [_VERIFIED, vocab])
-    q = graph.input("q", ir.DataType.FLOAT, [_DRAFT, len(kept)])
+    q = graph.input("q", ir.DataType.FLOAT, [_DRAFT, len(kept) + slots])
     uniforms = graph.input("uniforms", ir.DataType.FLOAT, [_VERIFIED])
-    columns = _Columns(graph, vocab, kept)
+    columns = _Columns(graph, vocab, kept, slots)
 
     tokens = graph.reshape(draft, -1)
     # u·q < p rather than u < p/q: no division by zero, and where q is zero p alone decides
@@ -58,13 +62,17 @@ def sampled_acceptance(vocab: int, kept_token_ids: NDArray[np.int64] | None = No
 
 
 class _Columns:
-    """Tokens as columns of q, by one table int64[vocab]: a token's column, or K for a token that has none."""
+    """Tokens as columns of q, by one table int64[vocab]: a token's column, or their number for a token that has none.
 
-    def __init__(self, graph: GraphBuilder, vocab: int, kept: NDArray[np.int64]) -> None:
-        self.graph, self.vocab, self.count = graph, vocab, len(kept)
+    Tokens of slots are not in the table.
+    """
+
+    def __init__(self, graph: GraphBuilder, vocab: int, kept: NDArray[np.int64], slots: int) -> None:
+        self.graph, self.vocab, self.kept, self.count = graph, vocab, len(kept), len(kept) + slots
+        self.slot_tokens = graph.input(SLOT_TOKEN_IDS, ir.DataType.INT64, [slots]) if slots else None
         self.table: ir.Value | None = None
         if len(kept) < vocab:
-            table = np.full(vocab, len(kept), np.int64)
+            table = np.full(vocab, self.count, np.int64)
             table[kept] = np.arange(len(kept))
             self.table = graph.constant("q_columns", table)
 
@@ -74,6 +82,9 @@ class _Columns:
         if self.table is None:
             return _entries(graph, q, tokens, self.count)
         column = graph.op("Gather", self.table, tokens, axis=0)
+        if self.slot_tokens is not None:
+            is_slot, at = self._slot_columns(self.slot_tokens, tokens)
+            column = graph.op("Where", is_slot, at, column)
         (last,) = graph.ints([self.count - 1])
         found = _entries(graph, q, graph.op("Min", column, last), self.count)
         return graph.op("Where", graph.op("Greater", column, last), graph.floats(0), found)
@@ -84,7 +95,28 @@ class _Columns:
         flat = graph.reshape(row, self.count)
         if self.table is None:
             return flat
-        return graph.op("Gather", graph.op("Concat", flat, graph.floats(0), axis=0), self.table, axis=0)
+        found = graph.op("Gather", graph.op("Concat", flat, graph.floats(0), axis=0), self.table, axis=0)
+        return self._with_slots(flat, found)
+
+    def _slot_columns(self, slot_tokens: ir.Value, tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Which of int64[γ] tokens stand in slots, bool[γ], and the columns of these."""
+        graph = self.graph
+        matches = graph.op("Cast", graph.op("Equal", graph.reshape(tokens, -1, 1), slot_tokens), to=INT64)
+        numbers = graph.constant("slot_columns", np.arange(self.kept, self.count))
+        is_slot = graph.op("Greater", graph.reshape(graph.total(matches, 1), -1), *graph.ints([0]))
+        return is_slot, graph.reshape(graph.total(graph.op("Mul", matches, numbers), 1), -1)
+
+    def _with_slots(self, flat: ir.Value, found: ir.Value) -> ir.Value:
+        """`found`, float32[vocab], with what `flat`, a row of q, holds for the tokens of slots. Empty slots are written
+        behind the vocabulary, and cut."""
+        graph = self.graph
+        if self.slot_tokens is None:
+            return found
+        zero, kept, vocab, end = graph.ints([0], [self.kept], [self.vocab], [_END])
+        at = graph.op("Where", graph.op("Less", self.slot_tokens, zero), vocab, self.slot_tokens)
+        values = graph.op("Slice", flat, kept, end)
+        wider = graph.op("Concat", found, graph.floats(0), axis=0)
+        return graph.op("Slice", graph.op("ScatterElements", wider, at, values, axis=0), zero, vocab)
 
 
 def _replacement(

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from engines.bundle.graph_io import LOGITS, TOKEN_IDS, TOKEN_TABLE
+from engines.bundle.graph_io import LOGITS, SLOT_TOKEN_IDS, TOKEN_IDS, TOKEN_TABLE
 from engines.ort_cuda.graphs.builder import FLOAT, INT64, GraphBuilder
 
 NO_TOKEN = -1  # what is drawn where the weights do not add up to a positive number
@@ -55,22 +55,27 @@ def warp_graph(size: int, logits_type: ir.DataType, top_k: int, has_top_p: bool,
     return graph.finish({"probabilities": (probabilities, ir.DataType.FLOAT, ["rows", size])})
 
 
-def draw_graph(size: int, kept_token_ids: NDArray[np.int64] | None) -> ir.Model:
+def draw_graph(size: int, kept_token_ids: NDArray[np.int64] | None, slots: int = 0) -> ir.Model:
     """A graph that draws a token from a row of probabilities.
 
-    Its inputs are probabilities float32[1, size] and uniform float32[1] in [0, 1). Its output is token_ids int64[1, 1].
+    Its inputs are probabilities float32[1, size]; uniform float32[1] in [0, 1); and, with slots, slot_token_ids
+    int64[slots]. Its output is token_ids int64[1, 1].
     A row of NaN gives any token: none of its probabilities can be accepted later.
 
     Args:
         size: Columns of the probabilities.
-        kept_token_ids: int64[size], the token of each column; None where column i is token i.
+        kept_token_ids: int64[size - slots], the tokens of the first columns; None where column i is token i.
+        slots: The last columns, whose tokens are an input.
     """
     graph = GraphBuilder("draw")
     probabilities = graph.input("probabilities", ir.DataType.FLOAT, [1, size])
     column = draw(graph, probabilities, size, graph.input("uniform", ir.DataType.FLOAT, [1]))
     if kept_token_ids is not None:
         at = graph.op("Max", column, *graph.ints([0]))
-        column = graph.op("Gather", graph.constant(TOKEN_TABLE, kept_token_ids), at, axis=0)
+        table = graph.constant(TOKEN_TABLE, kept_token_ids)
+        if slots:
+            table = graph.op("Concat", table, graph.input(SLOT_TOKEN_IDS, ir.DataType.INT64, [slots]), axis=0)
+        column = graph.op("Gather", table, at, axis=0)
     return graph.finish({TOKEN_IDS: (graph.reshape(column, 1, 1), ir.DataType.INT64, [1, 1])})
 
 
