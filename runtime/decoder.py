@@ -14,7 +14,7 @@ from engines.bundle.tokenizer import TOKENIZER_NAME, Tokenizer
 from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from runtime.alarm import AcceptanceAlarm
-from runtime.draft_length import AdaptiveLength, DraftLength
+from runtime.draft_length import DraftLength
 from runtime.loop import GREEDY, decode_rounds
 from runtime.pair import Auto, check_pair, make_draft_length
 from runtime.prompt_tokens import Prompt, check_prompt, prompt_token_ids, require_tokenizer
@@ -48,10 +48,10 @@ class SpeculativeDecoder:
             target: The engine whose output is generated.
             drafter: The engine that drafts; None: the target decodes alone.
             tokenizer: The target's tokenizer; without it prompts are token ids.
-            draft_length: γ, the tokens drafted per round. "auto": as many as are worth their time on this text and
-                machine, 16 at most, or none; both engines must be on the CPU. None: "auto" where that is possible,
-                else 4, or fewer where the target verifies no more. Measured times are not the same twice, so sampling
-                with a seed, which must repeat itself, decides by fixed costs.
+            draft_length: γ, the tokens drafted per round. "auto" and None: as many as are worth their time on this text
+                and machine, or none: 16 at most where both engines are on the CPU; on a GPU, where a round is one
+                piece of work, 1, 3 or 7. Measured times are not the same twice, so sampling with a seed, which must
+                repeat itself, decides by fixed costs.
             prompt_lookup: Whether "auto" also drafts what followed the last tokens where they stood in the text before,
                 as far as that gains more than the drafter does.
 
@@ -258,7 +258,7 @@ class SpeculativeDecoder:
         """
         if not self.length.adapts or sampling.is_greedy or sampling.seed is None:
             return self.length
-        return AdaptiveLength(self.draft_length, self.length.lookups is not None, SEEDED_COSTS)
+        return self.length.afresh(SEEDED_COSTS)
 
     def _watched(self, rounds: Generator[Round, None, None]) -> Generator[Round, None, None]:
         """Pass `rounds` on, with a warning once acceptance collapses."""

@@ -38,7 +38,8 @@ class Plan:
 class DraftLength(Protocol):
     """Decides how long drafts are.
 
-    longest: no draft is longer. adapts: drafts are made token by token, and `goes_on` is asked after each.
+    longest: no draft is longer. adapts: lengths change from round to round. is_stepwise: drafts are made token by
+    token, and `goes_on` is asked after each.
     lookups: how often looked-up tokens were right, see `PromptLookup`; None where nothing is looked up.
     """
 
@@ -47,6 +48,9 @@ class DraftLength(Protocol):
 
     @property
     def adapts(self) -> bool: ...
+
+    @property
+    def is_stepwise(self) -> bool: ...
 
     @property
     def lookups(self) -> Shares | None: ...
@@ -62,13 +66,16 @@ class DraftLength(Protocol):
         """Take in a round as it was planned: tokens drafted and accepted, by whichever way, and seconds of drafting, of
         verifying and of all of it."""
 
+    def afresh(self, costs: Costs) -> "DraftLength":
+        """The same rule before the first round, by given costs."""
+
 
 @dataclass(frozen=True, slots=True)
 class FixedLength:
     """Every round drafts `longest` tokens."""
 
     longest: int
-    adapts = False
+    adapts = is_stepwise = False
     lookups = None
 
     def begin(self, chances: Sequence[float] = ()) -> Plan:  # noqa: ARG002
@@ -79,6 +86,9 @@ class FixedLength:
 
     def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
         """Nothing: the length stays."""
+
+    def afresh(self, costs: Costs) -> "FixedLength":  # noqa: ARG002
+        return self
 
 
 class _Rate:
@@ -125,7 +135,7 @@ class AdaptiveLength:
     Its state outlives a generation: costs and confidence belong to the pair.
     """
 
-    adapts = True
+    adapts = is_stepwise = True
 
     def __init__(self, longest: int, prompt_lookup: bool = True, costs: Costs | None = None) -> None:
         """longest: the most tokens of a draft. costs: of a round's parts; None measures them."""
@@ -149,11 +159,11 @@ class AdaptiveLength:
             return Plan(looked_up, 0)
         if pays:
             self._left = 0
-            return Plan(0, 0 if self._must_measure_plain() else self.longest)
+            return Plan(0, 0 if self._must_measure_plain() else self._most_drafted())
         if self._left == 0:
             self._left = self._wait
         self._left -= 1
-        return Plan(0, 0 if self._left else self.longest, pays=False)
+        return Plan(0, 0 if self._left else self._most_drafted(), pays=False)
 
     def goes_on(self, confidence: float) -> bool:
         index = bisect(_EDGES, confidence)
@@ -172,15 +182,26 @@ class AdaptiveLength:
         if self._drafted.value == 0:
             self._drafted.add(_PRIOR_TOKENS, self._costs.round(1, 1))
         self._drafted.add(accepted + 1, spent)
-        for i, index in enumerate(self._bins[: accepted + 1]):
-            self._is_right.count(index, i < accepted)
-            if i > 0:
-                self._next_is_right.count(self._bins[i - 1], i < accepted)
+        self._learn(drafted, accepted)
         if self._pays():
             self._wait = _FIRST_WAIT
         elif self._left == 0:  # this was a probe, or the draft that told that drafting does not pay
             gained = accepted + 1 > spent * self._plain_rate()
             self._wait = 1 if gained else min(_LONGEST_WAIT, max(_FIRST_WAIT, 2 * self._wait))
+
+    def afresh(self, costs: Costs) -> "AdaptiveLength":
+        return AdaptiveLength(self.longest, self.lookups is not None, costs)
+
+    def _most_drafted(self) -> int:
+        """The most tokens that the drafter drafts in a round."""
+        return self.longest
+
+    def _learn(self, drafted: int, accepted: int) -> None:  # noqa: ARG002
+        """Take in how far a draft of the drafter's was right."""
+        for i, index in enumerate(self._bins[: accepted + 1]):
+            self._is_right.count(index, i < accepted)
+            if i > 0:
+                self._next_is_right.count(self._bins[i - 1], i < accepted)
 
     def _looked_up(self, chances: Sequence[float]) -> tuple[int, float]:
         """How many tokens of a match are worth verifying, and the tokens that they gain beyond what their time would.

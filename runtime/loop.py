@@ -211,7 +211,7 @@ class _Loop:
         if self.reader and steps > 0:
             if self.one_cache:
                 self.reader.drafter.adopt(self.target.length)
-            if move := self.speculate(self.reader, steps):
+            if move := self.speculate(self.reader, steps, is_paused=not plan.pays):
                 return move
         start = perf_counter()
         draft = self.usable(list(match.tokens[: min(plan.looked_up, room)]))
@@ -228,9 +228,12 @@ class _Loop:
         times = prefill_seconds, drafted - start - prefill_seconds, perf_counter() - drafted
         return _Move(draft, output, *times, None, looked_up, not plan.pays)
 
-    def speculate(self, reader: TokenReader, room: int) -> _Move | None:
-        """Draft and verify in one call for both engines; None where they cannot, or the drafter has read nothing."""
-        if reader.drafter.length == 0 or not self.rule.runs_on_device or self.length.adapts:
+    def speculate(self, reader: TokenReader, room: int, is_paused: bool) -> _Move | None:
+        """Draft and verify in one call for both engines; None where they cannot, or the drafter has read nothing.
+
+        is_paused: see `Round`.
+        """
+        if reader.drafter.length == 0 or not self.rule.runs_on_device or self.length.is_stepwise:
             return None
         unread = reader.unread(self.sequence)
         with self.profiler.span("speculate", TARGET, length=len(self.sequence)):
@@ -242,7 +245,7 @@ class _Loop:
         if accepted is not None and accepted.count > len(draft):  # the accepted draft goes on after an EOS
             accepted = Accepted(len(draft), accepted.next_token)
         times = 0.0, speculation.draft_seconds, speculation.verify_seconds
-        return _Move(draft, speculation.verified, *times, accepted)
+        return _Move(draft, speculation.verified, *times, accepted, is_paused=is_paused)
 
     def draft(self, reader: TokenReader, room: int) -> tuple[list[int], float]:
         """Returns the drafted tokens, and the seconds of the drafter's prefill if this was its first draft."""
@@ -250,7 +253,7 @@ class _Loop:
         drafter, start = reader.drafter, perf_counter()
         unread, is_first = reader.unread(self.sequence), drafter.length == 0
         at_once = self.greedy and self.rule.runs_on_device and not is_first and drafter.unrolled == room
-        at_once = at_once and not self.length.adapts
+        at_once = at_once and not self.length.is_stepwise
         if at_once and (drafted := drafter.draft(unread)) is not None:
             return self.usable(drafted.tolist()), 0.0
         with self.profiler.span("prefill" if is_first else "catch_up", DRAFTER, tokens=len(unread)):
@@ -262,7 +265,7 @@ class _Loop:
             draft.append(token)
             if len(draft) == room or token in self.stop:  # nothing after an EOS can be used
                 break
-            if self.length.adapts and not self.length.goes_on(self.rule.confidence(output)):
+            if self.length.is_stepwise and not self.length.goes_on(self.rule.confidence(output)):
                 break
             output = drafter.feed(draft[-1:])
         return draft, prefill_seconds

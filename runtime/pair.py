@@ -9,6 +9,7 @@ from engines.base import MAX_KEEP, Engine
 from engines.bundle.vocabulary import Vocabulary, shared_tokens
 from engines.errors import VocabtrimError
 from runtime.draft_length import AdaptiveLength, DraftLength, FixedLength
+from runtime.draft_tiers import TieredLength, tiers_up_to
 
 DEFAULT_DRAFT_LENGTH = 4
 LONGEST_DRAFT = 16  # of an adaptive length
@@ -37,7 +38,8 @@ def resolve_draft_length(target: Engine, drafter: Engine | None, draft_length: i
     if draft_length is None:
         return min(DEFAULT_DRAFT_LENGTH, most)
     if not 1 <= draft_length <= most:
-        longer = "" if most == MAX_KEEP - 1 else f", or export the target with --draft-length {draft_length}"
+        is_plans = draft_length > most != MAX_KEEP - 1
+        longer = "" if not is_plans else f", or export the target with --draft-length {draft_length}"
         raise VocabtrimError(f"draft_length is {draft_length}: give a number from 1 to {most}{longer}")
     return draft_length
 
@@ -50,28 +52,23 @@ def make_draft_length(
     Args:
         target: The engine that verifies.
         drafter: The engine that drafts, None for the target alone.
-        draft_length: A number as in `resolve_draft_length`, or "auto": up to LONGEST_DRAFT tokens, as many as are
-            worth their time. None: "auto" where both engines draft step by step on the CPU, else as in
-            `resolve_draft_length`.
+        draft_length: A number as in `resolve_draft_length`. "auto" and None: as many tokens as are worth their time, up
+            to LONGEST_DRAFT where both engines draft step by step on the CPU, else one of a few lengths.
         prompt_lookup: Whether an adaptive length also drafts what the text itself repeats.
 
     Raises:
-        VocabtrimError: The target verifies fewer tokens, or "auto" is asked of engines that draft on a GPU.
+        VocabtrimError: The target verifies fewer tokens.
     """
     if draft_length not in (None, "auto"):
         draft_length = whole_number("draft_length", draft_length)
     fixed = resolve_draft_length(target, drafter, None if draft_length == "auto" else draft_length)
     if drafter is None or isinstance(draft_length, int):
         return FixedLength(fixed)
+    most = min(target.max_keep - 1, LONGEST_DRAFT, drafter.max_draft or LONGEST_DRAFT)
     # Engines that draft without the host in between, or all at once, do not stop within a draft.
     if "cuda" in (target.device, drafter.device) or drafter.unrolled:
-        if draft_length is None:
-            return FixedLength(fixed)
-        raise VocabtrimError(
-            "draft_length is auto, which decides after each drafted token and so needs both engines on the CPU: "
-            "give a number"
-        )
-    return AdaptiveLength(min(target.max_keep - 1, LONGEST_DRAFT, drafter.max_draft or LONGEST_DRAFT), prompt_lookup)
+        return TieredLength(tiers_up_to(most, drafter.unrolled), prompt_lookup)
+    return AdaptiveLength(most, prompt_lookup)
 
 
 def check_pair(target: Engine, drafter: Engine | None) -> None:

@@ -147,6 +147,10 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         given, read = target.features, self._features
         return (given.onnx_type, given.size) == (read.onnx_type, read.size)
 
+    def catch_up(self, token_ids: Sequence[int] | NDArray[np.int64]) -> Sequence[int] | NDArray[np.int64]:
+        """Nothing is read: without features the head cannot."""
+        return token_ids
+
     def prepare(self, target: OnnxRuntimeCudaEngine, unread: int) -> list[Work]:
         assert isinstance(target, CudaFeatureEngine)
         if self._fuse is None:

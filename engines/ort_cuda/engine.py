@@ -134,7 +134,15 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
 
     def knows(self, target: "OnnxRuntimeCudaEngine", unread: int) -> bool:  # noqa: ARG002
         """Whether everything that this drafter needs to draft for `target` after `unread` tokens is on the device."""
-        return unread <= _UNREAD
+        return True
+
+    def catch_up(self, token_ids: Sequence[int] | NDArray[np.int64]) -> Sequence[int] | NDArray[np.int64]:
+        """Read so many of these tokens that a round can take the rest, which are returned: after rounds in which this
+        drafter drafted nothing they may be many."""
+        if len(token_ids) <= _UNREAD:
+            return token_ids
+        self.feed(token_ids[:-1])
+        return token_ids[-1:]
 
     def prepare(self, target: "OnnxRuntimeCudaEngine", unread: int) -> list[Work]:  # noqa: ARG002
         """Returns what a round runs before this drafter's first step."""

@@ -61,6 +61,8 @@ class PairRounds:
         unread, end = len(token_ids), drafter.length + len(token_ids) + draft_length - 1
         if target.length + draft_length >= target.capacity or end > drafter.capacity:
             return None
+        token_ids = drafter.catch_up(token_ids)
+        unread = len(token_ids)
         if not drafter.knows(target, unread):
             return None
         kept_round = self._round(target, unread, draft_length, sampling)

@@ -28,7 +28,9 @@ from engines.ort_cuda.round import CudaRound
 from engines.sampling_params import Sampling
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.accept import accept_sampled
+from runtime.draft_tiers import TIERS, TieredLength
 from runtime.loop import decode_rounds
+from runtime.round_costs import GivenCosts
 from runtime.sampling import distribution, sample
 from vocabtrim_export.cli import main
 from vocabtrim_export.trt.settings import TensorRTSettings
@@ -449,6 +451,44 @@ def test_the_drafter_may_be_on_another_device(device, drafter_device, simulated,
         assert (decoder.drafter.cache is decoder.target.cache) == (drafter_device is None)
         expected = alone.generate(PROMPT, max_new_tokens=40)
         assert decoder.generate(PROMPT, max_new_tokens=40).token_ids == expected.token_ids
+
+
+def test_rounds_of_a_few_lengths_and_repetitions_that_are_looked_up(pair, random_model, export_pair):
+    """With a drafter that agrees often, on the target's cache, and one that is never right and so rests."""
+    other = export_pair(random_model("llama", seed=1)).drafter
+    prompts = (PROMPT, [9, 8, 7, 6] * 8, [3])
+    with SpeculativeDecoder.load(pair.target) as alone:
+        wanted = [alone.generate(prompt, max_new_tokens=80).token_ids for prompt in prompts]
+    lengths, looked_up, paused, stream = set(), 0, 0, HostStream()
+    for drafter in (pair.drafter, other):
+        target = device_engine(pair.target, stream)
+        engine = device_engine(drafter, stream, target if drafter == pair.drafter else None)
+        with SpeculativeDecoder(target, engine, draft_length=1) as decoder:
+            decoder.length = TieredLength(TIERS, costs=GivenCosts(step=0.5, row=0.02))
+            found = [decoder.generate(prompt, max_new_tokens=80) for prompt in prompts]
+            assert [each.token_ids for each in found] == wanted
+            lengths |= {length for _, _, length in decoder.drafter.rounds.kept}
+            looked_up += sum(each.stats.looked_up for each in found)
+            paused += sum(each.stats.paused for each in found)
+            sampling = SamplingParams(temperature=1.0, seed=5)
+            decoder.length = TieredLength(TIERS)
+            texts = {decoder.generate(PROMPT, max_new_tokens=40, sampling=sampling).token_ids for _ in range(2)}
+            assert len(texts) == 1
+    assert len(lengths & {*TIERS}) > 1
+    assert looked_up
+    assert paused > 20
+
+
+def test_a_drafter_that_lags_reads_what_it_missed_before_its_round(pair):
+    """The target as its own drafter, with a cache of its own, after rounds that drafted nothing."""
+    stream = HostStream()
+    with device_engine(pair.target, stream) as target, device_engine(pair.target, stream) as drafter:
+        target.feed([*PROMPT, 7, 8, 9])
+        drafter.feed(PROMPT)
+        made = target.speculate(drafter, [7, 8, 9, 10], 3)
+        assert made.drafted.tolist() == made.verified.token_ids[:-1].tolist()
+        assert (target.length, drafter.length) == (len(PROMPT) + 7, len(PROMPT) + 6)
+        assert [unread for _, unread, _ in drafter.rounds.kept] == [1]
 
 
 def test_formats_mix(random_model, export_pair):

@@ -120,6 +120,8 @@ def test_drafts_longer_than_the_target_verifies_are_refused(pair):
         assert SpeculativeDecoder(target, drafter).draft_length == 3
         with pytest.raises(VocabtrimError, match="draft_length is 5: give a number from 1 to 3, or export the target"):
             SpeculativeDecoder(target, drafter, draft_length=5)
+        with pytest.raises(VocabtrimError, match=r"draft_length is 0: give a number from 1 to 3$"):
+            SpeculativeDecoder(target, drafter, draft_length=0)
         assert SpeculativeDecoder(target).generate([5, 6], max_new_tokens=3).stats.tokens == 3
 
 

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from engines.errors import VocabtrimError
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.draft_length import AdaptiveLength, DraftLength, FixedLength
+from runtime.draft_tiers import TIERS, TieredLength, tiers_up_to
 from runtime.round_costs import GivenCosts
 
 STEP, OVERHEAD = 5.0, 0.2  # ms of a draft step, and of a round outside the engines
@@ -107,12 +107,47 @@ def test_auto_adapts_and_looks_up_and_a_number_stays(make_target, make_drafter):
     assert SpeculativeDecoder(make_target()).length == FixedLength(4)
 
 
-def test_a_gpu_needs_a_number(make_target, make_drafter):
+@pytest.mark.parametrize("verify", [memory_bound, compute_bound])
+@pytest.mark.parametrize("text", [always(0.0), always(0.2), always(0.8), always(0.95), changing])
+def test_tiers_are_level_with_the_best_of_them_and_never_below_decoding_alone(text, verify):
+    fixed = max(speed(FixedLength(n), text, verify) for n in TIERS)
+    tiered = speed(TieredLength(TIERS), text, verify)
+    assert tiered > 0.96 * fixed
+    assert tiered > 0.97 / (verify(1) + OVERHEAD)
+
+
+def test_tiers_follow_the_text():
+    """Stretches of 100 tokens that are easy and hard in turn: the best single length serves neither."""
+
+    def text(rng, position):
+        return always(0.97 if position // 100 % 2 else 0.2)(rng, position)
+
+    best = max(speed(FixedLength(n), text, memory_bound) for n in range(1, 8))
+    assert speed(TieredLength(TIERS), text, memory_bound) > 1.05 * best
+
+
+def test_a_gpu_drafts_in_tiers_up_to_what_the_target_verifies(make_target, make_drafter):
     drafter = make_drafter()
     drafter.device = "cuda"
-    assert SpeculativeDecoder(make_target(), drafter).length == FixedLength(4)
-    with pytest.raises(VocabtrimError, match="draft_length is auto"):
-        SpeculativeDecoder(make_target(), drafter, draft_length="auto")
+    for given in ({}, {"draft_length": "auto"}):
+        length = SpeculativeDecoder(make_target(), drafter, **given).length
+        assert (length.tiers, length.adapts, length.is_stepwise) == ((1, 3, 7), True, False)
+        assert length.lookups is not None
+    assert SpeculativeDecoder(make_target(), drafter, prompt_lookup=False).length.lookups is None
+    assert SpeculativeDecoder(make_target(), drafter, draft_length=5).length == FixedLength(5)
+    assert [tiers_up_to(most) for most in (1, 2, 3, 4, 7, 255)] == [
+        *((1,), (1, 2), (1, 3), (1, 3, 4), (1, 3, 7), (1, 3, 7))
+    ]
+    drafter.unrolled = 4
+    assert SpeculativeDecoder(make_target(), drafter).length.tiers == (4,)
+    drafter.unrolled = 0
+    alone = SpeculativeDecoder(make_target()).generate([3, 4], max_new_tokens=60)
+    decoder = SpeculativeDecoder(make_target(), drafter)
+    found = [decoder.generate([3, 4], max_new_tokens=60).token_ids for _ in range(3)]
+    assert found == [alone.token_ids] * 3
+    sampling = SamplingParams(temperature=1.0, seed=3)
+    texts = {decoder.generate([3], max_new_tokens=40, sampling=sampling).token_ids for _ in range(3)}
+    assert len(texts) == 1
 
 
 def test_a_drafter_that_is_never_right_rests_and_the_stats_say_so(make_target, make_drafter):

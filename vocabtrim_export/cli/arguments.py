@@ -264,8 +264,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-length",
         type=draft_length,
         metavar="N",
-        help="tokens drafted per round (γ); auto: up to 16, as many as save time on this text and machine (default: "
-        "auto on the CPU, elsewhere 4 or as many as the target's plans verify)",
+        help="tokens drafted per round (γ); auto, the default: as many as save time on this text and machine, up to 16 "
+        "on the CPU, 1, 3 or 7 on a GPU",
     )
 
 
