@@ -38,8 +38,8 @@ def resolve_draft_length(target: Engine, drafter: Engine | None, draft_length: i
     if draft_length is None:
         return min(DEFAULT_DRAFT_LENGTH, most)
     if not 1 <= draft_length <= most:
-        is_plans = draft_length > most != MAX_KEEP - 1
-        longer = "" if not is_plans else f", or export the target with --draft-length {draft_length}"
+        can_be_more = draft_length > most != MAX_KEEP - 1
+        longer = f", or export the target with --draft-length {draft_length}" if can_be_more else ""
         raise VocabtrimError(f"draft_length is {draft_length}: give a number from 1 to {most}{longer}")
     return draft_length
 

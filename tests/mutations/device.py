@@ -51,6 +51,14 @@ DEVICE = (
         f"{CUDA} -k sampled_round",
     ),
     Mutation(
+        "Rounds on a device have the length that pays on this text",
+        "how the last draft ended is forgotten",
+        "runtime/draft_tiers.py",
+        "self._outcome = _ALL if accepted == drafted else _SOME if accepted else _WRONG",
+        "pass",
+        "tests/runtime/test_draft_length.py -k tiers_follow",
+    ),
+    Mutation(
         "Slots on a device are those of the host, whatever was captured",
         "a token that enters is not copied",
         "engines/cuda/slots.py",
