@@ -67,8 +67,8 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
         type=numbers,
         default=[],
         metavar="N[,N…]",
-        help="tokens drafted per round (γ). Default: on the CPU up to 16, as many as save time; on a GPU, in a sweep "
-        f"and with --force-accepted 4; with --plan {','.join(map(str, PLAN_DRAFT_LENGTHS))}",
+        help="tokens drafted per round (γ). Default: on the CPU up to 16, as many as save time; 4 on a GPU, in a "
+        f"sweep and with --force-accepted; with --plan {','.join(map(str, PLAN_DRAFT_LENGTHS))}",
     )
     group.add_argument(
         "--context",

@@ -62,11 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--sampling", action="store_true", help="test the distribution of sampled tokens too")
     group.add_argument(
-        "--temperature", type=float, help="test this temperature alone (default: several settings, one after the other)"
+        "--temperature",
+        type=float,
+        help="with this or the next three, test these settings instead of several preset ones",
     )
-    group.add_argument("--top-k", type=int, help="test with this top-k alone")
-    group.add_argument("--top-p", type=float, help="test with this top-p alone")
-    group.add_argument("--min-p", type=float, help="test with this min-p alone")
+    group.add_argument("--top-k", type=int, help="top-k of that test")
+    group.add_argument("--top-p", type=float, help="top-p of that test")
+    group.add_argument("--min-p", type=float, help="min-p of that test")
     group.add_argument("--draws", type=int, default=2000, metavar="N", help="sampled tokens to test in each setting")
     group.add_argument("--seed", type=int, default=0, help="seed of the first generation; each later one adds 1")
     add_rule_arguments(parser)
