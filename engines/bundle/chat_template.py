@@ -122,7 +122,11 @@ class ChatTemplates:
         as_string = self._try(name, [user, _tool_call(json.dumps(arguments))])
         as_object = self._try(name, [user, _tool_call(arguments)])
         argument_text = json.dumps(arguments) in as_string or _ARGUMENT not in as_object
-        return MessageForms(_PROBE in as_text, parts, argument_text)
+        with_none = self._try(
+            name, [user, {"content": None} | _tool_call(json.dumps(arguments) if argument_text else arguments)]
+        )
+        reads_none = _ARGUMENT in with_none and str(None) not in with_none
+        return MessageForms(_PROBE in as_text, parts, argument_text, reads_none)
 
     def _try(self, name: str, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:
         """The rendered text, "" where the template fails."""

@@ -10,6 +10,7 @@ import numpy as np
 from engines.errors import VocabtrimError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first
+_CONTENT = "content"
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file")
 
@@ -20,11 +21,13 @@ class MessageForms:
 
     text, parts: message contents that are strings, and lists of `{"type": "text", "text": …}`.
     argument_text: the arguments of tool calls as strings of JSON, as OpenAI has them; otherwise they must be objects.
+    none: contents that are None, beside tool calls; otherwise it would be written, or fail, and is left out.
     """
 
     text: bool = True
     parts: bool = True
     argument_text: bool = True
+    none: bool = False
 
 
 def plain_data(value: Any) -> Any:
@@ -52,7 +55,9 @@ def plain_data(value: Any) -> Any:
 
 
 def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """The messages as plain data without keys whose value is None, their reasoning under each name that templates read.
+    """The messages as plain data, their reasoning under each name that templates read.
+
+    Keys whose value is None are left out, but for the content.
 
     Raises `VocabtrimError` for something that is no message, and for images and other media.
     """
@@ -61,7 +66,10 @@ def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
             raise VocabtrimError(f'messages[{index}] is no message: give {{"role": …, "content": …}}')
         _refuse_media(message.get("content"), index)
-    return [_with_reasoning({key: value for key, value in message.items() if value is not None}) for message in plain]
+    given = [
+        {key: value for key, value in message.items() if value is not None or key == _CONTENT} for message in plain
+    ]
+    return [_with_reasoning(message) for message in given]
 
 
 def plain_tools(tools: Sequence[Any] | None) -> list[Any] | None:
@@ -98,6 +106,8 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 def _fit_content(message: dict[str, Any], forms: MessageForms) -> dict[str, Any]:
     content = message.get("content")
+    if content is None and not forms.none:
+        return {key: value for key, value in message.items() if key != _CONTENT}
     if isinstance(content, str) and not forms.text:
         return message | {"content": [{"type": "text", "text": content}]}
     if not isinstance(content, list):

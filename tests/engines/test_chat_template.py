@@ -114,6 +114,20 @@ def test_arguments_of_tool_calls_are_read_as_openai_has_them(expected, name):
     assert rendered(TEMPLATES[name], as_text) == wanted
 
 
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [
+        ("{{ message['content'] }}", ""),
+        ("{% if message['content'] is none %}(none){% else %}{{ message['content'] }}{% endif %}", "(none)"),
+    ],
+)
+def test_a_content_of_none_is_none_to_a_template_that_asks_for_it(content, written):
+    """DeepSeek's templates write tool calls only where the content is none; others would write "None"."""
+    calls = "{% for c in message['tool_calls'] or [] %}[{{ c['function']['arguments'] }}]{% endfor %}"
+    source = "{% for message in messages %}" + content + calls + "{% endfor %}"
+    assert rendered(source, [message("user", "Hi"), call("{}")]) == f"Hi{written}[{{}}]"
+
+
 def test_objects_are_read_as_plain_data(expected):
     chat = [SimpleNamespace(model_dump=lambda: message("user", "a", name=None)), message("assistant", "b")]
     assert rendered(TEMPLATES["qwen"], chat) == expected(TEMPLATES["qwen"], [message("user", "a"), chat[1]])

@@ -13,10 +13,10 @@ COUNT_TESTS = "tests/vocabtrim_export/test_counts.py"
 CONVERSATIONS = (
     Mutation(
         "A conversation is rendered as transformers renders it",
-        "keys without a value are kept",
+        "a content of None is given to every template",
         MESSAGES,
-        "for key, value in message.items() if value is not None})",
-        "for key, value in message.items()})",
+        "if content is None and not forms.none:",
+        "if False:",
         f"{CHAT_TESTS} -k as_transformers_renders",
     ),
     Mutation(
@@ -31,8 +31,8 @@ CONVERSATIONS = (
         "Arguments of tool calls are objects where a template takes no strings",
         "arguments stay what they are",
         TEMPLATE,
-        "return MessageForms(_PROBE in as_text, parts, argument_text)",
-        "return MessageForms(_PROBE in as_text, parts, True)",
+        "return MessageForms(_PROBE in as_text, parts, argument_text, reads_none)",
+        "return MessageForms(_PROBE in as_text, parts, True, reads_none)",
         f"{CHAT_TESTS} -k openai",
     ),
     Mutation(
