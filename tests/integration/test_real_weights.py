@@ -37,7 +37,8 @@ def bundles(tmp_path_factory):
     """The demo's pair, on a calibration that is short and needs no generation."""
     output = tmp_path_factory.mktemp("smollm2") / "out"
     arguments = ["--drafter", MODEL, "--target", MODEL, "--quantize-drafter", "int4", "--k", "8192"]
-    arguments += ["--calibration-source", "text", "--max-length", "512", "--output", str(output)]
+    arguments += ["--calibration-source", "text", "--calibration-tokens", "50000"]
+    arguments += ["--max-length", "512", "--output", str(output)]
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     assert export_main(arguments) == 0
@@ -111,14 +112,14 @@ def test_generate_prints_the_text(bundles, capsys):
     assert "block efficiency" in captured.err
 
 
-def test_tensorrt_plans_for_three_gpus(bundles, tmp_path):
+def test_tensorrt_plans(bundles, tmp_path):
     """Both plans, as the README says; the drafter's last layers have K columns. What they compute runs on the CPU."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("needs TensorRT-RTX: pip install '.[trt-rtx]'")
     output = tmp_path / "out"
     arguments = ["--drafter", MODEL, "--target", MODEL, "--k", "8192", "--max-length", "512", "--output", str(output)]
     arguments += ["--calibration", str(bundles / "token_counts.safetensors"), "--format", "trt", "--trt-flavor", "rtx"]
-    assert export_main([*arguments, "--compute-capability", "8.6", "8.9", "12.0"]) == 0
+    assert export_main([*arguments, "--compute-capability", "8.9"]) == 0
     for role, profiles in (("drafter", 2), ("target", 2)):
         network = Network.from_json((output / role / "network.json").read_text("utf-8"), role)
         counts = network.counts()

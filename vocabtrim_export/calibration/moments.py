@@ -12,7 +12,7 @@ from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.lowering.quantize import BLOCK, HEAD
 from vocabtrim_export.tracing.trace import layer_inputs
 
-_TOKENS, _PIECE = 4096, 256
+_TOKENS, _PIECE = 2048, 256
 
 
 def input_moments(
@@ -20,7 +20,7 @@ def input_moments(
 ) -> dict[str, Tensor]:
     """Measure E[x xᵀ] of the inputs of every linear layer, within each block of inputs.
 
-    It is measured on some 4,000 tokens of the text that comes with every Python, whatever a calibration counted. So
+    It is measured on some 2,000 tokens of the text that comes with every Python, whatever a calibration counted. So
     bundles of one model have the same quantised layers, and a trimmed drafter differs from a full one in its head
     alone.
 
