@@ -30,7 +30,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# mypy has one thread: it runs beside the tests
+# mypy uses one core, so it runs at the same time as the tests
 test: $(VENV)/installed $(MODEL)
 	$(MAKE) --jobs=2 check only-tests
 

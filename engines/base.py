@@ -248,7 +248,7 @@ class Engine(ABC):
     def close(self) -> None:
         """Release the model and the cache, after the round that runs now. Calling it again does nothing."""
         self.use.close()
-        self.slots = None  # they may be written no more: their memory goes
+        self.slots = None  # their memory is freed next, so nothing may write to them
         self._release()
 
     @abstractmethod

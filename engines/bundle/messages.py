@@ -21,7 +21,8 @@ class MessageForms:
 
     text, parts: message contents that are strings, and lists of `{"type": "text", "text": …}`.
     argument_text: the arguments of tool calls as strings of JSON, as OpenAI has them; otherwise they must be objects.
-    none: contents that are None, beside tool calls; otherwise it would be written, or fail, and is left out.
+    none: contents that are None in messages with tool calls. A template that does not read them would write "None" or
+    fail, so the key is left out.
     """
 
     text: bool = True

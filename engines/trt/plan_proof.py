@@ -1,7 +1,7 @@
 """A plan proves itself at its first load on a GPU: it computes what the graph that it was built from computes.
 
 The export writes what the graph computes of a few tokens, `expected_logits.safetensors`. The first load feeds the plan
-the same tokens in the same calls and keeps the result beside it, for this plan, library and GPU.
+the same tokens in the same calls and writes the result to `plan_proof.json`, for this plan, library and GPU.
 """
 
 import json
@@ -84,7 +84,7 @@ def prove_plan(bundle: Bundle, engine: Engine) -> PlanProof | None:
         engine: The engine that runs them.
 
     Returns:
-        The proof, which lies beside the plans where the directory can be written; None for a bundle that an older
+        The proof, which is also written to the bundle's directory if that is possible; None for a bundle that an older
         version exported, which states no expected logits.
 
     Raises:
@@ -102,8 +102,8 @@ def prove_plan(bundle: Bundle, engine: Engine) -> PlanProof | None:
     if not largest <= TOLERANCE.get(bundle.manifest.dtype, min(TOLERANCE.values())):
         raise VocabtrimError(
             f"{bundle.path}: on this GPU its plan does not compute what its graph does: a logit is off by "
-            f"{largest:.2g} of the logits' spread. Build it with another version of {' '.join(environment)}, or run a "
-            "bundle of --format onnx"
+            f"{largest:.2g} of the logits' spread. Build it with another version of TensorRT, or run a bundle of "
+            "--format onnx"
         )
     proof = PlanProof(digests, environment, largest)
     try:
@@ -127,7 +127,7 @@ def _proof_at(place: Path) -> PlanProof | None:
 
 
 def _largest_difference(engine: Engine, expected: ExpectedLogits) -> float:
-    """Of a logit, as a share of the logits' standard deviation."""
+    """Returns the largest difference of a logit, as a share of the logits' standard deviation."""
     rows, begin = [], 0
     for length in expected.lengths.tolist():
         output = engine.feed(expected.token_ids[begin : begin + length], kept_positions(length))
@@ -139,8 +139,12 @@ def _largest_difference(engine: Engine, expected: ExpectedLogits) -> float:
 
 
 def _draft_difference(engine: Engine, token_ids: NDArray[np.int64]) -> float:
-    """How far the tokens that one call drafts are below the best of the same plan's single steps; 0 without such a
-    call."""
+    """Compare the tokens that one call drafts with single steps of the same plans.
+
+    Returns:
+        The largest gap between the best logit of a step and that of the token drafted there, as a share of the logits'
+        standard deviation; 0 where the bundle has no plan that drafts in one call.
+    """
     start = len(token_ids) - 1
     engine.rewind(start)
     drafted = engine.draft(token_ids[start:])
@@ -152,7 +156,7 @@ def _draft_difference(engine: Engine, token_ids: NDArray[np.int64]) -> float:
         logits = engine.feed([token]).logits[0]
         column = wanted if engine.head_tokens is None else engine.head_tokens.inverse[wanted]
         finite = logits[np.isfinite(logits)]
-        if column == NOT_KEPT or not finite.size:
+        if column == NOT_KEPT or not np.isfinite(logits[column]):
             return float("inf")
         worst = max(worst, float((finite.max() - logits[column]) / finite.std()))
         token = wanted

@@ -168,7 +168,8 @@ def _save_head_rows(directory: Path, traced: Traced, plan: BundlePlan) -> None:
 def _slot_size(lowered: Lowered) -> int:
     """The numbers in a row of the head; 0 where the graph has no slots."""
     sizes = (value.shape[0] for value in lowered.model.graph.inputs if value.name == SLOT_WEIGHT and value.shape)
-    return int(next(sizes, 0))  # type: ignore[arg-type]
+    size = next(sizes, 0)
+    return size if isinstance(size, int) else 0
 
 
 def _as_bits(tensor: Tensor) -> Tensor:
