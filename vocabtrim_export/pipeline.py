@@ -26,6 +26,7 @@ from vocabtrim_export.planning.head import choose_head
 from vocabtrim_export.selection import Selection, rows_to_choose
 from vocabtrim_export.settings import ExportSettings, check_auto, check_settings
 from vocabtrim_export.sources.head_kinds import head_kind
+from vocabtrim_export.sources.refusals import check_tensorrt
 from vocabtrim_export.sources.rotation import context_length, fix_long_tables
 from vocabtrim_export.sources.source import DTYPES, Source, load_source
 from vocabtrim_export.tracing.trace import decoder_layers
@@ -177,6 +178,8 @@ def _fit(sources: Mapping[Role, Source], settings: ExportSettings) -> tuple[str,
     """Give every model the rotation of its bundle's length. Returns what the user should know about the models."""
     notes: list[str] = []
     for source in {id(source): source for source in sources.values()}.values():
+        if settings.trt is not None:
+            check_tensorrt(source.name, source.model.config.get_text_config())
         context = context_length(source.name, source.model, settings.max_length)
         notes += [*source.notes, *fix_long_tables(source.name, source.model, context)]
     return tuple(notes)

@@ -68,6 +68,28 @@ class TensorRT:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """Experts of which a layer's router picks a few for each token.
+
+    Attributes:
+        num_experts: The experts of a layer.
+        per_token: Those that one token picks.
+        bytes: Bytes of the weights of all of them, in all layers of this form.
+    """
+
+    num_experts: int
+    per_token: int
+    bytes: int
+
+    def expected_bytes(self, tokens: float) -> float:
+        """Bytes that a step of several tokens is expected to read, if each token picks independently of the others.
+
+        Tokens of one text pick the same experts more often than that, so a step may read less.
+        """
+        return self.bytes * (1 - (1 - self.per_token / self.num_experts) ** tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class FileDigest:
     """A file's size in bytes and the sha256 of its content, in hex."""
 
@@ -95,8 +117,8 @@ class Manifest:
         num_layers: Layers that have a KV cache.
         num_kv_heads: Heads of keys and values in each of them.
         head_dim: Numbers in one key.
-        weight_bytes_per_step: Bytes of weights that one decode step reads: the head's, and one row of the embedding,
-            are included.
+        weight_bytes_per_step: Bytes of weights that one decode step reads: the head's, one row of the embedding, and
+            the experts that one token picks are included.
         head_bytes: The head's share of these.
         kv_bytes_per_token: Bytes of keys and values for each cached token.
         inputs: The names of the graph's inputs.
@@ -115,6 +137,7 @@ class Manifest:
         rules: What the target's generation config does to its logits.
         slots: Columns of a trimmed drafter's logits behind those of `head_rows`, for tokens that its head lacks. Their
             rows come from `head_rows.safetensors`. weight_bytes_per_step and head_bytes include them.
+        experts: The routed experts, one entry for each form that a layer's have; none in a dense model.
         format_version: The version of this file's format.
     """
 
@@ -149,6 +172,7 @@ class Manifest:
     feature_size: int = 0
     rules: GenerationRules = field(default_factory=GenerationRules)
     slots: int = 0
+    experts: tuple[Experts, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @property
@@ -161,6 +185,11 @@ class Manifest:
         if HIDDEN_INPUT in self.inputs:
             return "feature-head"
         return "parallel-heads" if FEATURES_OUTPUT in self.inputs else "language-model"
+
+    def weight_bytes(self, tokens: float) -> float:
+        """Bytes of weights that a step of so many tokens is expected to read: more experts than one token picks."""
+        more = sum(each.expected_bytes(tokens) - each.expected_bytes(1) for each in self.experts)
+        return self.weight_bytes_per_step + more
 
     @property
     def head_rows_quantization(self) -> str:
@@ -214,6 +243,7 @@ _ADDED: Mapping[str, Any] = {
     "feature_size": 0,
     "rules": json.loads(json.dumps(asdict(GenerationRules()))),
     "slots": 0,
+    "experts": [],
 }
 
 

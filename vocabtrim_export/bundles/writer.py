@@ -219,6 +219,7 @@ def _manifest(plan: BundlePlan, lowered: Lowered) -> Manifest:
         calibration=plan.calibration,
         rules=generation_rules(source.model.generation_config) if plan.role == "target" else GenerationRules(),
         slots=plan.slots,
+        experts=lowered.experts,
         **_features(plan),
     )
 

@@ -22,13 +22,13 @@ from vocabtrim_export.drafters.source import HeadSource, LoadHead, assemble, rea
 from vocabtrim_export.lowering.graph import DecoderGraph
 from vocabtrim_export.lowering.lm_head import bake_token_ids
 from vocabtrim_export.lowering.lowered import Lowered
-from vocabtrim_export.lowering.ort_operators import CONTRIB
+from vocabtrim_export.lowering.nodes import CONTRIB
 from vocabtrim_export.lowering.ort_products import lower_products
 from vocabtrim_export.lowering.pipeline import Weights
 from vocabtrim_export.lowering.weights import Weight
 from vocabtrim_export.sources.source import Source
 from vocabtrim_export.sources.weight_files import tensor_shapes
-from vocabtrim_export.tracing.composites import DOMAIN
+from vocabtrim_export.tracing.emit import DOMAIN
 from vocabtrim_export.tracing.trace import OPSET
 
 _PREFIX = re.compile(r"^(?:medusa_heads?\.|heads\.)?(?=\d+\.)")

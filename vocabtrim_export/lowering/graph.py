@@ -12,7 +12,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
 from torch import Tensor
 
 from vocabtrim_export.lowering.weights import Weight
-from vocabtrim_export.tracing.composites import DOMAIN
+from vocabtrim_export.tracing.emit import DOMAIN
 from vocabtrim_export.tracing.trace import Traced
 
 

@@ -1,12 +1,15 @@
 """`Lowered`: a finished graph, and what one decode step of it reads."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from engines.bundle.graph_io import PAST, SLOT_WEIGHT
+from engines.bundle.manifest import Experts
 from engines.errors import VocabtrimError
+from vocabtrim_export.lowering.experts import MOE, QMOE
 from vocabtrim_export.lowering.graph import DecoderGraph
 
 # of these inputs a step reads a few rows: an embedding or remap table, rotary tables
@@ -18,7 +21,8 @@ class Lowered:
     """A finished model, and the bytes of weights that one decode step reads: in all, and of the head alone, its slots
     included.
 
-    head_tensors: the initializers that the head reads.
+    head_tensors: the initializers that the head reads. experts: the routed experts, of whose bytes a step reads those
+    that one token picks.
     """
 
     model: ir.Model
@@ -29,6 +33,7 @@ class Lowered:
     num_kv_heads: int
     head_dim: int
     head_tensors: tuple[str, ...]
+    experts: tuple[Experts, ...] = ()
 
     @classmethod
     def of(cls, decoder: DecoderGraph, head_weights: list[str]) -> "Lowered":
@@ -37,15 +42,18 @@ class Lowered:
         heads, head_dim = _cache_form(caches)
         slots = sum(math.prod(_dims(value)) for value in decoder.graph.inputs if value.name == SLOT_WEIGHT)
         slot_bytes = slots * decoder.dtype.itemsize
+        experts = _experts(decoder.graph)
+        idle_bytes = sum(each.bytes - round(each.expected_bytes(1)) for each in experts)
         return cls(
             decoder.model,
-            weight_bytes_per_step=_bytes_per_step(decoder.graph) + slot_bytes,
+            weight_bytes_per_step=_bytes_per_step(decoder.graph) - idle_bytes + slot_bytes,
             head_bytes=sum(_size(decoder.graph.initializers[name]) for name in head_weights) + slot_bytes,
             kv_bytes_per_token=len(caches) * heads * head_dim * decoder.dtype.itemsize,
             num_layers=len(caches) // 2,
             num_kv_heads=heads,
             head_dim=head_dim,
             head_tensors=tuple(head_weights),
+            experts=experts,
         )
 
 
@@ -55,6 +63,17 @@ def _bytes_per_step(graph: ir.Graph) -> int:
         whole = any(use.idx not in _TABLES.get(use.node.op_type, ()) for use in value.uses())
         total += _size(value) // (1 if whole else _dims(value)[0])
     return total
+
+
+def _experts(graph: ir.Graph) -> tuple[Experts, ...]:
+    """The weights that MoE and QMoE read, by the number of experts and how many of them a token picks."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    for node in graph:
+        if node.op_type in (MOE, QMOE):
+            weights = [value for value in node.inputs[2:] if value is not None and value.is_initializer()]
+            form = _dims(weights[0])[0], node.attributes["k"].as_int()
+            sizes[form] += sum(map(_size, weights))
+    return tuple(Experts(*form, size) for form, size in sizes.items())
 
 
 def _cache_form(caches: list[ir.Value]) -> tuple[int, int]:

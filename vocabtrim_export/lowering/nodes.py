@@ -2,11 +2,15 @@
 
 import ast
 from collections import Counter
+from typing import TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 
 from vocabtrim_export.lowering.graph import DecoderGraph
 
+CONTRIB = "com.microsoft"
+Attribute: TypeAlias = int | float | str | tuple[int, ...] | ir.TensorProtocol
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -19,10 +23,14 @@ class Nodes:
     def __init__(self, decoder: DecoderGraph, anchor: ir.Node) -> None:
         self.decoder, self.anchor = decoder, anchor
 
-    def __call__(
-        self, op: str, *inputs: ir.Value | None, **attributes: int | float | str | tuple[int, ...]
-    ) -> ir.Value:
-        node = ir.node(op, inputs, attributes)
+    def __call__(self, op: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
+        return self._insert(ir.node(op, inputs, attributes))
+
+    def contrib(self, op: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
+        """One of ONNX Runtime's own operators."""
+        return self._insert(ir.node(op, inputs, attributes, domain=CONTRIB))
+
+    def _insert(self, node: ir.Node) -> ir.Value:
         if _SCOPES in self.anchor.metadata_props:
             node.metadata_props[_SCOPES] = self.anchor.metadata_props[_SCOPES]
         self.decoder.graph.insert_before(self.anchor, node)
@@ -31,6 +39,11 @@ class Nodes:
     def ints(self, *values: int) -> ir.Value:
         """A constant int64 vector."""
         return self.decoder.constant("ints_" + "_".join(map(str, values)), values)
+
+    def number(self, value: float) -> ir.Value:
+        """A constant float32 scalar."""
+        name = f"number_{value!r}"
+        return self.decoder.initializer(name, ir.Tensor(np.array(value, np.float32), name=name))
 
 
 def name_nodes(graph: ir.Graph) -> None:

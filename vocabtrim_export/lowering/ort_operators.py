@@ -4,8 +4,7 @@ import onnx_ir as ir
 
 from engines.bundle.graph_io import PAST, PRESENT, SEQLENS_K, TOTAL_LENGTH, cache_names
 from vocabtrim_export.lowering.graph import DecoderGraph, attributes, name_of
-
-CONTRIB = "com.microsoft"
+from vocabtrim_export.lowering.nodes import CONTRIB
 
 
 def lower_norms(decoder: DecoderGraph) -> None:
@@ -57,20 +56,22 @@ def lower_attention(decoder: DecoderGraph) -> None:
     total = decoder.input(TOTAL_LENGTH, ir.DataType.INT32, [1])
     for node in decoder.composites("Attention"):
         numbers = attributes(node)
-        layer, rotary = int(numbers["layer"]), node.inputs[3:5]
+        layer, (cos, sin, sink) = int(numbers["layer"]), (*node.inputs[3:], None, None, None)[:3]
         cache_shape: list[int | str] = [1, int(numbers["num_kv_heads"]), "capacity", int(numbers["head_dim"])]
         past = [decoder.input(name, decoder.ir_dtype, cache_shape) for name in cache_names(PAST, layer)]
         options: dict[str, int | float] = {
             "num_heads": int(numbers["num_heads"]),
             "kv_num_heads": int(numbers["num_kv_heads"]),
             "scale": float(numbers["scale"]),
-            "do_rotary": int(bool(rotary)),
+            "do_rotary": int(cos is not None),
         }
         if numbers["window"]:
             options["local_window_size"] = int(numbers["window"])
         if numbers["softcap"]:
             options["softcap"] = float(numbers["softcap"])
-        inputs = [*node.inputs[:3], *past, seqlens, total, *rotary]
+        inputs = [*node.inputs[:3], *past, seqlens, total, cos, sin, None, None, sink]
+        while inputs[-1] is None:
+            inputs.pop()
         gqa = ir.node("GroupQueryAttention", inputs, options, domain=CONTRIB, num_outputs=3)
         decoder.replace(node, [gqa], gqa.outputs[:1])
         for name, present in zip(cache_names(PRESENT, layer), gqa.outputs[1:], strict=True):

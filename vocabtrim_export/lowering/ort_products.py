@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 
 from vocabtrim_export.lowering.graph import DecoderGraph, name_of
-from vocabtrim_export.lowering.ort_operators import CONTRIB
+from vocabtrim_export.lowering.nodes import CONTRIB
 from vocabtrim_export.lowering.quantize import BITS, BLOCK, Quantization, quantize_blocks
 from vocabtrim_export.lowering.weights import Weight
 

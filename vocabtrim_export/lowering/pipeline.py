@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, POSITION_IDS
 from engines.bundle.vocab_map import VocabMap
+from vocabtrim_export.lowering.experts import lower_experts
 from vocabtrim_export.lowering.graph import DecoderGraph, name_of
 from vocabtrim_export.lowering.lm_head import (
     bake_token_ids,
@@ -18,8 +19,8 @@ from vocabtrim_export.lowering.lm_head import (
     trim_head,
 )
 from vocabtrim_export.lowering.lowered import Lowered
-from vocabtrim_export.lowering.nodes import name_nodes
-from vocabtrim_export.lowering.ort_operators import CONTRIB, lower_attention, lower_norms
+from vocabtrim_export.lowering.nodes import CONTRIB, name_nodes
+from vocabtrim_export.lowering.ort_operators import lower_attention, lower_norms
 from vocabtrim_export.lowering.ort_products import lower_products
 from vocabtrim_export.lowering.quantize import HEAD, Quantization
 from vocabtrim_export.lowering.slots import add_slots, slot_weights
@@ -28,7 +29,7 @@ from vocabtrim_export.lowering.standard_products import standard_products
 from vocabtrim_export.lowering.tidy import pack_projections, tidy
 from vocabtrim_export.lowering.unroll import unroll
 from vocabtrim_export.lowering.weights import Weight
-from vocabtrim_export.tracing.composites import DOMAIN
+from vocabtrim_export.tracing.emit import DOMAIN
 from vocabtrim_export.tracing.trace import OPSET, Traced
 
 
@@ -57,6 +58,7 @@ def lower(traced: Traced, weights: Weights) -> Lowered:
     _finish_head(decoder, weights)
     lower_norms(decoder)
     lower_attention(decoder)
+    lower_experts(decoder, weights.quantization)
     head_weights = lower_products(decoder, weights.quantization)
     decoder.finish()
     for node in decoder.graph:

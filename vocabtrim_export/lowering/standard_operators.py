@@ -187,13 +187,9 @@ def _attend(nodes: Nodes, form: _Form, q: ir.Value, keys: ir.Value, values: ir.V
     keys, values = (nodes("Unsqueeze", x, nodes.ints(2)) for x in (keys, values))
     scores = nodes("MatMul", nodes("Reshape", q, group), nodes("Transpose", keys, perm=(0, 1, 2, 4, 3)))
     scores = nodes("Cast", scores, to=int(ir.DataType.FLOAT))
-    scores = nodes("Mul", scores, _number(nodes, form.scale / form.softcap))
-    scores = nodes("Mul", nodes("Tanh", scores), _number(nodes, form.softcap))
-    weights = nodes("Softmax", nodes("Where", mask, scores, _number(nodes, float("-inf"))), axis=-1)
+    scores = nodes("Mul", scores, nodes.number(form.scale / form.softcap))
+    scores = nodes("Mul", nodes("Tanh", scores), nodes.number(form.softcap))
+    weights = nodes("Softmax", nodes("Where", mask, scores, nodes.number(float("-inf"))), axis=-1)
     out = nodes("MatMul", nodes("Cast", weights, to=int(dtype)), values)
     return nodes("Reshape", out, nodes.ints(1, form.heads, -1, form.size))
 
-
-def _number(nodes: Nodes, value: float) -> ir.Value:
-    name = f"number_{value!r}"
-    return nodes.decoder.initializer(name, ir.Tensor(np.array(value, np.float32), name=name))

@@ -35,6 +35,10 @@ class Weight:
     def transposed(self) -> "Weight":
         return Weight(self.shape[::-1], self.dtype, lambda: self.load().t().contiguous(), self.moments)
 
+    def reshaped(self, shape: tuple[int, ...]) -> "Weight":
+        """Returns the same numbers in another shape, without the moments of the inputs."""
+        return Weight(shape, self.dtype, lambda: self.load().reshape(shape))
+
     def plus(self, number: float) -> "Weight":
         """Returns every value plus `number`, added in float32."""
         return Weight(self.shape, self.dtype, lambda: (self.load().float() + number).to(self.dtype))

@@ -1,14 +1,17 @@
 """Architectures that cannot be exported, recognised by what their configuration says before any weight is read."""
 
+import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.tracing.experts import as_experts, expert_modules
 
 Config: TypeAlias = PreTrainedConfig
 ModelClass: TypeAlias = type[PreTrainedModel]
@@ -48,7 +51,18 @@ def check_architecture(spec: str, config: PreTrainedConfig) -> None:
         raise VocabtrimError(
             f"{spec} is no language model: transformers has none for {config.model_type}; give a causal language model"
         )
-    for refusal in REFUSALS:
+    _check(spec, config, kind, REFUSALS)
+
+
+def check_tensorrt(spec: str, config: PreTrainedConfig) -> None:
+    """Refuse a language model that ONNX Runtime runs and TensorRT does not. See `check_architecture`."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is not None:  # not a head
+        _check(spec, config, kind, NOT_FOR_TENSORRT)
+
+
+def _check(spec: str, config: PreTrainedConfig, kind: ModelClass, refusals: Sequence[Refusal]) -> None:
+    for refusal in refusals:
         if refusal.matches(config, kind):
             raise _error(spec, config, refusal)
 
@@ -84,6 +98,20 @@ def _has_experts(config: Config, kind: ModelClass) -> bool:
     configs = [config, getattr(config, "ffn_config", None)]
     count = max((getattr(each, name, None) or 0 for each in configs for name in _EXPERTS), default=0)
     return count > 1 or (hasattr(modeling, "use_experts_implementation") and "MoE" in kind.__name__)
+
+
+def _owns_its_experts(config: Config, kind: ModelClass) -> bool:
+    """Experts that do not go through transformers' common interface."""
+    return _has_experts(config, kind) and not hasattr(sys.modules[kind.__module__], "use_experts_implementation")
+
+
+def _has_unknown_experts(config: Config, kind: ModelClass) -> bool:
+    """Whether some experts compute something else than the composite Experts, tried on a model without weights."""
+    if not _has_experts(config, kind):
+        return False
+    with torch.device("meta"):
+        skeleton = kind(copy.deepcopy(config))
+    return any(as_experts(name, module) is None for name, module in expert_modules(skeleton))
 
 
 _TRACED_EXPERTS = {"jetmoe"}  # its experts are products of split rows, which a graph can hold
@@ -156,15 +184,10 @@ REFUSALS = (
         _keeps_a_state,
     ),
     Refusal(
-        "a mixture of experts",
-        "each token picks its own expert matrices, which the exported graphs cannot do yet",
-        _has_experts,
-        "give a dense model, such as the same family's without experts",
-    ),
-    Refusal(
-        "a model with attention sinks",
-        "the learned sink beside its keys is not part of the exported attention yet",
-        _has_sinks,
+        "a mixture of experts with code of its own",
+        "transformers does not compute its experts through the interface that the export replaces",
+        _owns_its_experts,
+        "give a mixture of the common form, such as Qwen3-MoE, or a dense model",
     ),
     Refusal(
         "a model with multi-head latent attention",
@@ -205,5 +228,25 @@ REFUSALS = (
         "a model that counts positions by itself",
         "its code takes no position_ids, so it cannot continue from a KV cache outside of transformers",
         lambda _config, kind: "position_ids" not in inspect.signature(kind.forward).parameters,
+    ),
+    Refusal(
+        "a mixture of experts with a gate of its own",
+        "its experts do not compute SwiGLU, the one gated unit that ONNX Runtime's experts have on a CPU",
+        _has_unknown_experts,
+        "give a mixture of the common form, such as Qwen3-MoE, or a dense model",
+    ),
+)
+NOT_FOR_TENSORRT = (
+    Refusal(
+        "a mixture of experts",
+        "TensorRT's parser has no operator that picks a token's experts",
+        _has_experts,
+        "use --format onnx, or give a dense model",
+    ),
+    Refusal(
+        "a model with attention sinks",
+        "ONNX's standard attention, which TensorRT's parser reads, has no sink beside the keys",
+        _has_sinks,
+        "use --format onnx, or give another model",
     ),
 )

@@ -6,10 +6,15 @@ decoder's meaning and never has to recognise it in primitive operators:
     Linear(x, weight[out, in], bias?)      attribute transposed=1: the weight is [in, out]
     Head(x, weight[vocab, hidden], bias?)  the LM head
     RMSNorm(x, weight)                     attributes epsilon, zero_centered (then it scales by 1 + weight)
-    Attention(q, k, v, cos?, sin?)         q, k, v: [1, S, heads·head_dim]; cos, sin: [context, rotary_dim/2];
+    Attention(q, k, v, cos?, sin?, sink?)  q, k, v: [1, S, heads·head_dim]; cos, sin: [context, rotary_dim/2];
+                                           sink: [heads], logits beside those of the keys;
                                            attributes layer, num_heads, num_kv_heads, head_dim, scale,
                                            window (tokens that attention reaches back, itself included; 0: all),
                                            softcap (0: none)
+    Experts(x, index, weights,             x: [S, hidden]; index: int64[S, k], the experts that a router picked for
+            gate_up, down,                 each token, and their weights: [S, k]; gate_up: [experts, 2·size, hidden];
+            gate_up_bias?, down_bias?)     down: [experts, hidden, size]; attributes num_experts, k, and those of
+                                           `tracing.experts.Experts`
 """
 
 from collections.abc import Callable, Iterator
@@ -19,11 +24,12 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.onnx.ops import symbolic
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-DOMAIN = "vocabtrim"
+from vocabtrim_export.tracing.emit import emit
+from vocabtrim_export.tracing.experts import Experts, experts_forward
+
 ATTENTION = "vocabtrim_composite"
 
 
@@ -56,7 +62,9 @@ def rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @contextmanager
-def composites(skeleton: PreTrainedModel, modeling: ModuleType, norms: list[Norm], rope: Rope | None) -> Iterator[None]:
+def composites(
+    skeleton: PreTrainedModel, modeling: ModuleType, norms: list[Norm], experts: list[Experts], rope: Rope | None
+) -> Iterator[None]:
     """Make `skeleton`, whose code is in the module `modeling`, emit composites while it is traced.
 
     With `rope`, the model's rotary module hands out whole tables instead of the rows of some positions, and its
@@ -92,6 +100,9 @@ def composites(skeleton: PreTrainedModel, modeling: ModuleType, norms: list[Norm
         for norm in norms:
             module = skeleton.get_submodule(norm.name)
             stand_in(module, "forward", _rms_norm(norm).__get__(module))
+        for each in experts:
+            module = skeleton.get_submodule(each.name)
+            stand_in(module, "forward", experts_forward(each).__get__(module))
         if rope is not None:
             stand_in(modeling, "apply_rotary_pos_emb", hand_on)
             for module in rotary_modules(skeleton):
@@ -99,27 +110,22 @@ def composites(skeleton: PreTrainedModel, modeling: ModuleType, norms: list[Norm
         yield
 
 
-def _emit(op: str, inputs: list[Any], shape: Any, **attributes: Any) -> Tensor:
-    output: Tensor = symbolic(f"{DOMAIN}::{op}", inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=1)
-    return output
-
-
 def _linear(self: nn.Linear, x: Tensor) -> Tensor:
-    return _emit("Linear", [x, self.weight, self.bias], (*x.shape[:-1], self.out_features))
+    return emit("Linear", [x, self.weight, self.bias], (*x.shape[:-1], self.out_features))
 
 
 def _conv1d(self: Conv1D, x: Tensor) -> Tensor:
-    return _emit("Linear", [x, self.weight, self.bias], (*x.shape[:-1], self.nf), transposed=1)
+    return emit("Linear", [x, self.weight, self.bias], (*x.shape[:-1], self.nf), transposed=1)
 
 
 def _head(self: nn.Linear, x: Tensor) -> Tensor:
-    return _emit("Head", [x, self.weight, self.bias], (*x.shape[:-1], self.out_features))
+    return emit("Head", [x, self.weight, self.bias], (*x.shape[:-1], self.out_features))
 
 
 def _rms_norm(norm: Norm) -> Callable[[nn.Module, Tensor], Tensor]:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         attributes = {"epsilon": norm.epsilon, "zero_centered": int(norm.zero_centered)}
-        return _emit("RMSNorm", [x, self.weight], x.shape, **attributes)
+        return emit("RMSNorm", [x, self.weight], x.shape, **attributes)
 
     return forward
 
@@ -138,13 +144,13 @@ def _attention(handed_on: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[Te
         softcap: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        if options.get("s_aux") is not None:
-            raise NotImplementedError("attention sinks")
+        sink = options.get("s_aux")
         _, heads, length, head_dim = q.shape
         flat = [x.transpose(1, 2).reshape(1, length, -1) for x in (q, k, v)]
-        out = _emit(
+        tables = list(handed_on.pop() if handed_on else () if sink is None else (None, None))
+        out = emit(
             "Attention",
-            flat + list(handed_on.pop() if handed_on else ()),
+            [*flat, *tables, *(() if sink is None else (sink,))],
             flat[0].shape,
             layer=module.layer_idx,
             num_heads=heads,

@@ -53,19 +53,22 @@ def find_rope(model: PreTrainedModel, modeling: ModuleType, context_length: int)
     for layer_type in layer_types:
         options = {"layer_type": layer_type} if layer_type else {}
         cos, sin = modules[0](hidden, positions, **options)
-        half = cos.shape[-1] // 2
-        # GroupQueryAttention takes tables of a multiple of 8 columns
-        if half % 8 or not _rotates_halves(apply, cos[:, -1:], sin[:, -1:]):
+        last = cos[:, -1:], sin[:, -1:]
+        # most models repeat their cosines and sines for the second half, a few (gpt-oss) do not
+        half = next((n for n in (cos.shape[-1] // 2, cos.shape[-1]) if _rotates_halves(apply, *last, n)), None)
+        if half is None or half % 8:  # GroupQueryAttention takes tables of a multiple of 8 columns
             return None
         tables[layer_type or "default"] = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
     return Rope(tables)
 
 
-def _rotates_halves(apply: object, cos: Tensor, sin: Tensor) -> bool:
-    size = cos.shape[-1]
-    x = torch.randn(1, 1, 1, size, generator=torch.Generator().manual_seed(0))
-    a, b = x.split(size // 2, dim=-1)
-    c, s = cos[..., : size // 2], sin[..., : size // 2]
+def _rotates_halves(apply: object, cos: Tensor, sin: Tensor, half: int) -> bool:
+    """Whether `apply` rotates the halves of 2·half numbers by the first `half` cosines and sines."""
+    if not half:
+        return False
+    x = torch.randn(1, 1, 1, 2 * half, generator=torch.Generator().manual_seed(0))
+    a, b = x.split(half, dim=-1)
+    c, s = cos[..., :half], sin[..., :half]
     expected = torch.cat([a * c - b * s, b * c + a * s], dim=-1)
     try:
         q, k = apply(x, x, cos, sin)  # type: ignore[operator]

@@ -20,7 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT, INPUT_IDS, LOGITS, POSITION_IDS
 from engines.errors import VocabtrimError
-from vocabtrim_export.tracing.composites import DOMAIN, Norm, Rope, composites
+from vocabtrim_export.tracing.composites import Norm, Rope, composites
+from vocabtrim_export.tracing.emit import DOMAIN
+from vocabtrim_export.tracing.experts import find_experts
 from vocabtrim_export.tracing.failure import untraceable
 from vocabtrim_export.tracing.parts import find_norms, find_rope
 
@@ -177,7 +179,7 @@ def _trace_skeleton(
             example[HIDDEN_INPUT] = torch.zeros(1, 7, skeleton.config.hidden_size, dtype=dtype)
         else:
             decoder = _Decoder(skeleton, fake_rope, feature_layers)
-        with composites(skeleton, modeling, norms, fake_rope):
+        with composites(skeleton, modeling, norms, find_experts(model), fake_rope):
             program = torch.export.export(
                 decoder, tuple(example.values()), dynamic_shapes=({1: length},) * len(example), strict=False
             )
