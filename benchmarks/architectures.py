@@ -238,9 +238,9 @@ def main() -> int:
     context.set_forkserver_preload(PRELOADED)
     until = time.monotonic() + 60 * options.minutes
     todo = options.only if options.only is not None else [name for name in names() if name not in rows]
-    rows |= refusals_by_config(todo)
+    rows = {name: row for name, row in rows.items() if name not in todo} | refusals_by_config(todo)
     save(options.output, rows)
-    for name in [name for name in todo if name not in rows or (options.only and rows[name]["status"] != "refused")]:
+    for name in [name for name in todo if name not in rows]:
         if time.monotonic() > until:
             break
         rows[name] = row = run_apart(name, context)

@@ -103,12 +103,12 @@ def traced_once():
 
     real, graphs = trace._trace_skeleton, {}
 
-    def trace_skeleton(model, modeling, dtype, norms, rope, feature_layers):
+    def trace_skeleton(model, modeling, dtype, parts, feature_layers):
         config = {name: value for name, value in trace._config_of(model).to_dict().items() if name != "_name_or_path"}
-        tables = [(name, tuple(table.shape)) for name, table in rope.named_buffers()] if rope else None
-        key = repr((type(model), config, dtype, norms, tables, list(feature_layers)))
+        tables = [(name, tuple(table.shape)) for name, table in parts.rope.named_buffers()] if parts.rope else None
+        key = repr((type(model), config, dtype, parts.norms, parts.experts, tables, list(feature_layers)))
         if key not in graphs:
-            graphs[key] = real(model, modeling, dtype, norms, rope, feature_layers)
+            graphs[key] = real(model, modeling, dtype, parts, feature_layers)
         return graphs[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -83,23 +83,35 @@ def _layer(decoder: DecoderGraph, node: ir.Node) -> _Layer:
     }
     if numbers["limit"]:
         options["swiglu_limit"] = float(numbers["limit"])
-    first, second = (_rows_first(decoder.weights[name], transposed) for name in (up, down))
-    if not interleaved:
-        first = replace(first, load=lambda load=first.load: interleave(load()))  # type: ignore[misc]
-    return _Layer(up.rpartition(".")[0], first, second, (up_bias, down_bias), options)
+    weights = [_out_in(decoder.weights[up], transposed, not interleaved), _out_in(decoder.weights[down], transposed)]
+    return _Layer(up.rpartition(".")[0], *weights, (up_bias, down_bias), options)
 
 
-def _rows_first(weight: Weight, transposed: bool) -> Weight:
-    """Returns [experts, out, in], of [experts, in, out] if `transposed`."""
-    if not transposed:
-        return weight
+def _out_in(weight: Weight, transposed: bool, by_halves: bool = False) -> Weight:
+    """Returns a weight of experts as [experts, out, in], gate and up by turns where `weight` has them `by_halves`."""
     experts, rows, columns = weight.shape
-    return Weight((experts, columns, rows), weight.dtype, lambda: weight.load().transpose(1, 2))
+    shape = (experts, columns, rows) if transposed else weight.shape
+
+    def load() -> Tensor:
+        rows = rows_first(weight.load(), transposed)
+        return interleave(rows) if by_halves else rows
+
+    return Weight(shape, weight.dtype, load)
+
+
+def rows_first(tensor: Tensor, transposed: bool) -> Tensor:
+    """Returns [experts, out, in] of [experts, in, out] if `transposed`, or the reverse; else `tensor`."""
+    return tensor.transpose(1, 2) if transposed else tensor
 
 
 def interleave(tensor: Tensor) -> Tensor:
     """Returns the first and the second half of [experts, 2·n, …] by turns."""
     return tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def deinterleave(tensor: Tensor) -> Tensor:
+    """Undoes `interleave`."""
+    return tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
 
 
 def _filled(decoder: DecoderGraph, count: int, fill: float) -> ir.Value:

@@ -30,6 +30,7 @@ from engines.bundle.vocab_map import NOT_KEPT
 from engines.errors import VocabtrimError
 from engines.ort.session import open_session, reason
 from vocabtrim_export.proof.float32_view import float32_view
+from vocabtrim_export.proof.float_experts import float_experts
 from vocabtrim_export.proof.tokens import Calls, Window
 
 _FLOAT32 = 1  # of MatMulNBits: its inputs are not rounded to 8 bits
@@ -112,6 +113,7 @@ def proof_session(graph: Path, window: Window | None) -> Iterator[ort.InferenceS
     """A session on the graph as a proof runs it: the same nodes and weights, in float32, with the proof's window."""
     model = onnx.load(graph, load_external_data=False)
     float32_view(model)
+    float_experts(model)
     for node in model.graph.node:
         for attribute in node.attribute:
             if window and attribute.name == "local_window_size" and attribute.i == window.size:

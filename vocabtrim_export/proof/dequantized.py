@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from vocabtrim_export.lowering.experts import deinterleave, interleave, rows_first
 from vocabtrim_export.lowering.tidy import packed_name
+from vocabtrim_export.tracing.experts import Experts, find_experts
 
 # Largest root mean square error of a row, as a share of the row's own: what rounding to 4 or 8 bits in blocks never
 # comes near, and another row's values exceed.
@@ -47,6 +49,8 @@ def dequantized(
         if isinstance(module, nn.Linear | Conv1D):
             load = partial(_written, name, model, written, quantization, prefix)
             handles += _swap(name, module, load, head_rows.get(module), unlike, _MOST_ERROR[quantization])
+    for experts in find_experts(model):
+        handles += _swap_experts(experts, model, written, quantization, prefix, unlike)
     try:
         yield unlike
     finally:
@@ -81,6 +85,40 @@ def _swap(
 
     def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
         module.weight, module.bias = before.pop()
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+
+def _swap_experts(
+    experts: Experts,
+    model: PreTrainedModel,
+    written: Mapping[str, ir.Value],
+    quantization: str,
+    prefix: str,
+    unlike: list[str],
+) -> list[Any]:
+    """The same for a module of experts, whose weights are [experts, out, in] in the file, gate and up by turns."""
+    module: Any = model.get_submodule(experts.name)
+    before: dict[str, nn.Parameter] = {}
+
+    def enter(_module: nn.Module, _inputs: Any) -> None:
+        for part, name in (("up", "gate_up_proj"), ("down", "down_proj")):
+            before[name] = own = getattr(module, name)
+            rows = rows_first(own.data, experts.transposed)
+            if part == "up" and not experts.interleaved:
+                rows = interleave(rows)
+            given = _dequantize(written, f"{prefix}{experts.name}.{part}", quantization)
+            if given is None or float(_row_errors(given, rows.flatten(0, 1)).max()) > _MOST_ERROR[quantization]:
+                unlike.append(experts.name)
+                continue
+            given = given.view_as(rows)
+            if part == "up" and not experts.interleaved:
+                given = deinterleave(given)
+            setattr(module, name, nn.Parameter(rows_first(given, experts.transposed).contiguous(), requires_grad=False))
+
+    def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        for name, parameter in before.items():
+            setattr(module, name, parameter)
 
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
@@ -123,6 +161,9 @@ def _dequantize(written: Mapping[str, ir.Value], tensor: str, quantization: str)
     if f"{tensor}.quantized" in written:  # MatMulNBits: (q − zero) · scale, block by block
         parts = (_read(written[f"{tensor}.{part}"]) for part in ("quantized", "zero_points", "scales"))
         values, zeros, scales = parts
+        if scales.ndim == 3:  # of experts
+            values = values.flatten(0, 1).unflatten(1, (scales.shape[2], -1))
+            zeros, scales = zeros.flatten(0, 1), scales.flatten(0, 1)
         if quantization == "int4":
             values, zeros = (torch.stack([x & 15, x >> 4], -1).flatten(-2) for x in (values, zeros))
         zeros = zeros[:, : scales.shape[1]]

@@ -118,10 +118,11 @@ _TRACED_EXPERTS = {"jetmoe"}  # its experts are products of split rows, which a 
 
 
 def _has_latent_values(config: Config, _kind: ModelClass) -> bool:
-    if getattr(config, "kv_lora_rank", None) is None:
+    sizes = config.to_dict()  # of a model whose layers differ, an attribute cannot be read for all of them
+    if sizes.get("kv_lora_rank") is None:
         return False
-    keys = (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
-    return keys != getattr(config, "v_head_dim", None)
+    keys = (sizes.get("qk_nope_head_dim") or 0) + (sizes.get("qk_rope_head_dim") or 0)
+    return bool(keys != sizes.get("v_head_dim"))
 
 
 def _has_alibi(config: Config, _kind: ModelClass) -> bool:

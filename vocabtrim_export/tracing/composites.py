@@ -56,22 +56,30 @@ class Rope(nn.Module):
         return self.get_buffer(f"cos_{name}"), self.get_buffer(f"sin_{name}")
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of a model that composites stand for. rope: None leaves the rotation as the model writes it."""
+
+    norms: list[Norm]
+    experts: list[Experts]
+    rope: Rope | None
+
+
 def rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that turn positions into cosines and sines."""
     return [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
 
 
 @contextmanager
-def composites(
-    skeleton: PreTrainedModel, modeling: ModuleType, norms: list[Norm], experts: list[Experts], rope: Rope | None
-) -> Iterator[None]:
+def composites(skeleton: PreTrainedModel, modeling: ModuleType, parts: Parts) -> Iterator[None]:
     """Make `skeleton`, whose code is in the module `modeling`, emit composites while it is traced.
 
-    With `rope`, the model's rotary module hands out whole tables instead of the rows of some positions, and its
+    With rotary tables, the model's rotary module hands out whole tables instead of the rows of some positions, and its
     `apply_rotary_pos_emb` passes them on to the Attention composite, which then rotates. Without, the rotation stays
     in the graph as the model writes it.
     """
     handed_on: list[tuple[Tensor, Tensor]] = []
+    rope = parts.rope
 
     def hand_out(
         _hidden: Tensor,
@@ -97,10 +105,10 @@ def composites(
         stand_in(nn.Linear, "forward", _linear)
         stand_in(Conv1D, "forward", _conv1d)
         stand_in(head, "forward", _head.__get__(head))
-        for norm in norms:
+        for norm in parts.norms:
             module = skeleton.get_submodule(norm.name)
             stand_in(module, "forward", _rms_norm(norm).__get__(module))
-        for each in experts:
+        for each in parts.experts:
             module = skeleton.get_submodule(each.name)
             stand_in(module, "forward", experts_forward(each).__get__(module))
         if rope is not None:
@@ -138,7 +146,7 @@ def _attention(handed_on: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[Te
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        _mask: None,
+        attention_mask: None,  # noqa: ARG001  (some models name it)
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,

@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import onnx_ir as ir
@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT, INPUT_IDS, LOGITS, POSITION_IDS
 from engines.errors import VocabtrimError
-from vocabtrim_export.tracing.composites import Norm, Rope, composites
+from vocabtrim_export.tracing.composites import Parts, Rope, composites
 from vocabtrim_export.tracing.emit import DOMAIN
 from vocabtrim_export.tracing.experts import find_experts
 from vocabtrim_export.tracing.failure import untraceable
@@ -69,7 +69,8 @@ def trace(
     modeling = sys.modules[type(model).__module__]
     rope = find_rope(model, modeling, context_length) if fuse_rotation else None
     try:
-        graph = _trace_skeleton(model, modeling, dtype, find_norms(model), rope, feature_layers)
+        parts = Parts(find_norms(model), find_experts(model), rope)
+        graph = _trace_skeleton(model, modeling, dtype, parts, feature_layers)
     except VocabtrimError:
         raise
     except Exception as error:  # whatever the model's own code or torch.export raises
@@ -159,17 +160,16 @@ def _trace_skeleton(
     model: PreTrainedModel,
     modeling: ModuleType,
     dtype: torch.dtype,
-    norms: list[Norm],
-    rope: Rope | None,
+    parts: Parts,
     feature_layers: Sequence[int],
 ) -> ir.Model:
     length = torch.export.Dim("sequence_length", min=1, max=1 << 20)
     with FakeTensorMode(), torch.no_grad():
         skeleton = type(model)._from_config(_config_of(model), dtype=dtype).eval()
-        fake_rope = rope and Rope(
+        fake_rope = parts.rope and Rope(
             {
                 name.removeprefix("cos_"): (torch.empty(cos.shape, dtype=dtype), torch.empty(cos.shape, dtype=dtype))
-                for name, cos in rope.named_buffers()
+                for name, cos in parts.rope.named_buffers()
                 if name.startswith("cos_")
             }
         )
@@ -179,7 +179,7 @@ def _trace_skeleton(
             example[HIDDEN_INPUT] = torch.zeros(1, 7, skeleton.config.hidden_size, dtype=dtype)
         else:
             decoder = _Decoder(skeleton, fake_rope, feature_layers)
-        with composites(skeleton, modeling, norms, find_experts(model), fake_rope):
+        with composites(skeleton, modeling, replace(parts, rope=fake_rope)):
             program = torch.export.export(
                 decoder, tuple(example.values()), dynamic_shapes=({1: length},) * len(example), strict=False
             )
