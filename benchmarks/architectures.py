@@ -84,6 +84,9 @@ def save_model(name: str, directory: Path) -> tuple[Any, dict[str, Any]]:
             else:
                 is_table = "embed" in label or "wte" in label
                 parameter.copy_(noise if is_table else noise * 1.3 * parameter.shape[-1] ** -0.5)
+        for label, buffer in model.named_buffers():
+            if label.endswith("correction_bias"):  # of a router, which starts as zeros too
+                buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.2)
     model.save_pretrained(directory)
     save_tokenizer(directory)
     row = {"class": type(model).__name__, "parameters": sum(each.numel() for each in model.parameters())}

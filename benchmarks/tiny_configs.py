@@ -118,6 +118,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen3:tied head": {"tie_word_embeddings": True},
     "falcon:ALiBi": {"alibi": True},
     **{
+        f"{name}:experts in groups": {"num_experts": 8, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+        for name in ("dots1", "glm4_moe")
+    },
+    "mimo_v2_flash:one form of KV cache": {"swa_num_key_value_heads": 2, "swa_num_attention_heads": 4},
+    **{
         f"{name}:as a decoder": {"is_decoder": True}
         for name in (
             *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),

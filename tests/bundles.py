@@ -55,6 +55,13 @@ ARCHITECTURES = {
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 256, "scale_attn_by_inverse_layer_idx": True},
     "gpt_neox": {"rotary_pct": 0.5, "hidden_size": 128, "use_parallel_residual": True},
 }
+# mixtures of experts, which TensorRT does not take: shared experts with weights that add up to less than one; attention
+# sinks, a clamped gate by turns, and biases
+_EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4}
+MIXTURES = {
+    "qwen2_moe": {**_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    "gpt_oss": {**WINDOWS, **_EXPERTS, "swiglu_limit": 2.0, "rope_parameters": {"rope_type": "default"}},
+}
 
 
 class Store:
@@ -123,15 +130,15 @@ def random_model(tmp_path_factory, tokenizer, store, traced_once):
     import transformers
 
     def write(path: Path, architecture: str, seed: int, changes: dict[str, Any]) -> None:
-        settings = SHARED | ARCHITECTURES.get(architecture, {}) | changes
+        settings = SHARED | (ARCHITECTURES | MIXTURES).get(architecture, {}) | changes
         if architecture == "gpt2":
             settings = {k: v for k, v in settings.items() if k not in ("max_position_embeddings", "num_hidden_layers")}
         config = transformers.AutoConfig.for_model(architecture, **settings)
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():  # norms and biases start as ones and zeros, which hide mistakes
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1 or name.endswith("bias"):
                     parameter.add_(torch.randn_like(parameter) * 0.2)
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)

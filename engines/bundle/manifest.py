@@ -86,7 +86,8 @@ class Experts:
 
         Tokens of one text pick the same experts more often than that, so a step may read less.
         """
-        return self.bytes * (1 - (1 - self.per_token / self.num_experts) ** tokens)
+        untouched: float = (1 - self.per_token / self.num_experts) ** tokens
+        return self.bytes * (1 - untouched)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,14 @@ import pytest
 import torch
 import transformers
 
-from tests.bundles import ARCHITECTURES
+from tests.bundles import ARCHITECTURES, MIXTURES
 
 from .conftest import check_logits
 
 STEPS = [(24, 24), (1, 1), (5, 5), (1, 1), (17, 3)]  # tokens fed, positions kept
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MIXTURES])
 def test_exported_graph_computes_what_pytorch_does(architecture, random_model, export_pair):
     directory = random_model(architecture)
     result = export_pair(directory)

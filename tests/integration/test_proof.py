@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from engines.bundle.read import DRAFT_MODEL_NAME, FEATURES_NAME, MODEL_NAME
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
-from tests.bundles import ARCHITECTURES
+from tests.bundles import ARCHITECTURES, MIXTURES
 from tests.integration import eagle_heads, test_medusa
 from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
 from vocabtrim_export.drafters.eagle_checkpoint import load_head
@@ -105,9 +105,52 @@ def wrong_tokens(graph):
     return True
 
 
+def experts(graph):
+    return [node for node in graph.node if node.op_type in ("MoE", "QMoE")]
+
+
+def experts_permuted(graph):
+    """The second layer of the experts is another's; of quantised ones its values alone."""
+    for node in experts(graph)[-1:]:
+        down = 4 if node.op_type == "MoE" else 5
+        order = np.roll(np.arange(shapes(graph)[node.input[down]][0]), 1)
+        graph.initializer.append(onnx.numpy_helper.from_array(order, "order"))
+        graph.node.insert(0, onnx.helper.make_node("Gather", [node.input[down], "order"], ["permuted"], axis=0))
+        node.input[down] = "permuted"
+    return bool(experts(graph))
+
+
+def routing_weights_equal(graph):
+    """Every expert that a router picked counts the same."""
+    picked = [node for node in graph.node if node.op_type == "ScatterElements"]
+    for node in picked:
+        at = next(index for index, each in enumerate(graph.node) if each.output[0] == node.output[0])
+        graph.node.insert(at, onnx.helper.make_node("Sub", [node.input[2]] * 2, [f"{node.name}{at}.equal"]))
+        node.input[2] = f"{node.name}{at}.equal"
+    return bool(picked and experts(graph)[0].op_type == "MoE")
+
+
+def routing_normalised(graph):
+    """The sum of the routing weights is left out behind the experts."""
+    outputs = {node.output[0] for node in experts(graph)}
+    sums = [node for node in graph.node if node.op_type == "Mul" and node.input[0] in outputs]
+    for node in sums:
+        node.op_type = "Identity"
+        del node.input[1]
+    return bool(sums)
+
+
+def sinks_dropped(graph):
+    nodes = [node for node in attention(graph) if len(node.input) > 11]
+    for node in nodes:
+        node.input[11] = ""
+    return bool(nodes)
+
+
 CORRUPTIONS = (
     *(norms_swapped, weights_permuted, bias_left_out, rotation_swapped),
     *(scale_dropped, softcap_dropped, window_dropped, wrong_tokens),
+    *(experts_permuted, routing_weights_equal, sinks_dropped),
 )
 
 
@@ -119,7 +162,7 @@ def corrupt(directory, change, name=MODEL_NAME):
     return changed
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MIXTURES])
 def test_each_wrong_graph_is_noticed(architecture, random_model, export_pair, tmp_path):
     directory = random_model(architecture)
     result = export_pair(directory)
@@ -132,6 +175,14 @@ def test_each_wrong_graph_is_noticed(architecture, random_model, export_pair, tm
             missed += [change.__name__] if find_difference(wrong, plan) is None else []
     assert not missed
     assert len(changed) >= 3, changed
+
+
+def test_routing_weights_that_do_not_add_up_to_one_are_not_normalised(random_model, export_pair):
+    directory = random_model("qwen2_moe")
+    result = export_pair(directory)
+    plan = BundlePlan("target", load_source(str(directory), DTYPES["fp32"]), "fp32", "none", context_length=128)
+    assert corrupt(result.target, routing_normalised)
+    assert find_difference(result.target, plan)
 
 
 def quantized_swapped(parts):
@@ -149,12 +200,12 @@ def quantized_swapped(parts):
     return change
 
 
-def quantized_data_swapped(graph):
+def quantized_data_swapped(graph, op="MatMulNBits", parts=(1, 2, 3)):
     """Exchange what is stored of two quantised products: the graph is right, the writer took another layer's weight."""
     known = {tensor.name: tensor for tensor in graph.initializer}
-    nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    nodes = [node for node in graph.node if node.op_type == op]
     for a, b in itertools.combinations(nodes, 2):
-        first, second = ([known[node.input[part]] for part in (1, 2, 3)] for node in (a, b))
+        first, second = ([known[node.input[part]] for part in parts] for node in (a, b))
         if first[0] is not second[0] and first[0].dims == second[0].dims:
             for x, y in zip(first, second, strict=True):
                 kept = list(x.external_data)
@@ -166,8 +217,12 @@ def quantized_data_swapped(graph):
     return False
 
 
+def experts_data_swapped(graph):
+    return quantized_data_swapped(graph, "QMoE", (2, 3, 11))
+
+
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "phi3", "cohere", "gpt2"])
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "phi3", "cohere", "gpt2", "gpt_oss"])
 def test_each_wrong_quantized_graph_is_noticed(architecture, quantization, random_model, tmp_path):
     source = load_source(str(random_model(architecture)), DTYPES["fp32"])
     plan = BundlePlan("target", source, "fp32", quantization, context_length=128)
@@ -175,8 +230,10 @@ def test_each_wrong_quantized_graph_is_noticed(architecture, quantization, rando
     write_bundle(right, trace_source(plan), plan, lambda *_: None)
     assert find_difference(right, plan) is None
     swaps = (quantized_swapped((1, 2, 3)), quantized_swapped((2,)), quantized_data_swapped)
+    if architecture in MIXTURES:
+        swaps += (experts_data_swapped, experts_permuted)
     missed, changed = [], []
-    for number, change in enumerate((*CORRUPTIONS, *swaps)):
+    for number, change in enumerate(dict.fromkeys((*CORRUPTIONS, *swaps))):
         shutil.copytree(right, wrong := tmp_path / str(number))
         if corrupt(wrong, change):
             changed.append(change)

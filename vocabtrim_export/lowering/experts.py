@@ -83,8 +83,11 @@ def _layer(decoder: DecoderGraph, node: ir.Node) -> _Layer:
     }
     if numbers["limit"]:
         options["swiglu_limit"] = float(numbers["limit"])
-    weights = [_out_in(decoder.weights[up], transposed, not interleaved), _out_in(decoder.weights[down], transposed)]
-    return _Layer(up.rpartition(".")[0], *weights, (up_bias, down_bias), options)
+    first, second = (
+        _out_in(decoder.weights[up], transposed, not interleaved),
+        _out_in(decoder.weights[down], transposed),
+    )
+    return _Layer(up.rpartition(".")[0], first, second, (up_bias, down_bias), options)
 
 
 def _out_in(weight: Weight, transposed: bool, by_halves: bool = False) -> Weight:
@@ -106,12 +109,14 @@ def rows_first(tensor: Tensor, transposed: bool) -> Tensor:
 
 def interleave(tensor: Tensor) -> Tensor:
     """Returns the first and the second half of [experts, 2·n, …] by turns."""
-    return tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    by_turns: Tensor = tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return by_turns
 
 
 def deinterleave(tensor: Tensor) -> Tensor:
     """Undoes `interleave`."""
-    return tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    by_halves: Tensor = tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return by_halves
 
 
 def _filled(decoder: DecoderGraph, count: int, fill: float) -> ir.Value:

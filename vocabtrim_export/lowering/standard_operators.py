@@ -192,4 +192,3 @@ def _attend(nodes: Nodes, form: _Form, q: ir.Value, keys: ir.Value, values: ir.V
     weights = nodes("Softmax", nodes("Where", mask, scores, nodes.number(float("-inf"))), axis=-1)
     out = nodes("MatMul", nodes("Cast", weights, to=int(dtype)), values)
     return nodes("Reshape", out, nodes.ints(1, form.heads, -1, form.size))
-

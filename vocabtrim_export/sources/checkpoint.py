@@ -20,6 +20,7 @@ from transformers import __version__ as transformers_version
 
 from engines.bundle.typed_json import read
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources.expert_tensors import check_experts
 from vocabtrim_export.sources.quantized_checkpoints import dense_weights, is_readable
 from vocabtrim_export.sources.refusals import check_architecture
 from vocabtrim_export.sources.text_models import (
@@ -69,6 +70,7 @@ def load_checkpoint(spec: str, where: str, files: list[Path], weights: int, dtyp
     text = text_config(spec, config)
     check_architecture(spec, text)
     _check_size(spec, text, weights)
+    check_experts(spec, files)
     tokenizer = read_checkpoint_tokenizer(spec, where)
     model, loading = _load_weights(where, files, dtype, config, text)
     _check_fit(spec, loading)

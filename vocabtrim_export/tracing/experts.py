@@ -69,7 +69,8 @@ def as_experts(name: str, module: Any) -> Experts | None:
     except Exception:  # code of any architecture: what cannot be tried is not known
         return None
     numbers = sorted({float(value) for value in vars(module).values() if type(value) in (int, float) and value > 0})
-    for interleaved, beta, alpha, limit in itertools.product((False, True), (0.0, 1.0), (1.0, *numbers), (0.0, *numbers)):
+    forms = itertools.product((False, True), (1.0, *numbers), (0.0, 1.0), (0.0, *numbers))
+    for interleaved, alpha, beta, limit in forms:
         if torch.allclose(expected, _gated(probe, interleaved, alpha, beta, limit), rtol=1e-4, atol=1e-5):
             return Experts(name, interleaved, bool(module.is_transposed), alpha, beta, limit)
     return None

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,10 @@ def find_rope(model: PreTrainedModel, modeling: ModuleType, context_length: int)
     if len(modules) != 1 or apply is None:
         return None
     by_layer_type = "layer_type" in inspect.signature(modules[0].forward).parameters
-    layer_types = sorted(set(model.config.get_text_config().layer_types)) if by_layer_type else [None]
+    layer_types: list[str | None] = [None]
+    if by_layer_type:  # some of which may not rotate
+        rotating: Any = modules[0].rope_type
+        layer_types = [each for each in sorted(set(model.config.get_text_config().layer_types)) if each in rotating]
     positions, hidden = torch.arange(context_length)[None], torch.zeros(1, 1, 1)
     tables = {}
     for layer_type in layer_types:

@@ -1,0 +1,42 @@
+"""Checks the experts of a checkpoint that stores each expert's matrices by themselves, before any weight is read."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.sources.weight_files import tensor_shapes
+
+_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)")
+
+
+def check_experts(spec: str, files: Sequence[Path]) -> None:
+    """Refuse a checkpoint whose experts cannot be stacked.
+
+    Args:
+        spec: MODEL as the user gave it, for errors.
+        files: Its .safetensors files, whose headers alone are read.
+
+    Raises:
+        VocabtrimError: A tensor of some expert is missing, or has another shape than the other experts'.
+    """
+    shapes: dict[tuple[str, str], dict[int, tuple[int, ...]]] = {}
+    for file in files:
+        for name, shape in tensor_shapes(file).items():
+            if match := _EXPERT.fullmatch(name):
+                shapes.setdefault((match[1], match[3]), {})[int(match[2])] = tuple(shape)
+    counts: Counter[str] = Counter()
+    for (layer, _), by_expert in shapes.items():
+        counts[layer] = max(counts[layer], *(index + 1 for index in by_expert))
+    for (layer, part), by_expert in sorted(shapes.items()):
+        usual = Counter(by_expert.values()).most_common(1)[0][0]
+        for index in range(counts[layer]):
+            name, shape = f"{layer}.{index}.{part}", by_expert.get(index)
+            if shape is None:
+                raise VocabtrimError(f"{spec} is not whole: {name} is missing; download its weights again")
+            if shape != usual:
+                raise VocabtrimError(
+                    f"{spec} is damaged: {name} has the shape {list(shape)}, the other experts have {list(usual)}; "
+                    "download its weights again"
+                )
