@@ -118,10 +118,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen3:tied head": {"tie_word_embeddings": True},
     "falcon:ALiBi": {"alibi": True},
     **{
-        f"{name}:experts in groups": {"num_experts": 8, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+        f"{name}:experts in groups": {
+            **{"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+            **{"n_group": 4, "topk_group": 2},
+        }
         for name in ("dots1", "glm4_moe")
     },
-    "mimo_v2_flash:one form of KV cache": {"swa_num_key_value_heads": 2, "swa_num_attention_heads": 4},
     **{
         f"{name}:as a decoder": {"is_decoder": True}
         for name in (

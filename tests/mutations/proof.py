@@ -3,6 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 TESTS, PROVEN = "tests/integration/test_proof.py", "vocabtrim_export/proof/proven.py"
+ARCHITECTURES, EXPERTS = "tests/integration/test_architectures.py", "vocabtrim_export/lowering/experts.py"
 
 PROOF = (
     Mutation(
@@ -68,5 +69,53 @@ PROOF = (
         "    if not off <=",
         "    if False and not off <=",
         "tests/vocabtrim_export/test_onnx_input.py -k computes_something_else",
+    ),
+    Mutation(
+        "A mixture of experts weighs them as its router does",
+        "the weights' sum is left out behind the experts",
+        EXPERTS,
+        'out = nodes("Mul", _dense(nodes, layer, x, route), total)',
+        "out = _dense(nodes, layer, x, route)",
+        f"{ARCHITECTURES} -k moe",
+    ),
+    Mutation(
+        "A mixture of experts runs the experts that its router picked",
+        "each expert is its neighbour",
+        EXPERTS,
+        "return by_turns",
+        "return by_turns.roll(1, 0)",
+        f"{ARCHITECTURES} -k moe",
+    ),
+    Mutation(
+        "A quantised expert of another layer is caught by the export itself",
+        "written experts may be anything",
+        "vocabtrim_export/proof/dequantized.py",
+        "if given is None or float(_row_errors(given, rows.flatten(0, 1)).max()) > _MOST_ERROR[quantization]:",
+        "if given is None:",
+        f"{TESTS} -k 'quantized_graph and oss'",
+    ),
+    Mutation(
+        "Attention sinks take their share",
+        "the sinks are left out",
+        "vocabtrim_export/lowering/ort_operators.py",
+        "sin, None, None, sink]",
+        "sin, None, None, None]",
+        f"{ARCHITECTURES} -k oss",
+    ),
+    Mutation(
+        "A step of several tokens is expected to read more experts than a step of one",
+        "every step reads those of one token",
+        "engines/bundle/manifest.py",
+        "** tokens",
+        "** 1",
+        "tests/integration/test_experts.py -k reads_the_experts",
+    ),
+    Mutation(
+        "A checkpoint that lacks an expert is refused by name",
+        "missing experts are passed over",
+        "vocabtrim_export/sources/expert_tensors.py",
+        "if shape is None:",
+        "if False:",
+        "tests/integration/test_experts.py -k not_whole",
     ),
 )

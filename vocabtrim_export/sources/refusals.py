@@ -147,7 +147,10 @@ def _shares_caches(config: Config, _kind: ModelClass) -> bool:
 def _caches_differ(config: Config, _kind: ModelClass) -> bool:
     changes: Any = config.to_dict().get("per_layer_config") or {}
     sizes = {"head_dim", "num_key_value_heads"}
-    return any(not sizes.isdisjoint(changed) for changed in changes.values())
+    return config.model_type in _TWO_CACHES or any(not sizes.isdisjoint(changed) for changed in changes.values())
+
+
+_TWO_CACHES = {"mimo_v2_flash"}  # its layers with a window have twice the heads of the others
 
 
 def _owns_its_attention(_config: Config, kind: ModelClass) -> bool:
