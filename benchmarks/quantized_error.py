@@ -2,9 +2,9 @@
 
     python benchmarks/quantized_error.py [--only NAME…]
 
-Each tiny random model is written in int8 and int4 and run on ONNX Runtime's CPU provider, which rounds the inputs of its
-products to 8 bits. Its logits are compared with PyTorch's on the dequantised weights: the root mean square error of each
-token, over the logits' spread. The tokens are fed at once, and in calls of 1, 5 and 34.
+Each tiny random model is written in int8 and int4 and run on ONNX Runtime's CPU provider, which rounds the inputs of
+its products to 8 bits. Its logits are compared with PyTorch's on the dequantised weights: the root mean square error of
+each token, over the logits' spread. The tokens are fed at once, and in calls of 1, 5 and 34.
 """
 
 import argparse
