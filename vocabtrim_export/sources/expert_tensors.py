@@ -25,18 +25,18 @@ def check_experts(spec: str, files: Sequence[Path]) -> None:
     for file in files:
         for name, shape in tensor_shapes(file).items():
             if match := _EXPERT.fullmatch(name):
-                shapes.setdefault((match[1], match[3]), {})[int(match[2])] = tuple(shape)
+                shapes.setdefault((match[1], match[3]), {})[int(match[2])] = shape
     counts: Counter[str] = Counter()
     for (layer, _), by_expert in shapes.items():
         counts[layer] = max(counts[layer], *(index + 1 for index in by_expert))
     for (layer, part), by_expert in sorted(shapes.items()):
         usual = Counter(by_expert.values()).most_common(1)[0][0]
         for index in range(counts[layer]):
-            name, shape = f"{layer}.{index}.{part}", by_expert.get(index)
-            if shape is None:
+            name = f"{layer}.{index}.{part}"
+            if index not in by_expert:
                 raise VocabtrimError(f"{spec} is not whole: {name} is missing; download its weights again")
-            if shape != usual:
+            if by_expert[index] != usual:
                 raise VocabtrimError(
-                    f"{spec} is damaged: {name} has the shape {list(shape)}, the other experts have {list(usual)}; "
-                    "download its weights again"
+                    f"{spec} is damaged: {name} has the shape {list(by_expert[index])}, the other experts have "
+                    f"{list(usual)}; download its weights again"
                 )
