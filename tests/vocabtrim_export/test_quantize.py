@@ -55,3 +55,23 @@ def test_moments_lower_the_error_of_the_product(weight, moments):
 def test_zeros_stay_zero():
     weight = torch.zeros(2, 40)  # also: an input that is no multiple of the block
     assert not unpack(quantize_blocks(weight, 4), 4).any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_bytes_are_those_of_a_plain_search(weight, moments, bits):
+    """Each block alone, in NumPy: of three scales and two zero points the one whose product errs least."""
+    blocks = quantize_blocks(weight, bits, moments)
+    values = unpack(blocks, bits).reshape(70, 3, BLOCK)
+    top, shrinks = (1 << bits) - 1, (0.85, 0.925, 1.0) if bits == 4 else (1.0,)
+    for row, block in np.ndindex(70, 3):
+        w, moment = weight[row].numpy().reshape(3, BLOCK)[block], moments[block].numpy().astype(np.float64)
+        low, span = min(w.min(), 0), max(w.max(), 0) - min(w.min(), 0)
+        zero_low = np.floor(-low / span * np.float32(top))
+        candidates = []
+        for shrink in shrinks:
+            scale = span * np.float32(shrink / top)
+            for zero in (zero_low, min(zero_low + 1, top)):
+                off = ((np.round(w / scale + zero).clip(0, top) - zero) * scale - w).astype(np.float64)
+                candidates.append((off @ moment @ off, off))
+        _, best = min(candidates, key=lambda candidate: candidate[0])
+        np.testing.assert_allclose(values[row, block], w + best, atol=1e-6)

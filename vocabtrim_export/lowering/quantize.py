@@ -1,5 +1,6 @@
 """Weight-only quantisation of a matrix in blocks of its rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ Quantization = Literal["none", "int8", "int4", "fp8"]
 BITS: dict[str, int] = {"int8": 8, "int4": 4}
 BLOCK = 32
 HEAD = "head"
-_ROWS_AT_ONCE = 2048
+_WEIGHTS_AT_ONCE = 1 << 17
 # clipping a block's extremes a little costs less than it gains with 16 levels, nothing with 256
 _SHRINKS = {4: (0.85, 0.925, 1.0), 8: (1.0,)}
 
@@ -43,47 +44,62 @@ def quantize_blocks(weight: Tensor, bits: int, moments: Tensor | None = None) ->
         bits: 4 or 8.
         moments: E[x xᵀ] of each block's inputs, float32[blocks, BLOCK, BLOCK].
     """
-    parts = [_quantize_rows(rows, bits, moments) for rows in weight.split(_ROWS_AT_ONCE)]
+    parts = [_quantize_rows(rows, bits, moments) for rows in rows_in_cache(weight)]
     packed, scales, zero_points = (torch.cat(part) for part in zip(*parts, strict=True))
     return Blocks(packed, scales, zero_points)
 
 
 def _quantize_rows(weight: Tensor, bits: int, moments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    out, size = weight.shape
-    count, top = -(-size // BLOCK), (1 << bits) - 1
-    blocks = torch.nn.functional.pad(weight.float(), (0, count * BLOCK - size)).view(out, count, BLOCK)
+    blocks = blocks_first(weight)
+    top = (1 << bits) - 1
     low = blocks.amin(-1, keepdim=True).clamp(max=0)
     span = blocks.amax(-1, keepdim=True).clamp(min=0) - low
     span = torch.where(span == 0, 1.0, span)
     zero_low = (-low / span * top).floor()
     least = torch.full(span.shape, float("inf"), dtype=torch.float64)
-    best_q, best_scale, best_zero = torch.zeros_like(blocks, dtype=torch.uint8), span, zero_low
+    best_q, best_scale, best_zero = torch.zeros_like(blocks), span, zero_low
+    q, off = torch.empty_like(blocks), torch.empty_like(blocks)
     for shrink in _SHRINKS[bits]:
         scale = (span * (shrink / top)).to(weight.dtype).float()
         for zero in (zero_low, (zero_low + 1).clamp(max=top)):
-            q = (blocks / scale + zero).round_().clamp_(0, top)
-            error = product_error((q - zero) * scale - blocks, moments)
+            torch.div(blocks, scale, out=q).add_(zero).round_().clamp_(0, top)
+            error = product_error(torch.sub(q, zero, out=off).mul_(scale).sub_(blocks), moments)
             better = error < least
             least = torch.where(better, error, least)
-            best_q = torch.where(better, q.to(torch.uint8), best_q)
+            torch.where(better, q, best_q, out=best_q)
             best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
     return (
-        pack(best_q, bits),
-        best_scale[..., 0].to(weight.dtype),
-        pack(best_zero[..., 0].to(torch.uint8), bits),
+        pack(best_q.to(torch.uint8).transpose(0, 1), bits),
+        best_scale[..., 0].T.to(weight.dtype),
+        pack(best_zero[..., 0].T.to(torch.uint8), bits),
     )
 
 
+def rows_in_cache(weight: Tensor) -> Sequence[Tensor]:
+    """Returns the rows of a weight [out, in] in parts; what is computed of a part stays in a core's cache."""
+    return weight.split(max(1, _WEIGHTS_AT_ONCE // weight.shape[1]))
+
+
+def blocks_first(weight: Tensor) -> Tensor:
+    """Returns a weight [out, in] as float32[blocks, out, BLOCK], the layout of a product with each block's moments."""
+    out, size = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -size % BLOCK))
+    return padded.view(out, -1, BLOCK).transpose(0, 1).contiguous()
+
+
 def product_error(off: Tensor, moments: Tensor | None) -> Tensor:
-    """Returns the cost of the rounding error `off`, [out, blocks, n·BLOCK], as float64[out, blocks, 1].
+    """Returns the cost of a rounding error as float64[blocks, out, 1].
 
     It is computed in float64, so that the tiling of a matrix product, which depends on the number of rows, does not
-    change which candidate is best. moments: see `quantize_blocks`.
+    change which candidate is best.
+
+    Args:
+        off: The rounding error, float32[blocks, out, BLOCK].
+        moments: See `quantize_blocks`.
     """
-    out, blocks, _ = off.shape
-    off = off.double().view(out, -1, BLOCK)
-    weighted = off if moments is None else (off.transpose(0, 1) @ moments.double()).transpose(0, 1)
-    return (weighted * off).reshape(out, blocks, -1).sum(-1, keepdim=True)
+    wide = off.double()
+    weighted = wide if moments is None else wide @ moments.double()
+    return (weighted * wide).sum(-1, keepdim=True)
 
 
 def pack(values: Tensor, bits: int) -> Tensor:

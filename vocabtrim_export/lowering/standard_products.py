@@ -11,12 +11,18 @@ from torch import Tensor
 from engines.errors import VocabtrimError
 from vocabtrim_export.lowering.graph import DecoderGraph, name_of
 from vocabtrim_export.lowering.nodes import Nodes
-from vocabtrim_export.lowering.quantize import BLOCK, Quantization, pack, product_error
+from vocabtrim_export.lowering.quantize import (
+    BLOCK,
+    Quantization,
+    blocks_first,
+    pack,
+    product_error,
+    rows_in_cache,
+)
 from vocabtrim_export.lowering.weights import Weight
 
 _FP8_MAX = 448.0  # of float8_e4m3fn
 _INT4_TOP = 7
-_ROWS_AT_ONCE = 2048
 # as for asymmetric blocks: clipping a block's extremes costs less than it gains with 16 levels
 _SHRINKS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 
@@ -141,23 +147,25 @@ def quantize_int4(weight: Tensor, block: int, moments: Tensor | None = None) -> 
     Returns:
         int8[out, in] from −8 to 7, and the scales, [out, in/block].
     """
-    parts = [_int4_rows(rows, block, moments) for rows in weight.split(_ROWS_AT_ONCE)]
+    parts = [_int4_rows(rows, block, moments) for rows in rows_in_cache(weight)]
     values, scales = (torch.cat(part) for part in zip(*parts, strict=True))
     return values, scales
 
 
 def _int4_rows(weight: Tensor, block: int, moments: Tensor | None) -> tuple[Tensor, Tensor]:
     out, size = weight.shape
-    blocks = weight.float().view(out, size // block, block)
-    extreme = blocks.abs().amax(-1, keepdim=True)
+    blocks = blocks_first(weight).view(size // block, block // BLOCK, out, BLOCK)
+    extreme = blocks.abs().amax((1, 3), keepdim=True)
     least = torch.full(extreme.shape, float("inf"), dtype=torch.float64)
     best_q, best_scale = torch.zeros_like(blocks), torch.ones_like(extreme)
     for shrink in _SHRINKS:
         scale = (extreme * (shrink / _INT4_TOP)).to(weight.dtype).float()
         scale = torch.where(scale == 0, 1.0, scale)
         q = (blocks / scale).round_().clamp_(-_INT4_TOP - 1, _INT4_TOP)
-        error = product_error(q * scale - blocks, moments)
+        off = (q * scale).sub_(blocks).view(-1, out, BLOCK)
+        error = product_error(off, moments).view(*blocks.shape[:3], 1).sum(1, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
         best_q, best_scale = torch.where(better, q, best_q), torch.where(better, scale, best_scale)
-    return best_q.to(torch.int8).view(out, size), best_scale[..., 0].to(weight.dtype)
+    values = best_q.to(torch.int8).permute(2, 0, 1, 3).reshape(out, size)
+    return values, best_scale.view(-1, out).T.to(weight.dtype)
