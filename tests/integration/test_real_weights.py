@@ -42,11 +42,8 @@ def bundles(store):
         arguments += ["--max-length", "512", "--output", str(output)]
         assert export_main(arguments) == 0
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
     files, _ = store.once(("real weights", MODEL), make)
-    yield files
-    torch.set_num_threads(threads)
+    return files
 
 
 def test_greedy_output_is_that_of_transformers(bundles):
