@@ -17,6 +17,7 @@ from vocabtrim_export.lowering.experts import deinterleave, interleave, rows_fir
 from vocabtrim_export.lowering.tidy import packed_name
 from vocabtrim_export.tracing.experts import Experts, find_experts
 
+_ROWS_AT_ONCE = 4096  # an LM head is the largest tensor: a copy more of it in float32 takes gigabytes
 # Largest root mean square error of a row, as a share of the row's own: what rounding to 4 or 8 bits in blocks never
 # comes near, and another row's values exceed.
 _MOST_ERROR = {"int4": 0.6, "int8": 0.1, "fp8": 0.1}
@@ -125,6 +126,11 @@ def _swap_experts(
 
 def _row_errors(given: Tensor, own: Tensor) -> Tensor:
     """[out]: a row of zeros has an error of 0 where it stays one."""
+    parts = [_part_errors(*rows) for rows in zip(given.split(_ROWS_AT_ONCE), own.split(_ROWS_AT_ONCE), strict=True)]
+    return torch.cat(parts)
+
+
+def _part_errors(given: Tensor, own: Tensor) -> Tensor:
     difference, size = (given - own.float()).square().sum(-1), own.float().square().sum(-1)
     return torch.nan_to_num((difference / size).sqrt(), nan=0.0 if bool(given.isfinite().all()) else torch.inf)
 
@@ -167,12 +173,11 @@ def _dequantize(written: Mapping[str, ir.Value], tensor: str, quantization: str)
         if quantization == "int4":
             values, zeros = (torch.stack([x & 15, x >> 4], -1).flatten(-2) for x in (values, zeros))
         zeros = zeros[:, : scales.shape[1]]
-        return ((values.float() - zeros[..., None].float()) * scales.float()[..., None]).flatten(1)
+        return values.float().sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1)
     if f"{tensor}.{quantization}" in written:  # DequantizeLinear: q · scale, by rows or blocks of them
         values, scales = (_read(written[f"{tensor}.{part}"]) for part in (quantization, f"{quantization}_scales"))
         by_block = values.float().unflatten(1, (1 if scales.ndim == 1 else scales.shape[1], -1))
-        by_row: Tensor = (by_block * scales.float().view(len(values), -1, 1)).flatten(1)
-        return by_row
+        return by_block.mul_(scales.view(len(values), -1, 1)).flatten(1)
     return None
 
 

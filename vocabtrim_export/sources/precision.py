@@ -16,7 +16,7 @@ def calibration_model(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     it is the model itself, in float32 until the context ends.
     """
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        yield model if model.dtype == torch.bfloat16 else _cast(copy.deepcopy(model), torch.bfloat16)
+        yield model if model.dtype == torch.bfloat16 else _bfloat16_copy(model)
         return
     with in_float32(model):
         yield model
@@ -37,6 +37,14 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         _cast(model, before)
+
+
+def _bfloat16_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model with its parameters in bfloat16. They are never copied in their own dtype."""
+    parameters = {
+        id(each): torch.nn.Parameter(each.to(torch.bfloat16), requires_grad=False) for each in model.parameters()
+    }
+    return copy.deepcopy(model, parameters)
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
