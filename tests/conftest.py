@@ -23,6 +23,7 @@ def pytest_configure():
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
+
 # For `tests/mutations`: that a test fails is enough, its smallest example may take minutes to find.
 settings.register_profile("unshrunk", phases=(Phase.explicit, Phase.generate))
 
