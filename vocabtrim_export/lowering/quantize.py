@@ -77,7 +77,8 @@ def _quantize_rows(weight: Tensor, bits: int, moments: Tensor | None) -> tuple[T
 
 def rows_in_cache(weight: Tensor) -> Sequence[Tensor]:
     """Returns the rows of a weight [out, in] in parts; what is computed of a part stays in a core's cache."""
-    return weight.split(max(1, _WEIGHTS_AT_ONCE // weight.shape[1]))
+    parts: Sequence[Tensor] = weight.split(max(1, _WEIGHTS_AT_ONCE // weight.shape[1]))
+    return parts
 
 
 def blocks_first(weight: Tensor) -> Tensor:

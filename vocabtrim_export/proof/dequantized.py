@@ -177,7 +177,8 @@ def _dequantize(written: Mapping[str, ir.Value], tensor: str, quantization: str)
     if f"{tensor}.{quantization}" in written:  # DequantizeLinear: q · scale, by rows or blocks of them
         values, scales = (_read(written[f"{tensor}.{part}"]) for part in (quantization, f"{quantization}_scales"))
         by_block = values.float().unflatten(1, (1 if scales.ndim == 1 else scales.shape[1], -1))
-        return by_block.mul_(scales.view(len(values), -1, 1)).flatten(1)
+        by_row: Tensor = by_block.mul_(scales.view(len(values), -1, 1)).flatten(1)
+        return by_row
     return None
 
 
