@@ -2,7 +2,8 @@
 
 Each mutation is a row of data: the promise, the file, the code that is replaced (found exactly once), what replaces it,
 and the tests that must then fail. They run in a copy of the tree. The table of what failed is `docs/trust.md`, below
-its mark; `python -m tests.mutations NAME…` runs some and writes nothing. Exits with 1 if nothing noticed one of them.
+its mark; `python -m tests.mutations NAME…` runs some and leaves the other rows as they are. Exits with 1 if nothing
+noticed one of them.
 """
 
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,18 +67,30 @@ def main() -> int:
     if unknown := wanted - {each.name for each in chosen}:
         print(f"no such mutation: {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
-    rows, missed = [], 0
+    results: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=2) as pool:
         for mutation, noticed in zip(chosen, pool.map(run, chosen), strict=True):
             print(f"{mutation.name}: {noticed}", flush=True)
-            missed += noticed.startswith(NOT_NOTICED)
-            rows.append(f"| {mutation.promise} | {mutation.name} | {noticed} |\n")
-    print(f"{len(rows)} mutations, {missed} not noticed")
-    if not wanted:
-        before = TABLE.read_text("utf-8").partition(MARK)[0]
-        header = "| promise | what was broken | what noticed |\n| --- | --- | --- |\n"
-        TABLE.write_text(before + MARK + header + "".join(rows), "utf-8")
+            results[_begin(mutation)] = noticed
+    missed = sum(noticed.startswith(NOT_NOTICED) for noticed in results.values())
+    print(f"{len(results)} mutations, {missed} not noticed")
+    write_table(results)
     return 1 if missed else 0
+
+
+def write_table(results: Mapping[str, str]) -> None:
+    """Write what noticed each mutation, by the begin of its row. The rows of those that did not run stay."""
+    text, _, table = TABLE.read_text("utf-8").partition(MARK)
+    lines = table.splitlines(keepends=True)
+    rows = ["| promise | what was broken | what noticed |\n", "| --- | --- | --- |\n"]
+    for begin in map(_begin, ALL):
+        before = [line for line in lines if line.startswith(begin)]
+        rows += [f"{begin}{results[begin]} |\n"] if begin in results else before
+    TABLE.write_text(text + MARK + "".join(rows), "utf-8")
+
+
+def _begin(mutation: Mutation) -> str:
+    return f"| {mutation.promise} | {mutation.name} | "
 
 
 if __name__ == "__main__":
