@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from engines.errors import VocabtrimError
 from engines.generation_rules import UNSUPPORTED_NOTE, GenerationRules
@@ -16,6 +17,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (None, 1),
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
+    "forced_decoder_ids": (None,),  # transformers 4 applied them
     "exponential_decay_length_penalty": (None,),
     "remove_invalid_values": (None, False),
     "watermarking_config": (None,),
@@ -26,6 +28,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "diversity_penalty": (None, 0),
     "penalty_alpha": (None, 0),
     "dola_layers": (None,),
+    "cache_implementation": (None, *(set(ALL_CACHE_IMPLEMENTATIONS) - {"quantized"})),
     "constraints": (None,),
     "force_words_ids": (None,),
     "top_h": (None,),

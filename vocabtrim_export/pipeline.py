@@ -26,6 +26,7 @@ from vocabtrim_export.planning.head import choose_head
 from vocabtrim_export.selection import Selection, rows_to_choose
 from vocabtrim_export.settings import ExportSettings, check_auto, check_settings
 from vocabtrim_export.sources.head_kinds import head_kind
+from vocabtrim_export.sources.paths import model_text
 from vocabtrim_export.sources.refusals import check_tensorrt
 from vocabtrim_export.sources.rotation import context_length, fix_long_tables
 from vocabtrim_export.sources.source import DTYPES, Source, load_source
@@ -56,8 +57,8 @@ class ExportResult:
 
 
 def export(
-    drafter: str,
-    target: str | None,
+    drafter: str | Path,
+    target: str | Path | None,
     output: str | Path,
     settings: ExportSettings,
     progress: Progress = lambda _task, _done, _total: None,
@@ -79,7 +80,8 @@ def export(
     Raises:
         VocabtrimError: The user can mend it; `output` is then as it was, but for the token counts.
     """
-    output = Path(output)
+    drafter, output = model_text("drafter", drafter), Path(output)
+    target = None if target is None else model_text("target", target)
     roles: list[Role] = ["drafter", "target"] if target else ["drafter"]
     names = [*roles, *settings.formats]
     check_output(output, names, settings.force)

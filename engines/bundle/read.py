@@ -1,5 +1,6 @@
 """The bundle: a directory that holds one engine's files, and `vocabtrim.json`, which says what they are."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def read_bundle(path: str | Path) -> Bundle:
     Raises:
         VocabtrimError: Names the file that is wrong.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise VocabtrimError(f"a bundle is a directory, given as text or as a path; got {path!r}")
     root = Path(path)
     manifest = _read_manifest(root)
     _stop_at_first(file_checks(root, manifest))

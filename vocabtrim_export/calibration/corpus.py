@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,8 @@ def builtin_corpus() -> Corpus:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
+    if re.match(r"\w+:/", str(path)):
+        raise VocabtrimError(f"{path} is a URL, which is not fetched: download it and give the file")
     if not path.is_dir():
         raise VocabtrimError(f"calibration data not found: {path}")
     inside = sorted(file for file in path.rglob("*") if file.is_file())

@@ -47,15 +47,20 @@ class CountSettings:
     model_digest: str = ""
 
     def __post_init__(self) -> None:
-        sources = get_args(CalibrationSource)
-        if self.source not in sources:
-            raise VocabtrimError(f"unknown calibration source {self.source!r}: choose from {', '.join(sources)}")
-        if self.max_tokens < 1:
-            raise VocabtrimError(f"the number of calibration tokens must be positive, not {self.max_tokens}")
-        if self.seed < 0:
-            raise VocabtrimError(f"the calibration seed must be 0 or more, not {self.seed}")
-        if not 0 <= self.temperature < float("inf"):
-            raise VocabtrimError(f"the calibration temperature must be 0 or more, not {self.temperature}")
+        check_counting(self.source, self.max_tokens, self.seed, self.temperature)
+
+
+def check_counting(source: str, max_tokens: int, seed: int, temperature: float) -> None:
+    """Check the values that `CountSettings` describes. Raises `VocabtrimError` for one that is out of range."""
+    sources = get_args(CalibrationSource)
+    if source not in sources:
+        raise VocabtrimError(f"unknown calibration source {source!r}: choose from {', '.join(sources)}")
+    if max_tokens < 1:
+        raise VocabtrimError(f"the number of calibration tokens must be positive, not {max_tokens}")
+    if seed < 0:
+        raise VocabtrimError(f"the calibration seed must be 0 or more, not {seed}")
+    if not 0 <= temperature < float("inf"):
+        raise VocabtrimError(f"the calibration temperature must be 0 or more, not {temperature}")
 
 
 @dataclass(frozen=True, slots=True)

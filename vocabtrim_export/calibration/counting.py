@@ -13,6 +13,7 @@ from engines.bundle.read import Role
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import alone
 from vocabtrim_export.calibration import CalibrationSource, Corpus, TokenCounts, builtin_corpus, read_corpus
+from vocabtrim_export.calibration.count_settings import check_counting
 from vocabtrim_export.calibration.counter import NOBODY, CountJob, Listener, count_data
 from vocabtrim_export.calibration.domains import Domain, read_domains
 from vocabtrim_export.calibration.sufficiency import Rows
@@ -50,6 +51,13 @@ class CalibrationSettings:
     calibration_model: str | None = None
     chat_template: str | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check every value, also where counts exist and nothing is counted. Raises `VocabtrimError`."""
+        if isinstance(self.calibration, str | Path):
+            raise VocabtrimError(f"calibration is {str(self.calibration)!r}: give a list of paths")
+        tokens = 1 if self.calibration_tokens == "auto" else self.calibration_tokens
+        check_counting(self.calibration_source or "text", tokens, self.seed, self.temperature)
 
 
 @dataclass(frozen=True, slots=True)

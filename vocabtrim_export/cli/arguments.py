@@ -170,10 +170,9 @@ def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trt-flavor",
         choices=["auto", "tensorrt", "rtx", "none"],
-        default="auto",
         help="what builds the plans. tensorrt: builds for the GPU of this machine; rtx: TensorRT-RTX, which builds "
-        "without a GPU; auto: tensorrt if it is installed and there is a GPU, else rtx; none: write the ONNX graphs "
-        "without plans",
+        "without a GPU; auto, the default: tensorrt if it is installed and there is a GPU, else rtx; none: write the "
+        "ONNX graphs without plans",
     )
     group.add_argument(
         "--compute-capability",
@@ -183,13 +182,19 @@ def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute capabilities of the GPUs to build for, such as 8.6 8.9 (rtx only; default: all from 8.0 on)",
     )
     group.add_argument(
-        "--draft-length", type=int, default=4, metavar="N", help="the most drafted tokens that a round verifies (γ)"
+        "--draft-length",
+        type=int,
+        metavar="N",
+        help="the most drafted tokens that a round verifies (γ; default: 4)",
     )
     group.add_argument(
         "--unroll-draft", action="store_true", help="also build a plan that drafts all γ tokens in one call"
     )
     group.add_argument(
-        "--prefill-chunk", type=int, default=256, metavar="N", help="tokens of the prompt that one call reads"
+        "--prefill-chunk",
+        type=int,
+        metavar="N",
+        help="tokens of the prompt that one call reads (default: 256)",
     )
     group.add_argument(
         "--span",
@@ -219,6 +224,20 @@ def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--verbose", action="store_true", help="show what TensorRT logs while it builds")
 
 
+# Options that only TensorRT reads → the fields of `TensorRTSettings`.
+_TENSORRT_OPTIONS = {
+    "trt_flavor": "flavor",
+    "compute_capability": "compute_capabilities",
+    "draft_length": "draft_length",
+    "prefill_chunk": "prefill_chunk",
+    "span": "spans",
+    "unroll_draft": "unroll",
+    "strip_weights": "strip_weights",
+    "timing_cache": "timing_cache",
+    "version_compatible": "version_compatible",
+}
+
+
 def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":
     """Returns the settings that the options of `add_tensorrt_arguments` say; None for another format.
 
@@ -229,24 +248,17 @@ def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":
         raise VocabtrimError(
             "--format onnx and --format trt make the same bundles: give one here, the other its own --output"
         )
+    named = {name: getattr(options, name) for name in _TENSORRT_OPTIONS}
+    stated = {name: value for name, value in named.items() if value or (value == 0 and value is not False)}
     if "trt" not in options.format:
-        switches = ("unroll_draft", "strip_weights", "version_compatible")
-        for name in ("compute_capability", "span", "timing_cache", *switches):
-            if getattr(options, name):
-                raise VocabtrimError(f"--{name.replace('_', '-')} is for TensorRT: give --format trt as well")
+        for name in stated:
+            raise VocabtrimError(f"--{name.replace('_', '-')} is for TensorRT: give --format trt as well")
         return None
     from vocabtrim_export.trt.settings import TensorRTSettings
 
+    fields = {_TENSORRT_OPTIONS[name]: value for name, value in stated.items()}
     return TensorRTSettings(
-        flavor=options.trt_flavor,
-        compute_capabilities=tuple(options.compute_capability),
-        draft_length=options.draft_length,
-        prefill_chunk=options.prefill_chunk,
-        spans=tuple(options.span),
-        unroll=options.unroll_draft,
-        strip_weights=options.strip_weights,
-        timing_cache=options.timing_cache,
-        version_compatible=options.version_compatible,
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     )
 
 

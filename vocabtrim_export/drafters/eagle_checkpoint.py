@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from vocabtrim_export.drafters.eagle_config import HeadConfig, read_head_config
 from vocabtrim_export.drafters.layer_head import llama_head
 from vocabtrim_export.drafters.row_tokens import row_token_ids
 from vocabtrim_export.drafters.source import HeadSource, LoadHead, assemble, own_ends, read_tensors, weight_files
+from vocabtrim_export.sources.paths import local_path
 from vocabtrim_export.sources.source import Source
 from vocabtrim_export.sources.weight_files import tensor_shapes
 
@@ -42,7 +42,7 @@ def load_head(spec: str, target: Source) -> HeadSource:
     Raises:
         VocabtrimError: The checkpoint is incomplete or of an uncovered form, or is not a head of this target.
     """
-    directory = Path(spec).expanduser()
+    directory = local_path(spec)
     names = {file: list(tensor_shapes(file)) for file in weight_files(directory, "an EAGLE head")}
     config = read_head_config(directory, (name for listed in names.values() for name in listed))
     layers = _check_target(spec, config, target)

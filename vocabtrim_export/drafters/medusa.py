@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -26,6 +25,7 @@ from vocabtrim_export.lowering.nodes import CONTRIB
 from vocabtrim_export.lowering.ort_products import lower_products
 from vocabtrim_export.lowering.pipeline import Weights
 from vocabtrim_export.lowering.weights import Weight
+from vocabtrim_export.sources.paths import local_path
 from vocabtrim_export.sources.source import Source
 from vocabtrim_export.sources.weight_files import tensor_shapes
 from vocabtrim_export.tracing.emit import DOMAIN
@@ -119,7 +119,7 @@ def load_medusa(spec: str, target: Source) -> HeadSource:
     Raises:
         VocabtrimError: The checkpoint is incomplete or of an uncovered form, or its heads are not for this target.
     """
-    directory = Path(spec).expanduser()
+    directory = local_path(spec)
     where = str(directory / "config.json")
     data = read(directory / "config.json")
     heads, blocks = (

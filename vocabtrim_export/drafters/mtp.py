@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from engines.errors import VocabtrimError
 from vocabtrim_export.drafters.layer_head import LayerHead, layer_head
 from vocabtrim_export.drafters.source import HeadSource, LoadHead, assemble, own_ends, read_tensors
+from vocabtrim_export.sources.paths import local_path
 from vocabtrim_export.sources.source import Source
 from vocabtrim_export.sources.weight_files import tensor_shapes
 from vocabtrim_export.tracing.composites import rotary_modules
@@ -62,7 +63,7 @@ def find_mtp(target: str) -> MtpTensors:
     Raises:
         VocabtrimError: There is none, or it is of a kind that cannot be exported.
     """
-    directory = Path(target).expanduser()
+    directory = local_path(target)
     if not directory.is_dir():
         raise VocabtrimError(f"--drafter mtp reads a layer out of the target's files: {target} is no local directory")
     names = {file: list(tensor_shapes(file)) for file in sorted(directory.glob("*.safetensors"))}

@@ -21,6 +21,7 @@ from vocabtrim_export.bundles.output import replacing
 from vocabtrim_export.drafters.row_tokens import row_token_ids
 from vocabtrim_export.formats.eagle3_layout import check_layout
 from vocabtrim_export.formats.exported import Exported
+from vocabtrim_export.sources.paths import local_path
 
 _HEAD, _D2T, _T2D = "lm_head.weight", "d2t", "t2d"
 
@@ -67,7 +68,7 @@ def write(exported: Exported, directory: Path) -> None:
     vocab = target.vocab_size
     kept = exported.vocab_map or VocabMap.from_ids(range(vocab), vocab)
     embeddings: Any = target.model.get_output_embeddings()
-    _fill(Path(drafter.name).expanduser(), kept, directory, embeddings.weight)
+    _fill(local_path(drafter.name), kept, directory, embeddings.weight)
 
 
 def write_eagle3(head: Path, vocab_map: VocabMap, directory: Path, target_head: Tensor | None = None) -> VocabMap:

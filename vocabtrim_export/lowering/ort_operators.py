@@ -3,8 +3,11 @@
 import onnx_ir as ir
 
 from engines.bundle.graph_io import PAST, PRESENT, SEQLENS_K, TOTAL_LENGTH, cache_names
+from engines.errors import VocabtrimError
 from vocabtrim_export.lowering.graph import DecoderGraph, attributes, name_of
 from vocabtrim_export.lowering.nodes import CONTRIB
+
+_HEAD_SIZES = 8
 
 
 def lower_norms(decoder: DecoderGraph) -> None:
@@ -57,6 +60,11 @@ def lower_attention(decoder: DecoderGraph) -> None:
     for node in decoder.composites("Attention"):
         numbers = attributes(node)
         layer, (cos, sin, sink) = int(numbers["layer"]), (*node.inputs[3:], None, None, None)[:3]
+        if int(numbers["head_dim"]) % _HEAD_SIZES:
+            raise VocabtrimError(
+                f"its attention heads have {numbers['head_dim']} numbers, and ONNX Runtime's attention takes multiples "
+                f"of {_HEAD_SIZES}: use --format trt, or give another model"
+            )
         cache_shape: list[int | str] = [1, int(numbers["num_kv_heads"]), "capacity", int(numbers["head_dim"])]
         past = [decoder.input(name, decoder.ir_dtype, cache_shape) for name in cache_names(PAST, layer)]
         options: dict[str, int | float] = {

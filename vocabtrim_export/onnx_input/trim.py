@@ -33,6 +33,7 @@ from vocabtrim_export.selection import (
     select_vocab,
     structural_token_ids,
 )
+from vocabtrim_export.sources.paths import local_path
 
 _COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
@@ -70,7 +71,7 @@ class OnnxSource:
 
 def holds_onnx(spec: str) -> bool:
     """Whether MODEL is a local directory with an ONNX model and no weights to trim instead."""
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     return path.is_dir() and any(path.glob("*.onnx")) and not any(path.glob("*.safetensors"))
 
 
@@ -94,7 +95,7 @@ def trim_onnx(
     check_output(output, ["drafter"], force)
     check_k(k)
     data = read_calibration(calibration.calibration)
-    source = _open(Path(drafter).expanduser())
+    source = _open(local_path(drafter))
     model = ir.load(source.graph)
     head = find_head(model)
     beyond = Vocabulary.of(source.tokenizer.backend_tokenizer, head.vocab).beyond

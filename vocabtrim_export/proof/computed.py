@@ -129,8 +129,10 @@ def proof_session(graph: Path, window: Window | None) -> Iterator[ort.InferenceS
 
 
 def _run(session: ort.InferenceSession, inputs: Mapping[str, Rows]) -> list[Rows]:
+    options = ort.RunOptions()
+    options.log_severity_level = 4  # what it would print is raised
     try:
-        outputs: list[Rows] = session.run(None, dict(inputs))
+        outputs: list[Rows] = session.run(None, dict(inputs), options)
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise VocabtrimError(f"ONNX Runtime cannot run it: {reason(error)}") from error
     return outputs

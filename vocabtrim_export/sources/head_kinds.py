@@ -6,10 +6,10 @@ where a language model is needed.
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from engines.bundle.typed_json import read
+from vocabtrim_export.sources.paths import local_path
 from vocabtrim_export.sources.weight_files import tensor_shapes
 
 FUSING_TENSORS = {"fc.weight", "model.fc.weight", "fusion_fc.weight"}  # no language model has one
@@ -48,7 +48,7 @@ def head_kind(spec: str) -> str | None:
     """
     if spec in HEAD_KINDS and HEAD_KINDS[spec].in_target:
         return spec
-    directory = Path(spec).expanduser()
+    directory = local_path(spec)
     if not (directory / "config.json").is_file():
         return None
     config = read(directory / "config.json")

@@ -6,6 +6,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.sources.gguf_header import is_part
 from vocabtrim_export.sources.head_kinds import head_kind
 from vocabtrim_export.sources.hub import fetch
+from vocabtrim_export.sources.paths import local_path
 from vocabtrim_export.sources.unread_tensors import MERGE
 from vocabtrim_export.sources.weight_files import PICKLES, pickled
 
@@ -22,7 +23,11 @@ def locate(spec: str) -> tuple[list[Path], str]:
     Raises:
         VocabtrimError: there is no model at `spec`, or it is of a kind that is not read.
     """
-    path = Path(spec).expanduser()
+    if "://" in spec:
+        hub = "https://huggingface.co/"
+        what = f"its hub id, {'/'.join(spec.removeprefix(hub).split('/')[:2])}" if spec.startswith(hub) else "a hub id"
+        raise VocabtrimError(f"{spec} is a URL, which is not fetched: give {what}, or download it and give its path")
+    path = local_path(spec)
     if path.is_file():
         if path.suffix in PICKLES:
             raise pickled(path)

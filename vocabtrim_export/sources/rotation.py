@@ -19,7 +19,7 @@ def context_length(name: str, model: PreTrainedModel, max_length: int | None) ->
         max_length: the user's `--max-length`; None takes the model's first length, at most 4,096 tokens.
 
     Raises:
-        VocabtrimError: `max_length` is more than the model can take.
+        VocabtrimError: `max_length` is below 2 or more than the model can take.
     """
     config = model.config.get_text_config()
     limit = int(getattr(config, "max_position_embeddings", DEFAULT_CONTEXT))
@@ -30,8 +30,8 @@ def context_length(name: str, model: PreTrainedModel, max_length: int | None) ->
             f"--max-length {max_length}: beyond {limit} tokens {name} rotates by another frequency at every length "
             f"(dynamic rope scaling), and a graph has one set of tables; give at most {limit}"
         )
-    if not 0 < max_length <= limit:
-        raise VocabtrimError(f"--max-length {max_length} is not in the 1 to {limit} tokens that {name} takes")
+    if not 2 <= max_length <= limit:  # a token of the prompt and one that follows it
+        raise VocabtrimError(f"--max-length {max_length} is not in the 2 to {limit} tokens that {name} takes")
     return max_length
 
 
