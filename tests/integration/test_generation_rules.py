@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
 import transformers
 
 from engines import VocabtrimError, load_engine
+from engines.generation_rules import GenerationRules
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.verification.greedy import verify
 from vocabtrim_export.cli.main import main
-from vocabtrim_export.generation_rules import generation_rules, rule_notes
+from vocabtrim_export.generation_rules import _SAMPLING, _UNSUPPORTED, generation_rules, rule_notes
 from vocabtrim_export.reference import transformers_reference
 
 PROMPTS = [[5, 17, 200, 33], list(range(40, 70)), [7]]
@@ -73,6 +75,23 @@ def test_parameters_stand_in_place_of_the_config(plain, result):
     neutral = SamplingParams(repetition_penalty=1, no_repeat_ngram_size=0, suppress_tokens=(), min_new_tokens=0)
     with SpeculativeDecoder.load(result.target, result.drafter, draft_length=4) as decoder:
         assert decoder.generate(PROMPTS[0], max_new_tokens=1, sampling=neutral).token_ids[0] == plain[1][0]
+
+
+def test_every_field_of_a_generation_config_is_applied_named_or_without_effect():
+    """A later transformers may have others: each has to be sorted into one of the three."""
+    applied = {each.name for each in fields(GenerationRules)} - {"unsupported"}
+    applied |= {"eos_token_id", *_SAMPLING, "do_sample"}
+    limits = {"max_length", "max_new_tokens", "max_time", "num_return_sequences"}
+    beams = {"early_stopping", "length_penalty"}  # of num_beams, which is named
+    cache = {"use_cache", "cache_config", "max_cache_len", "low_memory", "prefill_chunk_size", "is_assistant"}
+    speed = {"compile_config", "disable_compile", "continuous_batching_config", "use_mtp", "speculation_type"}
+    ids = {"pad_token_id", "bos_token_id", "decoder_start_token_id", "transformers_version"}
+    names = {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
+    others = names - applied - set(_UNSUPPORTED) - limits - beams - cache - speed - ids - {"renormalize_logits"}
+    prefixes = ("assistant_", "num_assistant_", "prompt_lookup_", "max_matching_", "target_lookbehind", "output_")
+    assert not {name for name in others if not name.startswith((*prefixes, "return_dict"))}
+    rules = generation_rules(transformers.GenerationConfig(forced_decoder_ids=[[1, 50]]))
+    assert rules.unsupported == ("forced_decoder_ids=[[1, 50]]",)
 
 
 def test_what_is_not_applied_is_named_at_export_and_at_load(result, plain, caplog):

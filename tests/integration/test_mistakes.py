@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from engines import VocabtrimError, load_engine
+from vocabtrim_export import CalibrationSettings, ExportSettings, export
 from vocabtrim_export.cli.main import export_main, main
 
 
@@ -82,6 +84,12 @@ def test_missing_or_wrong_models(attempt, model, tmp_path):
     write(broken / "model.safetensors", "no weights")
     assert_one_line(attempt(drafter=broken), "cannot load")
     assert_one_line(attempt(drafter=write(tmp_path / "notes.txt", "x")), "no .gguf")
+    assert_one_line(attempt(drafter="~nobody-of-this-name/m/n"), "no model at ~nobody-of-this-name/m/n")
+    url = "https://huggingface.co/Qwen/Qwen3-0.6B/tree/main"
+    assert_one_line(attempt(drafter=url), "is a URL, which is not fetched: give its hub id, Qwen/Qwen3-0.6B, or")
+    for spec in (None, 3):
+        with pytest.raises(VocabtrimError, match=r"the drafter is .*: give a hub id"):
+            export(spec, None, tmp_path / "out", ExportSettings(k=64))
     assert not (tmp_path / "out").exists()
 
 
@@ -148,10 +156,18 @@ def test_unusable_calibration(attempt, tmp_path):
     (tmp_path / "nothing").mkdir()
     assert_one_line(attempt(calibration=tmp_path / "nothing"), "nothing")
     assert_one_line(attempt(calibration=write(tmp_path / "c.safetensors", "x")), "token counts")
+    assert_one_line(attempt(calibration="https://a.b/c.jsonl"), "is a URL, which is not fetched: download it")
+    with pytest.raises(VocabtrimError, match="give a list of paths"):
+        CalibrationSettings(calibration="/data")
 
 
 def test_wrong_options(attempt):
     assert_one_line(attempt(max_length=100_000), "--max-length 100000")
+    assert_one_line(attempt(max_length=1), "--max-length 1 is not in the 2 to")
+    assert_one_line(attempt(calibration_tokens=0), "the number of calibration tokens must be positive, not 0")
+    assert_one_line(attempt(temperature=-1), "the calibration temperature must be 0 or more")
+    assert_one_line(attempt(draft_length=0), "--draft-length is for TensorRT: give --format trt")
+    assert_one_line(attempt(quantize="fp8"), "no fp8 products on the CPU")
     assert_one_line(attempt(dtype="fp64"), "fp64")
     assert_one_line(attempt(quantise="int4"), "unrecognized arguments: --quantise int4; did you mean --quantize?")
     assert_one_line(attempt(k=None), "--k")
@@ -243,6 +259,16 @@ def test_a_k_that_covers_the_vocabulary_is_said_to_trim_nothing(attempt, tmp_pat
     assert "nothing is trimmed" in message
     assert "the drafter reads 100% of what its target reads" in message
     assert not (tmp_path / "out" / "drafter" / "vocab_map.safetensors").exists()
+
+
+@pytest.mark.parametrize("bundle", [None, 3, b"bytes"])
+def test_a_bundle_that_is_no_path_is_one_line(bundle):
+    with pytest.raises(VocabtrimError, match="a bundle is a directory, given as text or as a path; got"):
+        load_engine(bundle)
+
+
+def test_heads_of_a_size_that_onnx_runtime_lacks_are_named(random_model, attempt):
+    assert_one_line(attempt(drafter=random_model("qwen3", head_dim=20), target=None), "heads have 20 numbers")
 
 
 def test_an_unknown_command_is_one_line(capsys):

@@ -154,12 +154,23 @@ def nan_logits(executor):
     )
 
 
+def nan_after_a_draft(executor):
+    """The steps that a draft in one call is compared with have no logits."""
+    draft = executor.draft
+
+    def broken(*given):
+        nan_logits(executor)
+        return draft(*given)
+
+    executor.draft = broken
+
+
 def drafts_shifted(executor):
     draft = executor.draft
     executor.draft = lambda *given: draft(*given)[::-1].copy()
 
 
-@pytest.mark.parametrize("wrong", [logits_rolled, positions_shifted, nan_logits, drafts_shifted])
+@pytest.mark.parametrize("wrong", [logits_rolled, positions_shifted, nan_logits, nan_after_a_draft, drafts_shifted])
 def test_a_plan_that_computes_something_else_is_refused(wrong, unrolled_drafter):
     executor = ReferenceExecutor(unrolled_drafter)
     wrong(executor)
@@ -223,7 +234,6 @@ MISTAKES = {
     "a long draft": (["--draft-length", "65"], "--draft-length is 65: give 0 to 64"),
     "full TensorRT": (["--trt-flavor", "tensorrt"], "TensorRT"),
     "another format": (["--format", "onnx", "--compute-capability", "8.6"], "is for TensorRT: give --format trt"),
-    "fp8 elsewhere": (["--format", "onnx", "--quantize", "fp8"], "no fp8 products on the CPU"),
 }
 
 

@@ -63,11 +63,31 @@ def compressed_int8(weight):
     return {"weight": q, "weight_scale": scales}, q.float() * scales
 
 
+def fp8(scales_name):
+    def quantise(weight):
+        """float8 with a scale for each block of 48 rows and 40 columns; the last blocks are smaller."""
+        generator = torch.Generator().manual_seed(weight.numel())
+        q = (torch.randn(weight.shape, generator=generator) * 50).to(torch.float8_e4m3fn)
+        scales = torch.rand(
+            [-(-size // block) for size, block in zip(q.shape, BLOCK, strict=True)], generator=generator
+        )
+        spread = scales.repeat_interleave(BLOCK[0], 0)[: len(q)].repeat_interleave(BLOCK[1], 1)[:, : q.shape[1]]
+        return {"weight": q, scales_name: scales}, q.float() * spread
+
+    return quantise
+
+
+BLOCK = [48, 40]
 FORMS = {
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}),
     "compressed-tensors": (compressed, COMPRESSED),
     "compressed-tensors, int8": (compressed_int8, COMPRESSED),
+    "compressed-tensors, fp8": (
+        fp8("weight_scale"),
+        COMPRESSED | {"config_groups": {"group_0": {"weights": {"num_bits": 8, "block_structure": BLOCK}}}},
+    ),
+    "fp8": (fp8("weight_scale_inv"), {"quant_method": "fp8", "weight_block_size": BLOCK}),
 }
 
 
@@ -110,6 +130,10 @@ def test_a_quantised_checkpoint_is_the_weights_it_stands_for(form, checkpoint):
     ("form", "changes", "message"),
     [
         ("gptq", {"bits": 3}, "weights of 3 bits are not read"),
+        ("gptq", {"checkpoint_format": "marlin"}, "the layouts gptq and gptq_v2 in int32 are read, this is marlin"),
+        ("awq", {"group_size": 32}, "6 groups of 32 do not make 96"),
+        ("compressed-tensors", {"transform_config": {"config_groups": {"R3": {}}}}, "weights that are rotated"),
+        ("fp8", {"quant_method": "bitsandbytes"}, "is quantised by bitsandbytes, which is not read"),
         ("awq", {"version": "gemv"}, "only the 4-bit GEMM layout is read"),
         ("compressed-tensors", {"config_groups": {}}, r"weights of \[\] bits are not read"),
     ],
@@ -117,6 +141,16 @@ def test_a_quantised_checkpoint_is_the_weights_it_stands_for(form, checkpoint):
 def test_forms_that_are_not_read_are_refused(form, changes, message, checkpoint):
     with pytest.raises(VocabtrimError, match=message):
         load_source(str(checkpoint(form, **changes)[0]), torch.float32)
+
+
+def test_plain_tensors_beside_a_quantised_config_are_read_and_named(random_model):
+    place = random_model("qwen2")
+    described = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(described | {"quantization_config": {"quant_method": "fp8"}}))
+    source = load_source(str(place), torch.float32)
+    assert "is quantised by fp8, its tensors are not: they are exported" in source.notes[0]
+    wanted = load_file(place / "model.safetensors")
+    torch.testing.assert_close(source.model.state_dict()["lm_head.weight"], wanted["lm_head.weight"])
 
 
 def test_parts_that_do_not_fit_are_named(checkpoint):

@@ -21,7 +21,7 @@ from transformers import __version__ as transformers_version
 from engines.bundle.typed_json import read
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources.expert_tensors import check_experts
-from vocabtrim_export.sources.quantized_checkpoints import dense_weights, is_readable
+from vocabtrim_export.sources.quantized_checkpoints import dense_weights, is_quantized
 from vocabtrim_export.sources.refusals import check_architecture
 from vocabtrim_export.sources.text_models import (
     is_multimodal,
@@ -72,11 +72,12 @@ def load_checkpoint(spec: str, where: str, files: list[Path], weights: int, dtyp
     _check_size(spec, text, weights)
     check_experts(spec, files)
     tokenizer = read_checkpoint_tokenizer(spec, where)
+    notes = _unquantized_note(spec, files, config, text)
     model, loading = _load_weights(where, files, dtype, config, text)
     _check_fit(spec, loading)
     if (Path(where) / "generation_config.json").is_file():  # transformers passes over one that it cannot read
         model.generation_config = GenerationConfig.from_pretrained(where)
-    notes: tuple[str, ...] = (multimodal_note(spec, text),) if is_multimodal(config, text) else ()
+    notes += (multimodal_note(spec, text),) if is_multimodal(config, text) else ()
     notes += _own_code_note(spec, config)
     notes += check_unread(spec, loading["unexpected_keys"], int(model.config.num_hidden_layers))
     return Loaded(model, tokenizer, notes=notes)
@@ -112,6 +113,20 @@ def _own_code_note(spec: str, config: PreTrainedConfig) -> tuple[str, ...]:
     )
 
 
+def _unquantized_note(
+    spec: str, files: list[Path], config: PreTrainedConfig, text: PreTrainedConfig
+) -> tuple[str, ...]:
+    """Forget a quantisation that config.json states and the tensors do not have. Returns a note that says so."""
+    quantization: Any = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or is_quantized(spec, files, quantization):
+        return ()
+    for each in {id(config): config, id(text): text}.values():
+        if hasattr(each, "quantization_config"):
+            del each.quantization_config
+    method = quantization.get("quant_method", "an unnamed method")
+    return (f"the config.json of {spec} says that it is quantised by {method}, its tensors are not: they are exported",)
+
+
 def _load_weights(
     where: str, files: list[Path], dtype: torch.dtype, config: PreTrainedConfig, text: PreTrainedConfig
 ) -> Any:
@@ -121,11 +136,10 @@ def _load_weights(
     """
     how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     quantization: Any = getattr(config, "quantization_config", None)
-    is_quantized = isinstance(quantization, dict) and is_readable(quantization)
     multimodal = is_multimodal(config, text)
-    if not is_quantized and not multimodal:
-        return AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **how)
-    if is_quantized:
+    if quantization is None and not multimodal:
+        return AutoModelForCausalLM.from_pretrained(where, config=config, use_safetensors=True, **how)
+    if quantization is not None:
         weights = dense_weights(files, quantization, dtype)
         if multimodal:
             weights = {name: weights[stored] for stored, name in text_tensor_names(weights).items()}

@@ -1,10 +1,10 @@
 """Weight-only quantised checkpoints, read as the dense weights that their numbers and scales stand for, exactly.
 
-Three forms are read from safetensors: GPTQ, AWQ (its GEMM layout) and compressed-tensors. Every row of a dense matrix
-is what the quantised model multiplies with, so rows can be cut from it.
+Four forms are read from safetensors: GPTQ, AWQ (its GEMM layout), compressed-tensors and fp8. Every row of a dense
+matrix is what the quantised model multiplies with, so rows can be cut from it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,14 +13,33 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources.weight_files import tensor_dtypes
 
+_PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 Parts: TypeAlias = Mapping[str, Tensor]  # of one matrix, by the last part of their names
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the columns that the nibbles of a number hold, from the lowest on
 
 
-def is_readable(quantization: Mapping[str, Any]) -> bool:
-    """Whether `dense_weights` reads a checkpoint with such a `quantization_config`."""
-    return quantization.get("quant_method") in _READERS
+def is_quantized(spec: str, files: Iterable[Path], quantization: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with such a `quantization_config` holds quantised tensors.
+
+    Args:
+        spec: MODEL as the user gave it, for errors.
+        files: Its .safetensors files.
+        quantization: The `quantization_config` of config.json.
+
+    Raises:
+        VocabtrimError: It does, in a form that is not read.
+    """
+    if not any(dtype in _PACKED for file in files for dtype in tensor_dtypes(file)):
+        return False
+    method = quantization.get("quant_method")
+    if method not in _READERS:
+        raise VocabtrimError(
+            f"{spec} is quantised by {method or 'an unnamed method'}, which is not read (GPTQ, AWQ, compressed-tensors "
+            "and fp8 are): give its unquantised weights or a .gguf file"
+        )
+    return True
 
 
 def dense_weights(files: list[Path], quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -67,35 +86,49 @@ def unpack(packed: Tensor, bits: int, axis: int) -> Tensor:
 
 def _gptq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
     """qweight: [in / n, out], zero points and scales for each group of inputs; the zero points are stored less one."""
+    layout = quantization.get("checkpoint_format", "gptq")
+    if layout not in ("gptq", "gptq_v2") or parts["qweight"].dtype != torch.int32:
+        kind = str(parts["qweight"].dtype).removeprefix("torch.")
+        raise VocabtrimError(
+            f"of GPTQ checkpoints the layouts gptq and gptq_v2 in int32 are read, this is {layout} in {kind}: give the "
+            "unquantised weights"
+        )
     bits = _bits(quantization.get("bits"))
     values, scales = unpack(parts["qweight"], bits, 0), parts["scales"].float()
     zeros = unpack(parts["qzeros"], bits, 1)[:, : scales.shape[1]]
-    if quantization.get("checkpoint_format", "gptq") == "gptq":
+    if layout == "gptq":
         zeros = (zeros + 1) & ((1 << bits) - 1)
-    groups = parts["g_idx"].long() if "g_idx" in parts else _groups(len(values), len(scales))
+    size = quantization.get("group_size")
+    groups = parts["g_idx"].long() if "g_idx" in parts else _groups(len(values), len(scales), size)
     weight: Tensor = ((values - zeros[groups]).float() * scales[groups]).T
     return weight.contiguous()
 
 
 def _awq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
     """qweight: [in, out / 8], its columns shuffled within each 8."""
-    if quantization.get("bits", quantization.get("w_bit")) != 4 or quantization.get("version", "gemm") != "gemm":
+    if (
+        quantization.get("bits", quantization.get("w_bit")) != 4
+        or str(quantization.get("version", "gemm")).lower() != "gemm"
+    ):
         raise VocabtrimError("of AWQ checkpoints only the 4-bit GEMM layout is read: give the unquantised weights")
     place = torch.tensor(_AWQ_ORDER).argsort()
     scales = parts["scales"].float()
     values, zeros = (
         unpack(parts[name], 4, 1).unflatten(1, (-1, 8))[..., place].flatten(1) for name in ("qweight", "qzeros")
     )
-    groups = _groups(len(values), len(scales))
+    groups = _groups(len(values), len(scales), quantization.get("group_size", quantization.get("q_group_size")))
     weight: Tensor = ((values - zeros[groups]).float() * scales[groups]).T
     return weight.contiguous()
 
 
 def _compressed(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
-    """weight_packed: [out, in / n], unsigned, or weight: int8 or float8 [out, in]; scales: [out, groups]."""
+    """weight_packed: [out, in / n], unsigned, or weight: int8 or float8 [out, in]; scales: [out, groups], or one for
+    each block of rows and columns."""
+    if quantization.get("transform_config"):
+        raise VocabtrimError("weights that are rotated (transform_config) are not read: give the unquantised ones")
     scales = parts["weight_scale"].float()
     if "weight_packed" in parts:
-        bits = _bits(_weight_bits(quantization))
+        bits = _bits(_of_weights(quantization, "num_bits"))
         offset, columns = 1 << (bits - 1), int(parts["weight_shape"][1])
         values = (unpack(parts["weight_packed"], bits, 1)[:, :columns] - offset).float()
         zeros = parts.get("weight_zero_point")
@@ -105,23 +138,37 @@ def _compressed(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
         values, zeros = parts["weight"].float(), parts.get("weight_zero_point")
     if scales.ndim < 2:
         scales = scales.reshape(-1, 1)
-    groups = _groups(values.shape[1], scales.shape[1])
+    block = _of_weights(quantization, "block_structure")
+    height, width = block if isinstance(block, list) else (None, _of_weights(quantization, "group_size"))
+    rows = _groups(len(values), len(scales), height)[:, None]
+    groups = _groups(values.shape[1], scales.shape[1], width)
     if "weight_g_idx" in parts and int(parts["weight_g_idx"].min()) >= 0:
         groups = parts["weight_g_idx"].long()
-    shift = 0.0 if zeros is None else zeros.float().reshape(len(zeros), -1).expand_as(scales)[:, groups]
-    weight: Tensor = (values - shift) * scales[:, groups]
+    shift = 0.0 if zeros is None else zeros.float().reshape(len(zeros), -1).expand_as(scales)[rows, groups]
+    weight: Tensor = (values - shift) * scales[rows, groups]
+    return weight
+
+
+def _fp8(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
+    """weight: float8 [out, in]; what scales it: one number, or one for each block of rows and columns."""
+    values, scales = parts["weight"].float(), parts["weight_scale_inv"].float()
+    height, width = quantization.get("weight_block_size") or (None, None)
+    scales = scales.reshape(-1, 1) if scales.ndim < 2 else scales
+    rows, columns = _groups(len(values), len(scales), height), _groups(values.shape[1], scales.shape[1], width)
+    weight: Tensor = values * scales[rows[:, None], columns]
     return weight
 
 
 _READERS: dict[str, Callable[[Parts, Mapping[str, Any]], Tensor]] = {
     "awq": _awq,
     "compressed-tensors": _compressed,
+    "fp8": _fp8,
     "gptq": _gptq,
 }
-_QUANTISED = frozenset({"qweight", "weight_packed", "weight_scale"})
+_QUANTISED = frozenset({"qweight", "weight_packed", "weight_scale", "weight_scale_inv"})
 _PARTS = frozenset(
     {"qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed", "weight_shape", "weight_scale"}
-    | {"weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point"}
+    | {"weight_scale_inv", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point", "activation_scale"}
 )
 
 
@@ -131,12 +178,15 @@ def _bits(bits: Any) -> int:
     return int(bits)
 
 
-def _weight_bits(quantization: Mapping[str, Any]) -> Any:
-    """The number of bits that compressed-tensors' one group of layers has."""
-    bits = {group["weights"]["num_bits"] for group in quantization.get("config_groups", {}).values()}
-    return bits.pop() if len(bits) == 1 else sorted(bits)
+def _of_weights(quantization: Mapping[str, Any], name: str) -> Any:
+    """What compressed-tensors' groups of layers say of their weights: the value, or a list where they differ."""
+    values = [group["weights"].get(name) for group in quantization.get("config_groups", {}).values()]
+    return values[0] if values and all(value == values[0] for value in values) else values
 
 
-def _groups(columns: int, count: int) -> Tensor:
-    """int64[columns]: the group of each input, `count` groups of one size."""
-    return torch.arange(columns) // -(-columns // count)
+def _groups(columns: int, count: int, size: Any = None) -> Tensor:
+    """int64[columns]: the group of each input, `count` groups of `size`; without a size all but the last are equal."""
+    size = size if isinstance(size, int) and size > 0 and count > 1 else -(-columns // count)
+    if -(-columns // size) != count:
+        raise IndexError(f"{count} groups of {size} do not make {columns}")
+    return torch.arange(columns) // size

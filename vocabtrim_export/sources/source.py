@@ -143,11 +143,6 @@ def _load_file(file: Path, dtype: torch.dtype, progress: BytesDone) -> Loaded:
 def _forget_quantization(model: PreTrainedModel) -> None:
     """Make the config of a model whose weights were dequantised while loading, as a GGUF's are, say so."""
     if hasattr(model.config, "quantization_config"):
-        if getattr(model.config.quantization_config, "quant_method", "gguf") != "gguf":
-            raise VocabtrimError(
-                "this checkpoint is quantised in a way that is not read (GPTQ, AWQ and compressed-tensors are): give "
-                "its unquantised weights or a .gguf file"
-            )
         del model.config.quantization_config
 
 

@@ -43,6 +43,15 @@ def count_weights(path: Path) -> int:
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The tensors of a .safetensors file by its header alone. Raises `VocabtrimError` for a header that cannot be."""
+    return {name: entry.shape for name, entry in _entries(path).items()}
+
+
+def tensor_dtypes(path: Path) -> set[str]:
+    """The dtypes in a .safetensors file, as it spells them. Raises `VocabtrimError` for a header that cannot be."""
+    return {entry.dtype for entry in _entries(path).values()}
+
+
+def _entries(path: Path) -> Mapping[str, _Entry]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -63,4 +72,4 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise VocabtrimError(
             f"cannot load {path}: it has {size} bytes, its header says {8 + length + end}; fetch it again"
         )
-    return {name: entry.shape for name, entry in entries.items()}
+    return entries
