@@ -299,3 +299,32 @@ def test_a_split_file_is_one_line_with_the_way_to_merge_it(gguf_file):
     for spec in (parts[0], parts[1], parts[0].parent):
         with pytest.raises(VocabtrimError, match=r"llama-gguf-split --merge .*m-00001-of-00002\.gguf .*m\.gguf"):
             load_source(str(spec), torch.float32)
+
+
+def test_what_llama_cpp_would_sample_with_is_named(gguf_file):
+    def says(writer):
+        writer.add_float32("general.sampling.penalty_repeat", 1.5)
+
+    notes = load_source(str(gguf_file(lambda _: "Q8_0", says=says)[0]), torch.float32).notes
+    assert any("sample with penalty_repeat=1.5: not applied" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        (lambda writer: writer.add_string("general.type", "mmproj"), r"holds no model but a part of one \(mmproj\)"),
+        (lambda writer: writer.add_causal_attention(False), "bidirectional attention"),
+        (lambda writer: writer.add_vocab_size(VOCAB + 1), r"has the shape \[448, 256\], it asks for \[449, 256\]"),
+    ],
+)
+def test_files_that_are_no_decoder_or_lie_are_one_line(says, message, gguf_file):
+    with pytest.raises(VocabtrimError, match=message):
+        load_source(str(gguf_file(lambda _: "Q8_0", says=says)[0]), torch.float32)
+
+
+def test_a_big_endian_file_is_named(gguf_file):
+    path, _ = gguf_file(lambda _: "Q8_0")
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + data[4:8][::-1] + data[8:])
+    with pytest.raises(VocabtrimError, match="is a big-endian GGUF: convert it"):
+        load_source(str(path), torch.float32)

@@ -160,6 +160,10 @@ class _Reader:
 
     def read(self) -> GgufHeader:
         version = self.number("<I")
+        if version in (2 << 24, 3 << 24):
+            raise VocabtrimError(
+                f"{self.path} is a big-endian GGUF: convert it with gguf's `gguf-convert-endian FILE little`"
+            )
         if version not in (2, 3):
             raise VocabtrimError(f"{self.path} is GGUF version {version}, of which 2 and 3 can be read: convert it")
         tensors, keys = self.number("<Q"), self.number("<Q")

@@ -21,6 +21,7 @@ _QUERIES_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}
 # Factors that change what the model computes and that transformers does not read from a file.
 _FACTORS = ("logit_scale", "residual_scale", "embedding_scale", "attention.scale", "attention.clamp_kqv")
 
+_SAMPLING = "general.sampling."
 # Architectures that transformers reads tensor by tensor, with rearrangements that its older tables do not have.
 _READ_BY_TRANSFORMERS = ("qwen35", "qwen35moe", "lfm2")
 
@@ -41,18 +42,46 @@ def load_gguf(
     Raises:
         VocabtrimError: The file describes something that transformers would read as something else.
     """
+    _check_kind(header)
     config = read_config(header)
     check_architecture(str(header.path), config)
     read = config.to_dict()
     assumed = _correct(config, header)
     model, loading = _load(header, config, read, dtype, progress)
-    missing = [*loading["missing_keys"], *loading["mismatched_keys"]]
-    missing = [name for name in missing if not any(str(name).endswith(ending) for ending in assumed)]
+    for name, there, wanted in sorted(loading["mismatched_keys"]):
+        raise VocabtrimError(
+            f"{header.path} does not fit its own metadata: {name} has the shape {list(there)}, it asks for "
+            f"{list(wanted)}"
+        )
+    missing = [name for name in loading["missing_keys"] if not any(name.endswith(ending) for ending in assumed)]
     if missing:
         raise VocabtrimError(f"{header.path} does not fit its own metadata: no usable {missing[0]} in it")
     _check_rotated(model, header)
     layers = int(model.config.get_text_config().num_hidden_layers)
-    return model, check_unread(str(header.path), _unread(model, header), layers)
+    return model, (*check_unread(str(header.path), _unread(model, header), layers), *_sampling_note(header))
+
+
+def _check_kind(header: GgufHeader) -> None:
+    """Refuse a file that holds no language model, or one that reads a text in both directions."""
+    kind = header.metadata.get("general.type", "model")
+    if kind != "model":
+        raise VocabtrimError(f"{header.path} holds no model but a part of one ({kind}): give the language model's file")
+    if header.hyperparameters().get("attention.causal") is False:
+        raise VocabtrimError(
+            f"{header.path} is a model with bidirectional attention, which cannot continue a text token by token: give "
+            "a model trained as a decoder"
+        )
+
+
+def _sampling_note(header: GgufHeader) -> tuple[str, ...]:
+    """Returns a note of how llama.cpp would sample by the file."""
+    said = {key.removeprefix(_SAMPLING): value for key, value in header.metadata.items() if key.startswith(_SAMPLING)}
+    if not said:
+        return ()
+    values = ", ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in said.items()
+    )
+    return (f"{header.path} asks llama.cpp to sample with {values}: not applied unless you give such options",)
 
 
 def _load(
