@@ -196,6 +196,8 @@ class SpeculativeDecoder:
             logprobs = 0 if logprobs else None
         if logprobs is not None and (logprobs := whole_number("logprobs", logprobs)) < 0:
             raise VocabtrimError(f"logprobs is {logprobs}: give the number of alternatives, or 0 for none")
+        if not isinstance(sampling, SamplingParams):
+            raise VocabtrimError(f"sampling is {sampling!r}: give SamplingParams(...), or leave it out to be greedy")
         sampling.check_token_ids(self.target.manifest.vocab_size)
         if stop:
             require_tokenizer(self.tokenizer)

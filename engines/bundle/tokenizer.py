@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,7 @@ from engines.errors import VocabtrimError
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 TEMPLATES_NAME = "additional_chat_templates"  # a directory of templates with other names than "default"
 
 
@@ -95,9 +97,14 @@ class Tokenizer:
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if half := _HALF_PAIR.search(text):
+            raise VocabtrimError(
+                f"the tokenizer cannot encode this text: character {half.start()} is half of a surrogate pair; decode "
+                "the text's bytes or JSON as a whole"
+            )
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except Exception as error:  # bare in the library: half a character, or a word where there is no unknown token
+        except Exception as error:  # bare in the library: a word where there is no unknown token
             raise VocabtrimError(f"the tokenizer cannot encode this text: {error}") from error
 
     def stream(self, skip_special_tokens: bool = True) -> "TextStream":

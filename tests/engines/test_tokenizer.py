@@ -160,3 +160,5 @@ def test_text_that_the_library_cannot_encode_is_one_line():
         assert encode("a") == [0]
         with pytest.raises(VocabtrimError, match="cannot encode this text"):
             encode("b")
+        with pytest.raises(VocabtrimError, match="character 1 is half of a surrogate pair"):
+            encode("a\ud83d")

@@ -39,10 +39,11 @@ def start(*arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("command", ["generate", "--help"])
+@pytest.mark.parametrize("command", ["generate", "inspect", "--help"])
 def test_a_reader_that_has_gone_is_no_error(command, bundle):
     """As after `| head`, whose pipe is closed before the first character or with the last one."""
-    options = ["--target", bundle, "--prompt", "the fox", "--max-new-tokens", "90"] if command == "generate" else []
+    generated = ["--target", bundle, "--prompt", "the fox", "--max-new-tokens", "90"]
+    options = {"generate": generated, "inspect": [bundle]}.get(command, [])
     running = start(command, *options, PYTHONUNBUFFERED="")  # else argparse itself passes over the error
     running.stdout.close()
     assert running.stderr.read() == b""

@@ -138,6 +138,7 @@ def test_a_prompt_is_text_a_chat_or_ids(make_target, tokenizer):
         ([-1], {}, "-1, for which the target has no row"),
         ([3], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([3], {"max_new_tokens": float("inf")}, "max_new_tokens is inf: give a whole number"),
+        ([3], {"sampling": None}, "sampling is None: give SamplingParams"),
         ([3], {"max_new_tokens": "3"}, "max_new_tokens is '3'"),
         ([3], {"logprobs": 1.5}, "logprobs is 1.5"),
         (b"abc", {}, "got bytes"),  # whose items are numbers

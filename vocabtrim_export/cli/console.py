@@ -97,7 +97,12 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    console = Console()
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # which `main` knows; rich would end the program with 1
+
+    console = Output()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Output(width=160)
     console.print(table)
