@@ -146,6 +146,8 @@ class OnnxRuntimeEngine(Engine):
         step.position_ids[0] = np.arange(self.length, end)
         step.seqlens_k[0] = end - 1
         step.run(end)
+        if self.vocab_map is None and isinstance(step, HostStep):
+            step.check_chosen()
         self.length += len(ids)
         return StepOutput(step.token_ids[0], step.read_logits)
 

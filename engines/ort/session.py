@@ -20,8 +20,9 @@ def share(array: NDArray[Any]) -> ort.OrtValue:
 def numpy_dtype(onnx_type: str) -> np.dtype[np.generic]:
     """Returns the dtype of an ONNX type such as "tensor(float16)"; for bfloat16, which NumPy lacks, uint16."""
     name = re.fullmatch(r"tensor\((\w+)\)", onnx_type)
-    dtypes = {"float": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-    return np.dtype(dtypes[name[1] if name else onnx_type])
+    others = {"float": "float32", "bfloat16": "uint16"}
+    kind = name[1] if name else onnx_type
+    return np.dtype(others.get(kind, kind))
 
 
 def new_session(

@@ -9,6 +9,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from engines.errors import VocabtrimError
+
 
 @dataclass(frozen=True, slots=True)
 class Step(ABC):
@@ -67,6 +69,15 @@ class HostStep(Step):
     def run(self, end: int) -> None:
         self.total[0] = end
         self.session.run_with_iobinding(self.binding)
+
+    def check_chosen(self) -> None:
+        """Check the logits of `token_ids`, which are rows of the head. Raises `VocabtrimError` for NaN and infinity."""
+        chosen = self.logits[0, np.arange(self.token_ids.shape[1]), self.token_ids[0]]
+        if not np.isfinite(chosen).all():
+            raise VocabtrimError(
+                f"the model's logits are {chosen[~np.isfinite(chosen)][0]}: its numbers are beyond what "
+                f"{chosen.dtype} holds; export it with --dtype fp32"
+            )
 
     def read_logits(self) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self.logits[0].astype(np.float32, copy=False)

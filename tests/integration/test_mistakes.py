@@ -112,6 +112,13 @@ def test_weights_that_overflow(attempt, model, tmp_path):
     tensors["model.norm.weight"][3] = float("inf")
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     assert_one_line(attempt(drafter=damaged), "computes NaN or infinite logits")
+    tensors = load_file(model / "model.safetensors")
+    for part in ("up_proj", "down_proj"):  # what float32 holds and float16 does not
+        tensors[f"model.layers.0.mlp.{part}.weight"] *= 1000
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    wide = {"drafter": damaged, "target": None}
+    assert_one_line(attempt(**wide, dtype="fp16"), "in fp16 it computes NaN or infinite logits.*use --dtype fp32")
+    assert attempt(**wide)[0] == 0
 
 
 @pytest.mark.parametrize(

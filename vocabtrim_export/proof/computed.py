@@ -1,7 +1,7 @@
 """What a written graph computes, call by call, with ONNX Runtime on the CPU."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from engines.bundle.graph_io import (
 from engines.bundle.read import MODEL_NAME
 from engines.bundle.vocab_map import NOT_KEPT
 from engines.errors import VocabtrimError
-from engines.ort.session import open_session, reason
+from engines.ort.session import numpy_dtype, open_session, reason
 from vocabtrim_export.proof.float32_view import float32_view
 from vocabtrim_export.proof.float_experts import float_experts
 from vocabtrim_export.proof.tokens import Calls, Window
@@ -50,15 +50,17 @@ class Computed:
 class Decoding:
     """A graph with a KV cache, of ONNX Runtime's form (which grows) or TensorRT's (of a fixed size), fed call by call.
 
-    cache: past_key_values.N.key|value, float32[1, kv_heads, slots, head_dim] each. length: tokens in it.
+    cache: past_key_values.N.key|value, [1, kv_heads, slots, head_dim] each, in the graph's dtype. length: tokens in it.
     """
 
     def __init__(self, session: ort.InferenceSession) -> None:
         self._session = session
         shapes = {value.name: value.shape for value in session.get_inputs() if value.name.startswith(PAST)}
+        self._dtypes = {value.name: numpy_dtype(value.type) for value in session.get_inputs()}
         self.capacity = next((shape[2] for shape in shapes.values() if isinstance(shape[2], int)), None)
         self.cache: Mapping[str, Rows] = {
-            name: np.zeros((1, shape[1], self.capacity or 0, shape[3]), np.float32) for name, shape in shapes.items()
+            name: np.zeros((1, shape[1], self.capacity or 0, shape[3]), self._dtypes[name])
+            for name, shape in shapes.items()
         }
         self.length = 0
 
@@ -82,16 +84,18 @@ class Decoding:
             inputs[name] = np.zeros(wanted[name], np.float32)
         if SLOT_TOKEN_IDS in wanted:
             inputs[SLOT_TOKEN_IDS] = np.full(wanted[SLOT_TOKEN_IDS], NOT_KEPT, np.int64)
-        fed = {name: value for name, value in inputs.items() if name in wanted} | dict(self.cache)
+        fed = {name: value.astype(self._dtypes[name], copy=False) for name, value in inputs.items() if name in wanted}
+        fed |= dict(self.cache)
         names = [value.name for value in self._session.get_outputs()]
         outputs = dict(zip(names, _run(self._session, fed), strict=True))
         self.cache = {name: outputs.pop(present_name(name)) for name in self.cache}
         return {name: value[0] for name, value in outputs.items()}
 
 
-def run_graph(directory: Path, calls: Calls, window: Window | None) -> Computed:
-    """Run `model.onnx`, in float32, on the tokens. Raises `VocabtrimError` where ONNX Runtime cannot."""
-    with proof_session(directory / MODEL_NAME, window) as session:
+def run_graph(directory: Path, calls: Calls, window: Window | None, as_written: bool = False) -> Computed:
+    """Run `model.onnx` on the tokens, in float32 or `as_written`. Raises `VocabtrimError` where ONNX Runtime cannot."""
+    path = directory / MODEL_NAME
+    with nullcontext(open_session(path)) if as_written else proof_session(path, window) as session:
         decoding = Decoding(session)
         rows: list[dict[str, Rows]] = []
         for length in calls.lengths:

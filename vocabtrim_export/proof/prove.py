@@ -43,7 +43,23 @@ def find_difference(directory: Path, plan: BundlePlan) -> str | None:
     found = _compare(directory, plan, window)
     if found and window and window.narrowed != window.size:
         found = _compare(directory, plan, window_of(plan.source.model, plan.context_length, narrow=False))
+    if not found and plan.dtype == "fp16" and plan.trt is None:
+        _check_range(directory, plan)
     return found or fusion_difference(directory, plan) or unrolled_difference(directory, plan)
+
+
+def _check_range(directory: Path, plan: BundlePlan) -> None:
+    """Run the graph in its own float16: what is right in float32 may overflow there. A plan shows it at its first load.
+
+    Raises:
+        VocabtrimError: A logit is NaN or infinite.
+    """
+    logits = run_graph(directory, calls(plan.source, plan.context_length, None), None, as_written=True).outputs[LOGITS]
+    if broken := (np.isnan(logits) | np.isposinf(logits)).any(-1).sum():
+        raise VocabtrimError(
+            f"{plan.source.name}: in fp16 it computes NaN or infinite logits after {broken} of {len(logits)} tokens, "
+            "its numbers are beyond 65504: use --dtype fp32, or bf16 on a GPU"
+        )
 
 
 def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | None:
