@@ -189,4 +189,5 @@ def _groups(columns: int, count: int, size: Any = None) -> Tensor:
     size = size if isinstance(size, int) and size > 0 and count > 1 else -(-columns // count)
     if -(-columns // size) != count:
         raise IndexError(f"{count} groups of {size} do not make {columns}")
-    return torch.arange(columns) // size
+    groups: Tensor = torch.arange(columns) // size
+    return groups
