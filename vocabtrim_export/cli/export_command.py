@@ -12,10 +12,10 @@ from vocabtrim_export.cli.arguments import (
     add_calibration_arguments,
     add_format_argument,
     add_json_argument,
-    add_tensorrt_arguments,
 )
 from vocabtrim_export.cli.console import RATES, progress_reporter
 from vocabtrim_export.cli.selection_text import kept, notes, parse_k
+from vocabtrim_export.cli.tensorrt_arguments import add_tensorrt_arguments, tensorrt_settings
 
 if TYPE_CHECKING:
     from vocabtrim_export.pipeline import ExportResult
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
-    from vocabtrim_export.cli.arguments import calibration_settings, other_formats, tensorrt_settings
+    from vocabtrim_export.cli.arguments import calibration_settings, other_formats
     from vocabtrim_export.cli.onnx_trim import run_onnx
     from vocabtrim_export.onnx_input.trim import holds_onnx
     from vocabtrim_export.pipeline import export

@@ -54,7 +54,8 @@ def _check_range(directory: Path, plan: BundlePlan) -> None:
     Raises:
         VocabtrimError: A logit is NaN or infinite.
     """
-    logits = run_graph(directory, calls(plan.source, plan.context_length, None), None, as_written=True).outputs[LOGITS]
+    fed = calls(plan.source, plan.context_length, None)
+    logits = run_graph(directory, fed, None, as_written=True).outputs[LOGITS].astype(np.float32)
     if broken := (np.isnan(logits) | np.isposinf(logits)).any(-1).sum():
         raise VocabtrimError(
             f"{plan.source.name}: in fp16 it computes NaN or infinite logits after {broken} of {len(logits)} tokens, "
