@@ -152,6 +152,7 @@ def test_the_built_in_corpus_stands_in():
         ("a.arrow", b"\xff" * 9, "a.arrow is an Arrow table that cannot be read"),
         ("a.parquet", table({"n": [1], "label": ["x"]}), "row 1: a record needs one of .* it has n, label"),
         ("a.parquet", table({"n": [1], "image": [b"x"]}), "row 1: a record needs one of .* it has n, image"),
+        ("a.txt", b'{"prompt": "hi"}\n', r"a\.txt holds JSON lines, .* rename it to \.jsonl"),
         ("a.gz", gzip.compress(b"PK\x03\x04 ", mtime=0), "a.gz is a zip archive"),
         ("a.gz", b"text", "a.gz is not .gz data"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 99, mtime=0)[:-12], "a.jsonl.gz is damaged"),

@@ -139,7 +139,11 @@ def _decode(data: bytes, where: str) -> str:
 
 
 def _read_text(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, object]]:
-    yield str(path), {"text": _decode(_read_all(stream, path), str(path))}
+    text = _decode(_read_all(stream, path), str(path))
+    first_line = text.lstrip().partition("\n")[0]
+    if path.suffix.lower() in ("", ".txt") and first_line.startswith("{") and _is_json(first_line):
+        raise VocabtrimError(f"{path} holds JSON lines, and its name says that it is text: rename it to .jsonl")
+    yield str(path), {"text": text}
 
 
 def _read_json_lines(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, object]]:

@@ -21,7 +21,7 @@ from transformers import __version__ as transformers_version
 from engines.bundle.typed_json import read
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources.expert_tensors import check_experts
-from vocabtrim_export.sources.quantized_checkpoints import dense_weights, is_quantized
+from vocabtrim_export.sources.quantized_checkpoints import BY_TRANSFORMERS, dense_weights, is_quantized
 from vocabtrim_export.sources.refusals import check_architecture
 from vocabtrim_export.sources.text_models import (
     is_multimodal,
@@ -136,10 +136,11 @@ def _load_weights(
     """
     how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     quantization: Any = getattr(config, "quantization_config", None)
+    method = quantization["quant_method"] if quantization is not None else None
     multimodal = is_multimodal(config, text)
-    if quantization is None and not multimodal:
+    if method in (None, BY_TRANSFORMERS) and not multimodal:
         return AutoModelForCausalLM.from_pretrained(where, config=config, use_safetensors=True, **how)
-    if quantization is not None:
+    if method is not None:
         weights = dense_weights(files, quantization, dtype)
         if multimodal:
             weights = {name: weights[stored] for stored, name in text_tensor_names(weights).items()}

@@ -16,6 +16,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.sources.weight_files import tensor_dtypes
 
 _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+BY_TRANSFORMERS = "mxfp4"  # transformers reads GPT-OSS's experts as dense weights where there is no GPU
 Parts: TypeAlias = Mapping[str, Tensor]  # of one matrix, by the last part of their names
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the columns that the nibbles of a number hold, from the lowest on
 
@@ -34,7 +35,7 @@ def is_quantized(spec: str, files: Iterable[Path], quantization: Mapping[str, An
     if not any(dtype in _PACKED for file in files for dtype in tensor_dtypes(file)):
         return False
     method = quantization.get("quant_method")
-    if method not in _READERS:
+    if method not in (*_READERS, BY_TRANSFORMERS):
         raise VocabtrimError(
             f"{spec} is quantised by {method or 'an unnamed method'}, which is not read (GPTQ, AWQ, compressed-tensors "
             "and fp8 are): give its unquantised weights or a .gguf file"

@@ -143,6 +143,11 @@ def _load_file(file: Path, dtype: torch.dtype, progress: BytesDone) -> Loaded:
 def _forget_quantization(model: PreTrainedModel) -> None:
     """Make the config of a model whose weights were dequantised while loading, as a GGUF's are, say so."""
     if hasattr(model.config, "quantization_config"):
+        if (method := getattr(model.config.quantization_config, "quant_method", "gguf")) != "gguf":
+            raise VocabtrimError(
+                f"transformers keeps the weights of this checkpoint as {method} on this machine: give its unquantised "
+                "weights or a .gguf file, or hide the GPU (CUDA_VISIBLE_DEVICES=)"
+            )
         del model.config.quantization_config
 
 
