@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
 from threading import Lock
 from typing import Any, NoReturn
 
@@ -21,6 +23,8 @@ from engines.errors import VocabtrimError
 
 MAX_SECONDS = 5.0  # processor time of one rendering, which takes less than a millisecond
 _MAX_PRODUCT = 1 << 20  # elements of a repeated sequence, bits of a product or power
+_LONGEST_TEXT = 1 << 26  # letters that pieces are put together to
+_GROWING = ("batch", "center", "format", "indent", "replace", "slice", "tojson", "wordwrap")  # filters
 _MAX_MESSAGE = 500
 _METER = "vocabtrim_meter"
 
@@ -66,21 +70,25 @@ class _MeteredCode(CodeGenerator):
 class _Sandbox(ImmutableSandboxedEnvironment):
     """transformers' environment (`utils/chat_template_utils.py`), in which no template runs for long.
 
-    Each iteration of a loop and each call looks at the time; products and powers of absurd size are refused.
+    Each iteration of a loop and each call looks at the time; operations, methods of texts and filters whose results
+    would be of absurd size are refused.
     """
 
     code_generator_class = _MeteredCode
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
         self.deadline = math.inf
         self.filters |= {"tojson": _tojson, _METER: self._metered}
+        self.filters |= {name: _bounded(name, self.filters[name]) for name in _GROWING}
         del self.globals["lipsum"]  # random text, of any length
         self.globals |= {"raise_exception": _raise_exception, "dict": _Dict(), "namespace": _Namespace}
 
     def call(self, context: Context, callee: Any, /, *args: Any, **kwargs: Any) -> Any:
         self._check_time()
+        if isinstance(text := getattr(callee, "__self__", None), str):
+            _check_growth(callee.__name__, text, (*args, *kwargs.values()))
         return super().call(context, callee, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -139,10 +147,45 @@ def _size(operator: str, left: Any, right: Any) -> int:
     """Elements of a repeated sequence, or bits of an integer product or power, at most; 0 for other operands."""
     if isinstance(left, int) and isinstance(right, int):
         return left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+    if operator == "%" and isinstance(left, str):
+        return _largest_width(left, right if isinstance(right, tuple) else (right,))
+    if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+        return _MAX_PRODUCT + 1 if len(left) + len(right) > _LONGEST_TEXT else 0
     for sequence, times in ((left, right), (right, left)):
-        if isinstance(sequence, str | list | tuple) and isinstance(times, int):
+        if operator == "*" and isinstance(sequence, str | list | tuple) and isinstance(times, int):
             return len(sequence) * abs(times)
     return 0
+
+
+def _largest_width(form: str, values: Iterable[Any]) -> int:
+    """The largest number in a format, or among its values where it takes a width from them."""
+    taken = [abs(value) for value in values if isinstance(value, int)] if "*" in form or "{" in form else []
+    return max([*taken, *(int(digits[:20]) for digits in re.findall(r"[0-9]+", form))], default=0)
+
+
+def _check_growth(name: str, subject: Any, arguments: Iterable[Any]) -> None:
+    """Refuse a method of a text, or a filter, that would make a text of absurd size."""
+    arguments = list(arguments)
+    sizes = [abs(each) for each in arguments if isinstance(each, int)]
+    if isinstance(subject, str) and name in ("format", "format_map"):
+        sizes.append(_largest_width(subject, ()))
+    too_long = False
+    if isinstance(subject, str) and name == "replace" and len(arguments) > 1:
+        too_long = subject.count(str(arguments[0])) * len(str(arguments[1])) > _LONGEST_TEXT
+    if too_long or max(sizes, default=0) > _MAX_PRODUCT:
+        raise SecurityError(f"a result of {name} is too large")
+
+
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a filter that looks at the size of its result first."""
+
+    @wraps(function)
+    def filtered(*args: Any, **kwargs: Any) -> Any:
+        at = next((index for index, each in enumerate(args) if isinstance(each, str)), 0)
+        _check_growth(name, args[at], (*args[at + 1 :], *kwargs.values()))
+        return function(*args, **kwargs)
+
+    return filtered
 
 
 def _tojson(

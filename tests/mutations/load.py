@@ -151,8 +151,8 @@ LOAD = (
         "A tokenizer that cannot be read, or cannot encode, is one line",
         "errors of encoding are passed on",
         "engines/bundle/tokenizer.py",
-        "except Exception as error:  # bare in the library: half",
-        "except ValueError as error:  # half",
+        "except Exception as error:  # bare in the library: a word",
+        "except ValueError as error:  # a word",
         TOKENIZER,
     ),
     Mutation(
