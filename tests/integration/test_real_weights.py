@@ -56,8 +56,8 @@ def test_greedy_output_is_that_of_transformers(bundles):
         for question in QUESTIONS:
             prompt = decoder.encode(question)
             with torch.no_grad():
-                ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=48)[0, len(prompt) :]
-            result = decoder.generate(question, max_new_tokens=48)
+                ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=32)[0, len(prompt) :]
+            result = decoder.generate(question, max_new_tokens=32)
             assert list(result.token_ids) == ids.tolist()
             assert result.stats.block_efficiency > 1.5
         check_rules(decoder, model, decoder.encode(MORE_QUESTIONS[0]))
@@ -68,8 +68,9 @@ def test_the_target_as_its_own_drafter_accepts_everything(bundles):
         load_engine(bundles / "target"), load_engine(bundles / "target"), draft_length=4
     ) as decoder:
         tokenizer = SpeculativeDecoder.load(bundles / "target").tokenizer
-        stats = decoder.generate(tokenizer.encode_chat([{"role": "user", "content": QUESTIONS[0]}])).stats
-        assert stats.accepted == stats.drafted > 50
+        prompt = tokenizer.encode_chat([{"role": "user", "content": QUESTIONS[0]}])
+        stats = decoder.generate(prompt, max_new_tokens=40).stats
+        assert stats.accepted == stats.drafted > 25
 
 
 def test_the_eagle_head_of_the_examples_drafts_well(bundles, tmp_path, capsys):
