@@ -25,7 +25,7 @@ from vocabtrim_export.proof.tokens import calls, window_of
 from vocabtrim_export.sources.source import DTYPES, load_source
 from vocabtrim_export.trt.settings import TensorRTSettings
 
-NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "LayerNormalization")
+NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "LayerNormalization", "RMSNormalization")
 
 
 def swap_inputs(nodes, index):
@@ -250,6 +250,20 @@ def transposed_swapped(graph):
     )
 
 
+def standard_scale_doubled(graph):
+    scales = [a for node in graph.node if node.op_type == "Attention" for a in node.attribute if a.name == "scale"]
+    for attribute in scales:
+        attribute.f *= 2
+    return bool(scales)
+
+
+def standard_softcap_dropped(graph):
+    caps = [node for node in graph.node if node.op_type == "Tanh"]
+    for node in caps:
+        node.op_type = "Identity"
+    return bool(caps)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_each_wrong_graph_for_tensorrt_is_noticed(architecture, random_model, tmp_path):
     source = load_source(str(random_model(architecture)), DTYPES["fp16"])
@@ -258,10 +272,15 @@ def test_each_wrong_graph_for_tensorrt_is_noticed(architecture, random_model, tm
     (right := tmp_path / "right").mkdir()
     write_bundle(right, trace_source(plan), plan, lambda *_: None)
     assert find_difference(right, plan) is None
-    for number, change in enumerate((transposed_swapped, wrong_tokens)):
+    changes = (transposed_swapped, norms_swapped, bias_left_out, standard_scale_doubled, standard_softcap_dropped)
+    missed, changed = [], []
+    for number, change in enumerate((*changes, wrong_tokens)):
         shutil.copytree(right, wrong := tmp_path / str(number))
-        assert corrupt(wrong, change)
-        assert find_difference(wrong, plan), change
+        if corrupt(wrong, change):
+            changed.append(change)
+            missed += [change] if find_difference(wrong, plan) is None else []
+    assert not missed
+    assert len(changed) >= 4, changed
     assert corrupt(right, wrong_tokens, DRAFT_MODEL_NAME)
     assert "draft.onnx does not draft" in find_difference(right, plan)
 
