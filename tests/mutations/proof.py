@@ -92,7 +92,7 @@ PROOF = (
         "vocabtrim_export/proof/dequantized.py",
         "if given is None or float(_row_errors(given, rows.flatten(0, 1)).max()) > _MOST_ERROR[quantization]:",
         "if given is None:",
-        f"{TESTS} -k 'quantized_graph and oss'",
+        f"{TESTS} -k quantized_graph and oss",
     ),
     Mutation(
         "Attention sinks take their share",
