@@ -1,4 +1,4 @@
-"""Numbers as callers give them: Python's, numpy's and torch's scalars alike; anything else is one clear line."""
+"""Checks of numbers that callers pass: Python's, NumPy's and torch's scalars are accepted, all else is refused."""
 
 from operator import index
 from typing import Any
@@ -18,7 +18,7 @@ def whole_number(name: str, value: Any) -> int:
         value: An int, or a scalar that stands for one.
 
     Raises:
-        VocabtrimError: It is none: a float, a text, None or a truth value.
+        VocabtrimError: It is not an integer but a float, a text, None or a truth value.
     """
     try:
         if not isinstance(value, bool | np.bool_):
@@ -36,7 +36,7 @@ def real_number(name: str, value: Any) -> float:
         value: An int, a float, or a scalar that stands for one.
 
     Raises:
-        VocabtrimError: It is none: a text, None or a truth value.
+        VocabtrimError: It is not a number but a text, None or a truth value.
     """
     is_number = hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
     try:

@@ -1,4 +1,4 @@
-"""How far a graph's output is from what its model computes, and how far rounding explains."""
+"""How far a graph's output is from what its model computes, and how much of that rounding explains."""
 
 from typing import Any
 
@@ -12,9 +12,13 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 5e-3, "bf16": 4e-2}
 
 
 def deviation(computed: NDArray[Any], wanted: NDArray[np.float32]) -> float:
-    """The largest difference, as a share of the standard deviation of what is finite in `wanted`.
+    """Returns the largest difference, as a share of the standard deviation of the finite numbers in `wanted`.
 
     It is infinite where shapes differ, or where one of the two is infinite and the other is not.
+
+    Args:
+        computed: The graph's output, of any shape and dtype.
+        wanted: What the model computes, of the same shape.
     """
     finite = np.isfinite(wanted)
     if computed.shape != wanted.shape or not np.array_equal(computed[~finite], wanted[~finite]):

@@ -28,7 +28,7 @@ class ExclusiveUse:
         self.is_closed = False
 
     def close(self) -> None:
-        """Refuse all further rounds; waits for the round that runs now."""
+        """Refuse all further rounds, and wait for the round that runs now."""
         self.is_closed = True
         with self.running:
             pass
@@ -46,10 +46,14 @@ class Claim:
         self._uses = uses
         self._has_begun = False
         self._is_released = False
-        self._thread: ref[Thread] | None = None  # that ran the last round: a stream may move from thread to thread
+        self._thread: ref[Thread] | None = None  # it ran the last round: a stream may move from thread to thread
 
     def __enter__(self) -> None:
-        """Raise `VocabtrimError` if an engine is in use, holds another generation's text by now, or is closed."""
+        """Take the engines for one round.
+
+        Raises:
+            VocabtrimError: An engine is in use, now holds another generation's text, or is closed.
+        """
         held: list[ExclusiveUse] = []
         try:
             for use in self._uses:
@@ -73,7 +77,7 @@ class Claim:
             use.running.release()
 
     def release(self) -> None:
-        """The generation is over: other threads may begin theirs."""
+        """End the generation: other threads may begin theirs."""
         self._is_released = True
 
     def _check(self, use: ExclusiveUse) -> None:

@@ -48,7 +48,7 @@ class GenerationRules:
             raise VocabtrimError("bad_words_ids has a negative token id: leave that sequence out")
 
     def applied(self) -> str:
-        """The rules that change something, such as "repetition_penalty 1.1, no_repeat_ngram_size 3"; may be empty."""
+        """Returns the rules that change something, such as "repetition_penalty 1.1, no_repeat_ngram_size 3", or ""."""
         values = {each.name: (getattr(self, each.name), each.default) for each in fields(self)}
         del values["unsupported"]
         return ", ".join(f"{name} {value}" for name, (value, neutral) in values.items() if value != neutral)

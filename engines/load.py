@@ -1,4 +1,4 @@
-"""`load_engine`: the engine that a bundle and a device ask for."""
+"""`load_engine`: loads a bundle with the library that runs its format on a device."""
 
 import importlib
 import logging
@@ -16,7 +16,7 @@ _LOG = logging.getLogger("engines")
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What runs bundles of one form on one device.
+    """The library that runs bundles of one format on one device.
 
     Attributes:
         title: The name of the library that computes, for messages.
@@ -30,7 +30,7 @@ class Backend:
     package: str
 
 
-# (device, whether the bundle is one of `--format trt`) → what runs it. A new backend is a folder and a line here.
+# (device, whether the bundle is one of `--format trt`) → its backend. A new backend is a folder and a line here.
 BACKENDS: Mapping[tuple[Device, bool], Backend] = {
     ("cpu", False): Backend("ONNX Runtime", "engines.ort.load", "onnxruntime"),
     ("cpu", True): Backend("ONNX Runtime", "engines.trt.load_reference", "onnxruntime"),

@@ -7,14 +7,23 @@ from numpy.typing import NDArray
 
 
 def to_float32(stored: NDArray[Any]) -> NDArray[np.float32]:
-    """Logits or hidden states as float32, from float16, float32, or the bits of bfloat16 as uint16."""
+    """Convert numbers to float32.
+
+    Args:
+        stored: float16, float32, or the bits of bfloat16 as uint16.
+    """
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32, copy=False)
 
 
 def from_float32(values: NDArray[np.float32], dtype: np.dtype[np.generic]) -> NDArray[Any]:
-    """The inverse of `to_float32`, rounded to the nearest, ties to even. dtype: of what is stored."""
+    """Convert float32 numbers to the dtype that an engine stores, rounding to the nearest, ties to even.
+
+    Args:
+        values: The numbers.
+        dtype: float16, float32, or uint16 for the bits of bfloat16.
+    """
     if dtype != np.uint16:
         return values.astype(dtype, copy=False)
     bits = values.view(np.uint32)

@@ -73,12 +73,12 @@ class SamplingParams:
         return self.temperature == 0
 
     def rules(self, defaults: GenerationRules) -> GenerationRules:
-        """The rules of a target's bundle, with what is given here in their place."""
+        """Returns `defaults`, the rules of a target's bundle, with those replaced that are set here."""
         names = ("repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "min_new_tokens")
-        given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if "min_new_tokens" in given:  # transformers lets it override the config's min_length
-            given["min_length"] = 0
-        return replace(defaults, **given)
+        replaced: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if "min_new_tokens" in replaced:  # transformers lets it override the config's min_length
+            replaced["min_length"] = 0
+        return replace(defaults, **replaced)
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Raise `VocabtrimError` for a token id that a vocabulary of `vocab_size` lacks."""
@@ -88,7 +88,7 @@ class SamplingParams:
                     raise VocabtrimError(f"{name} names token {token}: the target's ids go from 0 to {vocab_size - 1}")
 
     def _convert(self) -> None:
-        """Make every number Python's own. Raises `VocabtrimError` for what is none."""
+        """Convert every number to Python's own types. Raises `VocabtrimError` for a value that is not a number."""
         for names, convert in ((_REAL, real_number), (_WHOLE, whole_number)):
             for name in names:
                 value = getattr(self, name)
@@ -108,7 +108,7 @@ class SamplingParams:
             object.__setattr__(self, "suppress_tokens", ids)
 
     def _check_rules(self) -> None:
-        self.rules(GenerationRules())  # checks what it is given
+        self.rules(GenerationRules())  # its constructor checks the values
         for name in ("presence_penalty", "frequency_penalty"):
             if not abs(getattr(self, name)) <= LARGEST:
                 raise VocabtrimError(f"{name} is {getattr(self, name)}: give a finite number; 0 changes nothing")
@@ -123,14 +123,14 @@ class SamplingParams:
 
 
 def _token_id(name: str, token: Any) -> int:
-    """A token id; a JSON object has it as text."""
+    """Returns a token id as an int. The keys of a JSON object are text."""
     is_text = isinstance(token, str) and token.isdecimal()
     return whole_number(f"a token id of {name}", int(token) if is_text else token)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """A generation's parameters, not greedy, with its one random generator."""
+    """The parameters of a generation that is not greedy, with its one random generator."""
 
     params: SamplingParams
     rng: np.random.Generator

@@ -26,15 +26,15 @@ def open_head_rows(bundle: Bundle, inputs: Mapping[str, Sequence[int | str]], co
         VocabtrimError: The graph's slots are not those of the manifest, or of the file of rows.
     """
     count, vocab_map = bundle.manifest.slots, bundle.vocab_map
-    found = {name: tuple(inputs[name]) for name in SLOT_INPUTS if name in inputs}
-    if not count and not found:
+    shapes = {name: tuple(inputs[name]) for name in SLOT_INPUTS if name in inputs}
+    if not count and not shapes:
         return None
-    hidden = found.get(SLOT_WEIGHT, (0,))[0]
+    hidden = shapes.get(SLOT_WEIGHT, (0,))[0]
     if vocab_map is not None and isinstance(hidden, int):
         rows = HeadRows(bundle.path / HEAD_ROWS_NAME, vocab_map, bundle.manifest.head_rows_quantization)
         wanted = {SLOT_WEIGHT: (hidden, count), SLOT_TOKEN_IDS: (count,)}
         wanted |= {SLOT_BIAS: (count,)} if rows.has_bias else {}
-        if found == wanted and rows.holds(hidden) and columns == len(vocab_map) + count:
+        if shapes == wanted and rows.holds(hidden) and columns == len(vocab_map) + count:
             return rows
     raise VocabtrimError(f"the slots of the graph in {bundle.path} are not those that {HEAD_ROWS_NAME} is for")
 
@@ -97,7 +97,10 @@ class Slots:
             self._write(np.array(entering), np.array(slots))
 
     def _free(self, count: int, used: int) -> list[int]:
-        """`count` slots, made free where none is. used: slots that are not in `_slot_of` just now."""
+        """Returns `count` slots, and empties the least recently seen ones where too few are free.
+
+        `used` is the number of slots that hold a token although `_slot_of` lacks them just now.
+        """
         taken = len(self._slot_of) + used
         slots = list(range(taken, min(taken + count, self._count)))  # they are first taken in order
         while len(slots) < count:

@@ -1,5 +1,7 @@
-"""How several directories take their places as one: a commit mark is the moment; before it the old ones stand, after it
-the new ones, whoever is killed in between. A reader that finds the mark finishes what it announces.
+"""Several directories are replaced as one, even if the process is killed in between.
+
+A commit mark, a small file, decides: before it is written the old directories are valid, after it the new ones. A
+reader that finds a mark completes the replacement that it announces.
 """
 
 import json
@@ -31,13 +33,17 @@ class _Mark:
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock file `path` for the block; False where another process holds it. Death releases it."""
+    """Hold the lock file `path` for the `with` block. The system releases the lock if the process dies.
+
+    Yields:
+        False where another process holds the lock.
+    """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             is_free = _flock(descriptor)
             if is_free and not _is_at(descriptor, path):
-                continue  # its last holder removed it meanwhile
+                continue  # the lock's last holder removed the file meanwhile
             try:
                 yield is_free
             finally:
@@ -49,9 +55,12 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 
 def commit(directory: Path, aside: Path, names: Sequence[str]) -> None:
-    """Move `aside/new/NAME` to `directory/NAME` for all names, or none; what was there goes to `aside/old`.
+    """Move `aside/new/NAME` to `directory/NAME` for all names, or for none; what was there goes to `aside/old`.
 
-    aside: a directory inside `directory`, whose lock the caller holds.
+    Args:
+        directory: The directory whose entries are replaced. The caller holds its lock.
+        aside: A directory inside `directory`.
+        names: The entries to replace.
     """
     (aside / "old").mkdir()
     _sync_tree(aside)
@@ -67,7 +76,7 @@ def commit(directory: Path, aside: Path, names: Sequence[str]) -> None:
 
 
 def finish(directory: Path) -> None:
-    """Complete a commit that its process did not survive. The caller holds the lock."""
+    """Complete a commit whose process died. The caller holds the lock of `directory`."""
     mark = directory / MARK_NAME
     if not mark.is_file():
         return
@@ -82,10 +91,10 @@ def finish(directory: Path) -> None:
 
 
 def finish_if_free(directory: Path) -> None:
-    """Do what `finish` does for a reader, which waits while another process does it.
+    """Call `finish` for a reader, which waits while another process completes the commit.
 
     Raises:
-        VocabtrimError: It fails.
+        VocabtrimError: The commit cannot be completed.
     """
     mark, until = directory / MARK_NAME, time.monotonic() + _PATIENCE
     while mark.is_file():
@@ -105,7 +114,7 @@ def finish_if_free(directory: Path) -> None:
 
 
 def _forward(directory: Path, aside: Path, names: Sequence[str]) -> None:
-    """Again and again, from wherever it was interrupted, with one result."""
+    """Move the new entries in. It may be interrupted anywhere and called again: the result is the same."""
     for name in names:
         place, new = directory / name, aside / "new" / name
         if new.exists():
@@ -115,7 +124,7 @@ def _forward(directory: Path, aside: Path, names: Sequence[str]) -> None:
 
 
 def _back(directory: Path, aside: Path, names: Sequence[str]) -> None:
-    """Undo `_forward`. Until the mark is gone, each step leaves what `_forward` can complete."""
+    """Undo `_forward`. After each step, until the mark is gone, `_forward` can still complete the commit."""
     for name in names:
         place, new, old = directory / name, aside / "new" / name, aside / "old" / name
         if not new.exists():

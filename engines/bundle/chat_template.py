@@ -19,12 +19,13 @@ _PROBE, _ARGUMENT = "vocabtrim probe", "vocabtrim_argument"
 class ChatOptions:
     """How a conversation becomes a prompt.
 
-    template: which of a model's named templates; None: "tool_use" where `tools` are given and there is one, else
-        "default".
-    tools: the JSON schemas of tools that the model may call, as OpenAI and transformers have them.
-    template_args: the template's own variables, such as `enable_thinking` or `documents`; plain JSON data.
-    continue_final_message: the prompt ends within the last message, which the model continues.
-    now: what `strftime_now` tells a template; None: the time of the rendering.
+    Attributes:
+        template: The name of one of the model's templates; None: "tool_use" where `tools` are given and the model has
+            such a template, else "default".
+        tools: The JSON schemas of tools that the model may call, as OpenAI and transformers have them.
+        template_args: The template's own variables, such as `enable_thinking` or `documents`; plain JSON data.
+        continue_final_message: The prompt ends within the last message, and the model continues that message.
+        now: The time that `strftime_now` gives a template; None: the time of the rendering.
     """
 
     template: str | None = None
@@ -38,9 +39,14 @@ class ChatTemplates:
     """The chat templates of one tokenizer."""
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        """sources: jinja2 source by name, see `named_templates`. special_tokens: their texts as `bos_token` and so on.
+        """Compile the templates.
 
-        Raises `VocabtrimError` for a template that does not parse.
+        Args:
+            sources: jinja2 sources by name, see `named_templates`.
+            special_tokens: The texts of special tokens by the names that templates use, such as `bos_token`.
+
+        Raises:
+            VocabtrimError: A template does not parse.
         """
         self._special_tokens = dict(special_tokens)
         self._templates = {name: CompiledTemplate(source) for name, source in sources.items()}
@@ -51,11 +57,19 @@ class ChatTemplates:
         return tuple(sorted(self._templates))
 
     def render(self, messages: Sequence[Any], options: ChatOptions = ChatOptions()) -> str:
-        """The text of a conversation up to where the assistant's answer begins, or to the end of the last message.
+        """Render a conversation.
 
-        messages: `{"role": …, "content": …}` each, as OpenAI or transformers have them: text parts, tool calls and
-            contents that are None included.
-        Raises `VocabtrimError` where there is no such template, for messages that it refuses and for any error of it.
+        Args:
+            messages: Messages `{"role": …, "content": …}` as OpenAI or transformers have them; they may have text
+                parts, tool calls, and contents that are None.
+            options: The template and its variables.
+
+        Returns:
+            The prompt, up to where the assistant's answer begins; with `continue_final_message`, up to the end of the
+            last message.
+
+        Raises:
+            VocabtrimError: There is no such template, or it refuses the messages or fails.
         """
         name = self._choose(options)
         _check_arguments(options.template_args)
@@ -97,11 +111,11 @@ class ChatTemplates:
         if arguments["add_generation_prompt"]:
             raise VocabtrimError("add_generation_prompt starts a new message: it cannot go with continue_final_message")
         *before, last = messages
-        said, marked = _open_content(last.get("content"))
+        last_text, marked = _open_content(last.get("content"))
         last = last | {"content": marked}
         text = self._render(name, [*before, last], replace(options, template_args=arguments))
         kept, mark, _ = text.rpartition(_OPEN_END.strip())
-        if not mark or said.strip() not in text:
+        if not mark or last_text.strip() not in text:
             raise VocabtrimError("the chat template changes or leaves out the final message: it cannot be continued")
         return kept if text[len(kept) :].startswith(_OPEN_END) else kept.rstrip()
 
@@ -116,7 +130,7 @@ class ChatTemplates:
         as_text = self._try(name, [user])
         as_parts = self._try(name, [user | {"content": [{"type": "text", "text": _PROBE}]}])
         parts = _PROBE in as_parts and (as_parts == as_text or not _shows_keys(as_parts))
-        if _PROBE not in as_text and not parts:  # it refuses a lone user for reasons of its own
+        if _PROBE not in as_text and not parts:  # the template refuses a lone user message for another reason
             return MessageForms()
         arguments = {_ARGUMENT: 1}
         as_string = self._try(name, [user, _tool_call(json.dumps(arguments))])
@@ -129,7 +143,7 @@ class ChatTemplates:
         return MessageForms(_PROBE in as_text, parts, argument_text, reads_none)
 
     def _try(self, name: str, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:
-        """The rendered text, "" where the template fails."""
+        """Returns the rendered text; "" where the template fails."""
         try:
             return self._render(name, messages, ChatOptions(template_args=arguments))
         except VocabtrimError:
@@ -137,9 +151,14 @@ class ChatTemplates:
 
 
 def named_templates(value: Any) -> dict[str, str]:
-    """jinja2 sources by name from what a tokenizer's config or transformers calls `chat_template`.
+    """Read what a tokenizer's config, or transformers, calls `chat_template`.
 
-    value: one source, which is the default; a mapping or a list of `{"name": …, "template": …}`; or None.
+    Args:
+        value: One jinja2 source, which becomes "default"; a mapping of names to sources; a list of `{"name": …,
+            "template": …}`; or None.
+
+    Returns:
+        The jinja2 sources by name.
     """
     if isinstance(value, str):
         return {DEFAULT: value}
@@ -157,7 +176,7 @@ def _check_arguments(template_args: Mapping[str, Any]) -> None:
 
 
 def _open_content(content: Any) -> tuple[str, Any]:
-    """The last text of a message's content, and the content with the mark behind that text."""
+    """Returns the last text of a message's content, and the content with the mark behind that text."""
     if isinstance(content, str):
         return content, content + _OPEN_END
     for at in reversed(range(len(content)) if isinstance(content, list) else ()):
@@ -168,7 +187,7 @@ def _open_content(content: Any) -> tuple[str, Any]:
 
 
 def _shows_keys(text: str) -> bool:
-    """Whether a list of parts was written as it is, as Python or JSON."""
+    """Whether the template wrote a list of parts out as Python or JSON instead of reading it."""
     return any(f"{quote}type{quote}" in text for quote in "'\"")
 
 

@@ -1,5 +1,4 @@
-"""What a bundle must prove before it runs, check by check: loading stops at the first that fails, `inspect --check`
-shows them all."""
+"""The checks of a bundle: loading stops at the first that fails, and `vocabtrim inspect --check` shows them all."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ from engines.bundle.tokenizer import CONFIG_NAME, TEMPLATE_NAME, TEMPLATES_NAME,
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 
-# what a load reads where it is there: none of them may appear beside the files that the manifest names
+# The files that a load reads where they exist: one that the manifest does not name must not have been added.
 _READ_IF_THERE = (
     *(MODEL_NAME, DRAFT_MODEL_NAME, FEATURES_NAME, PLAN_NAME, DRAFT_PLAN_NAME, VOCAB_MAP_NAME),
     *(HEAD_ROWS_NAME, EXPECTED_NAME, TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME, TEMPLATES_NAME),
@@ -37,14 +36,19 @@ _READ_IF_THERE = (
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at. wrong: what is wrong with it, in one line; None where nothing is."""
+    """The result of one check.
+
+    Attributes:
+        name: The file or the property that was checked.
+        wrong: One line that says what is wrong; None where the check passed.
+    """
 
     name: str
     wrong: str | None
 
 
 def file_checks(root: Path, manifest: Manifest) -> list[Check]:
-    """Every file is there, inside the bundle, with the size and digest that the manifest states; nothing was added."""
+    """Check that every file is inside the bundle with the size and digest in the manifest, and that none was added."""
     checks: dict[str, Callable[[], None]] = {
         name: lambda name=name, stated=stated: _check_file(root, name, stated)  # type: ignore[misc]
         for name, stated in manifest.files.items()
@@ -53,7 +57,13 @@ def file_checks(root: Path, manifest: Manifest) -> list[Check]:
 
 
 def content_checks(root: Path, manifest: Manifest, thorough: bool) -> list[Check]:
-    """Map, tokenizer and graphs belong together. thorough: the head's rows are hashed once more, by themselves."""
+    """Check that the map, the tokenizer and the graphs belong together.
+
+    Args:
+        root: The bundle's directory.
+        manifest: The bundle's manifest.
+        thorough: Hash the LM head's rows by themselves as well.
+    """
     checks: dict[str, Callable[[], None]] = {"vocab map": lambda: _check_map(root, manifest)}
     if TOKENIZER_NAME in manifest.files:
         checks["tokenizer"] = lambda: _check_tokenizer(root, manifest)
@@ -86,13 +96,13 @@ def load_map(root: Path, manifest: Manifest) -> VocabMap | None:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
+    """Returns the sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _run(checks: Mapping[str, Callable[[], None]]) -> list[Check]:
-    """All of them, at once: hashing is most of it, and leaves Python's lock."""
+    """Run all checks in threads: most of their time is hashing, which releases Python's lock."""
 
     def run(name: str) -> Check:
         try:
@@ -139,8 +149,8 @@ def _check_map(root: Path, manifest: Manifest) -> None:
         if manifest.head_rows != manifest.vocab_size:
             raise VocabtrimError(f"{root / MANIFEST_NAME} names no VocabMap for a head of fewer rows: export again")
         return
-    found = vocab_map.digest, len(vocab_map), vocab_map.full_vocab
-    if found != (manifest.vocab_map, manifest.head_rows, manifest.vocab_size):
+    actual = vocab_map.digest, len(vocab_map), vocab_map.full_vocab
+    if actual != (manifest.vocab_map, manifest.head_rows, manifest.vocab_size):
         raise VocabtrimError(f"{root / VOCAB_MAP_NAME} is not the VocabMap that {MANIFEST_NAME} names: export again")
 
 

@@ -1,4 +1,4 @@
-"""`model.onnx` looked at before ONNX Runtime opens it: where its weights lie, and which files it says it belongs to."""
+"""`GraphFile`: where an ONNX file's weights are, and its metadata, read and checked before ONNX Runtime opens it."""
 
 import hashlib
 import json
@@ -18,14 +18,23 @@ from engines.errors import VocabtrimError
 PREFIX = "vocabtrim."
 HEAD_TENSORS = f"{PREFIX}head_tensors"
 _BLOCK = 1 << 20
-# of one element, by TensorProto.DataType
+# The bits of one element, by TensorProto.DataType.
 _BITS = dict.fromkeys((2, 3, 9, 17, 18, 19, 20, 24), 8) | dict.fromkeys((4, 5, 10, 16), 16)
 _BITS |= dict.fromkeys((1, 6, 12), 32) | dict.fromkeys((7, 11, 13), 64) | dict.fromkeys((21, 22, 23), 4)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """An initializer and where its bytes are: in `file` from `offset` on, or, with no file, in `data`."""
+    """An initializer and where its bytes are.
+
+    Attributes:
+        dtype: Its TensorProto.DataType.
+        shape: Its shape.
+        file: The name of the file beside the graph that holds its bytes; None where `data` holds them.
+        offset: Where they begin in `file`, in bytes.
+        length: Their number.
+        data: The bytes that are in the graph itself; empty where there is a file.
+    """
 
     dtype: int
     shape: tuple[int, ...]
@@ -37,7 +46,13 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class GraphFile:
-    """A graph without its weights. metadata: what the model says of itself. tensors: its initializers by name."""
+    """A graph whose weights have not been read.
+
+    Attributes:
+        path: The ONNX file.
+        metadata: The model's metadata properties.
+        tensors: The initializers by name.
+    """
 
     path: Path
     metadata: Mapping[str, str]
@@ -45,10 +60,13 @@ class GraphFile:
 
     @classmethod
     def read(cls, path: Path) -> "GraphFile":
-        """Parse `path` and check all of its tensors, those in attributes and subgraphs too, before any is allocated:
-        data outside the graph lies in a file beside it, within its size, and is as long as the shape says.
+        """Parse `path` and check all of its tensors, including those in attributes and subgraphs.
 
-        Raises `VocabtrimError` naming the tensor that is not so.
+        Data outside the graph must be in a file beside it, within that file's size, and as long as the tensor's shape
+        says. Nothing is allocated for the tensors.
+
+        Raises:
+            VocabtrimError: The file is not an ONNX graph, or a tensor, which is named, is not so.
         """
         import onnx
 
@@ -64,7 +82,7 @@ class GraphFile:
         return cls(path, {entry.key: entry.value for entry in model.metadata_props}, tensors)
 
     def digest(self, names: list[str]) -> str:
-        """sha256, in hex, over the name, type, shape and bytes of these initializers, in this order."""
+        """Returns the sha256, in hex, over the name, type, shape and bytes of these initializers, in this order."""
         sha = hashlib.sha256()
         for name in names:
             tensor = self._tensor(name)
@@ -74,11 +92,11 @@ class GraphFile:
         return sha.hexdigest()
 
     def table(self) -> NDArray[np.int64]:
-        """int64[rows]: the table of kept token ids that the graph's last `Gather` reads."""
+        """Returns int64[rows], the table of kept token ids that the graph's last `Gather` reads."""
         return np.frombuffer(b"".join(self._blocks(self._tensor(TOKEN_TABLE))), "<i8")
 
     def head_tensors(self) -> list[str]:
-        """The initializers that the LM head reads, as the exporter noted them."""
+        """Returns the names of the initializers that the LM head reads, from the metadata that the exporter wrote."""
         try:
             names = json.loads(self.metadata.get(HEAD_TENSORS, "[]"))
         except (ValueError, RecursionError):
@@ -129,7 +147,7 @@ def _stored(tensor: Any, path: Path) -> StoredTensor:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a file so named, beside another, stays in its directory."""
+    """Whether `name` names a file of a directory itself, not one below or outside it."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 

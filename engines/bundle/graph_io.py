@@ -37,7 +37,7 @@ TOKEN_TABLE = "kept_token_ids"  # int64[K]: the token of each row of a trimmed L
 
 
 def cache_names(prefix: str, layer: int) -> tuple[str, str]:
-    """The names of one layer's keys and values.
+    """Returns the names of one layer's keys and values.
 
     Args:
         prefix: `PAST` or `PRESENT`.
@@ -47,5 +47,5 @@ def cache_names(prefix: str, layer: int) -> tuple[str, str]:
 
 
 def present_name(past: str) -> str:
-    """The name of the output that updates the cache which the input `past` reads."""
+    """Returns the name of the output that updates the cache which the input `past` reads."""
     return PRESENT + past.removeprefix(PAST)

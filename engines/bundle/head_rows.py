@@ -21,12 +21,22 @@ _FLOATS = ("F32", "F16", "U16")  # U16: the bits of bfloat16, which NumPy lacks
 class HeadRows:
     """The rows of an LM head for the tokens that are not in `vocab_map`.
 
-    index: int64[full_vocab], token id → row of the file, `NOT_KEPT` for a token that has none here.
-    has_bias: each row has one.
+    Attributes:
+        index: int64[full_vocab], token id → row of the file, `NOT_KEPT` for a token without a row in it.
+        has_bias: Each row has a bias.
     """
 
     def __init__(self, path: Path, vocab_map: VocabMap, quantization: str) -> None:
-        """Raises `VocabtrimError` where the file does not hold rows of this quantisation for tokens outside the map."""
+        """Open a file of rows.
+
+        Args:
+            path: The safetensors file.
+            vocab_map: The tokens that the head keeps.
+            quantization: "none", "int8" or "int4".
+
+        Raises:
+            VocabtrimError: The file does not hold rows of this quantisation for tokens outside the map.
+        """
         self._bits = _BITS.get(quantization)
         try:
             file: Any = safe_open(path, framework="numpy")  # mapped into memory, and read by `read`
@@ -47,10 +57,15 @@ class HeadRows:
         return self._size == hidden if self._bits is None else 0 <= self._size - hidden < _BLOCK
 
     def read(self, token_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The weights float32[n, size] and the biases float32[n], zeros where there are none, of tokens with a row.
+        """Read and dequantise rows.
 
-        Quantised weights are what a product of the head multiplies with, (q - zero point) · scale; their last block
-        is filled up.
+        Args:
+            token_ids: int64[n], tokens with a row.
+
+        Returns:
+            The weights float32[n, size], and the biases float32[n], zeros where there are none. Quantised weights are
+            dequantised as the head's product does it, (q - zero point) · scale; `size` is then the hidden size rounded
+            up to whole blocks.
         """
         rows = self.index[token_ids].tolist()
         read = {name: np.stack([part[row] for row in rows]) for name, part in self._parts.items()}
@@ -97,5 +112,5 @@ def _index(token_ids: NDArray[Any], vocab_map: VocabMap, path: Path) -> NDArray[
 
 
 def _nibbles(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Two 4-bit values of each byte, the low one first, along the last axis."""
+    """Unpack two 4-bit values of each byte, the low one first, along the last axis."""
     return np.stack([values & 15, values >> 4], -1).reshape(*values.shape[:-1], -1)

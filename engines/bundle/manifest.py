@@ -32,7 +32,14 @@ Flavor = Literal["none", "tensorrt", "rtx"]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One fixed shape: `tokens` fed, `keep` of their positions predicted, `span` slots of the KV cache attended to."""
+    """One fixed shape of a graph.
+
+    Attributes:
+        phase: What calls of this shape are for.
+        tokens: The tokens that a call feeds.
+        keep: The positions that it predicts after.
+        span: The slots of the KV cache that it attends to.
+    """
 
     phase: Phase
     tokens: int
@@ -237,7 +244,7 @@ class Manifest:
         return manifest
 
 
-# what manifests of this format had not from the start, as JSON has it
+# Fields that were added to this format later, with the values, as JSON, that stand for them in older manifests.
 _ADDED: Mapping[str, Any] = {
     "kind": "language-model",
     "feature_layers": [],

@@ -17,12 +17,14 @@ _MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "video", 
 
 @dataclass(frozen=True, slots=True)
 class MessageForms:
-    """What a chat template can read.
+    """The forms of messages that a chat template can read.
 
-    text, parts: message contents that are strings, and lists of `{"type": "text", "text": …}`.
-    argument_text: the arguments of tool calls as strings of JSON, as OpenAI has them; otherwise they must be objects.
-    none: contents that are None in messages with tool calls. A template that does not read them would write "None" or
-    fail, so the key is left out.
+    Attributes:
+        text: Contents that are strings.
+        parts: Contents that are lists of `{"type": "text", "text": …}`.
+        argument_text: Arguments of tool calls as strings of JSON, as OpenAI has them; otherwise they must be objects.
+        none: Contents that are None, in messages with tool calls. A template that cannot read them would write "None"
+            or fail, so the key is left out for it.
     """
 
     text: bool = True
@@ -32,7 +34,7 @@ class MessageForms:
 
 
 def plain_data(value: Any) -> Any:
-    """A copy of `value` made of JSON's types alone, so that a template meets no object with methods of its own.
+    """Copy `value` into JSON's types, so that a template meets no object with methods of its own.
 
     Mappings, sequences, numpy scalars, dataclasses and pydantic models are converted; anything else becomes its type's
     name, as in transformers.
@@ -56,25 +58,30 @@ def plain_data(value: Any) -> Any:
 
 
 def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """The messages as plain data, their reasoning under each name that templates read.
+    """Copy messages into plain data, with their reasoning under each name that templates read.
 
-    Keys whose value is None are left out, but for the content.
+    Keys whose value is None are left out, except for the content.
 
-    Raises `VocabtrimError` for something that is no message, and for images and other media.
+    Raises:
+        VocabtrimError: Something is not a message, or a message has images or other media.
     """
     plain = [plain_data(message) for message in messages]
     for index, message in enumerate(plain):
         if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
             raise VocabtrimError(f'messages[{index}] is no message: give {{"role": …, "content": …}}')
         _refuse_media(message.get("content"), index)
-    given = [
+    without_none = [
         {key: value for key, value in message.items() if value is not None or key == _CONTENT} for message in plain
     ]
-    return [_with_reasoning(message) for message in given]
+    return [_with_reasoning(message) for message in without_none]
 
 
 def plain_tools(tools: Sequence[Any] | None) -> list[Any] | None:
-    """The JSON schemas of tools as plain data. Raises `VocabtrimError` for a tool that is none."""
+    """Copy the JSON schemas of tools into plain data.
+
+    Raises:
+        VocabtrimError: A tool is not a JSON schema.
+    """
     if tools is None:
         return None
     if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
@@ -87,9 +94,9 @@ def plain_tools(tools: Sequence[Any] | None) -> list[Any] | None:
 
 
 def fit_messages(messages: Sequence[dict[str, Any]], forms: MessageForms) -> list[dict[str, Any]]:
-    """The messages with contents and tool-call arguments in a form that the template reads; as they are where it does.
+    """Convert message contents and tool-call arguments to forms that the template reads, where it does not read theirs.
 
-    Text parts are joined without anything between them, as templates that read parts write them.
+    Text parts are joined with nothing between them, as templates that read parts write them.
     """
     return [_fit_arguments(_fit_content(message, forms), forms) for message in messages]
 
@@ -122,7 +129,7 @@ def _fit_content(message: dict[str, Any], forms: MessageForms) -> dict[str, Any]
 
 
 def _part_text(part: Any) -> str | None:
-    """The text of one part of a content, None where it is something else."""
+    """Returns the text of one part of a content; None where it is not text."""
     if isinstance(part, dict) and part.get("type") in _TEXT_PARTS:
         part = part.get("text")
     return part if isinstance(part, str) else None
@@ -142,5 +149,5 @@ def _parse_arguments(call: Any) -> Any:
     try:
         arguments = json.loads(function["arguments"])
     except (ValueError, RecursionError):
-        return call  # what a model called a tool with may be no JSON
+        return call  # a model may have called a tool with something that is not JSON
     return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call

@@ -1,4 +1,4 @@
-"""Chat templates compiled as transformers compiles them, in a sandbox: they come with models, from anyone."""
+"""Compiles chat templates as transformers does, but in a stricter sandbox, because anyone may have written them."""
 
 import json
 import math
@@ -30,18 +30,26 @@ _METER = "vocabtrim_meter"
 
 
 class CompiledTemplate:
-    """A template of a model, ready to render; threads may share it. Raises `VocabtrimError` where it does not parse."""
+    """A compiled chat template, which threads may share.
+
+    Raises:
+        VocabtrimError: The template does not parse.
+    """
 
     def __init__(self, source: str) -> None:
         self._environment = _Sandbox()
         self._lock = Lock()  # one rendering at a time: the environment holds its deadline
         try:
             self._template = self._environment.from_string(source)
-        except Exception as error:  # jinja2's own errors, and Python's for what nests too deeply to compile
+        except Exception as error:  # jinja2's own errors, and Python's for code that nests too deeply to compile
             raise VocabtrimError(f"the chat template does not parse: {one_line(error)}") from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """Render with `variables`. Raises `VocabtrimError` for any error of the template and for its refusals."""
+        """Render the template with `variables`.
+
+        Raises:
+            VocabtrimError: The template fails or refuses the messages.
+        """
         try:
             with self._lock:
                 self._environment.deadline = time.thread_time() + MAX_SECONDS
@@ -130,8 +138,8 @@ class _Namespace(Namespace):
     """`namespace` for templates; as in transformers, no name in it begins with an underscore."""
 
     def __init__(*args: Any, **values: Any) -> None:  # `self` may be one of the names
-        self, *given = args
-        Namespace.__init__(self, {_public(name): value for name, value in dict(*given, **values).items()})
+        self, *mappings = args
+        Namespace.__init__(self, {_public(name): value for name, value in dict(*mappings, **values).items()})
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(_public(name), value)
@@ -144,7 +152,7 @@ def _public(name: str) -> str:
 
 
 def _size(operator: str, left: Any, right: Any) -> int:
-    """Elements of a repeated sequence, or bits of an integer product or power, at most; 0 for other operands."""
+    """Returns the most elements of a repeated sequence, or bits of an integer product or power; else 0."""
     if isinstance(left, int) and isinstance(right, int):
         return left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
     if operator == "%" and isinstance(left, str):
@@ -195,7 +203,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """jinja2's own filter escapes HTML, which no model was trained on."""
+    """Write JSON without the HTML escapes of jinja2's own filter, which no model was trained on."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

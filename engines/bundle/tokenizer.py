@@ -21,9 +21,9 @@ TEMPLATES_NAME = "additional_chat_templates"  # a directory of templates with ot
 
 
 def tokenizer_digest(tokenizer: tokenizers.Tokenizer) -> str:
-    """sha256, in hex, of the token → id table with its added tokens, as JSON sorted by token.
+    """Returns the sha256, in hex, of the token → id table with its added tokens, as JSON sorted by token.
 
-    Only the table counts: two exports of one vocabulary agree whatever their normaliser or template says.
+    Nothing else is hashed: exports of one vocabulary with different normalisers or templates have one digest.
     """
     table = tokenizer.get_vocab(with_added_tokens=True)
     return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -33,25 +33,30 @@ class Tokenizer:
     """Encodes prompts and decodes generations as transformers' `AutoTokenizer` does on the same files."""
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any], chat_template: Any) -> None:
-        """Take `backend` over: truncation and padding are switched off in it.
+        """Make a tokenizer.
 
-        config: the content of `tokenizer_config.json`. chat_template: jinja2 source, or several by name, as
-        `named_templates` reads them.
-        Raises `VocabtrimError` for a template that does not parse.
+        Args:
+            backend: The tokenizer to take over; its truncation and padding are switched off.
+            config: The content of `tokenizer_config.json`.
+            chat_template: The templates, as `named_templates` reads them.
+
+        Raises:
+            VocabtrimError: A template does not parse.
         """
-        backend.no_truncation()  # a saved training set-up must not cut or pad a prompt
+        backend.no_truncation()  # settings saved in training must not cut or pad a prompt
         backend.no_padding()
         self.backend = backend
         self.chat = ChatTemplates(named_templates(chat_template), _special_tokens(config))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read `tokenizer.json`, `tokenizer_config.json` and chat templates of a directory.
+        """Read a directory's `tokenizer.json`, `tokenizer_config.json` and chat templates.
 
-        Templates in files of their own (`chat_template.jinja`, `additional_chat_templates/NAME.jinja`) come before
-        those that `tokenizer_config.json` holds, as in transformers.
+        Templates in files of their own (`chat_template.jinja`, `additional_chat_templates/NAME.jinja`) replace those
+        in `tokenizer_config.json`, as in transformers.
 
-        Raises `VocabtrimError` for a file that is missing or malformed.
+        Raises:
+            VocabtrimError: A file is missing or malformed.
         """
         root = Path(path)
         if not (root / TOKENIZER_NAME).is_file():
@@ -78,22 +83,24 @@ class Tokenizer:
         return tokenizer_digest(self.backend)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of plain text, with the special tokens that the tokenizer puts around it (BOS, for many).
+        """Returns the ids of plain text, with the special tokens that the tokenizer puts around it (often a BOS).
 
-        Raises `VocabtrimError` for text that the tokenizer has no tokens for.
+        Raises:
+            VocabtrimError: The tokenizer has no tokens for some of the text.
         """
         return self._ids(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Any], options: ChatOptions | None = None) -> list[int]:
-        """The ids of a conversation up to where the assistant's answer begins, see `ChatTemplates.render`.
+        """Returns the ids of a conversation up to where the assistant's answer begins; see `ChatTemplates.render`.
 
-        Raises `VocabtrimError` where there is no template or it refuses the messages.
+        Raises:
+            VocabtrimError: There is no template, or it refuses the messages.
         """
         text = self.chat.render(messages, options or ChatOptions())
         return self._ids(text, add_special_tokens=False)  # the template wrote them
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `token_ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of `token_ids`; bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -108,15 +115,16 @@ class Tokenizer:
             raise VocabtrimError(f"the tokenizer cannot encode this text: {error}") from error
 
     def stream(self, skip_special_tokens: bool = True) -> "TextStream":
-        """A decoder that takes one token at a time."""
+        """Returns a decoder that takes one token at a time."""
         return TextStream(self, skip_special_tokens)
 
 
 class TextStream:
-    """Turns tokens into text as they come, holding back a character until all of its bytes are there.
+    """Turns tokens into text as they come, and holds a character back until all of its bytes have come.
 
-    `text` is what was given out so far. After `finish` it equals `Tokenizer.decode` of all tokens, except where
-    later tokens change how earlier ones read (byte-fallback vocabularies, on bytes that are not UTF-8).
+    Attributes:
+        text: The text returned so far. After `finish` it equals `Tokenizer.decode` of all tokens, except where later
+            tokens change the text of earlier ones (byte-fallback vocabularies, on bytes that are not UTF-8).
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
@@ -127,18 +135,18 @@ class TextStream:
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes, "" where a character is unfinished or the token is special."""
+        """Returns the text that `token_id` completes; "" within an unfinished character and for a special token."""
         self._token_ids.append(token_id)
         try:
             piece = self._stream.step(self._tokenizer.backend, token_id) or ""
-        except Exception:  # bare in the library: this token changed how text already given out reads. Begin anew.
+        except Exception:  # bare in the library: this token changes text that was returned already. Begin anew.
             self._stream = DecodeStream(skip_special_tokens=self._skips)
             piece = self._stream.step(self._tokenizer.backend, token_id) or ""
         self.text += piece
         return piece
 
     def finish(self) -> str:
-        """The text still held back: the bytes of a character that never became whole."""
+        """Returns the text still held back: the bytes of a character that was never completed."""
         whole = self._tokenizer.decode(self._token_ids, self._skips)
         piece = whole[len(self.text) :] if whole.startswith(self.text) else ""
         self.text += piece
@@ -146,7 +154,10 @@ class TextStream:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token`, `eos_token` and the like, those with names of a model's own included; older files have objects."""
+    """Returns the texts of `bos_token`, `eos_token` and other special tokens, those with a model's own names included.
+
+    Older configs have objects instead of texts.
+    """
     named = dict(config)
     for group in ("extra_special_tokens", "model_specific_special_tokens"):
         named |= config[group] if isinstance(config.get(group), dict) else {}
@@ -159,7 +170,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _template_files(root: Path) -> dict[str, str]:
-    """The templates that a directory holds in files of their own, by name."""
+    """Returns the templates that a directory holds in files of their own, by name."""
     files = {path.stem: path for path in sorted((root / TEMPLATES_NAME).glob("*.jinja"))}
     if (root / TEMPLATE_NAME).is_file():
         files[DEFAULT] = root / TEMPLATE_NAME

@@ -106,7 +106,7 @@ def _expected(kind: Any) -> str:
 
 
 def _depth(value: Any) -> int:
-    """How deeply lists and objects are nested, counted no further than is allowed."""
+    """Returns how deeply lists and objects are nested; counting stops beyond the depth that is allowed."""
     depth, level = 0, [value]
     while depth <= _MOST_DEPTH and (level := [item for item in level if isinstance(item, list | dict)]):
         depth += 1
@@ -120,6 +120,6 @@ def _is_text(value: Any) -> bool:
 
 
 def brief(what: object) -> str:
-    """The text of `what`, such as a library's error, in one line of at most about 100 characters."""
+    """Returns the text of `what`, such as a library's error, in one line of at most about 100 characters."""
     text = " ".join(str(what).split())
     return text if len(text) <= 100 else f"{text[:100]}…"

@@ -41,7 +41,7 @@ class VocabMap:
         full_vocab: Tokens of the full vocabulary.
 
     Raises:
-        VocabtrimError: The ids are not so.
+        VocabtrimError: The ids do not have this form.
     """
 
     kept_token_ids: NDArray[np.int64]

@@ -20,10 +20,13 @@ _RESERVED = re.compile(r"[<\[].*(unused|reserved|extra|dummy).*[>\]]", re.IGNORE
 class Vocabulary:
     """The ids that have both a token and a row in the model.
 
-    rows: number of rows of the model's embedding. tokens: each id's token, as `tokenizer.json` spells it. special: the
-    ids of added and of reserved tokens, which models of one family may name differently; the others are ordinary: text
-    becomes them. beyond: the highest ordinary token's id that the model has no row for, None where there is none. An
-    added token may lack a row, as an image's does in a model of text.
+    Attributes:
+        rows: The rows of the model's embedding.
+        tokens: The token of each id, as `tokenizer.json` spells it.
+        special: The ids of added and of reserved tokens, which models of one family may name differently. The other
+            ids are ordinary tokens, into which text is encoded.
+        beyond: The highest id of an ordinary token without a row in the model; None where all have one. Added tokens
+            may lack a row, as that of an image does in a model of text.
     """
 
     rows: int
@@ -36,9 +39,9 @@ class Vocabulary:
         """Read a tokenizer's table.
 
         Args:
-            tokenizer: of the model.
-            rows: number of rows of the model's embedding. Tokens with an id beyond them are left out, as are the
-                names that converters to GGUF give to rows without a token.
+            tokenizer: The model's tokenizer.
+            rows: The rows of the model's embedding. Tokens with an id beyond them are left out, as are the names that
+                converters to GGUF give to rows without a token.
         """
         table = tokenizer.get_vocab(with_added_tokens=True)
         tokens = {
@@ -59,8 +62,13 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class SharedTokens:
-    """token_ids: int64[n], ascending, the ids that mean the same to both models; rows that both pad are among them.
-    differing: number of the ids that are a token of one model and no token, or another one, of the other."""
+    """The token ids that two models have in common.
+
+    Attributes:
+        token_ids: int64[n], ascending, the ids that mean the same to both models, including rows that are padding in
+            both.
+        differing: The number of ids that are a token of one model and either no token or another one of the other.
+    """
 
     token_ids: NDArray[np.int64]
     differing: int
@@ -70,8 +78,8 @@ def shared_tokens(target: Vocabulary, drafter: Vocabulary) -> SharedTokens:
     """Compare two models' vocabularies.
 
     Raises:
-        VocabtrimError: An id is a token of both, not the same one, and for at least one of them an ordinary token.
-            Such models were trained on different text: no token of one says anything about the other's.
+        VocabtrimError: An id is a different token in each model, and an ordinary token of at least one of them. Such
+            models have unrelated vocabularies: the drafter cannot draft for the target.
     """
     both = target.tokens.keys() & drafter.tokens.keys()
     unlike = {token_id for token_id in both if target.tokens[token_id] != drafter.tokens[token_id]}
@@ -89,5 +97,5 @@ def shared_tokens(target: Vocabulary, drafter: Vocabulary) -> SharedTokens:
 
 
 def _is_placeholder(token: str, token_id: int) -> bool:
-    found = _NO_TOKEN.fullmatch(token) if token[:1] in "[<" else None
-    return found is not None and token_id == int(found[1] or found[2])
+    placeholder = _NO_TOKEN.fullmatch(token) if token[:1] in "[<" else None
+    return placeholder is not None and token_id == int(placeholder[1] or placeholder[2])
