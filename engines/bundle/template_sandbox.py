@@ -95,7 +95,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, callee: Any, /, *args: Any, **kwargs: Any) -> Any:
         self._check_time()
-        if isinstance(text := getattr(callee, "__self__", None), str):
+        method = getattr(callee, "__wrapped__", callee)  # the sandbox wraps `format` of a text
+        if isinstance(text := getattr(method, "__self__", None), str):
             _check_growth(callee.__name__, text, (*args, *kwargs.values()))
         return super().call(context, callee, *args, **kwargs)
 

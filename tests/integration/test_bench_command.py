@@ -220,7 +220,7 @@ def test_a_mistake_is_one_line(pair, prompts, capsys, options, message):
         (["--random-weights", "tiny", "--device", "cuda"], "give --dtype fp16 or bf16"),
         (["--random-weights", "tiny", "--k", "few"], "argument --k: 'few': give numbers of rows or full"),
         (["--random-weights", "tiny", "--plan"], "random weights have no acceptance to plan with"),
-        (["--random-weights", "tiny", "--max-length", "9999"], "--max-length 9999 is not in the 1 to 1024 tokens"),
+        (["--random-weights", "tiny", "--max-length", "9999"], "--max-length 9999 is not in the 2 to 1024 tokens"),
         (["--random-weights", "huge"], "argument --random-weights: invalid choice"),
     ],
 )

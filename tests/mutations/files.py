@@ -50,7 +50,7 @@ FILES = (
         "A swapped map is refused though all file digests fit",
         "the map is not compared with the manifest",
         CHECKS,
-        "if found != (manifest.vocab_map, manifest.head_rows, manifest.vocab_size):",
+        "if actual != (manifest.vocab_map, manifest.head_rows, manifest.vocab_size):",
         "if False:",
         f"{TRUST} -k belong",
     ),
