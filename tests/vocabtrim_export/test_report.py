@@ -151,8 +151,9 @@ const [, ids] = table.querySelectorAll("thead button");
 ids.click();
 const ascending = order();
 ids.click();
-const found = {{ascending, descending: order(), sort: ids.parentElement.getAttribute("aria-sort"), title: document.title,
-  dark: matchMedia("(prefers-color-scheme: dark)").matches, width: document.documentElement.scrollWidth}};
+const found = {{ascending, descending: order(), sort: ids.parentElement.getAttribute("aria-sort"),
+  title: document.title, dark: matchMedia("(prefers-color-scheme: dark)").matches,
+  width: document.documentElement.scrollWidth}};
 axe.run().then((result) => {{
   found.passes = result.passes.length;
   found.violations = result.violations.map((each) => [each.id, each.nodes.map((node) => node.html).slice(0, 3)]);
@@ -224,15 +225,13 @@ def test_a_mistake_is_one_line(mistake, place, benches, tmp_path):
     other = tmp_path / "other"
     (other / "drafter").mkdir(parents=True)
     assert "is not a bundle" in mistake(other)
-    shutil.copytree(place.full, other / "drafter", dirs_exist_ok=True)
-    assert "measured another target than this one" in mistake(place.full.parent, "--bench", benches[1])
     counts = tmp_path / "counts.safetensors"
     TokenCounts(np.ones(448, np.int64), np.ones(448, np.int64), "other", ()).save(counts)
-    assert "holds other counts than those that chose the kept tokens" in mistake(export, "--counts", counts)
+    assert "holds other counts than those that chose this" in mistake(export, "--counts", counts)
     counts.write_bytes(counts.read_bytes()[:-9])
     assert "is not a file of token counts" in mistake(export, "--counts", counts)
     assert "is not a file of token counts" in mistake(export, "--counts", tmp_path / "none.safetensors")
-    damaged = tmp_path / "damaged.json"
+    damaged, digest = tmp_path / "damaged.json", read_bundle(export / "drafter").manifest.digest
     for content, message in (
         ("{", "is not valid JSON"),
         ("[]", "is not the JSON of `vocabtrim bench --json`"),
@@ -240,6 +239,7 @@ def test_a_mistake_is_one_line(mistake, place, benches, tmp_path):
         ('{"kind": "bench", "modes": {}}', "lacks draft_length, adapts"),
         (benches[0].read_text().replace('"cores": ', '"cores": "x", "c": '), "cores is "),
         (benches[0].read_text().replace('"bundles"', '"b"'), "environment lacks bundles: measure again"),
+        (benches[0].read_text().replace(digest, "0" * 64), "measured another drafter than this one"),
     ):
         damaged.write_text(content)
         assert message in mistake(export, "--bench", damaged)
