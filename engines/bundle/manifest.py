@@ -204,10 +204,14 @@ class Manifest:
         """How `head_rows.safetensors` stores its rows: as the head has them, for TensorRT dequantised ("none")."""
         return "none" if self.tensorrt else self.quantization
 
+    @property
+    def digest(self) -> str:
+        """sha256, in hex, over the other fields: it identifies the bundle, for they name the digest of every file."""
+        return _digest(asdict(self))
+
     def to_json(self) -> str:
         """The text of `vocabtrim.json`: the fields, and `digest`, by which an edit shows."""
-        data = asdict(self)
-        return json.dumps(data | {"digest": _digest(data)}, indent=2, sort_keys=True) + "\n"
+        return json.dumps(asdict(self) | {"digest": self.digest}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":

@@ -87,7 +87,7 @@ def bench(
         for mode, drafter in modes.items()
     }
     sizes = len(prompts), max_new_tokens, length.longest, length.adapts, repeats, forced
-    return BenchReport(reports, *sizes, speeds[target.device], measured_on(target), sampling)
+    return BenchReport(reports, *sizes, speeds[target.device], measured_on(target, drafters), sampling)
 
 
 def _draft_length(
@@ -106,10 +106,21 @@ def check_greedy(sampling: SamplingParams) -> None:
         raise ValueError("a bench decodes greedily: give rules on logits alone")
 
 
-def measured_on(target: Engine) -> dict[str, Any]:
-    """Describe, for a report, the machine, the library that runs the target, and the tools that made its bundle."""
+def measured_on(target: Engine, drafters: Mapping[str, Engine]) -> dict[str, Any]:
+    """Describe, for a report, what was measured on what.
+
+    Args:
+        target: The target.
+        drafters: The drafters by the names that the report gives them.
+
+    Returns:
+        The machine, the library that runs the target, the tools that made its bundle, and the digest and the LM head's
+        rows of each bundle.
+    """
+    manifests = {name: engine.manifest for name, engine in {TARGET_ONLY: target, **drafters}.items()}
+    bundles = {name: {"digest": each.digest, "head_rows": each.head_rows} for name, each in manifests.items()}
     made_by = {"source": target.manifest.source, "tool_versions": dict(target.manifest.tool_versions)}
-    return environment() | target.environment() | made_by
+    return environment() | target.environment() | made_by | {"bundles": bundles}
 
 
 def resolve_forced(force_accepted: Forced, length: DraftLength) -> int | None:

@@ -73,7 +73,7 @@ def make_plan(
         for name, drafter in drafters.items()
     )
     used = replace(settings, draft_lengths=lengths)
-    return PlanReport(plan(step_ms, measured), step_ms, measured, len(prompts), used, measured_on(target))
+    return PlanReport(plan(step_ms, measured), step_ms, measured, len(prompts), used, measured_on(target, drafters))
 
 
 def _label(name: str, draft_length: int) -> str:

@@ -159,7 +159,7 @@ def sweep(
 
     rows = tuple(row(*key) for key in keys)
     used = replace(settings, draft_lengths=lengths)
-    return SweepReport(rows, len(prompts), used, speeds[target.device], measured_on(target))
+    return SweepReport(rows, len(prompts), used, speeds[target.device], measured_on(target, drafters))
 
 
 def check_settings(

@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "show what a bundle holds: sizes, inputs and outputs, TensorRT profiles, layers",
     "verify": "check that the output with a drafter is the target's own, greedy and sampled",
     "bench": "measure how much faster a drafter makes decoding than the target alone",
+    "report": "explain an export on one page: what it keeps and loses, what was measured, where it comes from",
 }
 _WORDS = """words:
   target     the language model whose output is wanted

@@ -1,0 +1,67 @@
+"""Explain an export on one page: what it keeps and loses, what was measured, and where it comes from."""
+
+import argparse
+import json
+from pathlib import Path
+
+from vocabtrim_export.cli.arguments import add_json_argument
+
+PAGE_NAME = "report.html"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument(
+        "export", type=Path, metavar="DIR", help="what vocabtrim-export wrote: its --output, or a bundle"
+    )
+    parser.add_argument(
+        "--bench",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="what `vocabtrim bench --json` printed for these bundles: speed, acceptance and latency; a file for each "
+        "domain shows them by domain",
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="text like your users', in the forms of --calibration: its coverage with an interval over documents, and "
+        "lines with the tokens marked that the head lacks",
+    )
+    parser.add_argument(
+        "--counts",
+        type=Path,
+        metavar="FILE",
+        help="the token counts that chose the kept tokens (default: token_counts.safetensors in DIR, if it is there)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"the page to write (default: {PAGE_NAME} in this directory)"
+    )
+    form = parser.add_mutually_exclusive_group()
+    add_json_argument(form)
+    form.add_argument("--markdown", action="store_true", help="print the report as Markdown on standard output")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    from engines.errors import VocabtrimError
+    from vocabtrim_export.bundles.output import write_whole
+    from vocabtrim_export.reports.gather import ReportInputs, make_report
+
+    page: Path = options.output or Path(PAGE_NAME)
+    if not page.absolute().parent.is_dir() or page.is_dir():
+        raise VocabtrimError(f"--output {page}: name a file in a directory that exists")
+    report = make_report(ReportInputs(options.export, options.counts, tuple(options.bench), tuple(options.text)))
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif options.markdown:
+        from vocabtrim_export.reports.markdown import to_markdown
+
+        print(to_markdown(report), end="")
+    else:
+        from vocabtrim_export.reports.page import to_html
+
+        write_whole(page, to_html(report).encode())
+        print(f"{page}: open it in a browser")

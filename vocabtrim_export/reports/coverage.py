@@ -1,0 +1,107 @@
+"""How much of some text a head of K rows covers, for every K."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+_RESAMPLES = 1_000
+_QUANTILES = 0.025, 0.975
+_OCTAVES = 7  # of K that a curve shows below the full vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The coverage at one K.
+
+    Attributes:
+        rows: K.
+        share: The share of the tokens that the head keeps.
+        low: The lower end of the share's 95% bootstrap interval, over documents; None where documents are not known.
+        high: The upper end.
+    """
+
+    rows: int
+    share: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Coverage by K of one domain.
+
+    Attributes:
+        domain: The domain's name.
+        origin: Whether its tokens are the calibration's held-out ones, or those of a text given with `--text`.
+        tokens: The number of tokens.
+        documents: The number of documents; None where they are not known.
+        points: One for each K, ascending.
+    """
+
+    domain: str
+    origin: Literal["calibration", "text"]
+    tokens: int
+    documents: int | None
+    points: tuple[Point, ...]
+
+
+def grid(kept: int, vocab_size: int) -> tuple[int, ...]:
+    """Returns the K that a curve shows: powers of two, the export's own K, and the full vocabulary."""
+    powers = {1 << bit for bit in range(max(0, vocab_size.bit_length() - _OCTAVES), vocab_size.bit_length())}
+    return tuple(sorted({each for each in powers if each < vocab_size} | {kept, vocab_size}))
+
+
+def places(kept: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns the place of each token in the order in which a growing K keeps tokens.
+
+    Args:
+        kept: int64[k], the ids that the exported head keeps. They come first, so that the curves are exact at its K.
+        order: int64[vocabulary], all ids by the calibration's counts.
+
+    Returns:
+        int64[vocabulary].
+    """
+    is_kept = np.zeros(len(order), np.bool_)
+    is_kept[kept] = True
+    whole = np.concatenate([order[is_kept[order]], order[~is_kept[order]]])
+    place = np.empty(len(order), np.int64)
+    place[whole] = np.arange(len(order))
+    return place
+
+
+def curve_of_counts(domain: str, counts: NDArray[np.int64], place: NDArray[np.int64], rows: Sequence[int]) -> Curve:
+    """Returns the coverage of counted tokens, int64[vocabulary], whose documents are not known."""
+    by_place = np.zeros_like(counts)
+    by_place[place] = counts
+    covered = np.concatenate([[0], np.cumsum(by_place)])
+    total = int(counts.sum())
+    points = tuple(Point(k, int(covered[k]) / max(1, total)) for k in rows)
+    return Curve(domain, "calibration", total, None, points)
+
+
+def curve_of_documents(
+    domain: str,
+    origin: Literal["calibration", "text"],
+    documents: Sequence[NDArray[np.int64]],
+    place: NDArray[np.int64],
+    rows: Sequence[int],
+) -> Curve:
+    """Returns the coverage of documents, each int64[·] token ids, with a bootstrap interval where there are several.
+
+    Documents are drawn again, not tokens: the tokens of one document are alike.
+    """
+    filled = [place[document] for document in documents if len(document)]
+    sizes = np.array([len(each) for each in filled])
+    hits = np.array([np.searchsorted(np.sort(each), rows) for each in filled])  # [documents, rows]
+    draws = np.random.default_rng(0).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), _RESAMPLES)
+    shares = (draws @ hits) / (draws @ sizes)[:, None]
+    lows, highs = np.quantile(shares, _QUANTILES, axis=0)
+    whole = hits.sum(0) / sizes.sum()
+    ends = [
+        (float(low), float(high)) if len(sizes) > 1 else (None, None) for low, high in zip(lows, highs, strict=True)
+    ]
+    points = tuple(Point(k, float(share), *end) for k, share, end in zip(rows, whole, ends, strict=True))
+    return Curve(domain, origin, int(sizes.sum()), len(sizes), points)

@@ -1,0 +1,41 @@
+"""The parts of a report's page, whatever they are about."""
+
+from dataclasses import dataclass
+
+from vocabtrim_export.reports.charts import Chart
+from vocabtrim_export.reports.lost_tokens import MarkedLine
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A table's cell. value: what the column is sorted by; None sorts by the text. is_code: it is shown as code."""
+
+    text: str
+    value: float | None = None
+    is_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table; the first cell of each row is its heading."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page. anchor: what links to it name."""
+
+    anchor: str
+    title: str
+    notes: tuple[str, ...] = ()
+    charts: tuple[Chart, ...] = ()
+    tables: tuple[Table, ...] = ()
+    lines: tuple[MarkedLine, ...] = ()
+
+
+def megabytes(count: float) -> str:
+    """Returns a number of bytes in words."""
+    return f"{count / 1e6:,.1f} MB"
