@@ -94,6 +94,8 @@ class Engine(ABC):
         tokenizer_file: The bundle's `tokenizer.json`; None where there is none.
         capacity: The tokens that the KV cache can hold.
         length: The tokens that it holds.
+        text: The text of the generation that has filled the cache, prompt included; its end may not have been fed.
+            Empty where `rewind` was called since.
         cache: Identifies the memory of the KV cache. Engines of one model may share it (see `load_engine`); then what
             one of them fed, the others can `adopt`.
         use: Keeps a second generation from writing into the KV cache while one is unfinished.
@@ -114,6 +116,7 @@ class Engine(ABC):
         self.tokenizer_file = tokenizer_file
         self.capacity = manifest.context_length
         self.length = 0
+        self.text: Sequence[int] = ()
         self.cache: object = object()
         self.use = ExclusiveUse()
         self.max_keep = MAX_KEEP
@@ -238,7 +241,21 @@ class Engine(ABC):
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
         self.length = length
+        self.text = ()
         if self.slots and length == 0:
+            self.slots.clear()
+
+    def restart(self, length: int) -> None:
+        """Begin another text that shares its first tokens with the one in the cache: rewind, with empty slots.
+
+        Args:
+            length: 0 to `self.length`, in tokens.
+
+        Raises:
+            ValueError: The cache does not hold so many tokens.
+        """
+        self.rewind(length)
+        if self.slots:
             self.slots.clear()
 
     def adopt(self, length: int) -> None:

@@ -15,6 +15,7 @@ from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from runtime.alarm import AcceptanceAlarm
 from runtime.draft_length import DraftLength
+from runtime.kept_prefix import kept_prefix
 from runtime.loop import GREEDY, decode_rounds
 from runtime.pair import Auto, check_pair, make_draft_length
 from runtime.prompt_tokens import Prompt, check_prompt, prompt_token_ids, require_tokenizer
@@ -31,6 +32,8 @@ class SpeculativeDecoder:
     It owns its engines: `close`, or leaving its `with` block, closes them. It holds one text at a time: the next
     generation of a thread ends the thread's unfinished stream, and another thread is refused (`VocabtrimError`) until
     the stream is finished, closed or dropped. Each thread or asyncio task gets a decoder of its own by `fork`.
+    What the next prompt has in common with the text before, as the turns of a conversation have, stays in the KV caches
+    and is not read again; only sampling with a seed, which must repeat itself to the last bit, starts over.
     Where acceptance collapses, a warning is logged once, and `Stats.collapse` says so from then on.
     """
 
@@ -217,6 +220,7 @@ class SpeculativeDecoder:
             draft_length=self._length_for(sampling),
             sampling=sampling,
             logprobs=logprobs,
+            keep_prefix=not _must_repeat_itself(sampling),
         )
         return Stream(self._watched(rounds), self.tokenizer, stop, lambda: self._alarm.collapse)
 
@@ -240,6 +244,14 @@ class SpeculativeDecoder:
         check_prompt(token_ids, self.target, self.tokenizer)
         return token_ids
 
+    def kept_prefix(self, token_ids: Sequence[int]) -> int:
+        """Returns how many of the first tokens of a prompt this decoder would not read again.
+
+        Args:
+            token_ids: The prompt as `encode` returns it.
+        """
+        return kept_prefix(self.target, token_ids)
+
     def close(self) -> None:
         """Close both engines, after the round that runs now. Calling it again does nothing."""
         self.target.close()
@@ -258,7 +270,7 @@ class SpeculativeDecoder:
         """The draft length for `sampling`. Where a seed promises the same text, neither measured times nor what was
         learnt from earlier texts may count.
         """
-        if not self.length.adapts or sampling.is_greedy or sampling.seed is None:
+        if not self.length.adapts or not _must_repeat_itself(sampling):
             return self.length
         return self.length.afresh(SEEDED_COSTS)
 
@@ -269,3 +281,8 @@ class SpeculativeDecoder:
                 if collapse := self._alarm.observe(entry):
                     logging.getLogger("runtime").warning("%s", collapse)
                 yield entry
+
+
+def _must_repeat_itself(sampling: SamplingParams) -> bool:
+    """Whether a seed promises the same text each time: then nothing of earlier texts may change how logits round."""
+    return not sampling.is_greedy and sampling.seed is not None

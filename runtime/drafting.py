@@ -15,6 +15,9 @@ class TokenReader:
         self.drafter, self.vocab_size = drafter, vocab_size
         self.remembered = 0  # tokens of the text that the drafter was told of for its slots
 
+    def begin(self) -> None:
+        """Note that a text begins, the first `drafter.length` tokens of which the drafter has read."""
+
     def target_fed(self, output: StepOutput, kept: int) -> None:
         """Note that the target gave `output`, and that `kept` of the tokens fed for it are part of the text."""
 
@@ -65,6 +68,9 @@ class FeatureReader(TokenReader):
         self.rows = self.given = 0  # tokens whose features were read, and were given, `last` not counted
         self.held: list[NDArray[np.float32]] = []  # of the tokens in between
         self.last: tuple[StepOutput, int] | None = None  # what the target gave last, and how many of its rows count
+
+    def begin(self) -> None:
+        self.rows = self.given = self.drafter.length
 
     def target_fed(self, output: StepOutput, kept: int) -> None:
         self.last = output, kept

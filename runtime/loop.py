@@ -9,6 +9,7 @@ from engines.exclusive_use import Claim
 from engines.sampling_params import SamplingParams
 from runtime.draft_length import DraftLength, FixedLength, Plan
 from runtime.drafting import TokenReader, make_reader
+from runtime.kept_prefix import note_text, restart
 from runtime.logprobs import TokenLogprob, token_logprobs
 from runtime.profiling import DRAFTER, NO_PROFILER, TARGET, Profiler
 from runtime.prompt_lookup import NO_MATCH, PromptLookup
@@ -28,6 +29,7 @@ def decode_rounds(
     sampling: SamplingParams = GREEDY,
     logprobs: int | None = None,
     force_accepted: int | None = None,
+    keep_prefix: bool = False,
     profiler: Profiler = NO_PROFILER,
 ) -> Generator[Round, None, None]:
     """Generate after a prompt, one round at a time.
@@ -35,8 +37,8 @@ def decode_rounds(
     The first round is the target's prefill and gives one token. Each later round drafts up to `draft_length` tokens,
     verifies them in one target call and gives 1 to `draft_length + 1` tokens; without a drafter it gives one.
     Generation ends after an EOS of the target's manifest, or when the target's cache is full. Drafting stops at the
-    end of the drafter's cache. Both engines start empty (`rewind(0)`) and belong to this generator until it ends or is
-    closed: a later generation of the same thread ends this one.
+    end of the drafter's cache. Both engines belong to this generator until it ends or is closed: a later generation of
+    the same thread ends this one.
 
     Args:
         target: The engine whose output is generated.
@@ -49,6 +51,8 @@ def decode_rounds(
         force_accepted: Accept this many drafted tokens in every round, or all if fewer were drafted, whatever the
             target says, and stop at no EOS. This measures latency only, and is for greedy decoding; the tokens mean
             nothing.
+        keep_prefix: Do not read again what the engines' caches hold of the prompt from the generation before; otherwise
+            both start empty.
         profiler: Records the phases of each round.
 
     Yields:
@@ -64,7 +68,7 @@ def decode_rounds(
     claim = Claim([engine.use for engine in (target, drafter) if engine])
     try:
         with claim, profiler.span("round", length=0):
-            entry = loop.prefill()
+            entry = loop.prefill(keep_prefix)
         yield entry  # never within a span: what the caller does meanwhile is not the round's
         while not loop.finish_reason:
             with claim, profiler.span("round", length=len(loop.sequence)):
@@ -133,6 +137,7 @@ class _Loop:
         # A drafter of the target's own weights reads the target's keys and values: nothing to prefill or to catch up
         # on, and better ones than its own. What it writes ahead, the verification overwrites.
         self.one_cache = drafter is not None and drafter.cache is target.cache
+        self.has_drafted = self.one_cache  # otherwise the first draft reads what the drafter lacks of the prompt
         self.sequence = list(prompt)
         self.end = len(self.sequence) + max_new_tokens
 
@@ -143,21 +148,23 @@ class _Loop:
         is_full = self.target.length >= self.target.capacity
         return "length" if is_full or len(self.sequence) >= self.end else None
 
-    def prefill(self) -> Round:
+    def prefill(self, keep_prefix: bool) -> Round:
         start = perf_counter()
-        self.target.rewind(0)
-        if self.drafter:
-            self.drafter.rewind(0)
-        with self.profiler.span("prefill", TARGET, tokens=len(self.sequence)):
-            output = self.target.feed(self.sequence)
+        cached = restart(self.target, self.drafter, self.sequence, keep_prefix)
+        unread = self.sequence[cached:]
+        with self.profiler.span("prefill", TARGET, tokens=len(unread)):
+            output = self.target.feed(unread)
         fed = perf_counter()
         if self.reader:
-            self.reader.target_fed(output, len(self.sequence))
+            self.reader.begin()
+            self.reader.target_fed(output, len(unread))
         with self.profiler.span("accept", drafted=0):
             token = self.rule.accept([], output).next_token
         self.append([token])
+        note_text(self.target, self.drafter, self.sequence)
         times = fed - start, 0.0, 0.0, perf_counter() - start
-        return Round((token,), True, 0, 0, *times, self.finish_reason, self.logprobs_of([token], output))
+        logprobs = self.logprobs_of([token], output)
+        return Round((token,), True, 0, 0, *times, self.finish_reason, logprobs, cached=cached)
 
     def round(self) -> Round:
         start = perf_counter()
@@ -177,6 +184,7 @@ class _Loop:
             if self.reader:
                 self.reader.target_fed(output, len(tokens))
                 self.reader.rewind(len(self.sequence) - 1)
+            note_text(self.target, self.drafter, self.sequence)
         return Round(
             tuple(tokens),
             False,
@@ -229,11 +237,11 @@ class _Loop:
         return _Move(draft, output, *times, None, looked_up, not plan.pays)
 
     def speculate(self, reader: TokenReader, room: int, is_paused: bool) -> _Move | None:
-        """Draft and verify in one call for both engines; None where they cannot, or the drafter has read nothing.
+        """Draft and verify in one call for both engines; None where they cannot, or the drafter may lack the prompt.
 
         is_paused: see `Round`.
         """
-        if reader.drafter.length == 0 or not self.rule.runs_on_device or self.length.is_stepwise:
+        if not self.has_drafted or not self.rule.runs_on_device or self.length.is_stepwise:
             return None
         unread = reader.unread(self.sequence)
         with self.profiler.span("speculate", TARGET, length=len(self.sequence)):
@@ -251,7 +259,8 @@ class _Loop:
         """Returns the drafted tokens, and the seconds of the drafter's prefill if this was its first draft."""
         draft: list[int] = []
         drafter, start = reader.drafter, perf_counter()
-        unread, is_first = reader.unread(self.sequence), drafter.length == 0
+        unread, is_first = reader.unread(self.sequence), not self.has_drafted
+        self.has_drafted = True
         at_once = self.greedy and self.rule.runs_on_device and not is_first and drafter.unrolled == room
         at_once = at_once and not self.length.is_stepwise
         if at_once and (drafted := drafter.draft(unread)) is not None:

@@ -26,6 +26,7 @@ class Round:
         looked_up: How many of the first drafted tokens prompt lookup gave, and not the drafter.
         is_paused: An adaptive draft length found that drafting does not pay here: this round drafts nothing, or a
             probe.
+        cached: How many tokens of the prompt the target's cache held already; they were not read again.
     """
 
     tokens: tuple[int, ...]
@@ -40,3 +41,4 @@ class Round:
     logprobs: tuple[TokenLogprob, ...] = ()
     looked_up: int = 0
     is_paused: bool = False
+    cached: int = 0

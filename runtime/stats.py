@@ -30,6 +30,7 @@ class Stats:
         looked_up: Drafted tokens that the text itself gave (prompt lookup) and not the drafter.
         looked_up_accepted: Those of them that the target accepted.
         paused: Rounds of an adaptive draft length that found that drafting does not pay; few of them draft, as probes.
+        cached: Tokens of prompts that the target's cache held already, so that they were not read again.
     """
 
     tokens: int
@@ -46,6 +47,7 @@ class Stats:
     looked_up: int = 0
     looked_up_accepted: int = 0
     paused: int = 0
+    cached: int = 0
 
     @property
     def other_seconds(self) -> float:
@@ -107,6 +109,7 @@ def summarize(rounds: Iterable[Round], collapse: Collapse | None = None) -> Stat
         looked_up=sum(entry.looked_up for entry in later),
         looked_up_accepted=sum(min(entry.accepted, entry.looked_up) for entry in later),
         paused=sum(entry.is_paused for entry in later),
+        cached=sum(entry.cached for entry in every),
     )
 
 

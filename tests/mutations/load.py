@@ -2,9 +2,10 @@
 
 from tests.mutations.mutation import Mutation
 
-LOAD_TESTS, DECODER, ALARM_TESTS, TOKENIZER = (
+LOAD_TESTS, DECODER, KEPT, ALARM_TESTS, TOKENIZER = (
     "tests/integration/test_load.py",
     "tests/runtime/test_decoder.py",
+    "tests/runtime/test_kept_prefix.py",
     "tests/runtime/test_alarm.py",
     "tests/engines/test_tokenizer.py",
 )
@@ -45,10 +46,58 @@ LOAD = (
     Mutation(
         "Nothing of a former generation is left",
         "the caches are not rewound",
-        "runtime/loop.py",
-        "        self.target.rewind(0)\n",
+        "runtime/kept_prefix.py",
+        "    target.restart(kept)\n",
         "",
         DECODER,
+    ),
+    Mutation(
+        "Nothing of a former generation is left",
+        "tokens of another text are kept",
+        "runtime/kept_prefix.py",
+        "if text[index] != prompt[index]",
+        "if False",
+        KEPT,
+    ),
+    Mutation(
+        "Nothing of a former generation is left",
+        "what something else has written to the cache passes for the text",
+        "engines/base.py",
+        "        self.text = ()\n        if self.slots",
+        "        if self.slots",
+        KEPT,
+    ),
+    Mutation(
+        "Nothing of a former generation is left",
+        "what was fed behind the text passes for it",
+        "runtime/kept_prefix.py",
+        "if target.length != len(text) - 1:",
+        "if False:",
+        KEPT,
+    ),
+    Mutation(
+        "Nothing of a former generation is left",
+        "a head keeps the row of a token that another one follows now",
+        "runtime/kept_prefix.py",
+        "kept = read = min(read, max(kept - 1, 0))",
+        "kept = read = min(read, kept)",
+        "tests/integration/test_kept_prefix.py -k eagle_3",
+    ),
+    Mutation(
+        "Nothing of a former generation is left",
+        "slots keep the tokens of the text before",
+        "engines/base.py",
+        "        self.rewind(length)\n        if self.slots:",
+        "        self.rewind(length)\n        if False:",
+        "tests/integration/test_kept_prefix.py -k slots",
+    ),
+    Mutation(
+        "Nothing of a former generation is left",
+        "sampling with a seed goes on from what the cache holds",
+        "runtime/decoder.py",
+        "keep_prefix=not _must_repeat_itself(sampling),",
+        "keep_prefix=True,",
+        KEPT,
     ),
     Mutation(
         "Nothing of a former generation is left",
