@@ -23,6 +23,7 @@ COMMANDS = {
     "calibrate": "count how often a model uses each token; the counts serve exports with any K",
     "generate": "generate text with a target and a drafter",
     "inspect": "show what a bundle holds: sizes, inputs and outputs, TensorRT profiles, layers",
+    "serve": "answer requests over HTTP by OpenAI's protocol",
     "verify": "check that the output with a drafter is the target's own, greedy and sampled",
     "bench": "measure how much faster a drafter makes decoding than the target alone",
     "report": "explain an export on one page: what it keeps and loses, what was measured, where it comes from",

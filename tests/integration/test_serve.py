@@ -1,0 +1,239 @@
+"""`vocabtrim serve` through the clients that people use: what they get is what `generate` gives."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from runtime import SamplingParams, SpeculativeDecoder
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("starlette")
+pytest.importorskip("prometheus_client")
+
+from vocabtrim_export.cli.main import main  # noqa: E402
+from vocabtrim_export.serve.app import Server  # noqa: E402
+from vocabtrim_export.serve.settings import ServeSettings  # noqa: E402
+
+MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
+KEY = "a secret"
+
+
+@pytest.fixture(scope="module")
+def pair(random_model, export_pair):
+    return export_pair(random_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def decoder(pair):
+    with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
+        yield decoder
+
+
+@pytest.fixture(scope="module")
+def server(pair):
+    """Two workers, a queue of one, in a thread of this process."""
+    settings = ServeSettings("tiny", api_key=KEY, workers=2, waiting=1, body_mb=0.01)
+    served = Server(SpeculativeDecoder.load(pair.target, pair.drafter), settings)
+    listener = socket.create_server(("127.0.0.1", 0))
+    running = uvicorn.Server(uvicorn.Config(served.app(), log_level="warning"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    served.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    while not running.started:
+        time.sleep(0.01)
+    yield served
+    running.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def post(server):
+    """post(body as bytes, path) → the response."""
+
+    def send(body, path="/v1/chat/completions", key=KEY):
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        return httpx.post(server.url + path, content=body, headers=headers)
+
+    return send
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.2, "seed": 7, "top_p": 0.9}])
+def test_the_text_is_that_of_generate(client, decoder, sampling):
+    ours = decoder.generate(MESSAGES, max_new_tokens=24, sampling=SamplingParams(**sampling))
+    ask = {"model": "tiny", "messages": MESSAGES, "max_tokens": 24, **sampling}
+    answer = client.chat.completions.create(**ask)
+    assert answer.choices[0].message.content == ours.text
+    assert answer.choices[0].finish_reason == ours.finish_reason
+    assert answer.usage.completion_tokens == len(ours.token_ids)
+    assert answer.usage.prompt_tokens == len(decoder.encode(MESSAGES))
+    *pieces, last = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == ours.text
+    assert pieces[-1].choices[0].finish_reason == ours.finish_reason
+    assert last.usage.completion_tokens == len(ours.token_ids)
+
+
+def test_completions_stops_choices_and_logprobs(client, decoder):
+    prompts = ["the quick", decoder.encode("the lazy dog", chat=False)]
+    whole = [decoder.generate(prompt, max_new_tokens=16, chat=False, logprobs=2) for prompt in prompts]
+    answer = client.completions.create(model="tiny", prompt=prompts[0], max_tokens=16, temperature=0, logprobs=2)
+    assert answer.choices[0].text == whole[0].text
+    expected = [entry.logprob for entry in whole[0].logprobs]
+    assert answer.choices[0].logprobs.token_logprobs == pytest.approx(expected, abs=1e-4)
+    tops = answer.choices[0].logprobs.top_logprobs  # by the tokens' texts, which several tokens may share
+    assert [0 < len(top) <= 2 for top in tops] == [True] * len(whole[0].token_ids)
+    both = client.completions.create(model="tiny", prompt=["the quick", "the lazy dog"], max_tokens=16, temperature=0)
+    assert [choice.text for choice in both.choices] == [each.text for each in whole]
+    stop = whole[0].text[4:6]
+    stopped = client.completions.create(model="tiny", prompt=prompts[0], max_tokens=16, temperature=0, stop=stop)
+    assert stopped.choices[0].text == whole[0].text[: whole[0].text.index(stop)]
+    three = client.chat.completions.create(model="tiny", messages=MESSAGES, n=3, seed=1, max_tokens=12)
+    assert len({choice.message.content for choice in three.choices}) == 3
+    chat = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=4, temperature=0, logprobs=True, top_logprobs=1
+    )
+    assert [entry.logprob for entry in chat.choices[0].logprobs.content] == [
+        entry.top_logprobs[0].logprob for entry in chat.choices[0].logprobs.content
+    ]
+
+
+def test_answers_at_once_are_each_their_own(client, decoder):
+    prompts = [f"fox {number} jumps" for number in range(3)]
+    wanted = [decoder.generate(prompt, max_new_tokens=40, chat=False).text for prompt in prompts]
+    found = {}
+
+    def ask(prompt):
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=40, temperature=0)
+        found[prompt] = answer.choices[0].text
+
+    for _ in range(3):
+        threads = [threading.Thread(target=ask, args=[prompt]) for prompt in prompts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [found.pop(prompt) for prompt in prompts] == wanted
+
+
+def test_a_full_queue_and_clients_that_leave(client, server):
+    ask = {"model": "tiny", "prompt": "the", "max_tokens": 200, "stream": True, "logit_bias": {"1": -100}}
+    streams = [client.completions.create(**ask) for _ in range(2)]
+    for stream in streams:
+        next(iter(stream))
+    while server.workers.admitted < 2:
+        time.sleep(0.01)
+    server.workers.enter()  # the one that may wait
+    with pytest.raises(openai.RateLimitError) as refused:
+        client.completions.create(model="tiny", prompt="the", max_tokens=1)
+    assert int(refused.value.response.headers["retry-after"]) > 0
+    server.workers.leave()
+    for stream in streams:
+        stream.close()
+    until = time.monotonic() + 20
+    while server.workers.admitted or server.workers.busy:
+        assert time.monotonic() < until, "an answer goes on that nobody reads"
+        time.sleep(0.01)
+    assert client.completions.create(model="tiny", prompt="the", max_tokens=1).usage.completion_tokens == 1
+
+
+BAD = {
+    "not JSON": (b"{", 400, "is not JSON"),
+    "not UTF-8": (b'{"messages": "\xff"}', 400, "is not UTF-8"),
+    "a list": (b"[]", 400, "no JSON object"),
+    "a number that is none": (b'{"temperature": NaN}', 400, "no number of JSON"),
+    "no messages": (b"{}", 400, "messages is missing"),
+    "empty messages": (b'{"messages": []}', 400, "messages"),
+    "messages of numbers": (b'{"messages": [1, {}]}', 400, ""),
+    "unknown role content": (b'{"messages": [{"role": "user", "content": 5}]}', 400, "content"),
+    "another model": (b'{"model": "gpt-4o", "messages": []}', 404, "there is no model 'gpt-4o' here"),
+    "unknown field": (b'{"messages": [{"role": "user", "content": "a"}], "min_tokens": 3}', 400, "min_tokens"),
+    "JSON mode": (
+        b'{"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}}',
+        400,
+        "response_format is not supported",
+    ),
+    "a temperature": (b'{"messages": [{"role": "user", "content": "a"}], "temperature": -1}', 400, "temperature"),
+    "too long": (
+        json.dumps({"messages": [{"role": "user", "content": "fox " * 999}]}).encode(),
+        400,
+        "the target's context holds",
+    ),
+    "too large": (b'{"messages": "' + b"a" * 20_000 + b'"}', 413, "larger than 0.01 MiB"),
+    "nested": (b"[" * 9_000, 400, "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_request_is_answered_in_openais_form(name, post):
+    body, status, message = BAD[name]
+    response = post(body)
+    assert response.status_code == status
+    assert message in response.json()["error"]["message"]
+
+
+def test_routes_keys_and_figures(post, server, client):
+    assert post(b"{}", key="wrong").status_code == 401
+    assert post(b"{}", "/v1/embeddings").json()["error"]["message"].startswith("POST /v1/embeddings")
+    assert httpx.get(server.url + "/v1/chat/completions").status_code == 405
+    assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    figures = httpx.get(server.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    values = dict(line.rsplit(" ", 1) for line in figures.splitlines() if not line.startswith("#"))
+    assert float(values["vocabtrim_generated_tokens_total"]) > 0
+    assert float(values["vocabtrim_busy_workers"]) == 0
+
+
+def test_a_turn_goes_on_where_the_last_one_ended(client):
+    first = [{"role": "user", "content": "the quick brown fox jumps over the lazy dog " * 3}]
+    ask = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+    begun = client.chat.completions.create(**ask, messages=first)
+    turns = [{"role": "assistant", "content": "jumps"}, {"role": "user", "content": "over"}]
+    client.chat.completions.create(**ask, messages=[{"role": "user", "content": "another conversation"}])
+    second = client.chat.completions.create(**ask, messages=[*first, *turns])
+    assert second.usage.prompt_tokens_details.cached_tokens >= begun.usage.prompt_tokens - 4
+
+
+def test_the_command_serves_until_it_is_told_to_stop(pair):
+    code = "import sys; from vocabtrim_export.cli.main import main; c = main(); "
+    code += "assert not {'torch', 'transformers'} & set(sys.modules); sys.exit(c)"
+    options = ["serve", "--target", pair.target, "--drafter", pair.drafter, "--port", "0"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, options)],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ) as process:
+        url = process.stderr.readline().split()[-1]
+        body = {"prompt": "the", "max_tokens": 2}
+        assert httpx.post(f"{url}/completions", json=body).json()["usage"]["completion_tokens"] == 2
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0, process.stderr.read()
+
+
+def test_a_mistake_is_one_line(pair, capsys):
+    listener = socket.create_server(("127.0.0.1", 0))
+    for options, message in (
+        (["--port", str(listener.getsockname()[1])], "cannot listen on 127.0.0.1"),
+        (["--slots-in-parallel", "0"], "--slots-in-parallel is 0"),
+        (["--queue", "-1"], "--queue is -1"),
+    ):
+        assert main(["serve", "--target", str(pair.target), *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    listener.close()

@@ -1,0 +1,96 @@
+"""Serve a target and its drafter over HTTP, by OpenAI's protocol, which editors, chat pages and libraries speak."""
+
+import argparse
+import os
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.cli.arguments import add_engine_arguments, add_prompt_lookup_argument
+
+_KEY = "VOCABTRIM_API_KEY"
+_PACKAGES = {"starlette", "uvicorn", "prometheus_client"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add_engine_arguments(parser)
+    add_prompt_lookup_argument(parser)
+    parser.add_argument("--drafter", type=Path, metavar="DIR", help="the drafter's bundle (default: the target alone)")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0: every address")
+    parser.add_argument("--port", type=int, default=8000, help="the port to listen on")
+    parser.add_argument(
+        "--api-key", help=f"a key that clients must send (default: that of the environment variable {_KEY}, if any)"
+    )
+    parser.add_argument(
+        "--model-name", metavar="NAME", help="the name that clients ask for (default: the target's directory)"
+    )
+    parser.add_argument(
+        "--slots-in-parallel", type=int, default=1, metavar="N", help="requests that are answered at the same time"
+    )
+    parser.add_argument(
+        "--queue", type=int, default=64, metavar="N", help="requests that may wait; beyond them the answer is 429"
+    )
+    parser.add_argument("--max-body", type=float, default=4.0, metavar="MIB", help="the largest request, in MiB")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="the longest time for one request"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command, until Ctrl-C or SIGTERM."""
+    from runtime import SpeculativeDecoder
+
+    try:
+        import uvicorn
+
+        from vocabtrim_export.serve.app import Server
+        from vocabtrim_export.serve.settings import ServeSettings
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in _PACKAGES:
+            raise VocabtrimError("a server needs more packages: pip install 'vocabtrim-export[serve]'") from error
+        raise
+    settings = ServeSettings(
+        model_name=options.model_name or options.target.resolve().name,
+        host=options.host,
+        port=options.port,
+        api_key=options.api_key if options.api_key is not None else os.environ.get(_KEY, ""),
+        workers=options.slots_in_parallel,
+        waiting=options.queue,
+        body_mb=options.max_body,
+        request_seconds=options.timeout,
+    )
+    if options.drafter_device and options.drafter is None:
+        raise VocabtrimError("--drafter-device is for a drafter: give --drafter as well")
+    decoder = SpeculativeDecoder.load(
+        options.target,
+        options.drafter,
+        device=options.device,
+        draft_length=options.draft_length,
+        drafter_device=options.drafter_device,
+        prompt_lookup=options.prompt_lookup,
+    )
+    if decoder.tokenizer is None:
+        decoder.close()
+        raise VocabtrimError(f"{options.target} has no tokenizer: a server needs one")
+    config = uvicorn.Config(
+        Server(decoder, settings).app(),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.shutdown_seconds),
+    )
+    with _listen(settings.host, settings.port) as listener:
+        host, port = listener.getsockname()[:2]
+        print(f"serving {settings.model_name} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
+        with suppress(KeyboardInterrupt):  # uvicorn has shut down and passes the signal on
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        why = error.strerror or error
+        raise VocabtrimError(f"cannot listen on {host}, port {port}: {why}; give another --host or --port") from error

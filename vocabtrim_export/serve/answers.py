@@ -1,0 +1,123 @@
+"""Answers in the form of OpenAI's objects."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engines.bundle.tokenizer import Tokenizer
+from runtime import Generation
+from runtime.logprobs import TokenLogprob
+from runtime.stream import Token
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The objects of one request's answer.
+
+    Attributes:
+        is_chat: Objects of /v1/chat/completions, otherwise of /v1/completions.
+        model_name: The name of the model.
+        tokenizer: The target's; it names the tokens of log-probabilities.
+        id: The answer's identifier.
+        created: When it began, in seconds since 1970.
+    """
+
+    is_chat: bool
+    model_name: str
+    tokenizer: Tokenizer
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, generations: Sequence[Generation], prompts: Sequence[list[int]]) -> dict[str, Any]:
+        """Returns the answer that is not streamed.
+
+        Args:
+            generations: One for each choice.
+            prompts: Token ids of the request's prompts.
+        """
+        choices = [self._choice(index, generation) for index, generation in enumerate(generations)]
+        body = self._object("chat.completion" if self.is_chat else "text_completion")
+        return body | {"choices": choices, "usage": usage(generations, prompts)}
+
+    def role(self, index: int) -> dict[str, Any]:
+        """Returns the first event of a choice of a streamed conversation."""
+        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+
+    def piece(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Returns an event with tokens of a choice."""
+        text = "".join(token.text for token in tokens)
+        entries = [token.logprob for token in tokens if token.logprob]
+        content: dict[str, Any] = {"delta": {"content": text}} if self.is_chat else {"text": text}
+        if entries:
+            content["logprobs"] = self._logprobs(entries)
+        return self._chunk(index, content | {"finish_reason": None})
+
+    def end(self, index: int, generation: Generation) -> dict[str, Any]:
+        """Returns the last event of a choice."""
+        content: dict[str, Any] = {"delta": {}} if self.is_chat else {"text": ""}
+        return self._chunk(index, content | {"finish_reason": generation.finish_reason})
+
+    def numbers(self, generations: Sequence[Generation], prompts: Sequence[list[int]]) -> dict[str, Any]:
+        """Returns the event with the numbers of tokens, which ends a stream that asked for it."""
+        return self._object(self._chunk_kind) | {"choices": [], "usage": usage(generations, prompts)}
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.is_chat else "text_completion"
+
+    def _object(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.is_chat else "cmpl"
+        return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model_name}
+
+    def _chunk(self, index: int, content: dict[str, Any]) -> dict[str, Any]:
+        return self._object(self._chunk_kind) | {"choices": [{"index": index, "logprobs": None} | content]}
+
+    def _choice(self, index: int, generation: Generation) -> dict[str, Any]:
+        content: dict[str, Any] = (
+            {"message": {"role": "assistant", "content": generation.text, "refusal": None}}
+            if self.is_chat
+            else {"text": generation.text}
+        )
+        logprobs = self._logprobs(generation.logprobs) if generation.logprobs else None
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": generation.finish_reason}
+
+    def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        if self.is_chat:
+            return {"content": [self._entry(entry) for entry in entries], "refusal": None}
+        names = [self._name(entry.token_id) for entry in entries]
+        return {
+            "tokens": names,
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [{self._name(token): value for token, value in entry.top} for entry in entries],
+            "text_offset": [sum(map(len, names[:index])) for index in range(len(names))],
+        }
+
+    def _entry(self, entry: TokenLogprob) -> dict[str, Any]:
+        pairs = [(entry.token_id, entry.logprob), *entry.top]
+        own, *top = [
+            {"token": self._name(token), "logprob": value, "bytes": list(self._name(token).encode())}
+            for token, value in pairs
+        ]
+        return own | {"top_logprobs": top}
+
+    def _name(self, token_id: int) -> str:
+        return self.tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def usage(generations: Sequence[Generation], prompts: Sequence[list[int]]) -> dict[str, Any]:
+    """Returns OpenAI's `usage`; `details` say how many drafted tokens were accepted and rejected."""
+    read, written = sum(map(len, prompts)), sum(len(generation.token_ids) for generation in generations)
+    drafted = sum(generation.stats.drafted for generation in generations)
+    accepted = sum(generation.stats.accepted for generation in generations)
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": sum(generation.stats.cached for generation in generations)},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
+        },
+    }

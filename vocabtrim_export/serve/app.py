@@ -1,0 +1,252 @@
+"""The routes of the server, as an ASGI application."""
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from runtime import Generation, SamplingParams, SpeculativeDecoder
+from runtime.stream import Token
+from vocabtrim_export.serve.answers import Form
+from vocabtrim_export.serve.errors import ApiError, as_api_error
+from vocabtrim_export.serve.job import Job, read_job
+from vocabtrim_export.serve.metrics import Metrics
+from vocabtrim_export.serve.settings import MB, ServeSettings
+from vocabtrim_export.serve.workers import Workers
+
+T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
+_GONE = 499  # nginx's status for a client that left, for the metrics alone
+
+
+class Server:
+    """Answers requests with the workers' decoders.
+
+    Args:
+        decoder: The first worker's decoder; its forks are made here, and all are closed with the application.
+        settings: How the pair is served.
+    """
+
+    def __init__(self, decoder: SpeculativeDecoder, settings: ServeSettings) -> None:
+        self._decoder, self._settings = decoder, settings
+        self.workers = Workers(decoder, settings.workers, settings.waiting)
+        self.metrics = Metrics(self.workers)
+        self._started = int(time.time())
+
+    def app(self) -> Starlette:
+        """Returns the ASGI application."""
+        routes = [
+            Route("/health", self._health),
+            Route("/metrics", self._guarded(self._metrics)),
+            Route("/v1/models", self._guarded(self._models)),
+            Route("/v1/models/{name:path}", self._guarded(self._models)),
+            Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+            Route("/v1/completions", self._guarded(self._completions), methods=["POST"]),
+        ]
+        refusals = {404: _no_such_route, 405: _no_such_route}
+        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=refusals)
+
+    @asynccontextmanager
+    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        yield
+        self.workers.close()
+
+    def _guarded(self, handler: Handler) -> Handler:
+        """Check the API key, and turn every error into OpenAI's form."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                self._check_key(request)
+                response = await handler(request)
+            except ClientDisconnect:
+                response = Response(status_code=_GONE)
+            except Exception as error:
+                response = _refusal(error)
+            self.metrics.answered(response.status_code)
+            return response
+
+        return guarded
+
+    def _check_key(self, request: Request) -> None:
+        wanted = f"Bearer {self._settings.api_key}".encode()
+        sent = request.headers.get("authorization", "").encode()
+        if self._settings.api_key and not hmac.compare_digest(wanted, sent):
+            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    async def _health(self, _request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _metrics(self, _request: Request) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _models(self, request: Request) -> Response:
+        name = self._settings.model_name
+        model = {"id": name, "object": "model", "created": self._started, "owned_by": "vocabtrim"}
+        asked = request.path_params.get("name")
+        if asked is None:
+            return JSONResponse({"object": "list", "data": [model]})
+        if asked != name:
+            raise ApiError(404, f"there is no model {asked[:100]!r} here: ask for {name!r}", code="model_not_found")
+        return JSONResponse(model)
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._answer(request, is_chat=True)
+
+    async def _completions(self, request: Request) -> Response:
+        return await self._answer(request, is_chat=False)
+
+    async def _answer(self, request: Request, is_chat: bool) -> Response:
+        arrived = time.perf_counter()
+        self.workers.enter()  # left where the answer ends, which for a stream is after this function
+        handed_over = False
+        try:
+            body = await self._body(request)
+            job = await asyncio.to_thread(read_job, body, is_chat, self._decoder, self._settings.model_name)
+            assert self._decoder.tokenizer is not None
+            form = Form(is_chat, self._settings.model_name, self._decoder.tokenizer)
+            answer = self._events(job, arrived)
+            if not job.is_streamed:
+                return await _while_connected(request, self._whole(job, form, answer))
+            first = await _while_connected(request, anext(answer))  # errors up to here have a status of their own
+            stream = _server_sent(job, form, first, answer, self.workers.leave)
+            handed_over = True
+            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        finally:
+            if not handed_over:
+                self.workers.leave()
+
+    async def _body(self, request: Request) -> bytes:
+        most, parts, size = int(self._settings.body_mb * MB), [], 0
+        async with asyncio.timeout(self._settings.request_seconds):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise ApiError(413, f"the request's body is larger than {self._settings.body_mb:g} MiB")
+                parts.append(part)
+        return b"".join(parts)
+
+    async def _events(self, job: Job, arrived: float) -> AsyncIterator[tuple[int, Token | Generation]]:
+        """Yields (choice, token) as they come and (choice, generation) at a choice's end, one choice after another."""
+        deadline = asyncio.get_running_loop().time() + self._settings.request_seconds
+        is_first = True
+        for index, (prompt, sampling) in enumerate(_choices(job)):
+            began = time.perf_counter()
+            events = self.workers.generate(job, prompt, sampling)
+            try:
+                while True:
+                    async with asyncio.timeout_at(deadline):
+                        event = await anext(events, None)
+                    if event is None:
+                        break
+                    if is_first:
+                        self.metrics.first_token(time.perf_counter() - arrived)
+                        is_first = False
+                    if isinstance(event, Generation):
+                        self.metrics.generated(event, len(prompt), time.perf_counter() - began)
+                    yield index, event
+            finally:
+                await events.aclose()  # type: ignore[attr-defined]
+
+    async def _whole(self, job: Job, form: Form, answer: AsyncIterator[tuple[int, Token | Generation]]) -> Response:
+        try:
+            generations = [event async for _, event in answer if isinstance(event, Generation)]
+        finally:
+            await answer.aclose()  # type: ignore[attr-defined]
+        return JSONResponse(form.whole(generations, job.prompts))
+
+
+def _choices(job: Job) -> list[tuple[list[int], SamplingParams]]:
+    """A prompt and a sampling for each choice; seeds differ, or all answers to a prompt would be the same."""
+    seed = job.sampling.seed
+    samplings = [
+        job.sampling if seed is None or index == 0 else replace(job.sampling, seed=(seed + index) % (1 << 64))
+        for index in range(job.n)
+    ]
+    return [(prompt, sampling) for prompt in job.prompts for sampling in samplings]
+
+
+async def _while_connected(request: Request, work: Awaitable[T]) -> T:
+    """Await `work`; cancel it where the client leaves first."""
+    task = asyncio.ensure_future(work)
+    left = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait([task, left], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        for each in (task, left):
+            if not each.done():
+                each.cancel()
+        await asyncio.gather(task, left, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _server_sent(
+    job: Job,
+    form: Form,
+    first: tuple[int, Token | Generation],
+    answer: AsyncIterator[tuple[int, Token | Generation]],
+    leave: Callable[[], None],
+) -> AsyncIterator[bytes]:
+    """The events of a streamed answer. Leaving it early ends the generation after its round."""
+    generations: list[Generation] = []
+    begun: set[int] = set()
+    try:
+        event: tuple[int, Token | Generation] | None = first
+        while event is not None:
+            index, item = event
+            if form.is_chat and index not in begun:
+                begun.add(index)
+                yield _sent(form.role(index))
+            if isinstance(item, Generation):
+                generations.append(item)
+                yield _sent(form.end(index, item))
+            elif item.text or item.logprob:
+                yield _sent(form.piece(index, [item]))
+            event = await anext(answer, None)
+        if job.with_usage:
+            yield _sent(form.numbers(generations, job.prompts))
+        yield b"data: [DONE]\n\n"
+    except Exception as error:  # the status has gone out already
+        yield _sent(_told(error).to_dict())
+    finally:
+        await answer.aclose()  # type: ignore[attr-defined]
+        leave()
+
+
+def _sent(data: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+
+
+def _told(error: Exception) -> ApiError:
+    """What the client is told of an error; the server's own failures go to its log."""
+    told = as_api_error(error)
+    if told.status == 500:
+        logging.getLogger("vocabtrim.serve").error("a request failed", exc_info=error)
+    return told
+
+
+def _refusal(error: Exception) -> Response:
+    told = _told(error)
+    return JSONResponse(told.to_dict(), told.status, told.headers)
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    words = "this address takes another method" if status == 405 else "there is nothing at this address"
+    return _refusal(ApiError(status, f"{request.method} {request.url.path[:100]}: {words}"))

@@ -1,0 +1,48 @@
+"""`ApiError`: a refusal in the form in which OpenAI's clients read errors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from engines.errors import VocabtrimError
+
+CONTEXT_EXCEEDED = "context_length_exceeded"
+
+
+class ApiError(Exception):
+    """A request that is not answered as it was asked.
+
+    Attributes:
+        status: The HTTP status.
+        headers: Headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, dict(headers or {})
+        self._param, self._code = param, code
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the body of the answer."""
+        kinds = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        error = {"message": str(self), "type": kind, "param": self._param, "code": self._code}
+        return {"error": error}
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """Returns `error` as clients are told of it: what they can change in their words, anything else without details."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, VocabtrimError):
+        code = CONTEXT_EXCEEDED if "the target's context holds" in str(error) else None
+        return ApiError(400, str(error), code=code)
+    if isinstance(error, TimeoutError):
+        return ApiError(504, "the request took longer than this server allows: ask for fewer tokens, or try later")
+    return ApiError(500, "the server failed on this request; its log has the details")

@@ -1,0 +1,96 @@
+"""`Fields`: a request's JSON object, each field of which is read once and checked."""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+from vocabtrim_export.serve.errors import ApiError
+
+
+class Fields:
+    """The fields of a request. What nobody has read by the end is an error, and not passed over."""
+
+    def __init__(self, body: bytes) -> None:
+        """Parse a body.
+
+        Raises:
+            ApiError: It is no JSON object.
+        """
+        try:
+            values = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        except UnicodeDecodeError as error:
+            raise ApiError(400, f"the request's body is not UTF-8 (byte {error.start})") from error
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the request's body is not JSON: {' '.join(str(error).split())[:100]}") from error
+        if not isinstance(values, dict):
+            raise ApiError(400, "the request's body is no JSON object")
+        self._values = {name: value for name, value in values.items() if value is not None}
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """Returns a field's value, `default` where it is absent or null."""
+        return self._values.pop(name, default)
+
+    def flag(self, name: str) -> bool:
+        """Returns a truth value, false by default."""
+        value = self.take(name, False)
+        return value if isinstance(value, bool) else _refuse(name, value, "true or false")
+
+    def whole(self, name: str, default: int | None, least: int, most: int) -> int | None:
+        """Returns a whole number from `least` to `most`."""
+        value = self.take(name, default)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            _refuse(name, value, f"a whole number from {least} to {most}")
+        return value
+
+    def number(self, name: str, default: float | None) -> float | None:
+        """Returns a number."""
+        value = self.take(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            _refuse(name, value, "a number")
+        return value
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """Returns an object, empty by default."""
+        value = self.take(name, {})
+        return value if isinstance(value, dict) else _refuse(name, value, "an object")
+
+    def ignore(self, names: Collection[str]) -> None:
+        """Pass over fields that change no output."""
+        for name in names:
+            self._values.pop(name, None)
+
+    def refuse(self, name: str, harmless: Collection[Any], why: str) -> None:
+        """Refuse a field that this server lacks, unless its value asks for nothing.
+
+        Args:
+            name: The field.
+            harmless: Values with which the field changes nothing.
+            why: What is missing, and what to do.
+
+        Raises:
+            ApiError: The field has another value.
+        """
+        value = self.take(name)
+        if value is not None and value not in harmless:
+            raise ApiError(400, f"{name} is not supported here: {why}", name, "unsupported_parameter")
+
+    def finish(self) -> None:
+        """Check that every field was read.
+
+        Raises:
+            ApiError: One was not: it might have changed the answer.
+        """
+        if self._values:
+            name = next(iter(self._values))[:100]
+            raise ApiError(400, f"unrecognized request argument: {name!r}; leave it out", name, "unknown_parameter")
+
+
+def _refuse(name: str, value: Any, wanted: str) -> NoReturn:
+    shown = json.dumps(value)[:60]
+    raise ApiError(400, f"{name} is {shown}: give {wanted}", name, "invalid_value")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")

@@ -1,0 +1,63 @@
+"""What a server counts, in Prometheus' form."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from runtime import Generation
+from vocabtrim_export.serve.workers import Workers
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """Counters of one server, in a registry of its own."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter("vocabtrim_requests", "Requests, by HTTP status", ["status"], registry=self._registry)
+        self._prompt = self._counter("prompt_tokens", "Tokens of prompts")
+        self._cached = self._counter("cached_tokens", "Tokens of prompts that a KV cache held already")
+        self._generated = self._counter("generated_tokens", "Tokens that were generated")
+        self._drafted = self._counter("drafted_tokens", "Tokens that were drafted")
+        self._accepted = self._counter("accepted_tokens", "Drafted tokens that the target accepted")
+        self._rounds = self._counter("rounds", "Target calls; generated tokens over these are the block efficiency")
+        self._collapses = self._counter("collapses", "Answers during which acceptance had collapsed")
+        self._seconds = self._counter("generation_seconds", "Seconds of generating, prefills included")
+        self._first = Histogram(
+            "vocabtrim_first_token_seconds",
+            "Seconds from a request's arrival to its first token",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        Gauge("vocabtrim_busy_workers", "Workers that generate", registry=self._registry).set_function(
+            lambda: workers.busy
+        )
+        Gauge("vocabtrim_waiting_requests", "Requests that wait for a worker", registry=self._registry).set_function(
+            lambda: max(0, workers.admitted - workers.busy)
+        )
+
+    def answered(self, status: int) -> None:
+        """Count a request by the status of its answer."""
+        self._requests.labels(str(status)).inc()
+
+    def first_token(self, seconds: float) -> None:
+        """Count the time to an answer's first token."""
+        self._first.observe(seconds)
+
+    def generated(self, generation: Generation, prompt_tokens: int, seconds: float) -> None:
+        """Count what one answer took."""
+        stats = generation.stats
+        self._prompt.inc(prompt_tokens)
+        self._cached.inc(stats.cached)
+        self._generated.inc(len(generation.token_ids))
+        self._drafted.inc(stats.drafted)
+        self._accepted.inc(stats.accepted)
+        self._rounds.inc(stats.rounds + 1)
+        self._collapses.inc(stats.collapse is not None)
+        self._seconds.inc(seconds)
+
+    def text(self) -> bytes:
+        """Returns all of them in Prometheus' text form."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, what: str) -> Counter:
+        return Counter(f"vocabtrim_{name}", what, registry=self._registry)

@@ -1,0 +1,45 @@
+"""`ServeSettings`: where a server listens, and what it lets clients ask for."""
+
+from dataclasses import dataclass, field
+
+from engines.errors import VocabtrimError
+
+MB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """How a pair is served.
+
+    Attributes:
+        model_name: The name that clients give as `model`.
+        host: The address to listen on.
+        port: The port; 0 takes a free one.
+        api_key: What clients must send as a bearer token; "" asks for none.
+        workers: Requests that are generated at a time, each with KV caches of its own.
+        waiting: Requests that may wait for a worker; the next one is answered with 429.
+        body_mb: The largest request body, in MiB.
+        request_seconds: The longest time from a request's arrival to the end of its answer, waiting included.
+        shutdown_seconds: How long a server that is told to stop lets running requests go on.
+    """
+
+    model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str = field(default="", repr=False)
+    workers: int = 1
+    waiting: int = 64
+    body_mb: float = 4.0
+    request_seconds: float = 600.0
+    shutdown_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        least = {"workers": 1, "waiting": 0, "port": 0}
+        options = {"workers": "--slots-in-parallel", "waiting": "--queue", "port": "--port"}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise VocabtrimError(f"{options[name]} is {getattr(self, name)}: give {smallest} or more")
+        if self.port > 65535:
+            raise VocabtrimError(f"--port is {self.port}: give at most 65535")
+        if not (self.body_mb > 0 and self.request_seconds > 0):
+            raise VocabtrimError("--max-body and --timeout must be more than 0")

@@ -1,0 +1,162 @@
+"""`Workers`: decoders over the same weights, each of which answers one request at a time in a thread of its own."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count
+
+from runtime import Generation, SamplingParams, SpeculativeDecoder
+from runtime.stream import Stream, Token
+from vocabtrim_export.serve.errors import ApiError
+from vocabtrim_export.serve.job import Job
+
+_RETRY_SECONDS = 2  # what a client that finds the queue full is told to wait
+
+
+@dataclass(slots=True)
+class Worker:
+    """A decoder, and when it was used last."""
+
+    decoder: SpeculativeDecoder
+    last_use: int = 0
+
+
+@dataclass(slots=True)
+class Running:
+    """A generation that runs in a worker's thread.
+
+    Attributes:
+        events: Tokens as they come, then the whole generation or the error that ended it.
+        cancelled: Set where nobody wants the rest: the generation ends after its round.
+    """
+
+    events: "asyncio.Queue[Token | Generation | BaseException]" = field(default_factory=asyncio.Queue)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Workers:
+    """A fair queue in front of the workers: who comes first is answered first.
+
+    A request gets the free worker whose KV cache holds most of its prompt, if that is at least half of it, otherwise
+    the one that was used longest ago: a short system prompt in common must not evict a long conversation.
+    """
+
+    def __init__(self, decoder: SpeculativeDecoder, number: int, waiting: int) -> None:
+        """Make the workers.
+
+        Args:
+            decoder: The first worker's; the others are forks of it.
+            number: How many workers.
+            waiting: How many requests may wait for one.
+        """
+        self._free = [Worker(decoder), *(Worker(decoder.fork()) for _ in range(number - 1))]
+        self._all = tuple(self._free)
+        self._threads = ThreadPoolExecutor(number, "vocabtrim-serve")
+        self._turn = asyncio.Semaphore(number)  # wakes those who wait in the order in which they came
+        self._most, self._uses = number + waiting, count(1)
+        self.admitted = 0
+
+    @property
+    def busy(self) -> int:
+        """Workers that generate now."""
+        return len(self._all) - len(self._free)
+
+    def enter(self) -> None:
+        """Take a place for a request; `leave` gives it back at the end of its answer.
+
+        Raises:
+            ApiError: The queue is full.
+        """
+        if self.admitted >= self._most:
+            wait = {"Retry-After": str(_RETRY_SECONDS)}
+            raise ApiError(429, f"{self.admitted} requests are running or waiting: try again later", headers=wait)
+        self.admitted += 1
+
+    def leave(self) -> None:
+        """Give back the place of a request."""
+        self.admitted -= 1
+
+    async def generate(
+        self, job: Job, prompt: list[int], sampling: SamplingParams
+    ) -> AsyncIterator[Token | Generation]:
+        """Yields the tokens of one answer as they come, and then all of it.
+
+        A generation that is left early, by its client or by an error, ends after the round that runs, and only then is
+        its worker free for others.
+        """
+        await self._turn.acquire()
+        worker, running = self._take(prompt), Running()
+        loop = asyncio.get_running_loop()
+        try:
+            done = loop.run_in_executor(self._threads, _run, worker, running, loop, job, prompt, sampling)
+        except RuntimeError as error:  # the threads are shut down
+            self._release(worker)
+            raise ApiError(503, "the server is shutting down") from error
+        done.add_done_callback(lambda _: self._release(worker))
+        try:
+            while True:
+                event = await running.events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, Generation):
+                    return
+        finally:
+            running.cancelled.set()
+
+    def close(self) -> None:
+        """Close the decoders; nothing may run any more."""
+        self._threads.shutdown()
+        for worker in self._all:
+            worker.decoder.close()
+
+    def _take(self, prompt: list[int]) -> Worker:
+        longest = max(self._free, key=lambda worker: worker.decoder.kept_prefix(prompt))
+        if 2 * longest.decoder.kept_prefix(prompt) < len(prompt):
+            longest = min(self._free, key=lambda worker: worker.last_use)
+        self._free.remove(longest)
+        longest.last_use = next(self._uses)
+        return longest
+
+    def _release(self, worker: Worker) -> None:
+        self._free.append(worker)
+        self._turn.release()
+
+
+def _run(
+    worker: Worker,
+    running: Running,
+    loop: asyncio.AbstractEventLoop,
+    job: Job,
+    prompt: list[int],
+    sampling: SamplingParams,
+) -> None:
+    """Generate in a worker's thread, and send what comes to the event loop."""
+
+    def send(event: Token | Generation | BaseException) -> None:
+        loop.call_soon_threadsafe(running.events.put_nowait, event)
+
+    try:
+        decoder = worker.decoder
+        room = decoder.target.capacity - len(prompt) + 1
+        most = room if job.max_new_tokens is None else min(job.max_new_tokens, room)
+        stream = decoder.stream(
+            prompt, max_new_tokens=max(most, 1), sampling=sampling, stop=job.stop or None, logprobs=job.logprobs
+        )
+        with stream:
+            _send_all(stream, running, send)
+    except BaseException as error:  # the client is told in the event loop
+        if not isinstance(error, ApiError):
+            logging.getLogger("vocabtrim.serve").debug("a generation broke off", exc_info=error)
+        send(error)
+
+
+def _send_all(stream: Stream, running: Running, send: Callable[[Token | Generation | BaseException], None]) -> None:
+    for token in stream:
+        if running.cancelled.is_set():
+            return
+        send(token)
+    send(stream.finish())
