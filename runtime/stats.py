@@ -113,8 +113,8 @@ def summarize(rounds: Iterable[Round], collapse: Collapse | None = None) -> Stat
     )
 
 
-def mbsu(block_efficiency: float, cost_ratio: float, draft_length: float) -> float:
-    """Returns the memory-bound speed-up τ / (c·γ + 1), arXiv 2506.22694.
+def mbsu(block_efficiency: float, cost_ratio: float, draft_length: float, verify_ratio: float = 1.0) -> float:
+    """Returns the memory-bound speed-up τ / (c·γ + v); with v = 1 it is that of arXiv 2506.22694.
 
     It is what to expect where reading memory is all that takes time.
 
@@ -122,8 +122,10 @@ def mbsu(block_efficiency: float, cost_ratio: float, draft_length: float) -> flo
         block_efficiency: τ, the tokens gained per target call.
         cost_ratio: c, the bytes that the drafter reads per step over the bytes that the target reads.
         draft_length: γ, the drafted tokens per round.
+        verify_ratio: v, the bytes that a verification reads over those of a target's step. A mixture of experts reads
+            more experts for several tokens than for one.
     """
-    return block_efficiency / (cost_ratio * draft_length + 1)
+    return block_efficiency / (cost_ratio * draft_length + verify_ratio)
 
 
 def latency_speedup(

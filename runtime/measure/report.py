@@ -153,6 +153,8 @@ def mode_report(
     fixed = None if drafter and length.adapts else length.longest if drafter else 0
     context = sum(run.target[0].tokens + len(run.tokens) / 2 for run in _flat(baseline)) / len(_flat(baseline))
     target_bytes, step_bytes = step_bytes_at(target, context), step_bytes_at(drafter or target, context)
+    length_used = drafted if fixed is None else fixed
+    more_experts = target.weight_bytes(length_used + 1) - target.weight_bytes(1)
     step = call_percentiles(flat, "drafter" if drafter else "target", 1)
     forced = differences is None
     differing = () if forced else _differing(runs, baseline)
@@ -166,7 +168,7 @@ def mode_report(
         bytes_per_step=step_bytes,
         bandwidth_fraction=step_bytes / (step.p50 / 1e3) / bandwidth if step else None,
         drafted_per_round=drafted,
-        mbsu=mbsu(stats.block_efficiency, step_bytes / target_bytes, drafted if fixed is None else fixed),
+        mbsu=mbsu(stats.block_efficiency, step_bytes / target_bytes, length_used, 1 + more_experts / target_bytes),
         **_times(flat, call_percentiles(_flat(baseline), "target", 1), stats.block_efficiency, fixed, drafted),
         coverage=drafter.coverage if drafter else None,
         equal_prompts=None if forced else len(runs) - len(differing),

@@ -170,6 +170,7 @@ def test_acceptance_by_position_counts_rounds_that_drafted_so_far():
 
 def test_mbsu_is_the_papers_formula():
     assert mbsu(3.0, 0.1, 5) == 2.0
+    assert mbsu(3.0, 0.1, 5, verify_ratio=2.5) == 1.0
 
 
 def test_memory_bandwidth_is_measured_in_bytes_per_second():

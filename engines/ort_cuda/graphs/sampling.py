@@ -115,7 +115,7 @@ def _passed(graph: GraphBuilder, running: ir.Value, whole: ir.Value, point: ir.V
 
 
 def _without(graph: GraphBuilder, scores: ir.Value, dropped: ir.Value) -> ir.Value:
-    """`scores` with 0 where `dropped`. NaN is never dropped, so that it reaches the output."""
+    """`scores` with −∞ where `dropped`. NaN is never dropped, so that it reaches the output."""
     return graph.op("Where", dropped, graph.floats(-np.inf), scores)
 
 
