@@ -1,11 +1,12 @@
-"""The README's Python blocks, run one after the other where its commands have left `out/`."""
+"""The README's Python blocks and that of docs/serve.md, run one after the other where commands have left `out/`."""
 
 import asyncio
 import re
 import shutil
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def test_the_readmes_python_runs(random_model, export_pair, count_file, tmp_path, monkeypatch, capsys):
@@ -13,7 +14,8 @@ def test_the_readmes_python_runs(random_model, export_pair, count_file, tmp_path
     shutil.copytree(export_pair(model).drafter.parent, tmp_path / "out")
     shutil.copyfile(count_file(model), tmp_path / "out" / "token_counts.safetensors")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    blocks.append(BLOCK.findall((ROOT / "docs" / "serve.md").read_text())[-1])  # the other one needs a server
     assert len(blocks) >= 3
     scope = {}
     for block in blocks:
