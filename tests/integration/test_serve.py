@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from runtime import SamplingParams, SpeculativeDecoder
+from runtime.stream import Stream
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
@@ -129,7 +130,9 @@ def test_answers_at_once_are_each_their_own(client, decoder):
         assert [found.pop(prompt) for prompt in prompts] == wanted
 
 
-def test_a_full_queue_and_clients_that_leave(client, server):
+def test_a_full_queue_and_clients_that_leave(client, server, monkeypatch):
+    step = Stream.__next__
+    monkeypatch.setattr(Stream, "__next__", lambda stream: time.sleep(0.02) or step(stream))  # as a large model is
     ask = {"model": "tiny", "prompt": "the", "max_tokens": 200, "stream": True, "logit_bias": {"1": -100}}
     streams = [client.completions.create(**ask) for _ in range(2)]
     for stream in streams:
@@ -147,6 +150,7 @@ def test_a_full_queue_and_clients_that_leave(client, server):
     while server.workers.admitted or server.workers.busy:
         assert time.monotonic() < until, "an answer goes on that nobody reads"
         time.sleep(0.01)
+    assert max(worker.decoder.target.length for worker in server.workers.all) < 64  # of 128
     assert client.completions.create(model="tiny", prompt="the", max_tokens=1).usage.completion_tokens == 1
 
 

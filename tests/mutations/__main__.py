@@ -24,8 +24,9 @@ from tests.mutations.formats import FORMATS
 from tests.mutations.load import LOAD
 from tests.mutations.mutation import Mutation
 from tests.mutations.proof import PROOF
+from tests.mutations.server import SERVER
 
-ALL = (*FILES, *DECODING, *LOAD, *FORMATS, *DEVICE, *CONVERSATIONS, *PROOF)
+ALL = (*FILES, *DECODING, *LOAD, *FORMATS, *DEVICE, *CONVERSATIONS, *PROOF, *SERVER)
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "trust.md"
 MARK = "<!-- written by `make mutations` -->\n"

@@ -53,7 +53,7 @@ class Workers:
             waiting: How many requests may wait for one.
         """
         self._free = [Worker(decoder), *(Worker(decoder.fork()) for _ in range(number - 1))]
-        self._all = tuple(self._free)
+        self.all = tuple(self._free)
         self._threads = ThreadPoolExecutor(number, "vocabtrim-serve")
         self._turn = asyncio.Semaphore(number)  # wakes those who wait in the order in which they came
         self._most, self._uses = number + waiting, count(1)
@@ -62,7 +62,7 @@ class Workers:
     @property
     def busy(self) -> int:
         """Workers that generate now."""
-        return len(self._all) - len(self._free)
+        return len(self.all) - len(self._free)
 
     def enter(self) -> None:
         """Take a place for a request; `leave` gives it back at the end of its answer.
@@ -110,7 +110,7 @@ class Workers:
     def close(self) -> None:
         """Close the decoders; nothing may run any more."""
         self._threads.shutdown()
-        for worker in self._all:
+        for worker in self.all:
             worker.decoder.close()
 
     def _take(self, prompt: list[int]) -> Worker:

@@ -1,0 +1,56 @@
+"""Promises of `vocabtrim serve`."""
+
+from tests.mutations.mutation import Mutation
+
+SERVE = "tests/integration/test_serve.py"
+
+SERVER = (
+    Mutation(
+        "A server answers those who have its key",
+        "any key is taken",
+        "vocabtrim_export/serve/app.py",
+        "if self._settings.api_key and not hmac",
+        "if not self._settings.api_key and not hmac",
+        f"{SERVE} -k routes",
+    ),
+    Mutation(
+        "A client that leaves ends its generation",
+        "nobody tells the worker",
+        "vocabtrim_export/serve/workers.py",
+        "running.cancelled.set()",
+        "pass",
+        f"{SERVE} -k leave",
+    ),
+    Mutation(
+        "A full queue is an answer at once",
+        "everyone may wait",
+        "vocabtrim_export/serve/workers.py",
+        "if self.admitted >= self._most:",
+        "if self.admitted > 1 << 20:",
+        f"{SERVE} -k leave",
+    ),
+    Mutation(
+        "A server's text is that of generate",
+        "stop strings are passed over",
+        "vocabtrim_export/serve/workers.py",
+        "stop=job.stop or None",
+        "stop=None",
+        f"{SERVE} -k stops",
+    ),
+    Mutation(
+        "A server's text is that of generate",
+        "all answers to a prompt have one seed",
+        "vocabtrim_export/serve/app.py",
+        "if seed is None or index == 0",
+        "if seed is None or index >= 0",
+        f"{SERVE} -k stops",
+    ),
+    Mutation(
+        "What a server lacks is refused",
+        "fields that nobody reads are passed over",
+        "vocabtrim_export/serve/job.py",
+        "    fields.finish()\n",
+        "",
+        f"{SERVE} -k unknown",
+    ),
+)
