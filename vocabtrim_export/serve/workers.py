@@ -42,6 +42,10 @@ class Workers:
 
     A request gets the free worker whose KV cache holds most of its prompt, if that is at least half of it, otherwise
     the one that was used longest ago: a short system prompt in common must not evict a long conversation.
+
+    Attributes:
+        all: The workers.
+        admitted: Requests that run or wait.
     """
 
     def __init__(self, decoder: SpeculativeDecoder, number: int, waiting: int) -> None:
