@@ -1,5 +1,8 @@
 """`vocabtrim serve` through the clients that people use: what they get is what `generate` gives."""
 
+import asyncio
+import contextlib
+import gc
 import json
 import signal
 import socket
@@ -17,7 +20,7 @@ from runtime.stream import Stream
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
-pytest.importorskip("starlette")
+ClientDisconnect = pytest.importorskip("starlette.requests").ClientDisconnect
 pytest.importorskip("prometheus_client")
 
 from vocabtrim_export.cli.main import main  # noqa: E402
@@ -82,6 +85,9 @@ def test_the_text_is_that_of_generate(client, decoder, sampling):
     assert answer.choices[0].finish_reason == ours.finish_reason
     assert answer.usage.completion_tokens == len(ours.token_ids)
     assert answer.usage.prompt_tokens == len(decoder.encode(MESSAGES))
+    longest = decoder.generate(MESSAGES, max_new_tokens=999, sampling=SamplingParams(**sampling))
+    to_the_end = client.chat.completions.create(**{**ask, "max_tokens": None})
+    assert to_the_end.choices[0].message.content == longest.text
     *pieces, last = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == ours.text
     assert pieces[-1].choices[0].finish_reason == ours.finish_reason
@@ -154,6 +160,51 @@ def test_a_full_queue_and_clients_that_leave(client, server, monkeypatch):
     assert client.completions.create(model="tiny", prompt="the", max_tokens=1).usage.completion_tokens == 1
 
 
+@pytest.mark.parametrize("message", ["http.response.start", "http.response.body"])
+@pytest.mark.parametrize(
+    "version", ["2.3", "2.4"]
+)  # of ASGI: starlette learns of the client from receive, or from send
+def test_a_stream_that_nobody_takes_gives_its_place_back(decoder, message, version):
+    """Before its first event and within one, without a collection of garbage.
+
+    By the version of ASGI, starlette learns that the client has gone from `receive` or from `send`.
+    """
+    scope = {
+        **{"type": "http", "asgi": {"version": "3.0", "spec_version": version}, "http_version": "1.1"},
+        **{"method": "POST", "scheme": "http", "path": "/v1/completions", "raw_path": b"/v1/completions"},
+        **{"query_string": b"", "root_path": "", "headers": [(b"authorization", f"Bearer {KEY}".encode())]},
+    }
+    body = json.dumps({"prompt": "the", "max_tokens": 100, "stream": True}).encode()
+
+    async def call():
+        requests, left = [{"type": "http.request", "body": body}], asyncio.Event()
+
+        async def receive():
+            if requests:
+                return requests.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(sent):
+            if sent["type"] == message:
+                left.set()
+                if version == "2.4":
+                    raise OSError("the client has gone")
+                await asyncio.Event().wait()
+
+        alone = Server(decoder.fork(), ServeSettings("tiny", api_key=KEY))
+        with contextlib.suppress(ClientDisconnect):
+            await asyncio.wait_for(alone.app()(scope, receive, send), 20)
+        assert alone.workers.admitted == 0
+        alone.workers.close()
+
+    gc.disable()
+    try:
+        asyncio.run(call())
+    finally:
+        gc.enable()
+
+
 BAD = {
     "not JSON": (b"{", 400, "is not JSON"),
     "not UTF-8": (b'{"messages": "\xff"}', 400, "is not UTF-8"),
@@ -178,6 +229,7 @@ BAD = {
     ),
     "too large": (b'{"messages": "' + b"a" * 20_000 + b'"}', 413, "larger than 0.01 MiB"),
     "nested": (b"[" * 9_000, 400, "is not JSON"),
+    "half of a pair": (b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}', 400, "unrecognized request"),
 }
 
 

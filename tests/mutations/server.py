@@ -22,6 +22,14 @@ SERVER = (
         f"{SERVE} -k leave",
     ),
     Mutation(
+        "A client that leaves ends its generation",
+        "a streamed answer keeps its place",
+        "vocabtrim_export/serve/events.py",
+        "                self._end(self._is_broken)",
+        "                pass",
+        f"{SERVE} -k place",
+    ),
+    Mutation(
         "A full queue is an answer at once",
         "everyone may wait",
         "vocabtrim_export/serve/workers.py",

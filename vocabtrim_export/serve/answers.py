@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from engines.bundle.tokenizer import Tokenizer
@@ -45,13 +46,11 @@ class Form:
         """Returns the first event of a choice of a streamed conversation."""
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
-    def piece(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Returns an event with tokens of a choice."""
-        text = "".join(token.text for token in tokens)
-        entries = [token.logprob for token in tokens if token.logprob]
-        content: dict[str, Any] = {"delta": {"content": text}} if self.is_chat else {"text": text}
-        if entries:
-            content["logprobs"] = self._logprobs(entries)
+    def piece(self, index: int, token: Token) -> dict[str, Any]:
+        """Returns an event with a token of a choice."""
+        content: dict[str, Any] = {"delta": {"content": token.text}} if self.is_chat else {"text": token.text}
+        if token.logprob:
+            content["logprobs"] = self._logprobs([token.logprob])
         return self._chunk(index, content | {"finish_reason": None})
 
     def end(self, index: int, generation: Generation) -> dict[str, Any]:
@@ -91,7 +90,7 @@ class Form:
             "tokens": names,
             "token_logprobs": [entry.logprob for entry in entries],
             "top_logprobs": [{self._name(token): value for token, value in entry.top} for entry in entries],
-            "text_offset": [sum(map(len, names[:index])) for index in range(len(names))],
+            "text_offset": list(accumulate(map(len, names[:-1]), initial=0)),
         }
 
     def _entry(self, entry: TokenLogprob) -> dict[str, Any]:

@@ -2,23 +2,21 @@
 
 import asyncio
 import hmac
-import json
-import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from runtime import Generation, SamplingParams, SpeculativeDecoder
-from runtime.stream import Token
 from vocabtrim_export.serve.answers import Form
-from vocabtrim_export.serve.errors import ApiError, as_api_error
+from vocabtrim_export.serve.errors import ApiError, refusal
+from vocabtrim_export.serve.events import Event, EventStream
 from vocabtrim_export.serve.job import Job, read_job
 from vocabtrim_export.serve.metrics import Metrics
 from vocabtrim_export.serve.settings import MB, ServeSettings
@@ -71,7 +69,7 @@ class Server:
             except ClientDisconnect:
                 response = Response(status_code=_GONE)
             except Exception as error:
-                response = _refusal(error)
+                response = refusal(error)
             self.metrics.answered(response.status_code)
             return response
 
@@ -106,41 +104,45 @@ class Server:
         return await self._answer(request, is_chat=False)
 
     async def _answer(self, request: Request, is_chat: bool) -> Response:
-        arrived = time.perf_counter()
-        self.workers.enter()  # left where the answer ends, which for a stream is after this function
-        handed_over = False
+        arrived = asyncio.get_running_loop().time()
+        self.workers.enter()
+        response: Response | None = None
         try:
-            body = await self._body(request)
-            job = await asyncio.to_thread(read_job, body, is_chat, self._decoder, self._settings.model_name)
+            async with asyncio.timeout_at(arrived + self._settings.request_seconds):
+                body = await self._body(request)
+                job = await asyncio.to_thread(read_job, body, is_chat, self._decoder, self._settings.model_name)
             assert self._decoder.tokenizer is not None
             form = Form(is_chat, self._settings.model_name, self._decoder.tokenizer)
             answer = self._events(job, arrived)
             if not job.is_streamed:
-                return await _while_connected(request, self._whole(job, form, answer))
+                return await _while_connected(request, _whole(job, form, answer))
             first = await _while_connected(request, anext(answer))  # errors up to here have a status of their own
-            stream = _server_sent(job, form, first, answer, self.workers.leave)
-            handed_over = True
-            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            response = EventStream(job, form, first, answer, self._streamed)
+            return response
         finally:
-            if not handed_over:
+            if response is None:  # a stream gives its place back itself
                 self.workers.leave()
+
+    def _streamed(self, is_broken: bool) -> None:
+        self.workers.leave()
+        self.metrics.streamed(is_broken)
 
     async def _body(self, request: Request) -> bytes:
         most, parts, size = int(self._settings.body_mb * MB), [], 0
-        async with asyncio.timeout(self._settings.request_seconds):
-            async for part in request.stream():
-                size += len(part)
-                if size > most:
-                    raise ApiError(413, f"the request's body is larger than {self._settings.body_mb:g} MiB")
-                parts.append(part)
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise ApiError(413, f"the request's body is larger than {self._settings.body_mb:g} MiB")
+            parts.append(part)
         return b"".join(parts)
 
-    async def _events(self, job: Job, arrived: float) -> AsyncIterator[tuple[int, Token | Generation]]:
-        """Yields (choice, token) as they come and (choice, generation) at a choice's end, one choice after another."""
-        deadline = asyncio.get_running_loop().time() + self._settings.request_seconds
+    async def _events(self, job: Job, arrived: float) -> AsyncGenerator[Event, None]:
+        """Yields the events of an answer, one choice after another."""
+        clock = asyncio.get_running_loop().time
+        deadline = arrived + self._settings.request_seconds
         is_first = True
         for index, (prompt, sampling) in enumerate(_choices(job)):
-            began = time.perf_counter()
+            began = clock()
             events = self.workers.generate(job, prompt, sampling)
             try:
                 while True:
@@ -149,20 +151,21 @@ class Server:
                     if event is None:
                         break
                     if is_first:
-                        self.metrics.first_token(time.perf_counter() - arrived)
+                        self.metrics.first_token(clock() - arrived)
                         is_first = False
                     if isinstance(event, Generation):
-                        self.metrics.generated(event, len(prompt), time.perf_counter() - began)
+                        self.metrics.generated(event, len(prompt), clock() - began)
                     yield index, event
             finally:
-                await events.aclose()  # type: ignore[attr-defined]
+                await events.aclose()
 
-    async def _whole(self, job: Job, form: Form, answer: AsyncIterator[tuple[int, Token | Generation]]) -> Response:
-        try:
-            generations = [event async for _, event in answer if isinstance(event, Generation)]
-        finally:
-            await answer.aclose()  # type: ignore[attr-defined]
-        return JSONResponse(form.whole(generations, job.prompts))
+
+async def _whole(job: Job, form: Form, answer: AsyncGenerator[Event, None]) -> Response:
+    try:
+        generations = [event async for _, event in answer if isinstance(event, Generation)]
+    finally:
+        await answer.aclose()
+    return JSONResponse(form.whole(generations, job.prompts))
 
 
 def _choices(job: Job) -> list[tuple[list[int], SamplingParams]]:
@@ -196,57 +199,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _server_sent(
-    job: Job,
-    form: Form,
-    first: tuple[int, Token | Generation],
-    answer: AsyncIterator[tuple[int, Token | Generation]],
-    leave: Callable[[], None],
-) -> AsyncIterator[bytes]:
-    """The events of a streamed answer. Leaving it early ends the generation after its round."""
-    generations: list[Generation] = []
-    begun: set[int] = set()
-    try:
-        event: tuple[int, Token | Generation] | None = first
-        while event is not None:
-            index, item = event
-            if form.is_chat and index not in begun:
-                begun.add(index)
-                yield _sent(form.role(index))
-            if isinstance(item, Generation):
-                generations.append(item)
-                yield _sent(form.end(index, item))
-            elif item.text or item.logprob:
-                yield _sent(form.piece(index, [item]))
-            event = await anext(answer, None)
-        if job.with_usage:
-            yield _sent(form.numbers(generations, job.prompts))
-        yield b"data: [DONE]\n\n"
-    except Exception as error:  # the status has gone out already
-        yield _sent(_told(error).to_dict())
-    finally:
-        await answer.aclose()  # type: ignore[attr-defined]
-        leave()
-
-
-def _sent(data: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
-
-
-def _told(error: Exception) -> ApiError:
-    """What the client is told of an error; the server's own failures go to its log."""
-    told = as_api_error(error)
-    if told.status == 500:
-        logging.getLogger("vocabtrim.serve").error("a request failed", exc_info=error)
-    return told
-
-
-def _refusal(error: Exception) -> Response:
-    told = _told(error)
-    return JSONResponse(told.to_dict(), told.status, told.headers)
-
-
 async def _no_such_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     words = "this address takes another method" if status == 405 else "there is nothing at this address"
-    return _refusal(ApiError(status, f"{request.method} {request.url.path[:100]}: {words}"))
+    return refusal(ApiError(status, f"{request.method} {request.url.path[:100]}: {words}"))

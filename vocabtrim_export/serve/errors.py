@@ -1,7 +1,11 @@
 """`ApiError`: a refusal in the form in which OpenAI's clients read errors."""
 
+import json
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+from starlette.responses import Response
 
 from engines.errors import VocabtrimError
 
@@ -36,8 +40,22 @@ class ApiError(Exception):
         return {"error": error}
 
 
+def refusal(error: BaseException) -> Response:
+    """Returns the answer that tells a client of an error."""
+    told = as_api_error(error)
+    return Response(to_json(told.to_dict()), told.status, told.headers, "application/json")
+
+
+def to_json(data: Mapping[str, Any]) -> bytes:
+    """Returns JSON in ASCII: a client's own words may hold half of a surrogate pair, which UTF-8 cannot."""
+    return json.dumps(data).encode()
+
+
 def as_api_error(error: BaseException) -> ApiError:
-    """Returns `error` as clients are told of it: what they can change in their words, anything else without details."""
+    """Returns `error` as clients are told of it: what they can change in their words, anything else without details.
+
+    The details of the server's own failures go to its log.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, VocabtrimError):
@@ -45,4 +63,5 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error), code=code)
     if isinstance(error, TimeoutError):
         return ApiError(504, "the request took longer than this server allows: ask for fewer tokens, or try later")
+    logging.getLogger("vocabtrim.serve").error("a request failed", exc_info=error)
     return ApiError(500, "the server failed on this request; its log has the details")

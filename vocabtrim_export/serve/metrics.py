@@ -20,6 +20,7 @@ class Metrics:
         self._drafted = self._counter("drafted_tokens", "Tokens that were drafted")
         self._accepted = self._counter("accepted_tokens", "Drafted tokens that the target accepted")
         self._rounds = self._counter("rounds", "Target calls; generated tokens over these are the block efficiency")
+        self._broken = self._counter("broken_streams", "Streamed answers that an error broke off after their status")
         self._collapses = self._counter("collapses", "Answers during which acceptance had collapsed")
         self._seconds = self._counter("generation_seconds", "Seconds of generating, prefills included")
         self._first = Histogram(
@@ -38,6 +39,10 @@ class Metrics:
     def answered(self, status: int) -> None:
         """Count a request by the status of its answer."""
         self._requests.labels(str(status)).inc()
+
+    def streamed(self, is_broken: bool) -> None:
+        """Count a streamed answer that has ended."""
+        self._broken.inc(is_broken)
 
     def first_token(self, seconds: float) -> None:
         """Count the time to an answer's first token."""

@@ -34,11 +34,13 @@ class ServeSettings:
     shutdown_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        least = {"workers": 1, "waiting": 0, "port": 0}
-        options = {"workers": "--slots-in-parallel", "waiting": "--queue", "port": "--port"}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise VocabtrimError(f"{options[name]} is {getattr(self, name)}: give {smallest} or more")
+        for option, value, least in (
+            ("--slots-in-parallel", self.workers, 1),
+            ("--queue", self.waiting, 0),
+            ("--port", self.port, 0),
+        ):
+            if value < least:
+                raise VocabtrimError(f"{option} is {value}: give {least} or more")
         if self.port > 65535:
             raise VocabtrimError(f"--port is {self.port}: give at most 65535")
         if not (self.body_mb > 0 and self.request_seconds > 0):

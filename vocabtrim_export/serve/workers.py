@@ -1,9 +1,8 @@
 """`Workers`: decoders over the same weights, each of which answers one request at a time in a thread of its own."""
 
 import asyncio
-import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
@@ -85,7 +84,7 @@ class Workers:
 
     async def generate(
         self, job: Job, prompt: list[int], sampling: SamplingParams
-    ) -> AsyncIterator[Token | Generation]:
+    ) -> AsyncGenerator[Token | Generation, None]:
         """Yields the tokens of one answer as they come, and then all of it.
 
         A generation that is left early, by its client or by an error, ends after the round that runs, and only then is
@@ -143,18 +142,14 @@ def _run(
     def send(event: Token | Generation | BaseException) -> None:
         loop.call_soon_threadsafe(running.events.put_nowait, event)
 
+    decoder = worker.decoder
+    most = job.max_new_tokens or decoder.target.capacity  # to the end of the context
     try:
-        decoder = worker.decoder
-        room = decoder.target.capacity - len(prompt) + 1
-        most = room if job.max_new_tokens is None else min(job.max_new_tokens, room)
-        stream = decoder.stream(
-            prompt, max_new_tokens=max(most, 1), sampling=sampling, stop=job.stop or None, logprobs=job.logprobs
-        )
-        with stream:
+        with decoder.stream(
+            prompt, max_new_tokens=most, sampling=sampling, stop=job.stop or None, logprobs=job.logprobs
+        ) as stream:
             _send_all(stream, running, send)
-    except BaseException as error:  # the client is told in the event loop
-        if not isinstance(error, ApiError):
-            logging.getLogger("vocabtrim.serve").debug("a generation broke off", exc_info=error)
+    except BaseException as error:  # the event loop raises it again
         send(error)
 
 

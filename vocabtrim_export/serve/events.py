@@ -1,0 +1,78 @@
+"""`EventStream`: an answer as server-sent events."""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from typing import Any, TypeAlias
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from runtime import Generation
+from runtime.stream import Token
+from vocabtrim_export.serve.answers import Form
+from vocabtrim_export.serve.errors import as_api_error, to_json
+from vocabtrim_export.serve.job import Job
+
+# (choice, token) as tokens come, and (choice, generation) at the end of a choice
+Event: TypeAlias = tuple[int, Token | Generation]
+
+
+class EventStream(StreamingResponse):
+    """A streamed answer. Whatever ends it, its generation then ends after the round that runs."""
+
+    def __init__(
+        self, job: Job, form: Form, first: Event, rest: AsyncGenerator[Event, None], end: Callable[[bool], None]
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            job: The request.
+            form: The objects of the answer.
+            first: The first event; errors up to it have had a status of their own.
+            rest: The others.
+            end: Called once, when the answer has ended, with whether an error broke it off.
+        """
+        self._job, self._form, self._first, self._rest, self._end = job, form, first, rest, end
+        self._is_broken = False
+        self._body = self._sent()
+        super().__init__(self._body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # of the response: a generator that was never begun, or is abandoned, would run no `finally` now
+            try:
+                await self._body.aclose()
+                await self._rest.aclose()
+            finally:
+                self._end(self._is_broken)
+
+    async def _sent(self) -> AsyncGenerator[bytes, None]:
+        try:
+            async for data in self._objects():
+                yield _event(data)
+            yield b"data: [DONE]\n\n"
+        except Exception as error:  # the status has gone out already
+            self._is_broken = True
+            yield _event(as_api_error(error).to_dict())
+
+    async def _objects(self) -> AsyncIterator[dict[str, Any]]:
+        generations: list[Generation] = []
+        event: Event | None = self._first
+        begun = -1
+        while event is not None:
+            index, item = event
+            if self._form.is_chat and index > begun:
+                begun = index
+                yield self._form.role(index)
+            if isinstance(item, Generation):
+                generations.append(item)
+                yield self._form.end(index, item)
+            elif item.text or item.logprob:
+                yield self._form.piece(index, item)
+            event = await anext(self._rest, None)
+        if self._job.with_usage:
+            yield self._form.numbers(generations, self._job.prompts)
+
+
+def _event(data: Mapping[str, Any]) -> bytes:
+    return b"data: " + to_json(data) + b"\n\n"
