@@ -56,7 +56,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.name} ended with {self._process.wait()}")
-        return json.loads(line)  # type: ignore[no-any-return]
+        return json.loads(line)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def transformers(model: Path, assistant: Path | None = None, **options: Any) -> 
         ids = torch.tensor([prompt])
         with torch.inference_mode():
             out = target.generate(ids, do_sample=False, max_new_tokens=tokens, **options)
-        return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+        return out[0, len(prompt) :].tolist()
 
     return decode
 
@@ -57,7 +57,7 @@ def ort_genai(directory: Path, draft_tokens: int) -> Decode:
         generator.append_tokens(np.array(prompt, np.int32))
         while not generator.is_done():
             generator.generate_next_token()
-        return generator.get_sequence(0)[len(prompt) :].tolist()  # type: ignore[no-any-return]
+        return generator.get_sequence(0)[len(prompt) :].tolist()
 
     return decode
 

@@ -30,7 +30,7 @@ class StoredTensor:
     Attributes:
         dtype: Its TensorProto.DataType.
         shape: Its shape.
-        file: The name of the file beside the graph that holds its bytes; None where `data` holds them.
+        file: The name of the file, in the directory of the graph, that holds its bytes; None where `data` holds them.
         offset: Where they begin in `file`, in bytes.
         length: Their number.
         data: The bytes that are in the graph itself; empty where there is a file.
@@ -62,8 +62,8 @@ class GraphFile:
     def read(cls, path: Path) -> "GraphFile":
         """Parse `path` and check all of its tensors, including those in attributes and subgraphs.
 
-        Data outside the graph must be in a file beside it, within that file's size, and as long as the tensor's shape
-        says. Nothing is allocated for the tensors.
+        Data outside the graph must be in a file of its directory, within that file's size, and as long as the tensor's
+        shape says. Nothing is allocated for the tensors.
 
         Raises:
             VocabtrimError: The file is not an ONNX graph, or a tensor, which is named, is not so.

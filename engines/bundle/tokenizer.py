@@ -139,7 +139,7 @@ class TextStream:
         self._token_ids.append(token_id)
         try:
             piece = self._stream.step(self._tokenizer.backend, token_id) or ""
-        except Exception:  # bare in the library: this token changes text that was returned already. Begin anew.
+        except Exception:  # of no class of its own: the token changes text that was returned already
             self._stream = DecodeStream(skip_special_tokens=self._skips)
             piece = self._stream.step(self._tokenizer.backend, token_id) or ""
         self.text += piece

@@ -16,16 +16,14 @@ import pytest
 
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.stream import Stream
+from vocabtrim_export.cli.main import main
+from vocabtrim_export.serve.settings import ServeSettings
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 ClientDisconnect = pytest.importorskip("starlette.requests").ClientDisconnect
-pytest.importorskip("prometheus_client")
-
-from vocabtrim_export.cli.main import main  # noqa: E402
-from vocabtrim_export.serve.app import Server  # noqa: E402
-from vocabtrim_export.serve.settings import ServeSettings  # noqa: E402
+Server = pytest.importorskip("vocabtrim_export.serve.app").Server
 
 MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
 KEY = "a secret"

@@ -85,7 +85,7 @@ CONVERSATIONS = (
     ),
     Mutation(
         "A calibration killed within a batch loses some seconds of it",
-        "the batch starts anew",
+        "the batch starts over",
         "vocabtrim_export/calibration/partial_batch.py",
         "while (segment := self._read(self._path(self.count))) is not None:",
         "while False and (segment := self._read(self._path(self.count))) is not None:",

@@ -18,7 +18,7 @@ from vocabtrim_export.lowering.weights import Weight
 
 MOE, QMOE = "MoE", "QMoE"
 _INTERLEAVED = 1  # gate and up by turns: the one layout that the CPU's kernels take
-_LEAST_WEIGHT = 1e-30  # a router's weight of 0 has no logarithm; beside the other weights, this is as good as 0
+_LEAST_WEIGHT = 1e-30  # stands for a router's weight of 0, which has no logarithm; it changes no sum in float32
 
 
 @dataclass(frozen=True, slots=True)

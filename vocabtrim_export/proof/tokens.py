@@ -68,7 +68,7 @@ def calls(source: Source, context_length: int, window: Window | None) -> Calls:
 def _expert_tokens(model: PreTrainedModel) -> int:
     """The tokens that pick nearly all experts of each layer; 0 for a dense model."""
     picked = max(1, getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1)
-    most = max((len(module.gate_up_proj) for _, module in expert_modules(model)), default=0)  # type: ignore[arg-type]
+    most = max((len(module.gate_up_proj) for _, module in expert_modules(model)), default=0)
     return _PICKS * most // picked
 
 

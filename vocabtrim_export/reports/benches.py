@@ -89,6 +89,12 @@ class Bench:
     rows: tuple[Measured, ...]
 
 
+def named_path(argument: str) -> tuple[str, Path]:
+    """Returns the name and the path of "name=path"; of a path alone, its file's name without the ending."""
+    name, separator, path = argument.partition("=")
+    return (Path(argument).stem, Path(argument)) if not separator or Path(argument).exists() else (name, Path(path))
+
+
 def read_bench(argument: str, bundles: Mapping[Role, Manifest]) -> Bench:
     """Read one file that `vocabtrim bench --json` wrote.
 
@@ -99,10 +105,8 @@ def read_bench(argument: str, bundles: Mapping[Role, Manifest]) -> Bench:
     Raises:
         VocabtrimError: The file holds something else, or measured other bundles.
     """
-    name, separator, path = argument.partition("=")
-    if not separator or Path(argument).exists():
-        name, path = Path(argument).stem, argument
-    data = read(Path(path))
+    name, path = named_path(argument)
+    data = read(path)
     kind = data.get("kind") if isinstance(data, dict) else None
     if kind == "plan":
         raise VocabtrimError(f"--bench {path} is a plan, which measures single steps: give `vocabtrim bench --json`")
@@ -112,8 +116,8 @@ def read_bench(argument: str, bundles: Mapping[Role, Manifest]) -> Bench:
     settings = data if kind == "bench" else data.get("settings")
     machine = _pick(_Machine, data.get("environment"), f"{path}: environment")
     _check_bundles(machine.bundles, bundles, path)
-    run = _pick(_Run, settings, path)
-    whole = _pick(_Whole, data, path)
+    run = _pick(_Run, settings, str(path))
+    whole = _pick(_Whole, data, str(path))
     own = bundles["drafter"].digest if "drafter" in bundles else ""
     rows = tuple(_measured(mode, machine.bundles, own, whole.bandwidth, path) for mode in modes)
     return Bench(
@@ -178,8 +182,8 @@ class _Lengths:
     adapts: bool
 
 
-def _modes_of_bench(data: dict[str, Any], path: str) -> list[_Mode]:
-    lengths = _pick(_Lengths, data, path)
+def _modes_of_bench(data: dict[str, Any], path: Path) -> list[_Mode]:
+    lengths = _pick(_Lengths, data, str(path))
     modes: Mapping[str, Any] = decode(Mapping[str, Any], data.get("modes"), f"{path}: modes")
     return [
         _Mode(
@@ -193,7 +197,7 @@ def _modes_of_bench(data: dict[str, Any], path: str) -> list[_Mode]:
     ]
 
 
-def _modes_of_sweep(data: dict[str, Any], path: str) -> list[_Mode]:
+def _modes_of_sweep(data: dict[str, Any], path: Path) -> list[_Mode]:
     rows = []
     for index, each in enumerate(decode(tuple[Any, ...], data.get("rows"), f"{path}: rows")):
         where = f"{path}: rows[{index}]"
@@ -212,7 +216,7 @@ def _pick(kind: Any, data: object, where: str) -> Any:
     return decode(kind, {name: data[name] for name in kind.__slots__}, where)
 
 
-def _check_bundles(measured: Mapping[str, _Identity], bundles: Mapping[Role, Manifest], path: str) -> None:
+def _check_bundles(measured: Mapping[str, _Identity], bundles: Mapping[Role, Manifest], path: Path) -> None:
     target = measured.get(TARGET_ONLY)
     drafters = {each.digest for name, each in measured.items() if name != TARGET_ONLY}
     for role, manifest in bundles.items():
@@ -223,7 +227,7 @@ def _check_bundles(measured: Mapping[str, _Identity], bundles: Mapping[Role, Man
             )
 
 
-def _measured(mode: _Mode, identities: Mapping[str, _Identity], own: str, bandwidth: float, path: str) -> Measured:
+def _measured(mode: _Mode, identities: Mapping[str, _Identity], own: str, bandwidth: float, path: Path) -> Measured:
     identity = identities.get(mode.name)
     if identity is None:
         raise VocabtrimError(f"{path}: environment names no bundle {mode.name}: measure again")

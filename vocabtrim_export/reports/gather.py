@@ -13,7 +13,7 @@ from engines.bundle.tokenizer import Tokenizer
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import COUNTS_NAME
 from vocabtrim_export.calibration import TokenCounts, read_corpus
-from vocabtrim_export.reports.benches import Bench, read_bench
+from vocabtrim_export.reports.benches import Bench, named_path, read_bench
 from vocabtrim_export.reports.coverage import Curve, curve_of_counts, curve_of_documents, grid, places
 from vocabtrim_export.reports.lost_tokens import KeptTokens, MarkedLine, kept_tokens, marked_lines
 from vocabtrim_export.version import __version__
@@ -171,13 +171,10 @@ def _calibrated_curves(counts: TokenCounts, tokens: _Tokens) -> tuple[Curve, ...
 
 def _read_texts(arguments: Sequence[str]) -> list[tuple[str, list[tuple[str, ...]]]]:
     """The name of each file and the texts of its documents: of a conversation, what the assistant says."""
-    named = []
-    for argument in arguments:
-        name, separator, path = argument.partition("=")
-        if not separator or Path(argument).exists():
-            name, path = Path(argument).name, argument
-        named.append((name, [document.counted_texts for document in read_corpus([Path(path)]).documents]))
-    return named
+    return [
+        (name, [document.counted_texts for document in read_corpus([path]).documents])
+        for name, path in map(named_path, arguments)
+    ]
 
 
 def _text_curves(domain: str, documents: Sequence[tuple[str, ...]], tokens: _Tokens) -> tuple[Curve, ...]:

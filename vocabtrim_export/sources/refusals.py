@@ -249,7 +249,7 @@ NOT_FOR_TENSORRT = (
     ),
     Refusal(
         "a model with attention sinks",
-        "ONNX's standard attention, which TensorRT's parser reads, has no sink beside the keys",
+        "ONNX's standard attention, which TensorRT's parser reads, has no input for a sink",
         _has_sinks,
         "use --format onnx, or give another model",
     ),

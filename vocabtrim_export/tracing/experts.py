@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from vocabtrim_export.tracing.emit import emit
@@ -46,7 +46,7 @@ class Experts:
     limit: float
 
 
-def expert_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+def expert_modules(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """Returns the modules, by name, that run their experts through transformers' common interface."""
     for name, module in model.named_modules():
         if all(hasattr(module, mark) for mark in _MARKS):
