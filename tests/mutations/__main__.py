@@ -24,9 +24,10 @@ from tests.mutations.formats import FORMATS
 from tests.mutations.load import LOAD
 from tests.mutations.mutation import Mutation
 from tests.mutations.proof import PROOF
+from tests.mutations.reports import REPORTS
 from tests.mutations.server import SERVER
 
-ALL = (*FILES, *DECODING, *LOAD, *FORMATS, *DEVICE, *CONVERSATIONS, *PROOF, *SERVER)
+ALL = (*FILES, *DECODING, *LOAD, *FORMATS, *DEVICE, *CONVERSATIONS, *PROOF, *REPORTS, *SERVER)
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "trust.md"
 MARK = "<!-- written by `make mutations` -->\n"

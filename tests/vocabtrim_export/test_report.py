@@ -18,6 +18,7 @@ from engines.bundle.tokenizer import Tokenizer
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.calibration.counting import CalibrationSettings, calibrate_models
 from vocabtrim_export.cli.main import main
+from vocabtrim_export.reports.coverage import places
 
 HOSTILE = "<script>document.title.hacked()</script><img onerror>"
 LINES = f'{HOSTILE} & the "quick" fox\nthe quick brown fox\nzebra | `quartz` *jazz* [vex](javascript:hacked)\n'
@@ -107,6 +108,12 @@ def test_figures_are_plain_counts(report, place):
     rows = {(bench["name"], row["mode"]): row for bench in data["benches"] for row in bench["rows"]}
     assert rows[HOSTILE, "full_drafter"]["head_rows"] == 448
     assert [each["is_exported"] for each in rows.values()].count(True) == 2
+
+
+def test_curves_are_exact_at_the_exports_own_k():
+    """What the head keeps comes first, also where the counts alone would have kept other tokens."""
+    order = np.array([3, 0, 2, 1, 4, 5])  # by counts
+    assert places(np.array([1, 3, 5]), order).tolist() == [3, 1, 4, 0, 5, 2]
 
 
 class Page(HTMLParser):
