@@ -20,6 +20,7 @@ from engines.slots import Slots
 MAX_KEEP = 256
 
 Device = Literal["cpu", "cuda"]
+Neighbour = Callable[[], "Engine | None"]  # waits for an engine that is loaded at the same time
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,13 @@
 import importlib
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.base import Device, Engine
-from engines.bundle.read import Bundle, read_bundle
+from engines.base import Device, Engine, Neighbour
+from engines.bundle.read import opened_bundle
 from engines.errors import VocabtrimError
 from engines.generation_rules import UNSUPPORTED_NOTE
 
@@ -20,8 +22,9 @@ class Backend:
 
     Attributes:
         title: The name of the library that computes, for messages.
-        module: A module with `load(bundle, neighbour, profile)`, whose arguments are those of `load_engine`. It returns
-            an `Engine`, or raises `VocabtrimError` for a bundle that it cannot run.
+        module: A module with `load(bundle, neighbour, profile)`. `neighbour` gives what `load_engine` is to share a
+            cache with; the other arguments are those of `load_engine`. It returns an `Engine`, or raises
+            `VocabtrimError` for a bundle that it cannot run.
         package: What to install for it.
     """
 
@@ -57,19 +60,49 @@ def load_engine(
     Raises:
         VocabtrimError: The bundle is damaged, the device is unknown, or its runtime is not installed.
     """
+    return _load(path, device, lambda: share_cache_with, profile)
+
+
+def load_pair(
+    target: str | Path, drafter: str | Path, device: str = "cpu", drafter_device: str | None = None
+) -> tuple[Engine, Engine]:
+    """Load a target, and a drafter that shares the target's KV cache where it can (see `load_engine`).
+
+    On the CPU both load at the same time: preparing weights takes one core.
+
+    Args:
+        target: The target's bundle.
+        drafter: The drafter's bundle.
+        device: The target's device, see `load_engine`.
+        drafter_device: The drafter's device; None: the target's.
+
+    Raises:
+        VocabtrimError: See `load_engine`. Where neither can be loaded, this is the target's error.
+    """
+    beside = drafter_device or device
+    with ExitStack() as opened, ThreadPoolExecutor(max_workers=2) as threads:
+        if device == beside == "cpu":
+            loading = threads.submit(load_engine, target)
+            drafting = threads.submit(_load, drafter, beside, loading.result, None)
+            pair = opened.enter_context(loading.result()), opened.enter_context(drafting.result())
+        else:  # CUDA's state belongs to a thread
+            first = opened.enter_context(load_engine(target, device))
+            pair = first, opened.enter_context(load_engine(drafter, beside, first))
+        opened.pop_all()
+    return pair
+
+
+def _load(path: str | Path, device: str, neighbour: Neighbour, profile: Path | None) -> Engine:
     devices = {name: name for name, _ in BACKENDS}
     if device not in devices:
         known = " or ".join(map(repr, devices))
         raise VocabtrimError(f"unknown device {device!r}: bundles run on {known}")
-    bundle = read_bundle(path)
-    if bundle.manifest.rules.unsupported:
-        _LOG.warning("%s: %s: %s", path, UNSUPPORTED_NOTE, ", ".join(bundle.manifest.rules.unsupported))
-    return _load(BACKENDS[devices[device], bundle.manifest.tensorrt is not None], bundle, share_cache_with, profile)
-
-
-def _load(backend: Backend, bundle: Bundle, neighbour: Engine | None, profile: Path | None) -> Engine:
-    try:
-        engine: Engine = importlib.import_module(backend.module).load(bundle, neighbour, profile)
-    except ImportError as error:
-        raise VocabtrimError(f"{backend.title} cannot be used ({error}): pip install {backend.package}") from error
+    with opened_bundle(path) as bundle:
+        if bundle.manifest.rules.unsupported:
+            _LOG.warning("%s: %s: %s", path, UNSUPPORTED_NOTE, ", ".join(bundle.manifest.rules.unsupported))
+        backend = BACKENDS[devices[device], bundle.manifest.tensorrt is not None]
+        try:
+            engine: Engine = importlib.import_module(backend.module).load(bundle, neighbour, profile)
+        except ImportError as error:
+            raise VocabtrimError(f"{backend.title} cannot be used ({error}): pip install {backend.package}") from error
     return engine

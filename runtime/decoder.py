@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +55,8 @@ class SpeculativeDecoder:
             draft_length: γ, the tokens drafted per round. "auto" and None: as many as are worth their time on this text
                 and machine, or none: 16 at most where both engines are on the CPU; on a GPU, where a round is one
                 piece of work, 1, 3 or 7. Measured times are not the same twice, so sampling with a seed, which must
-                repeat itself, decides by fixed costs.
+                repeat itself, decides by fixed costs. Without a drafter, "auto" drafts by prompt lookup alone, and None
+                drafts nothing.
             prompt_lookup: Whether "auto" also drafts what followed the last tokens where they stood in the text before,
                 as far as that gains more than the drafter does.
 
@@ -94,14 +96,21 @@ class SpeculativeDecoder:
             VocabtrimError: A bundle is damaged or cannot run on its device, or the two do not belong together.
         """
         from engines import load_engine
+        from engines.load import load_pair
 
-        with ExitStack() as opened:  # closes the first engine if the second does not load
-            target_engine = opened.enter_context(load_engine(target, device))
+        with (
+            ExitStack() as opened,
+            ThreadPoolExecutor(max_workers=1) as thread,
+        ):  # closes what is open if the rest fails
+            reading = thread.submit(Tokenizer.load, target)
             drafter_engine = None
-            if drafter is not None:
-                drafter_engine = opened.enter_context(load_engine(drafter, drafter_device or device, target_engine))
-            has_tokenizer = TOKENIZER_NAME in target_engine.manifest.files
-            tokenizer = Tokenizer.load(target) if has_tokenizer else None
+            if drafter is None:
+                target_engine = opened.enter_context(load_engine(target, device))
+            else:
+                target_engine, drafter_engine = map(
+                    opened.enter_context, load_pair(target, drafter, device, drafter_device)
+                )
+            tokenizer = reading.result() if TOKENIZER_NAME in target_engine.manifest.files else None
             decoder = cls(target_engine, drafter_engine, tokenizer, draft_length, prompt_lookup)
             opened.pop_all()
         return decoder

@@ -20,6 +20,7 @@ from engines.bundle.manifest import (
     MODEL_NAME,
     PLAN_NAME,
     VOCAB_MAP_NAME,
+    WEIGHTS_NAME,
     FileDigest,
     Manifest,
 )
@@ -48,7 +49,10 @@ class Check:
 
 
 def file_checks(root: Path, manifest: Manifest) -> list[Check]:
-    """Check that every file is inside the bundle with the size and digest in the manifest, and that none was added."""
+    """Check that every file is inside the bundle with the size and digest in the manifest, and that none was added.
+
+    The digest of the weights is left to `slow_checks`.
+    """
     checks: dict[str, Callable[[], None]] = {
         name: lambda name=name, stated=stated: _check_file(root, name, stated)  # type: ignore[misc]
         for name, stated in manifest.files.items()
@@ -56,8 +60,22 @@ def file_checks(root: Path, manifest: Manifest) -> list[Check]:
     return _run(checks | {"no added file": lambda: _check_added(root, manifest)})
 
 
+def slow_checks(root: Path, manifest: Manifest) -> list[Check]:
+    """Check the digest of the weights, and that the tokenizer is the manifest's.
+
+    They take as long as opening a session does, which may go on at the same time: nothing parses the weights, and the
+    tokenizer's file has its digest.
+    """
+    checks: dict[str, Callable[[], None]] = {}
+    if WEIGHTS_NAME in manifest.files:
+        checks[f"{WEIGHTS_NAME} digest"] = lambda: _check_digest(root, WEIGHTS_NAME, manifest.files[WEIGHTS_NAME])
+    if TOKENIZER_NAME in manifest.files:
+        checks["tokenizer"] = lambda: _check_tokenizer(root, manifest)
+    return _run(checks)
+
+
 def content_checks(root: Path, manifest: Manifest, thorough: bool) -> list[Check]:
-    """Check that the map, the tokenizer and the graphs belong together.
+    """Check that the map and the graphs belong together.
 
     Args:
         root: The bundle's directory.
@@ -65,8 +83,6 @@ def content_checks(root: Path, manifest: Manifest, thorough: bool) -> list[Check
         thorough: Hash the LM head's rows by themselves as well.
     """
     checks: dict[str, Callable[[], None]] = {"vocab map": lambda: _check_map(root, manifest)}
-    if TOKENIZER_NAME in manifest.files:
-        checks["tokenizer"] = lambda: _check_tokenizer(root, manifest)
     for name in (MODEL_NAME, DRAFT_MODEL_NAME, FEATURES_NAME):
         if name in manifest.files:
             checks[f"{name} metadata"] = lambda name=name: _check_metadata(root / name, manifest)  # type: ignore[misc]
@@ -131,8 +147,13 @@ def _check_file(root: Path, name: str, stated: FileDigest) -> None:
         raise VocabtrimError(
             f"{path} {cut}: {size} bytes, {MANIFEST_NAME} says {stated.bytes}: copy or export it again"
         )
-    if file_digest(path) != stated.sha256:
-        raise VocabtrimError(f"{path} does not match its digest in {MANIFEST_NAME}: copy or export it again")
+    if name != WEIGHTS_NAME:
+        _check_digest(root, name, stated)
+
+
+def _check_digest(root: Path, name: str, stated: FileDigest) -> None:
+    if file_digest(root / name) != stated.sha256:
+        raise VocabtrimError(f"{root / name} does not match its digest in {MANIFEST_NAME}: copy or export it again")
 
 
 def _check_added(root: Path, manifest: Manifest) -> None:

@@ -1,11 +1,14 @@
 """The bundle: a directory that holds one engine's files, and `vocabtrim.json`, which says what they are."""
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from engines.bundle.atomic_replace import finish_if_free
-from engines.bundle.checks import Check, content_checks, file_checks, file_digest, load_map
+from engines.bundle.checks import Check, content_checks, file_checks, file_digest, load_map, slow_checks
 from engines.bundle.manifest import (
     DRAFT_MODEL_NAME,
     DRAFT_PLAN_NAME,
@@ -52,6 +55,7 @@ __all__ = [
     "TensorRT",
     "check_bundle",
     "file_digest",
+    "opened_bundle",
     "read_bundle",
 ]
 
@@ -82,13 +86,30 @@ def read_bundle(path: str | Path) -> Bundle:
     Raises:
         VocabtrimError: Names the file that is wrong.
     """
+    with opened_bundle(path) as bundle:
+        return bundle
+
+
+@contextmanager
+def opened_bundle(path: str | Path) -> Iterator[Bundle]:
+    """Read a bundle directory; the checks that take long run in other threads while the block loads the bundle.
+
+    Raises:
+        VocabtrimError: Names the file that is wrong. Of the checks that take long, it is raised at the end of the
+            block, in place of what the block raises.
+    """
     if not isinstance(path, str | os.PathLike):
         raise VocabtrimError(f"a bundle is a directory, given as text or as a path; got {path!r}")
     root = Path(path)
     manifest = _read_manifest(root)
     _stop_at_first(file_checks(root, manifest))
-    _stop_at_first(content_checks(root, manifest, thorough=False))
-    return Bundle(root, manifest, load_map(root, manifest))
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        slow = thread.submit(slow_checks, root, manifest)
+        try:
+            _stop_at_first(content_checks(root, manifest, thorough=False))
+            yield Bundle(root, manifest, load_map(root, manifest))
+        finally:
+            _stop_at_first(slow.result())
 
 
 def check_bundle(path: str | Path) -> list[Check]:
@@ -102,7 +123,8 @@ def check_bundle(path: str | Path) -> list[Check]:
         manifest = _read_manifest(root)
     except VocabtrimError as error:
         return [Check("manifest", str(error))]
-    return [Check("manifest", None), *file_checks(root, manifest), *content_checks(root, manifest, thorough=True)]
+    checks = file_checks(root, manifest) + slow_checks(root, manifest) + content_checks(root, manifest, thorough=True)
+    return [Check("manifest", None), *checks]
 
 
 def _stop_at_first(checks: list[Check]) -> None:

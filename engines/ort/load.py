@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engines.base import Device, Engine
+from engines.base import Device, Engine, Neighbour
 from engines.bundle.read import FEATURES_NAME, MODEL_NAME, Bundle
 from engines.errors import VocabtrimError
 from engines.ort.eagle import EagleEngine, FeatureEngine
@@ -12,7 +12,7 @@ from engines.ort.profiled import load_profiled
 from engines.ort.session import open_session
 
 
-def load(bundle: Bundle, neighbour: Engine | None, profile: Path | None) -> Engine:
+def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> Engine:
     """Load a bundle of `--format onnx`; see `engines.load.load_engine`."""
     manifest = bundle.manifest
     if manifest.dtype == "bf16":
@@ -21,9 +21,8 @@ def load(bundle: Bundle, neighbour: Engine | None, profile: Path | None) -> Engi
         )
     if profile and manifest.interface == "parallel-heads":
         raise VocabtrimError("the operators of Medusa heads are not profiled yet: leave --profile out")
-    shared = cache_owner(bundle, neighbour, "cpu")
     if profile:
-        return load_profiled(bundle, profile, shared)
+        return load_profiled(bundle, profile, cache_owner(bundle, neighbour(), "cpu"))
     session = open_session(bundle.path / MODEL_NAME)
     if manifest.interface == "parallel-heads":
         return MedusaEngine(bundle, session)
@@ -31,7 +30,7 @@ def load(bundle: Bundle, neighbour: Engine | None, profile: Path | None) -> Engi
         fuses = FEATURES_NAME in manifest.files
         return EagleEngine(bundle, session, open_session(bundle.path / FEATURES_NAME) if fuses else None)
     engine = FeatureEngine if manifest.feature_layers else OnnxRuntimeEngine
-    return engine(bundle, session, shared)
+    return engine(bundle, session, cache_owner(bundle, neighbour(), "cpu"))
 
 
 def cache_owner(bundle: Bundle, neighbour: Engine | None, device: Device) -> OnnxRuntimeEngine | None:

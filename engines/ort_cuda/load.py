@@ -3,7 +3,7 @@
 import weakref
 from pathlib import Path
 
-from engines.base import Engine
+from engines.base import Neighbour
 from engines.bundle.read import FEATURES_NAME, Bundle
 from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
@@ -13,12 +13,12 @@ from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
 from engines.ort_cuda.provider import open_cuda_session, require_provider
 
 
-def load(bundle: Bundle, neighbour: Engine | None, profile: Path | None) -> OnnxRuntimeCudaEngine:
+def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> OnnxRuntimeCudaEngine:
     """Load a bundle of `--format onnx` on CUDA; see `engines.load.load_engine`.
 
     Args:
         bundle: The bundle.
-        neighbour: An engine whose stream is used, if it has one, and whose KV cache, if that can serve both.
+        neighbour: Gives an engine whose stream is used, if it has one, and whose KV cache, if that can serve both.
         profile: None: operators are not profiled on CUDA.
 
     Raises:
@@ -27,7 +27,8 @@ def load(bundle: Bundle, neighbour: Engine | None, profile: Path | None) -> Onnx
     """
     _check(bundle, profile)
     missing = require_provider()
-    other = neighbour if isinstance(neighbour, OnnxRuntimeCudaEngine) else None
+    beside = neighbour()
+    other = beside if isinstance(beside, OnnxRuntimeCudaEngine) else None
     stream = other.stream if other else make_stream()
     session = open_cuda_session(bundle, stream, missing)
     if bundle.manifest.interface == "feature-head":

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engines.base import Engine
+from engines.base import Engine, Neighbour
 from engines.bundle.read import Bundle
 from engines.errors import VocabtrimError
 from engines.trt.engine import StaticEngine
@@ -10,7 +10,7 @@ from engines.trt.executor import TensorRTExecutor
 from engines.trt.plan_proof import prove_plan
 
 
-def load(bundle: Bundle, neighbour: Engine | None, profile: Path | None) -> Engine:  # noqa: ARG001  (it shares nothing)
+def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> Engine:  # noqa: ARG001  (it shares nothing)
     """Load a bundle of `--format trt`, whose plan proves itself first; see `engines.load.load_engine`."""
     plans = bundle.manifest.tensorrt
     if profile:

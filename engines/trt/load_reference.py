@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from engines.base import Engine
+from engines.base import Engine, Neighbour
 from engines.bundle.read import Bundle
 from engines.errors import VocabtrimError
 from engines.trt.engine import StaticEngine
 from engines.trt.reference import ReferenceExecutor
 
 
-def load(bundle: Bundle, neighbour: Engine | None, profile: Path | None) -> Engine:  # noqa: ARG001  (it shares nothing)
+def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> Engine:  # noqa: ARG001  (it shares nothing)
     """Load a bundle of `--format trt`; see `engines.load.load_engine`."""
     if profile:
         raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")

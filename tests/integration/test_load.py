@@ -1,6 +1,7 @@
 """Several decoders over one pair of loaded weights, and many generations one after the other."""
 
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import onnxruntime
 import pytest
 
 from engines import VocabtrimError, load_engine
+from engines.load import load_pair
 from runtime import SamplingParams, SpeculativeDecoder
 from vocabtrim_export.trt.settings import TensorRTSettings
 
@@ -64,6 +66,23 @@ def test_forks_read_the_same_weights_and_have_caches_of_their_own(decoder, monke
     with fork.fork() as another:
         fork.close()
         assert decode(another, JOBS) == wanted
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"), [(("drafter",), "drafter"), (("target", "drafter"), "target"), (("target",), "target")]
+)
+def test_a_pair_that_loads_at_the_same_time_is_refused_as_one_by_one(pair, tmp_path, broken, named):
+    """A byte of weights is changed, which nothing notices but their digest, computed while sessions open."""
+    paths = {"target": pair.target, "drafter": pair.drafter}
+    for name in broken:
+        paths[name] = shutil.copytree(paths[name], tmp_path / name)
+        with (paths[name] / "model.onnx.data").open("r+b") as weights:
+            weights.seek(1000)
+            changed = bytes([weights.read(1)[0] ^ 1])
+            weights.seek(1000)
+            weights.write(changed)
+    with pytest.raises(VocabtrimError, match=rf"{named}/model\.onnx\.data does not match its digest"):
+        load_pair(paths["target"], paths["drafter"])
 
 
 def test_a_drafter_with_a_cache_of_its_own_keeps_one_in_a_fork(pair):
