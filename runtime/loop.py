@@ -35,14 +35,14 @@ def decode_rounds(
     """Generate after a prompt, one round at a time.
 
     The first round is the target's prefill and gives one token. Each later round drafts up to `draft_length` tokens,
-    verifies them in one target call and gives 1 to `draft_length + 1` tokens; without a drafter it gives one.
+    verifies them in one target call and gives 1 to `draft_length + 1` tokens; with nothing to draft it gives one.
     Generation ends after an EOS of the target's manifest, or when the target's cache is full. Drafting stops at the
     end of the drafter's cache. Both engines belong to this generator until it ends or is closed: a later generation of
     the same thread ends this one.
 
     Args:
         target: The engine whose output is generated.
-        drafter: The engine that drafts; None: the target decodes alone.
+        drafter: The engine that drafts; None: only the text itself drafts, where `draft_length` looks it up.
         prompt: Token ids: at least one, and no more than the target's cache holds.
         max_new_tokens: The most tokens to generate, at least one.
         draft_length: γ, or what decides it round by round.
@@ -127,7 +127,7 @@ class _Loop:
         self.target, self.drafter = target, drafter
         self.length = FixedLength(draft_length) if isinstance(draft_length, int) else draft_length
         self.vocab_size = target.manifest.vocab_size
-        lookups = self.length.lookups if drafter else None
+        lookups = self.length.lookups
         self.lookup = None if lookups is None else PromptLookup(prompt, self.length.longest, lookups)
         # Forced runs have their full length: the EOS that they may meet is none that the target chose.
         self.stop = frozenset(target.manifest.eos_token_ids if force_accepted is None else ())
@@ -172,7 +172,7 @@ class _Loop:
         draft, output = move.draft, move.verified
         with self.profiler.span("accept", drafted=len(draft)):
             accepted = move.accepted or self.rule.accept(draft, output)
-        if self.drafter:
+        if self.drafter or self.lookup:
             spent = perf_counter() - start - move.prefill_seconds
             self.length.observe(len(draft), accepted.count, move.draft_seconds, move.verify_seconds, spent)
         tokens = draft[: accepted.count]
@@ -212,7 +212,7 @@ class _Loop:
 
     def move(self) -> _Move:
         """Draft and verify: in one call where the engines can, else one after the other."""
-        room = self.room(self.drafter) if self.drafter else 0
+        room = self.room()
         match = self.lookup.match() if self.lookup and room > 0 else NO_MATCH
         plan = self.length.begin(match.chances) if room > 0 else Plan(0, 0)
         steps = min(plan.drafted, room)
@@ -288,12 +288,13 @@ class _Loop:
                 return drafted[: index + 1]
         return drafted
 
-    def room(self, drafter: Engine) -> int:
+    def room(self) -> int:
         """Returns the most tokens to draft: as many as can be used, since the target adds one, and the caches hold."""
-        length, longest = len(self.sequence), self.length.longest
-        return min(
-            longest if drafter.max_draft is None else min(longest, drafter.max_draft),
-            self.end - length - 1,
-            self.target.capacity - self.target.length - 1,
-            drafter.capacity - length + 1,  # the last drafted token is not fed
-        )
+        if not (self.drafter or self.lookup):
+            return 0
+        length = len(self.sequence)
+        most = min(self.length.longest, self.end - length - 1, self.target.capacity - self.target.length - 1)
+        if self.drafter is None:
+            return most
+        most = min(most, self.drafter.capacity - length + 1)  # the last drafted token is not fed
+        return most if self.drafter.max_draft is None else min(most, self.drafter.max_draft)

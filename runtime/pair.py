@@ -10,6 +10,7 @@ from engines.bundle.vocabulary import Vocabulary, shared_tokens
 from engines.errors import VocabtrimError
 from runtime.draft_length import AdaptiveLength, DraftLength, FixedLength
 from runtime.draft_tiers import TieredLength, tiers_up_to
+from runtime.lookup_length import LookupLength
 
 DEFAULT_DRAFT_LENGTH = 4
 LONGEST_DRAFT = 16  # of an adaptive length
@@ -53,7 +54,8 @@ def make_draft_length(
         target: The engine that verifies.
         drafter: The engine that drafts, None for the target alone.
         draft_length: A number as in `resolve_draft_length`. "auto" and None: as many tokens as are worth their time, up
-            to LONGEST_DRAFT where both engines draft step by step on the CPU, else one of a few lengths.
+            to LONGEST_DRAFT where both engines draft step by step on the CPU, else one of a few lengths. Without a
+            drafter, "auto" drafts what the text itself repeats, and None drafts nothing.
         prompt_lookup: Whether an adaptive length also drafts what the text itself repeats.
 
     Raises:
@@ -62,6 +64,8 @@ def make_draft_length(
     if draft_length not in (None, "auto"):
         draft_length = whole_number("draft_length", draft_length)
     fixed = resolve_draft_length(target, drafter, None if draft_length == "auto" else draft_length)
+    if drafter is None and draft_length == "auto" and prompt_lookup and target.max_keep > 1:
+        return LookupLength(min(target.max_keep - 1, LONGEST_DRAFT))
     if drafter is None or isinstance(draft_length, int):
         return FixedLength(fixed)
     most = min(target.max_keep - 1, LONGEST_DRAFT, drafter.max_draft or LONGEST_DRAFT)

@@ -18,6 +18,7 @@ from engines.sampling_params import SamplingParams
 from engines.slots import Slots
 from runtime.accept import accept_sampled
 from runtime.draft_length import AdaptiveLength
+from runtime.lookup_length import LookupLength
 from runtime.loop import decode_rounds
 from runtime.round_costs import GivenCosts
 from runtime.sampling import distribution, sample
@@ -251,7 +252,7 @@ def test_the_law_with_slots_is_the_targets(
 @settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    kept=st.sampled_from(list(MAPS)),
+    kept=st.sampled_from([*MAPS, "no drafter"]),
     prompt=st.sampled_from([[0, 2] * 9, [2, 0, 0] * 6]),
     params=st.sampled_from([SamplingParams(1.0), SamplingParams(1.0, presence_penalty=0.4, frequency_penalty=-0.3)]),
 )
@@ -262,10 +263,11 @@ def test_the_law_of_adaptive_drafts_and_looked_up_tokens_is_the_targets(
     rng = np.random.default_rng(seed)
     mine, its = (2 * rng.standard_normal((3, 3)).astype(np.float32) for _ in range(2))
     target = bare(make_target(rows=3), mine, None)
-    drafter = bare(make_drafter(MAPS[kept], rows=3), its, MAPS[kept])
+    drafter = bare(make_drafter(MAPS[kept], rows=3), its, MAPS[kept]) if kept in MAPS else None
     law, looked_up = defaultdict(float), 0
     for way in every_way():
-        length = AdaptiveLength(3, costs=GivenCosts(step=0.4, row=0.02))  # its state is of this way alone
+        kind = AdaptiveLength if drafter else LookupLength
+        length = kind(3, costs=GivenCosts(step=0.4, row=0.02))  # its state is of this way alone
         rounds = list(decode_rounds(target, drafter, prompt, max_new_tokens=4, draft_length=length, sampling=params))
         law[tuple(token for entry in rounds for token in entry.tokens)] += way.weight
         looked_up += sum(entry.looked_up for entry in rounds)

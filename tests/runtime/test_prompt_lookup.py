@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from engines.sampling_params import SamplingParams
 from runtime import SpeculativeDecoder
 from runtime.draft_length import AdaptiveLength
+from runtime.lookup_length import LookupLength
 from runtime.loop import GREEDY, decode_rounds
 from runtime.prompt_lookup import LOOKUP_PRIORS, NO_MATCH, PromptLookup
 from runtime.round_costs import GivenCosts
@@ -77,8 +78,8 @@ PROMPT = [3, 4, 5, 6, 7, 8, 9, 3, 4, 5]
 )
 def test_greedy_output_is_the_targets(make_target, make_drafter, sampling):
     alone, _ = decoded(repeating(make_target()), None, PROMPT, 1, sampling)
-    for drafter in (make_drafter(noise=3.0), make_drafter(range(0, 48, 2))):
-        length = AdaptiveLength(8, costs=GIVEN)
+    for drafter in (make_drafter(noise=3.0), make_drafter(range(0, 48, 2)), None):
+        length = AdaptiveLength(8, costs=GIVEN) if drafter else LookupLength(8, costs=GIVEN)
         for _ in range(2):
             tokens, stats = decoded(repeating(make_target()), drafter, PROMPT, length, sampling)
             assert tokens == alone
@@ -106,3 +107,12 @@ def test_useless_matches_are_not_drafted_for_long(make_target, make_drafter):
 def test_off_by_a_flag(make_target, make_drafter):
     decoder = SpeculativeDecoder(repeating(make_target()), make_drafter(), draft_length="auto", prompt_lookup=False)
     assert decoder.generate(PROMPT, max_new_tokens=40).stats.looked_up == 0
+
+
+def test_without_a_drafter_auto_looks_up_and_none_does_not(make_target):
+    looked_up = {}
+    for draft_length in ("auto", None, 4):
+        with SpeculativeDecoder(repeating(make_target()), draft_length=draft_length) as decoder:
+            looked_up[draft_length] = decoder.generate(PROMPT, max_new_tokens=60).stats.looked_up
+    assert looked_up["auto"] > 40
+    assert looked_up[None] == looked_up[4] == 0

@@ -177,8 +177,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-length",
         type=draft_length,
         metavar="N",
-        help="tokens drafted per round (γ); auto, the default: as many as save time on this text and machine, up to 16 "
-        "on the CPU, 1, 3 or 7 on a GPU",
+        help="tokens drafted per round (γ); auto, the default with a drafter: as many as save time on this text and "
+        "machine, up to 16 on the CPU, 1, 3 or 7 on a GPU; auto without a drafter: prompt lookup alone",
     )
 
 

@@ -1,0 +1,23 @@
+"""How many tokens a round drafts where nothing but the text itself drafts."""
+
+from collections.abc import Sequence
+
+from runtime.draft_length import AdaptiveLength, Plan
+from runtime.round_costs import Costs
+
+
+class LookupLength(AdaptiveLength):
+    """Verifies what followed the last tokens earlier in the text, as far as it is worth its time; there is no drafter.
+
+    A further token is verified where its share of right tokens is worth more than its row costs (see `AdaptiveLength`).
+    """
+
+    is_stepwise = False
+
+    def begin(self, chances: Sequence[float] = ()) -> Plan:
+        looked_up, _ = self._looked_up(chances)
+        self._is_lookup = looked_up > 0
+        return Plan(looked_up, 0)
+
+    def afresh(self, costs: Costs) -> "LookupLength":
+        return LookupLength(self.longest, costs=costs)
