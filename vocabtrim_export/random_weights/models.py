@@ -94,6 +94,14 @@ SHAPES = {
             rms_norm_eps=1e-6,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         ),
+        _shape(
+            "smollm2-135m",
+            "llama",
+            (49_152, 576, 1536, 30, 9, 3, 64, 8192),
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        ),
         _shape("tiny", "llama", (512, 64, 96, 2, 4, 2, 16, 1024), tie_word_embeddings=True),
     )
 }
