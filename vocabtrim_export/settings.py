@@ -111,7 +111,7 @@ def check_auto(settings: ExportSettings, kind: str | None, target: str | None, g
         raise VocabtrimError(f"--k auto is for drafters that are language models, not for heads{how}")
     if target is None:
         raise VocabtrimError(f"--k auto replays the target's own text and needs --target{how}")
-    if given.corpus is None:
+    if given.counts:
         raise VocabtrimError(f"--k auto replays held-out prompts, and token counts hold none: give text{how}")
     if settings.trt is not None or settings.weights_dtype == "bf16":
         raise VocabtrimError(f"--k auto measures steps on the CPU, where TensorRT and bf16 do not run{how}")

@@ -14,7 +14,7 @@ import pytest
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration import Document, Message, builtin_corpus, describe_skipped, read_corpus
-from vocabtrim_export.calibration.document import MAX_PIECE, split_text
+from vocabtrim_export.calibration.document import MAX_PIECE, cut_text
 
 USER = Message("user", "Hi")
 SYSTEM = Message("system", "Be brief.")
@@ -117,7 +117,7 @@ def test_a_directory_is_read_in_order_whoever_lists_it(tmp_path):
 
 def test_a_long_text_is_cut_where_it_pauses_and_loses_nothing():
     text = "\n\n".join(" ".join(["word"] * (17 * number)) for number in range(1, 60)) + "x" * 5000
-    pieces = list(split_text(text))
+    pieces = list(cut_text([text]))
     assert all(0 < len(piece) <= MAX_PIECE for piece in pieces)
     assert "".join("".join(pieces).split()) == "".join(text.split())
 
@@ -183,7 +183,7 @@ def test_a_missing_path_and_an_empty_directory_are_named(tmp_path):
 
 
 def test_a_line_of_absurd_length_is_refused_by_its_number(tmp_path, monkeypatch):
-    monkeypatch.setattr("vocabtrim_export.calibration.data_files.MAX_LINE", 1000)
+    monkeypatch.setattr("vocabtrim_export.calibration.text_files.MAX_LINE", 1000)
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"text": "short"}\n{"text": "' + "x" * 1000 + '"}\n')
     with pytest.raises(VocabtrimError, match="line 2 is longer than"):

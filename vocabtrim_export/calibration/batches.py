@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from vocabtrim_export.calibration.calibration_run import CalibrationRun
 from vocabtrim_export.calibration.counts import TokenCounts
 from vocabtrim_export.calibration.document import Document
+from vocabtrim_export.calibration.document_file import prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,47 +44,61 @@ class BatchLimits:
         return replace(self, max_new_tokens=new, max_prompt_tokens=min(self.max_prompt_tokens, context - new))
 
 
-def next_batch(documents: Sequence[Document], counts: TokenCounts, max_tokens: int) -> tuple[int, list[int]] | None:
-    """Choose the next batch. It depends on the counts alone, so interruptions do not change it.
+class Batches:
+    """The batches of a corpus. The next one depends on the counts alone, so interruptions do not change it.
 
     Args:
         documents: The documents of the corpus.
-        counts: The counts so far.
+        run: The settings of the calibration.
         max_tokens: The number of tokens to count.
-
-    Returns:
-        The number of the pass over the corpus and the indices of the documents; None when the counting is done.
     """
-    run = counts.runs[0]
-    if not documents or counts.total >= max_tokens:
-        return None
-    pass_number, start = divmod(run.documents_done, len(documents))
-    repeats = run.source != "text" and run.temperature > 0 and counts.total > 0
-    if pass_number > 0 and not repeats:
-        return None
-    size = TEXT_BATCH
-    if run.source != "text":  # the last batch is no larger than what is missing needs
-        size = min(run.batch_size, max(MIN_BATCH, -(-(max_tokens - counts.total) // run.max_new_tokens)))
-    return pass_number, _order(documents, run, pass_number)[start : start + size]
 
+    def __init__(self, documents: Sequence[Document], run: CalibrationRun, max_tokens: int) -> None:
+        self.run, self.max_tokens = run, max_tokens
+        self._lengths = prompt_lengths(documents)
+        self._pass_number = -1
+        self._order = self._lengths[:0]
 
-def _order(documents: Sequence[Document], run: CalibrationRun, pass_number: int) -> list[int]:
-    """Returns a random order of the documents in which neighbours have similar lengths, which limits padding.
+    def next(self, counts: TokenCounts) -> tuple[int, list[int]] | None:
+        """Choose the next batch.
 
-    Windows of a shuffled corpus are sorted by length and their batches shuffled, so that stopping early still leaves
-    short and long prompts.
-    """
-    random = np.random.default_rng([run.seed, pass_number])
-    shuffled = random.permutation(len(documents)).tolist()
-    size = run.batch_size or TEXT_BATCH
-    order: list[int] = []
-    for start in range(0, len(shuffled), BATCHES_A_WINDOW * size):
-        window = sorted(
-            shuffled[start : start + BATCHES_A_WINDOW * size], key=lambda index: documents[index].prompt_length
-        )
-        batches = [window[at : at + size] for at in range(0, len(window), size)]
-        order += [index for batch in random.permutation(len(batches)) for index in batches[batch]]
-    return order
+        Args:
+            counts: The counts so far.
+
+        Returns:
+            The number of the pass over the corpus and the indices of the documents; None when the counting is done.
+        """
+        total = counts.total
+        if not len(self._lengths) or total >= self.max_tokens:
+            return None
+        pass_number, start = divmod(counts.runs[0].documents_done, len(self._lengths))
+        repeats = self.run.source != "text" and self.run.temperature > 0 and total > 0
+        if pass_number > 0 and not repeats:
+            return None
+        size = TEXT_BATCH
+        if self.run.source != "text":  # the last batch is no larger than what is missing needs
+            missing = -(-(self.max_tokens - total) // self.run.max_new_tokens)
+            size = min(self.run.batch_size, max(MIN_BATCH, missing))
+        if pass_number != self._pass_number:
+            self._pass_number, self._order = pass_number, self._ordered(pass_number)
+        return pass_number, self._order[start : start + size].tolist()
+
+    def _ordered(self, pass_number: int) -> NDArray[np.int64]:
+        """Returns a random order of the documents in which neighbours have similar lengths, which limits padding.
+
+        Windows of a shuffled corpus are sorted by length and their batches shuffled, so that stopping early still
+        leaves short and long prompts.
+        """
+        random = np.random.default_rng([self.run.seed, pass_number])
+        shuffled = random.permutation(len(self._lengths))
+        size = self.run.batch_size or TEXT_BATCH
+        order: list[NDArray[np.int64]] = []
+        for start in range(0, len(shuffled), BATCHES_A_WINDOW * size):
+            window = shuffled[start : start + BATCHES_A_WINDOW * size]
+            window = window[np.argsort(self._lengths[window], kind="stable")]
+            batches = [window[at : at + size] for at in range(0, len(window), size)]
+            order += [batches[batch] for batch in random.permutation(len(batches))]
+        return np.concatenate(order)
 
 
 def draws(run: CalibrationRun, pass_number: int, indices: Sequence[int]) -> NDArray[np.float64]:

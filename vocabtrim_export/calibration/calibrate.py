@@ -15,7 +15,7 @@ from engines.bundle.chat_template import ChatOptions
 from engines.bundle.messages import plain_data
 from engines.bundle.tokenizer import tokenizer_digest
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration.batches import BatchLimits, count_batch, draws, next_batch
+from vocabtrim_export.calibration.batches import Batches, BatchLimits, count_batch, draws
 from vocabtrim_export.calibration.calibration_run import CalibrationRun
 from vocabtrim_export.calibration.corpus import Corpus
 from vocabtrim_export.calibration.count_settings import NO_EVENTS, CountEvents, CountSettings
@@ -84,8 +84,9 @@ def calibrate(
     evidence = None if settings.enough_for is None else _evidence(settings.enough_for, counts, checkpoint)
     saver = Saver(checkpoint, save_seconds, counts, evidence)
     produce = _producer(model, tokenizer, corpus, settings, events, saver, skipped)
+    batches = Batches(corpus.documents, fresh.runs[0], settings.max_tokens)
     try:
-        while batch := _next_batch(corpus, counts, settings):
+        while not _is_enough(counts, settings) and (batch := batches.next(counts)):
             tokens, unfinished = produce(counts, *batch)
             held = [is_held_out(index, len(corpus.documents)) for index in batch[1]]
             counts, parts = count_batch(counts, tokens, held, settings.max_tokens)
@@ -107,11 +108,9 @@ def calibrate(
     return counts
 
 
-def _next_batch(corpus: Corpus, counts: TokenCounts, settings: CountSettings) -> tuple[int, list[int]] | None:
-    """The pass and the documents (by index) to count next; None where the tokens are enough, or all are counted."""
-    if counts.runs[0].enough_for == str(settings.enough_for):
-        return None
-    return next_batch(corpus.documents, counts, settings.max_tokens)
+def _is_enough(counts: TokenCounts, settings: CountSettings) -> bool:
+    """Whether `auto` stopped the counting, now or in an earlier run."""
+    return counts.runs[0].enough_for == str(settings.enough_for)
 
 
 def _producer(

@@ -3,38 +3,53 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.data_files import read_records
-from vocabtrim_export.calibration.document import Document, Skipped, split_text
+from vocabtrim_export.calibration.document import Document, Skipped, cut_text
+from vocabtrim_export.calibration.document_file import kept
 from vocabtrim_export.calibration.records import parse_record
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents in a fixed order. `digest` is sha256 over their content, wherever they lay; `source` names them.
+    """Documents in a fixed order.
 
-    skipped: the records of its files that have no known form.
+    Attributes:
+        documents: The documents; many of them lie in a temporary file.
+        digest: sha256 over their content, wherever they lay.
+        source: Names them.
+        skipped: The records of its files that have no known form.
     """
 
-    documents: tuple[Document, ...]
+    documents: Sequence[Document]
     digest: str
     source: str
     skipped: tuple[Skipped, ...] = ()
 
     @classmethod
-    def of(cls, documents: Sequence[Document], source: str, skipped: Sequence[Skipped] = ()) -> "Corpus":
+    def of(cls, documents: Iterable[Document], source: str, skipped: Sequence[Skipped] = ()) -> "Corpus":
+        """Keep documents, which are read once. skipped: it may grow while they are read."""
         sha = hashlib.sha256()
-        for document in documents:
-            prompt = [{"role": message.role, "content": message.content} for message in document.prompt]
-            said: dict[str, object] = {"text": document.text, "prompt": prompt}
-            if document.answers:
-                said["answers"] = document.answers
-            sha.update(json.dumps(said, sort_keys=True).encode() + b"\n")
-        return cls(tuple(documents), sha.hexdigest(), source, tuple(skipped))
+
+        def digested() -> Iterator[Document]:
+            for document in documents:
+                sha.update(_content(document))
+                yield document
+
+        places = kept(digested())
+        return cls(places, sha.hexdigest(), source, tuple(skipped))
+
+
+def _content(document: Document) -> bytes:
+    prompt = [{"role": message.role, "content": message.content} for message in document.prompt]
+    said: dict[str, object] = {"text": document.text, "prompt": prompt}
+    if document.answers:
+        said["answers"] = document.answers
+    return json.dumps(said, sort_keys=True).encode() + b"\n"
 
 
 def read_corpus(paths: Sequence[Path]) -> Corpus:
@@ -47,19 +62,17 @@ def read_corpus(paths: Sequence[Path]) -> Corpus:
     if not paths:
         return builtin_corpus()
     files = list(dict.fromkeys(file for path in paths for file in _files(Path(path))))
-    documents: list[Document] = []
     skipped: list[Skipped] = []
-    for file in files:
-        _read_file(file, documents, skipped)
     names = ", ".join(path.name or str(path) for path in map(Path, paths))
-    return Corpus.of(documents, f"{names} ({len(documents)} documents)", skipped)
+    corpus = Corpus.of((document for file in files for document in _read_file(file, skipped)), names, skipped)
+    return replace(corpus, source=f"{names} ({len(corpus.documents)} documents)")
 
 
 def builtin_corpus() -> Corpus:
     """The topics of Python's own help, which every Python has: a stand-in where no text was given."""
     from pydoc_data.topics import topics
 
-    documents = [Document(piece) for name in sorted(topics) for piece in split_text(topics[name])]
+    documents = [Document(piece) for name in sorted(topics) for piece in cut_text([topics[name]])]
     return Corpus.of(documents, "built-in (pydoc_data.topics)")
 
 
@@ -82,17 +95,23 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _read_file(path: Path, documents: list[Document], skipped: list[Skipped]) -> None:
-    """Append the documents of one file, and what was left out. Raises `VocabtrimError` where nothing is usable."""
-    before, first_reason, first_place = len(documents), "", str(path)
+def _read_file(path: Path, skipped: list[Skipped]) -> Iterator[Document]:
+    """Yield the documents of one file, and add what was left out to `skipped`.
+
+    Raises:
+        VocabtrimError: Nothing in it is usable.
+    """
+    is_empty, first_reason, first_place = True, "", str(path)
     for where, record in read_records(path):
         first_place = where if first_place == str(path) else first_place
         try:
-            documents.extend(parse_record(record, where))
+            for document in parse_record(record, where):
+                is_empty = False
+                yield document
         except VocabtrimError as error:
             first_reason = first_reason or str(error)
             skipped.append(Skipped(where, str(error).removeprefix(f"{where}: ").removeprefix(f"{where}, ")))
-    if len(documents) == before:
+    if is_empty:
         raise VocabtrimError(
             first_reason or f"{first_place}: no usable text for calibration: the file is empty, or its records are"
         )

@@ -84,8 +84,7 @@ def count_data(
     Raises:
         VocabtrimError: See `calibrate`.
     """
-    assert data.corpus is not None
-    if not data.domains:
+    if data.corpus:
         return _count_corpus(model, tokenizer, data.corpus, job, model_digest)
     checkpoint = job.checkpoint
     places = {domain.name: checkpoint.with_name(f"{checkpoint.name}.{domain.name}") for domain in data.domains}

@@ -65,14 +65,19 @@ class CalibrationInput:
     """The content of the files that `--calibration` names: earlier counts, or else a corpus to count on.
 
     Attributes:
-        counts: Earlier counts.
-        corpus: The documents of all files; None where counts were given.
+        counts: Earlier counts; empty where there is text to count on.
+        corpus: The documents of all files; None where counts were given, or domains.
         domains: Where the files have names: the documents of each.
     """
 
-    counts: tuple[TokenCounts, ...]
-    corpus: Corpus | None
+    counts: tuple[TokenCounts, ...] = ()
+    corpus: Corpus | None = None
     domains: tuple[Domain, ...] = ()
+
+    @property
+    def corpora(self) -> tuple[Corpus, ...]:
+        """The documents that are counted together, of each domain apart."""
+        return (self.corpus,) if self.corpus else tuple(domain.corpus for domain in self.domains)
 
 
 def read_calibration(names: Sequence[str | Path]) -> CalibrationInput:
@@ -86,16 +91,14 @@ def read_calibration(names: Sequence[str | Path]) -> CalibrationInput:
         VocabtrimError: A file cannot be read, or text and counts are mixed.
     """
     if domains := read_domains(names):
-        documents = [document for domain in domains for document in domain.corpus.documents]
-        skipped = [each for domain in domains for each in domain.corpus.skipped]
-        return CalibrationInput((), Corpus.of(documents, ", ".join(each.name for each in domains), skipped), domains)
+        return CalibrationInput(domains=domains)
     paths = [Path(name) for name in names]
     counted = [path for path in paths if path.suffix == ".safetensors"]
     if counted and len(counted) < len(paths):
         raise VocabtrimError("--calibration takes either text to calibrate on or token counts, not both")
     if counted:
-        return CalibrationInput(tuple(TokenCounts.load(path) for path in counted), None)
-    return CalibrationInput((), read_corpus(paths) if paths else builtin_corpus())
+        return CalibrationInput(tuple(TokenCounts.load(path) for path in counted))
+    return CalibrationInput(corpus=read_corpus(paths) if paths else builtin_corpus())
 
 
 def calibration_source(settings: CalibrationSettings, roles: Collection[Role]) -> CalibrationSource:
@@ -132,7 +135,7 @@ def count_tokens(
     Raises:
         VocabtrimError: The counts come from another tokenizer, or the model that is to generate is not there.
     """
-    if data.corpus is None:
+    if data.counts:
         counts = reduce(add, data.counts)
         if counts.tokenizer_digest not in {source.tokenizer_digest for source in sources.values()}:
             raise VocabtrimError("the token counts were made with another tokenizer than the model's: calibrate again")
@@ -172,7 +175,7 @@ def calibrate_models(
     if output.suffix != ".safetensors":
         raise VocabtrimError(f"--output {output}: name the file of token counts something.safetensors")
     data = read_calibration(settings.calibration)
-    if data.corpus is None:
+    if data.counts:
         counts = reduce(add, data.counts)
         with alone(output):
             counts.save(output)

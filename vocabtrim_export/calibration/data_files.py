@@ -2,25 +2,30 @@
 
 import bz2
 import codecs
-import csv
 import gzip
 import io
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration.arrow_files import open_zstd, read_table
+from vocabtrim_export.calibration.arrow_files import open_zstd
+from vocabtrim_export.calibration.arrow_files import read_table as read_arrow_table
+from vocabtrim_export.calibration.text_files import (
+    Records,
+    read_json,
+    read_json_lines,
+    read_table,
+    read_text,
+    table_cells,
+)
 
-# The longest line of JSONL and the largest file that is read as a whole, in bytes: longer ones were not meant as one.
-MAX_LINE, MAX_FILE = 64 << 20, 1 << 30
-_NO_DELIMITER = "\x1f"  # stands in no text
-_LISTS = ("messages", "conversations", "conversation", "turns", "prompt")  # a table's cell holds these as JSON
+# The largest file that is read as a whole, in bytes: a compressed table, or UTF-16 text.
+MAX_FILE = 1 << 30
+_Reader = Callable[[io.BufferedReader, Path], Records]
 _OPENERS: Mapping[str, tuple[bytes, Callable[[BinaryIO, Path], Any]]] = {
     ".gz": (b"\x1f\x8b", lambda stream, _: gzip.GzipFile(fileobj=stream)),
     ".bz2": (b"BZh", lambda stream, _: bz2.BZ2File(stream)),
@@ -64,7 +69,7 @@ def read_records(path: Path) -> Iterator[tuple[str, object]]:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[io.BufferedReader, "_Reader"]]:
+def _open(path: Path) -> Iterator[tuple[io.BufferedReader, _Reader]]:
     """The decompressed bytes of a file, text as UTF-8, and the function that reads them."""
     suffix = path.suffix.lower()
     with path.open("rb") as file:
@@ -82,14 +87,14 @@ def _open(path: Path) -> Iterator[tuple[io.BufferedReader, "_Reader"]]:
             yield (_buffered(_read_all(stream, path)) if read is _read_columns else stream), read
 
 
-def _recognise(stream: io.BufferedReader, suffix: str, path: Path) -> tuple[io.BufferedReader, "_Reader"]:
+def _recognise(stream: io.BufferedReader, suffix: str, path: Path) -> tuple[io.BufferedReader, _Reader]:
     begin = stream.peek(8)[:8]
     _refuse(begin, suffix, path)
     if any(begin.startswith(magics) for magics in _TABLES.values()):
         return stream, _read_columns
     if begin and suffix in _TABLES:
         raise VocabtrimError(f"{path} is not {suffix} data, whatever its name says: get it again, or rename it")
-    return _as_utf8(stream, path), _READERS.get(suffix, _read_text)
+    return _as_utf8(stream, path), _READERS.get(suffix, read_text)
 
 
 def _refuse(begin: bytes, suffix: str, path: Path) -> None:
@@ -125,134 +130,15 @@ def _read_all(stream: io.BufferedReader, path: Path) -> bytes:
     return data
 
 
-def _decode(data: bytes, where: str) -> str:
-    """UTF-8 text. Another encoding cannot be told with certainty, so it is refused."""
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise VocabtrimError(
-            f"{where} is not UTF-8 text (byte {error.start}): convert it (iconv -f latin1 -t utf-8), or leave it out"
-        ) from error
-    if "\0" in text:
-        raise VocabtrimError(f"{where} is not text, it holds NUL bytes: convert it to UTF-8, or leave it out")
-    return text
+def _read_columns(stream: io.BufferedReader, path: Path) -> Records:
+    for where, row in read_arrow_table(stream, path):
+        yield where, table_cells(row)
 
 
-def _read_text(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, object]]:
-    text = _decode(_read_all(stream, path), str(path))
-    first_line = text.lstrip().partition("\n")[0]
-    if path.suffix.lower() in ("", ".txt") and first_line.startswith("{") and _is_json(first_line):
-        raise VocabtrimError(f"{path} holds JSON lines, and its name says that it is text: rename it to .jsonl")
-    yield str(path), {"text": text}
-
-
-def _read_json_lines(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, object]]:
-    # Lines end at "\n" alone: JSON strings may hold U+2028, which ends a line elsewhere.
-    for number in count(1):
-        line = stream.readline(MAX_LINE + 1)
-        if not line:
-            return
-        where = f"{path}, line {number}"
-        if len(line) > MAX_LINE:
-            raise VocabtrimError(f"{where} is longer than {MAX_LINE >> 20} MiB: split or remove it")
-        if (text := _decode(line, where)).strip():
-            yield from _listed(_parse(text, where), where, where)
-
-
-def _read_json(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, object]]:
-    data = _read_all(stream, path)
-    text = _decode(data, str(path))
-    if not text.strip():
-        return
-    try:
-        records = _parse(text, str(path))
-    except VocabtrimError:
-        first_line = text.strip().partition("\n")[0]
-        if not _is_json(first_line):
-            raise
-        yield from _read_json_lines(_buffered(data), path)
-        return
-    yield from _listed(records, f"{path}, record 1", str(path))
-
-
-def _listed(value: object, where: str, container: str) -> Iterator[tuple[str, object]]:
-    """The records of a JSON value: its items where it is a list of records, otherwise itself."""
-    if not isinstance(value, list) or _is_conversation(value) or (where == container and not _holds_objects(value)):
-        yield where, value
-        return
-    for number, record in enumerate(value, 1):
-        yield f"{container}, record {number}", record
-
-
-def _is_conversation(records: list[object]) -> bool:
-    """Whether a list holds the messages of one conversation, in OpenAI's form or ShareGPT's, and no records."""
-    return bool(records) and all(isinstance(each, dict) and ("role" in each or "from" in each) for each in records)
-
-
-def _holds_objects(values: list[object]) -> bool:
-    return bool(values) and all(isinstance(each, dict) for each in values)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _parse(text: str, where: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        place = f" (at line {error.lineno})" if isinstance(error, json.JSONDecodeError) and error.lineno > 1 else ""
-        raise VocabtrimError(f"{where} is not valid JSON{place}: mend or remove it") from error
-
-
-def _read_table(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, object]]:
-    text = _decode(_read_all(stream, path), str(path))
-    header = text.partition("\n")[0]
-    delimiter = max(",", ";", "\t", key=header.count)
-    if delimiter not in header:
-        delimiter = _NO_DELIMITER  # one column, whose text may hold commas
-    before = csv.field_size_limit(MAX_LINE)  # 128 KiB by default, for the whole process
-    try:
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
-        for row in rows:
-            if None in row:
-                raise VocabtrimError(
-                    f"{path}, line {rows.line_num} has more cells than the header: put text that holds {delimiter!r} "
-                    "in double quotes"
-                )
-            cells = {name: value for name, value in row.items() if isinstance(name, str)}
-            yield f"{path}, line {rows.line_num}", _cells(cells)
-    except csv.Error as error:
-        raise VocabtrimError(f"{path} is not a table of {path.suffix} ({error}): mend it, or write .jsonl") from error
-    finally:
-        csv.field_size_limit(before)
-
-
-def _read_columns(stream: io.BufferedReader, path: Path) -> Iterator[tuple[str, object]]:
-    for where, row in read_table(stream, path):
-        yield where, _cells(row)
-
-
-def _cells(row: Mapping[str, object]) -> dict[str, object]:
-    """A table's row with None for empty cells; a conversation may stand in its cell as JSON."""
-
-    def cell(column: str, value: object) -> object:
-        is_list = column in _LISTS and isinstance(value, str) and value.lstrip()[:1] == "[" and _is_json(value)
-        return json.loads(cast(str, value)) if is_list else None if value == "" else value
-
-    return {column: cell(column, value) for column, value in row.items()}
-
-
-_Reader = Callable[[io.BufferedReader, Path], Iterator[tuple[str, object]]]
 _READERS: Mapping[str, _Reader] = {
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_table,
-    ".tsv": _read_table,
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".csv": read_table,
+    ".tsv": read_table,
 }

@@ -1,6 +1,6 @@
 """`Document`: one unit of calibration, and raw text cut into several."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 # A long text becomes several documents of this many characters: each is a prompt of its own, and a part of them can
@@ -70,14 +70,24 @@ def skipped_note(skipped: Sequence[Skipped]) -> tuple[str, ...]:
     return (describe_skipped(skipped),) if skipped else ()
 
 
-def split_text(text: str) -> Iterator[str]:
-    """Cut `text` into pieces of at most `MAX_PIECE` characters, at a blank line, else a line's end, else a space."""
-    start = 0
-    while start < len(text):
-        end = len(text)
-        if end - start > MAX_PIECE:
-            ends = (text.rfind(mark, start + MIN_PIECE, start + MAX_PIECE) for mark in ("\n\n", "\n", " "))
+def cut_text(chunks: Iterable[str]) -> Iterator[str]:
+    """Cut a text into pieces of at most `MAX_PIECE` characters, at a blank line, else a line's end, else a space.
+
+    Args:
+        chunks: The text in parts of any size. Only one of them and a piece's length are held in memory.
+
+    Yields:
+        The pieces without the space around them; none that is blank.
+    """
+    rest = ""
+    for chunk in chunks:
+        rest, start = rest + chunk, 0
+        while len(rest) - start > MAX_PIECE:
+            ends = (rest.rfind(mark, start + MIN_PIECE, start + MAX_PIECE) for mark in ("\n\n", "\n", " "))
             end = next((at for at in ends if at >= 0), start + MAX_PIECE)
-        if piece := text[start:end].strip():
-            yield piece
-        start = end
+            if piece := rest[start:end].strip():
+                yield piece
+            start = end
+        rest = rest[start:]
+    if piece := rest.strip():
+        yield piece

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration.document import Document, Message, split_text
+from vocabtrim_export.calibration.document import Document, Message, cut_text
 
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 # A question's field, and the fields that may hold its answer: plain prompts, GSM8K, Alpaca.
@@ -44,7 +44,7 @@ def parse_record(record: object, where: str) -> Iterator[Document]:
         has = ", ".join(str(name)[:40] for name in list(fields)[:8]) or "none"
         raise VocabtrimError(f"{where}: a record needs one of the fields {', '.join(FIELDS)}; it has {has}")
     if field == "text":
-        for piece in split_text(_content(fields[field], f"{where}, {field}")):
+        for piece in cut_text([_content(fields[field], f"{where}, {field}")]):
             yield Document(piece, where=where)
         return
     messages = _messages(fields, field, where)

@@ -118,7 +118,7 @@ def trim_onnx(
                     shutil.copyfile(source.graph.parent / name, fresh / name)
             if (source.graph.parent / TEMPLATES_NAME).is_dir():
                 shutil.copytree(source.graph.parent / TEMPLATES_NAME, fresh / TEMPLATES_NAME)
-    skipped = data.corpus.skipped if data.corpus else ()
+    skipped = [each for corpus in data.corpora for each in corpus.skipped]
     notes = skipped_note(skipped)
     if unproven:
         notes += (f"the trimmed model was not run against the whole one, which this CPU cannot run: {unproven}",)
@@ -158,7 +158,7 @@ def _count(
     checkpoint: Path,
     progress: Progress,
 ) -> TokenCounts:
-    if data.corpus is None:
+    if data.counts:
         counts = reduce(add, data.counts)
         if counts.tokenizer_digest != tokenizer_digest(source.tokenizer.backend_tokenizer):
             raise VocabtrimError("the token counts were made with another tokenizer than the model's: calibrate again")

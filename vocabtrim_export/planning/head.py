@@ -39,7 +39,7 @@ def choose_head(
             does where the full head is chosen.
         writer: Writes them.
         sources: The loaded models by role.
-        given: What was calibrated on, a corpus.
+        given: What was calibrated on, no counts.
         counts: The token counts.
         available: int64[n], the ids that the drafter may propose.
         settings: How to export.
@@ -48,11 +48,11 @@ def choose_head(
     Returns:
         The choice, and the manifests of the directories that stay filled.
     """
-    if given.corpus is None:  # `check_auto` says it before the long work
+    if given.counts:  # `check_auto` says it before the long work
         raise ValueError("token counts hold no prompts to replay")
     drafter, target = sources["drafter"], sources["target"]
     tokenizer = runtime_tokenizer(target.tokenizer)
-    prompts = held_out_prompts(given.corpus, tokenizer, target.vocab_size, settings.calibration)
+    prompts = held_out_prompts(given.corpora, tokenizer, target.vocab_size, settings.calibration)
     order, _ = kept_order(counts, always_kept(sources), drafter.vocab_size, available)
     manifests = writer.write(places, select(counts, sources, len(order), available), 0)
     hidden = drafter.model.get_output_embeddings().weight.shape[1]

@@ -1,7 +1,7 @@
 """Held-out prompts of the calibration data, the target's own continuations, and what the drafter makes of them."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,12 @@ _FEWEST = 8  # tokens that a continuation must have to say anything
 
 
 def held_out_prompts(
-    corpus: Corpus, tokenizer: Tokenizer, rows: int, settings: CalibrationSettings
+    corpora: Sequence[Corpus], tokenizer: Tokenizer, rows: int, settings: CalibrationSettings
 ) -> list[tuple[str, list[int]]]:
     """The file and the last token ids of some held-out prompts, the same number of each file.
 
     Args:
-        corpus: What was calibrated on; its held-out documents chose no row.
+        corpora: What was calibrated on, each domain apart; the held-out documents chose no row.
         tokenizer: The target's.
         rows: Of the target's embedding.
         settings: Which chat template renders the prompts.
@@ -42,9 +42,8 @@ def held_out_prompts(
     options = ChatOptions(settings.chat_template, None, settings.template_args, now=CALIBRATION_DATE)
     taken: Counter[str] = Counter()
     prompts: list[tuple[str, list[int]]] = []
-    for index, document in enumerate(corpus.documents):
-        domain = _domain(document, corpus)
-        if not is_held_out(index, len(corpus.documents)) or taken[domain] == _PER_DOMAIN or len(prompts) == _MOST:
+    for domain, document in _held_out(corpora):
+        if taken[domain] == _PER_DOMAIN or len(prompts) == _MOST:
             continue
         try:
             ids = encode_document(tokenizer, document, options)[-_PROMPT_TOKENS:]
@@ -92,9 +91,13 @@ def replayed_texts(
     return texts
 
 
-def _domain(document: Document, corpus: Corpus) -> str:
-    """The file's name."""
-    return Path(document.where.rsplit(", ", 1)[0]).name or corpus.source
+def _held_out(corpora: Sequence[Corpus]) -> Iterator[tuple[str, Document]]:
+    """Yield the held-out documents, each with the name of its file."""
+    for corpus in corpora:
+        for index in range(len(corpus.documents)):
+            if is_held_out(index, len(corpus.documents)):
+                document = corpus.documents[index]
+                yield Path(document.where.rsplit(", ", 1)[0]).name or corpus.source, document
 
 
 def _replay(
