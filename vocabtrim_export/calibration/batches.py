@@ -1,8 +1,7 @@
 """Which documents a calibration counts next: a function of what it has counted, however often it was interrupted."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +10,6 @@ from vocabtrim_export.calibration.calibration_run import CalibrationRun
 from vocabtrim_export.calibration.counts import TokenCounts
 from vocabtrim_export.calibration.document import Document
 from vocabtrim_export.calibration.document_file import prompt_lengths
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Batches are formed within windows of this many: prompts of like length together, yet no window far from the average.
 BATCHES_A_WINDOW = 8
@@ -35,13 +31,25 @@ class BatchLimits:
     max_prompt_tokens: int = 128
     max_new_tokens: int = 128
 
-    def within(self, model: "PreTrainedModel") -> "BatchLimits":
-        """Returns these limits, lowered where the model's context is shorter."""
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    def within(self, context: int | None) -> "BatchLimits":
+        """Returns these limits, lowered where the model's context, in tokens, is shorter."""
         if context is None:
             return self
         new = min(self.max_new_tokens, context // 2)
         return replace(self, max_new_tokens=new, max_prompt_tokens=min(self.max_prompt_tokens, context - new))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Documents that are counted together.
+
+    Attributes:
+        pass_number: The number of the pass over the corpus.
+        indices: The documents' places in the corpus.
+    """
+
+    pass_number: int
+    indices: tuple[int, ...]
 
 
 class Batches:
@@ -59,29 +67,45 @@ class Batches:
         self._pass_number = -1
         self._order = self._lengths[:0]
 
-    def next(self, counts: TokenCounts) -> tuple[int, list[int]] | None:
+    def next(self, documents_done: int, tokens: int) -> Batch | None:
         """Choose the next batch.
 
         Args:
-            counts: The counts so far.
+            documents_done: Documents counted so far, those of earlier passes included.
+            tokens: Tokens counted so far.
 
         Returns:
-            The number of the pass over the corpus and the indices of the documents; None when the counting is done.
+            The batch; None when the counting is done.
         """
-        total = counts.total
-        if not len(self._lengths) or total >= self.max_tokens:
+        if not len(self._lengths) or tokens >= self.max_tokens:
             return None
-        pass_number, start = divmod(counts.runs[0].documents_done, len(self._lengths))
-        repeats = self.run.source != "text" and self.run.temperature > 0 and total > 0
+        pass_number, start = divmod(documents_done, len(self._lengths))
+        repeats = self.run.source != "text" and self.run.temperature > 0 and tokens > 0
         if pass_number > 0 and not repeats:
             return None
         size = TEXT_BATCH
         if self.run.source != "text":  # the last batch is no larger than what is missing needs
-            missing = -(-(self.max_tokens - total) // self.run.max_new_tokens)
+            missing = -(-(self.max_tokens - tokens) // self.run.max_new_tokens)
             size = min(self.run.batch_size, max(MIN_BATCH, missing))
         if pass_number != self._pass_number:
             self._pass_number, self._order = pass_number, self._ordered(pass_number)
-        return pass_number, self._order[start : start + size].tolist()
+        return Batch(pass_number, tuple(self._order[start : start + size].tolist()))
+
+    def likely_after(self, batch: Batch, documents_done: int, tokens: int) -> Iterator[Batch]:
+        """Yield the batches that probably follow, if this one and the others have as many tokens as those before.
+
+        Args:
+            batch: The next batch.
+            documents_done: Documents counted before it.
+            tokens: Tokens counted before it.
+        """
+        likely = tokens / documents_done if documents_done else self.run.max_new_tokens
+        following: Batch | None = batch
+        while following:
+            documents_done += len(following.indices)
+            tokens += round(likely * len(following.indices))
+            if following := self.next(documents_done, tokens):
+                yield following
 
     def _ordered(self, pass_number: int) -> NDArray[np.int64]:
         """Returns a random order of the documents in which neighbours have similar lengths, which limits padding.
@@ -101,15 +125,15 @@ class Batches:
         return np.concatenate(order)
 
 
-def draws(run: CalibrationRun, pass_number: int, indices: Sequence[int]) -> NDArray[np.float64]:
+def draws(run: CalibrationRun, batch: Batch) -> NDArray[np.float64]:
     """Returns float64[B, max_new_tokens] in [0, 1), the same numbers for a document in whatever batch it is."""
-    seeds = ([run.seed, pass_number, index] for index in indices)
+    seeds = ([run.seed, batch.pass_number, index] for index in batch.indices)
     return np.array([np.random.default_rng(seed).random(run.max_new_tokens) for seed in seeds])
 
 
 def count_batch(
     counts: TokenCounts,
-    tokens: Sequence[Sequence[int] | NDArray[np.int64]],
+    tokens: Sequence[NDArray[np.int64]],
     held: Sequence[bool],
     max_tokens: int,
 ) -> tuple[TokenCounts, list[NDArray[np.int64]]]:
@@ -137,7 +161,7 @@ def count_batch(
     sums = []
     for part, before in ((False, counts.counts), (True, counts.held_out)):
         mine = [np.empty(0, np.int64), *(ids for ids, is_held in zip(parts, held, strict=False) if is_held is part)]
-        sums.append(before + np.bincount(np.concatenate(mine).astype(np.int64), minlength=counts.full_vocab))
+        sums.append(before + np.bincount(np.concatenate(mine), minlength=counts.full_vocab))
     total = run.tokens + sum(map(len, parts))
     run = replace(run, documents_done=run.documents_done + done, next_done=begun, tokens=total)
-    return TokenCounts(sums[0], sums[1], counts.tokenizer_digest, (run,)), [np.asarray(ids, np.int64) for ids in parts]
+    return TokenCounts(sums[0], sums[1], counts.tokenizer_digest, (run,)), parts

@@ -1,38 +1,32 @@
 """`calibrate`: count the tokens that a model generates on a corpus, or that its text holds; resumable."""
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engines.bundle.chat_template import ChatOptions
 from engines.bundle.messages import plain_data
 from engines.bundle.tokenizer import tokenizer_digest
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration.batches import Batches, BatchLimits, count_batch, draws
+from vocabtrim_export.calibration.batches import Batches, BatchLimits, count_batch
 from vocabtrim_export.calibration.calibration_run import CalibrationRun
 from vocabtrim_export.calibration.corpus import Corpus
 from vocabtrim_export.calibration.count_settings import NO_EVENTS, CountEvents, CountSettings
 from vocabtrim_export.calibration.counts import TokenCounts, is_held_out, read_working
 from vocabtrim_export.calibration.document import Skipped, describe_skipped
 from vocabtrim_export.calibration.endpoint import BATCH
-from vocabtrim_export.calibration.generations import asked_tokens, prompt_tokens, sampled_tokens, text_tokens
-from vocabtrim_export.calibration.partial_batch import SECONDS, PartialBatch
+from vocabtrim_export.calibration.model_facts import ModelFacts
+from vocabtrim_export.calibration.partial_batch import SECONDS
+from vocabtrim_export.calibration.producers import CountTask, Workers, producer
 from vocabtrim_export.calibration.saving import Saver, resume
 from vocabtrim_export.calibration.sufficiency import Evidence, Rows
-from vocabtrim_export.sources.end_tokens import eos_token_ids
-from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-Tokens = Sequence[Sequence[int] | NDArray[np.int64]]  # of each document of a batch
 
 # What templates that write the date are told: the result must not depend on the day.
 CALIBRATION_DATE = datetime(2024, 7, 26)
@@ -46,6 +40,7 @@ def calibrate(
     *,
     checkpoint: Path | None = None,
     save_seconds: float = SECONDS,
+    workers: Workers | None = None,
     events: CountEvents = NO_EVENTS,
 ) -> TokenCounts:
     """Count the tokens that a model generates on a corpus, or the tokens of the corpus itself.
@@ -65,6 +60,7 @@ def calibrate(
             added, is the work on an unfinished batch. A run goes on from an existing one, and ends where it would have
             ended uninterrupted; a larger `max_tokens` continues a finished run.
         save_seconds: The seconds between two savings, which is what a killed run can lose.
+        workers: Processes that count or generate instead of this one.
         events: Functions to call as tokens come in.
 
     Returns:
@@ -73,33 +69,36 @@ def calibrate(
     Raises:
         VocabtrimError: The model is missing, the checkpoint comes from other settings, or the corpus yields no token.
     """
+    facts = ModelFacts.of(model) if model is not None else workers.facts if workers is not None else None
     if settings.source == "text":
-        model = None
-    elif model is None and settings.endpoint is None:
+        model = facts = None
+    elif facts is None and settings.endpoint is None:
         raise VocabtrimError(f"calibrating on the {settings.source}'s generations needs the {settings.source} model")
     settings = replace(settings, chat=replace(settings.chat, now=CALIBRATION_DATE))
-    fresh = _fresh_counts(model, tokenizer, corpus, settings)
+    fresh = _fresh_counts(facts, tokenizer, corpus, settings)
     skipped: list[Skipped] = []
     counts = fresh if checkpoint is None or not checkpoint.exists() else resume(checkpoint, fresh)
     evidence = None if settings.enough_for is None else _evidence(settings.enough_for, counts, checkpoint)
     saver = Saver(checkpoint, save_seconds, counts, evidence)
-    produce = _producer(model, tokenizer, corpus, settings, events, saver, skipped)
     batches = Batches(corpus.documents, fresh.runs[0], settings.max_tokens)
-    try:
-        while not _is_enough(counts, settings) and (batch := batches.next(counts)):
-            tokens, unfinished = produce(counts, *batch)
-            held = [is_held_out(index, len(corpus.documents)) for index in batch[1]]
-            counts, parts = count_batch(counts, tokens, held, settings.max_tokens)
-            if evidence is not None:
-                evidence.add([part for part, is_held in zip(parts, held, strict=False) if is_held])
-                if verdict := evidence.look(counts.counts, counts.held_out):
-                    events.on_verdict(verdict)
-                    counts = _stop(counts, settings.enough_for) if verdict.is_enough else counts
-            saver.take(counts, unfinished)
-            events.progress(counts.total, settings.max_tokens)
-        saver.finish(counts)
-    finally:  # Ctrl-C too
-        saver.save(counts)
+    task = CountTask(model, tokenizer, workers, corpus, settings, batches, saver, events)
+    with producer(task) as produce:
+        try:
+            while not _is_enough(counts, settings) and (batch := batches.next(*_done(counts))):
+                produced = produce(counts, batch)
+                skipped += produced.skipped if batch.pass_number == 0 else ()
+                held = [is_held_out(index, len(corpus.documents)) for index in batch.indices]
+                counts, parts = count_batch(counts, produced.tokens, held, settings.max_tokens)
+                if evidence is not None:
+                    evidence.add([part for part, is_held in zip(parts, held, strict=False) if is_held])
+                    if verdict := evidence.look(counts.counts, counts.held_out):
+                        events.on_verdict(verdict)
+                        counts = _stop(counts, settings.enough_for) if verdict.is_enough else counts
+                saver.take(counts)
+                events.progress(counts.total, settings.max_tokens)
+            saver.finish(counts)
+        finally:  # Ctrl-C too
+            saver.save(counts)
     if counts.total == 0:
         why = describe_skipped(skipped) if skipped else "give it text or prompts with content"
         raise VocabtrimError(f"calibration on {corpus.source} counted no token: {why}")
@@ -108,49 +107,14 @@ def calibrate(
     return counts
 
 
+def _done(counts: TokenCounts) -> tuple[int, int]:
+    """Documents and tokens counted."""
+    return counts.runs[0].documents_done, counts.runs[0].tokens
+
+
 def _is_enough(counts: TokenCounts, settings: CountSettings) -> bool:
     """Whether `auto` stopped the counting, now or in an earlier run."""
     return counts.runs[0].enough_for == str(settings.enough_for)
-
-
-def _producer(
-    model: "PreTrainedModel | None",
-    tokenizer: "PreTrainedTokenizerFast",
-    corpus: Corpus,
-    settings: CountSettings,
-    events: CountEvents,
-    saver: Saver,
-    skipped: list[Skipped],
-) -> Callable[[TokenCounts, int, list[int]], tuple[Tokens, PartialBatch | None]]:
-    """Returns what makes the tokens of a batch, given the counts so far, the pass and the documents' indices.
-
-    It returns them with the place where the work on the batch was kept. It adds to `skipped`.
-    """
-    runtime, endpoint = runtime_tokenizer(tokenizer), settings.endpoint
-
-    def asked(counts: TokenCounts, pass_number: int, indices: list[int]) -> tuple[Tokens, None]:
-        assert endpoint is not None
-        documents = [corpus.documents[index] for index in indices]
-        on_step = partial(_report, events, counts.total, settings.max_tokens)
-        run = counts.runs[0]
-        return asked_tokens(endpoint, tokenizer, documents, run, (pass_number, indices), on_step), None
-
-    def read(_counts: TokenCounts, _pass_number: int, indices: list[int]) -> tuple[Tokens, None]:
-        return text_tokens(tokenizer, [corpus.documents[index] for index in indices]), None
-
-    def sampled(counts: TokenCounts, pass_number: int, indices: list[int]) -> tuple[Tokens, PartialBatch | None]:
-        assert model is not None
-        documents, run = [corpus.documents[index] for index in indices], counts.runs[0]
-        prompts, left_out = prompt_tokens(runtime, documents, settings.chat, run, counts.full_vocab)
-        if pass_number == 0:
-            skipped.extend(left_out)
-        on_step = partial(_report, events, counts.total, settings.max_tokens)
-        eos = eos_token_ids(tokenizer, model.generation_config)
-        unfinished = saver.unfinished(counts, (pass_number, indices))
-        numbers = draws(run, pass_number, indices)
-        return sampled_tokens(model, prompts, numbers, run, eos, on_step, unfinished), unfinished
-
-    return asked if endpoint is not None else read if model is None else sampled
 
 
 def _evidence(rows: Rows, counts: TokenCounts, checkpoint: Path | None) -> Evidence:
@@ -163,24 +127,20 @@ def _stop(counts: TokenCounts, rows: Rows | None) -> TokenCounts:
     return replace(counts, runs=(replace(counts.runs[0], enough_for=str(rows)),))
 
 
-def _report(events: CountEvents, before: int, max_tokens: int, in_batch: int) -> None:
-    events.progress(min(before + in_batch, max_tokens), max_tokens)
-
-
 def _fresh_counts(
-    model: "PreTrainedModel | None", tokenizer: "PreTrainedTokenizerFast", corpus: Corpus, settings: CountSettings
+    facts: ModelFacts | None, tokenizer: "PreTrainedTokenizerFast", corpus: Corpus, settings: CountSettings
 ) -> TokenCounts:
     """Counts without any token, and with the settings that a checkpoint must have been made with to be continued."""
     run = CalibrationRun(settings.source, corpus.digest, settings.seed, corpus=corpus.source)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     temperature = float(settings.temperature)
-    if model is not None:
-        vocab_size = model.config.get_text_config().vocab_size  # the head's rows, padding included
-        limits = (settings.limits or BatchLimits()).within(model)
+    if facts is not None:
+        vocab_size = facts.rows
+        limits = (settings.limits or BatchLimits()).within(facts.context)
         run = replace(
             run,
             model_digest=settings.model_digest,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=facts.dtype,
             temperature=temperature,
             chat=_describe(settings.chat),
             **asdict(limits),

@@ -1,6 +1,8 @@
 """The tokens of a batch of documents: its text's, or those that a model or a server continues its prompts with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,33 +11,128 @@ from numpy.typing import NDArray
 from engines.bundle.chat_template import ChatOptions
 from engines.bundle.tokenizer import Tokenizer
 from engines.errors import VocabtrimError
+from vocabtrim_export.calibration.batches import Batch, draws
 from vocabtrim_export.calibration.calibration_run import CalibrationRun
 from vocabtrim_export.calibration.document import Document, Skipped
 from vocabtrim_export.calibration.endpoint import Endpoint, check_same_tokenizer
+from vocabtrim_export.calibration.model_facts import ModelFacts
 from vocabtrim_export.calibration.partial_batch import PartialBatch
 from vocabtrim_export.calibration.prompts import encode, encode_document
+from vocabtrim_export.sources.end_tokens import eos_token_ids
+from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer as BackendTokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-def text_tokens(tokenizer: "PreTrainedTokenizerFast", documents: Sequence[Document]) -> list[list[int]]:
-    """Returns the tokens of each document's texts, each text encoded by itself."""
-    texts = [text for document in documents for text in document.counted_texts]
-    encoded = iter(encode(tokenizer, texts, add_special_tokens=False))
-    return [[token for _ in document.counted_texts for token in next(encoded)] for document in documents]
+@dataclass(frozen=True, slots=True)
+class BatchDocuments:
+    """A batch with its documents, and all that its tokens depend on besides the model.
+
+    Attributes:
+        documents: The documents.
+        batch: Where they stand in the corpus.
+        run: The settings of the calibration.
+        chat: How the chat template renders prompts.
+    """
+
+    documents: tuple[Document, ...]
+    batch: Batch
+    run: CalibrationRun
+    chat: ChatOptions
 
 
-def prompt_tokens(
-    tokenizer: Tokenizer, documents: Sequence[Document], chat: ChatOptions, run: CalibrationRun, rows: int
-) -> tuple[list[list[int]], list[Skipped]]:
+@dataclass(frozen=True, slots=True)
+class BatchTokens:
+    """The tokens of a batch.
+
+    Attributes:
+        tokens: int64[n] of each document.
+        skipped: The documents that cannot be prompts.
+    """
+
+    tokens: list[NDArray[np.int64]]
+    skipped: tuple[Skipped, ...] = ()
+
+
+def whole_texts(tokenizer: "PreTrainedTokenizerFast") -> "BackendTokenizer":
+    """Returns the library's tokenizer, set to neither pad nor truncate, as transformers sets it for plain calls."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    return backend  # type: ignore[no-any-return]
+
+
+def text_tokens(tokenizer: "BackendTokenizer", batch: BatchDocuments) -> BatchTokens:
+    """Returns the tokens of each document's texts, each text encoded by itself.
+
+    Args:
+        tokenizer: A tokenizer that neither pads nor truncates.
+        batch: The documents.
+    """
+    texts = [text for document in batch.documents for text in document.counted_texts]
+    encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    tokens = []
+    for document in batch.documents:
+        ids = [encoding.ids for encoding in islice(encoded, len(document.counted_texts))]
+        size = sum(map(len, ids))
+        tokens.append(np.fromiter(chain.from_iterable(ids), np.int64, size))
+    return BatchTokens(tokens)
+
+
+class Generator:
+    """Continues the prompts of batches with a model.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> None:
+        self.model, self.tokenizer = model, runtime_tokenizer(tokenizer)
+        self.eos = eos_token_ids(tokenizer, model.generation_config)
+        self.rows = ModelFacts.of(model).rows
+
+    def tokens(
+        self,
+        batch: BatchDocuments,
+        on_step: Callable[[int], None] = lambda _tokens: None,
+        unfinished: PartialBatch | None = None,
+    ) -> BatchTokens:
+        """Returns the new tokens after each prompt; none for a document that cannot be one.
+
+        Args:
+            batch: The documents.
+            on_step: Called with the number of tokens so far.
+            unfinished: Where the work on the batch is kept, and found.
+        """
+        from vocabtrim_export.calibration.generate import NO_TOKEN, generate_batch
+
+        prompts, skipped = _prompt_tokens(self.tokenizer, batch, self.rows)
+        tokens = [np.empty(0, np.int64)] * len(prompts)
+        rows = [row for row, prompt in enumerate(prompts) if prompt]
+        if rows:
+            generated = generate_batch(
+                self.model,
+                [prompts[row] for row in rows],
+                draws(batch.run, batch.batch)[rows],
+                temperature=batch.run.temperature,
+                eos_token_ids=self.eos,
+                on_step=on_step,
+                partial_batch=unfinished,
+            )
+            for row, line in zip(rows, generated, strict=True):
+                tokens[row] = line[line != NO_TOKEN]
+        return BatchTokens(tokens, tuple(skipped))
+
+
+def _prompt_tokens(tokenizer: Tokenizer, batch: BatchDocuments, rows: int) -> tuple[list[list[int]], list[Skipped]]:
     """Encode the prompts of documents, and cut them to their ends.
 
     Args:
         tokenizer: The runtime's tokenizer.
-        documents: The documents.
-        chat: How the chat template renders them.
-        run: The settings of the calibration.
+        batch: The documents.
         rows: The rows of the model's embedding. An added token, such as an image's, may have an id beyond them.
 
     Returns:
@@ -43,9 +140,9 @@ def prompt_tokens(
     """
     prompts: list[list[int]] = []
     skipped: list[Skipped] = []
-    for document in documents:
+    for document in batch.documents:
         try:
-            prompt = encode_document(tokenizer, document, chat)[-run.max_prompt_tokens :]
+            prompt = encode_document(tokenizer, document, batch.chat)[-batch.run.max_prompt_tokens :]
             if max(prompt, default=0) >= rows:
                 raise VocabtrimError(f"the model has no row for token {max(prompt)} of the prompt")
         except VocabtrimError as error:
@@ -55,48 +152,18 @@ def prompt_tokens(
     return prompts, skipped
 
 
-def sampled_tokens(
-    model: "PreTrainedModel",
-    prompts: Sequence[Sequence[int]],
-    numbers: NDArray[np.float64],
-    run: CalibrationRun,
-    eos: frozenset[int],
-    on_step: Callable[[int], None],
-    unfinished: PartialBatch | None,
-) -> list[NDArray[np.int64]]:
-    """Generate with `model` after each prompt. Returns the new tokens; none for an empty prompt."""
-    from vocabtrim_export.calibration.generate import NO_TOKEN, generate_batch
-
-    tokens = [np.empty(0, np.int64)] * len(prompts)
-    rows = [row for row, prompt in enumerate(prompts) if prompt]
-    if rows:
-        generated = generate_batch(
-            model,
-            [prompts[row] for row in rows],
-            numbers[rows],
-            temperature=run.temperature,
-            eos_token_ids=eos,
-            on_step=on_step,
-            partial_batch=unfinished,
-        )
-        for row, line in zip(rows, generated, strict=True):
-            tokens[row] = line[line != NO_TOKEN]
-    return tokens
-
-
 def asked_tokens(
     endpoint: Endpoint,
     tokenizer: "PreTrainedTokenizerFast",
-    documents: Sequence[Document],
-    run: CalibrationRun,
-    batch: tuple[int, list[int]],
+    batch: BatchDocuments,
     on_step: Callable[[int], None],
-) -> list[list[int]]:
+) -> BatchTokens:
     """Generate with a server after each document. Returns the new tokens, an EOS where the model ended included."""
-    pass_number, indices = batch
-    seeds = [int(np.random.default_rng([run.seed, pass_number, index]).integers(1 << 31)) for index in indices]
-    answers = endpoint.answers(documents, run.max_new_tokens, run.temperature, seeds, on_step)
+    run, place = batch.run, batch.batch
+    seeds = [int(np.random.default_rng([run.seed, place.pass_number, i]).integers(1 << 31)) for i in place.indices]
+    answers = endpoint.answers(batch.documents, run.max_new_tokens, run.temperature, seeds, on_step)
     tokens = encode(tokenizer, [answer.text for answer in answers], add_special_tokens=False)
     check_same_tokenizer(endpoint, answers, [len(ids) for ids in tokens])
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return [ids + end * answer.is_ended for ids, answer in zip(tokens, answers, strict=True)]
+    pairs = zip(tokens, answers, strict=True)
+    return BatchTokens([np.array(ids + end * answer.is_ended, np.int64) for ids, answer in pairs])

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from time import monotonic
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.calibration.batches import Batch
 from vocabtrim_export.calibration.counts import TokenCounts
 from vocabtrim_export.calibration.partial_batch import PartialBatch
 from vocabtrim_export.calibration.sufficiency import Evidence
@@ -20,18 +21,22 @@ class Saver:
         self.checkpoint, self.seconds, self.last = checkpoint, seconds, monotonic()
         self.saved: TokenCounts | None = saved
         self.evidence = evidence
+        self._unfinished: PartialBatch | None = None
 
-    def unfinished(self, counts: TokenCounts, batch: tuple[int, list[int]]) -> PartialBatch | None:
+    def unfinished(self, counts: TokenCounts, batch: Batch) -> PartialBatch | None:
         """Returns the place on disk where the work on this batch is kept; None without a checkpoint."""
         if self.checkpoint is None:
             return None
         run = counts.runs[0]
         settings = {each.name: getattr(run, each.name) for each in fields(run) if each.compare}
-        key = json.dumps([settings, counts.tokenizer_digest, batch], sort_keys=True)
-        return PartialBatch(self._directory(self.checkpoint), hashlib.sha256(key.encode()).hexdigest(), self.seconds)
+        key = json.dumps([settings, counts.tokenizer_digest, asdict(batch)], sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        self._unfinished = PartialBatch(self._directory(self.checkpoint), digest, self.seconds)
+        return self._unfinished
 
-    def take(self, counts: TokenCounts, unfinished: PartialBatch | None) -> None:
+    def take(self, counts: TokenCounts) -> None:
         """Save the counts that a batch ended with where it is time, or where the batch's own files go."""
+        unfinished = self._unfinished
         if monotonic() - self.last >= self.seconds or (unfinished is not None and unfinished.count):
             self.save(counts)
         if unfinished is not None:
