@@ -217,7 +217,7 @@ FILES = (
     Mutation(
         "A line of JSONL of absurd length is refused by its number",
         "lines of any length are read",
-        "vocabtrim_export/calibration/data_files.py",
+        "vocabtrim_export/calibration/text_files.py",
         "if len(line) > MAX_LINE:",
         "if False:",
         "tests/vocabtrim_export/test_corpus.py -k absurd",

@@ -221,41 +221,6 @@ def test_text_counts_its_tokens_in_one_pass(tokenizer):
     assert found.held_out.tolist() == np.bincount(expected[7], minlength=len(tokenizer)).tolist()
 
 
-FORMS = {
-    "a.jsonl": (
-        '{"text": "quick fox."}\n{"prompt": "of ", "completion": " fox"}\n"dog"\n',
-        ["quick fox.", " fox", "dog"],
-    ),
-    "a.json": (
-        '[{"messages": [{"role": "user", "content": "fox."}, {"role": "assistant", "content": "\\n\\ndog"}]},'
-        ' {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b c"}]},'
-        ' {"turns": ["x", "y"]}]',
-        ["\n\ndog", "b c", "x", "y"],
-    ),
-    "a.csv": ('instruction,input,output\nAdd.,"1, 2",3\n', ["3"]),
-    "a.tsv": ("question\tanswer\nhow?\tso.\n", ["so."]),
-    "a.txt": ("the lazy dog", ["the lazy dog"]),
-    "traffic.jsonl": (
-        '{"request": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "of"},'
-        ' {"role": "user", "content": "b"}]}, "response": {"choices": [{"message": {"content": "the fox"}}]}}\n'
-        '{"request": {"body": {"prompt": "x"}}, "response": {"body": {"choices": [{"text": "y dog"}]}}}\n',
-        ["the fox", "y dog"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("limit", [3, 10**6])
-def test_counts_equal_a_plain_loop_over_the_texts_of_every_form(tmp_path, tokenizer, name, limit):
-    content, texts = FORMS[name]
-    (tmp_path / name).write_text(content, "utf-8")
-    found = calibrate(None, tokenizer, read_corpus([tmp_path / name]), CountSettings("text", max_tokens=limit))
-    ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    assert found.total == min(limit, len(ids))
-    if limit > len(ids):
-        assert (found.counts + found.held_out).tolist() == np.bincount(ids, minlength=len(tokenizer)).tolist()
-
-
 def test_recorded_traffic_without_a_response_is_named(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"request": {"prompt": "x"}, "response": {"error": "busy"}}\n"fox"\n')
     (skipped,) = read_corpus([tmp_path / "log.jsonl"]).skipped

@@ -1,0 +1,40 @@
+"""Promises of calibration: what is counted, once each, whatever the data and whoever counts."""
+
+from tests.mutations.mutation import Mutation
+
+FORMS = "tests/vocabtrim_export/test_input_forms.py"
+
+CALIBRATION = (
+    Mutation(
+        "Large files are counted as small ones are",
+        "a text's last part is lost",
+        "vocabtrim_export/calibration/document.py",
+        "    if piece := rest.strip():\n",
+        "    if False and (piece := rest.strip()):\n",
+        f"{FORMS} -k plain_loop",
+    ),
+    Mutation(
+        "Large files are counted as small ones are",
+        "a record that is cut by a part's end is an error",
+        "vocabtrim_export/calibration/text_files.py",
+        "if not more or len(text) > MAX_LINE:",
+        "if True:",
+        f"{FORMS} -k plain_loop",
+    ),
+    Mutation(
+        "Documents in a file are the documents in memory",
+        "lengths are those of the text",
+        "vocabtrim_export/calibration/document_file.py",
+        "lengths.append(document.prompt_length)",
+        "lengths.append(len(document.text))",
+        f"{FORMS} -k in_memory",
+    ),
+    Mutation(
+        "Work ahead on a batch that does not follow is dropped",
+        "it goes on",
+        "vocabtrim_export/calibration/lookahead.py",
+        "self._pending.pop(unwanted).cancel()",
+        "pass",
+        f"{FORMS} -k guessed",
+    ),
+)
