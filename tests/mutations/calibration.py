@@ -3,6 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 FORMS = "tests/vocabtrim_export/test_input_forms.py"
+HUB = "tests/vocabtrim_export/test_hub_data.py"
 
 CALIBRATION = (
     Mutation(
@@ -20,6 +21,23 @@ CALIBRATION = (
         "if not more or len(text) > MAX_LINE:",
         "if True:",
         f"{FORMS} -k plain_loop",
+    ),
+    Mutation(
+        "A data set's columns are those that were asked for",
+        "the first column that can be read is",
+        "vocabtrim_export/calibration/hub_data.py",
+        "for field, column in data.columns.items()} if data.columns else row",
+        "for field, column in data.columns.items()} if False else row",
+        f"{HUB} -k plain_loop",
+    ),
+    Mutation(
+        "A hub that does not answer is an error within seconds",
+        "the library asks it",
+        "vocabtrim_export/calibration/hub_data.py",
+        "_check_hub(data)",
+        "pass",
+        f"{HUB} -k within_seconds",
+        within="_open",
     ),
     Mutation(
         "Documents in a file are the documents in memory",

@@ -11,7 +11,11 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.data_files import read_records
 from vocabtrim_export.calibration.document import Document, Skipped, cut_text
 from vocabtrim_export.calibration.document_file import kept
+from vocabtrim_export.calibration.hub_data import is_hub_data, read_hub_data
 from vocabtrim_export.calibration.records import parse_record
+
+# What `save_to_disk` of `datasets` writes beside its Arrow files.
+_SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,9 @@ def _content(document: Document) -> bytes:
 
 
 def read_corpus(paths: Sequence[Path]) -> Corpus:
-    """Read data files, and directories of them (recursively, sorted, no hidden files): see `read_records`.
+    """Read data files, directories of them (recursively, sorted, no hidden files), and data sets of the hub.
+
+    See `read_records` and `read_hub_data`.
 
     Records that are empty, or conversations in which no user speaks, are passed over; records of no known form are
     left out and named in `skipped`; a file with nothing else is an error. No paths: `builtin_corpus()`.
@@ -77,10 +83,12 @@ def builtin_corpus() -> Corpus:
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
+    if path.is_file() or is_hub_data(path):
         return [path]
     if re.match(r"\w+:/", str(path)):
         raise VocabtrimError(f"{path} is a URL, which is not fetched: download it and give the file")
+    if not path.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise VocabtrimError(f"calibration data not found: {path} (a data set of the hub is hf://{path})")
     if not path.is_dir():
         raise VocabtrimError(f"calibration data not found: {path}")
     inside = sorted(file for file in path.rglob("*") if file.is_file())
@@ -88,7 +96,9 @@ def _files(path: Path) -> list[Path]:
     files = [
         file
         for file in inside
-        if file.stat().st_size and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.stat().st_size
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and not (file.name in _SAVED and (file.name == _SAVED[0] or any(file.parent.glob("*.arrow"))))
     ]
     if not files:
         raise VocabtrimError(f"no calibration files in the directory {path}")
@@ -102,7 +112,7 @@ def _read_file(path: Path, skipped: list[Skipped]) -> Iterator[Document]:
         VocabtrimError: Nothing in it is usable.
     """
     is_empty, first_reason, first_place = True, "", str(path)
-    for where, record in read_records(path):
+    for where, record in read_hub_data(path) if is_hub_data(path) else read_records(path):
         first_place = where if first_place == str(path) else first_place
         try:
             for document in parse_record(record, where):

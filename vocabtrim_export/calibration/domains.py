@@ -95,7 +95,7 @@ def _parse(text: str) -> tuple[str, Path, float] | None:
         return None
     name, rest = match[1], match[2]
     path, colon, weight = rest.rpartition(":")
-    if not colon or Path(rest).exists():
+    if not colon or Path(rest).exists() or path == "hf":
         return name, Path(rest), 1.0
     try:
         value = float(weight)

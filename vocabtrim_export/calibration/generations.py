@@ -61,7 +61,7 @@ def whole_texts(tokenizer: "PreTrainedTokenizerFast") -> "BackendTokenizer":
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
-    return backend  # type: ignore[no-any-return]
+    return backend
 
 
 def text_tokens(tokenizer: "BackendTokenizer", batch: BatchDocuments) -> BatchTokens:

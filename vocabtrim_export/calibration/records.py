@@ -12,6 +12,7 @@ _ANSWERS = {
     "question": ("answer", "response"),
     "instruction": ("output", "response"),
 }
+MORE_FIELDS = ("input", "context", "completion", "response", "answer", "output")
 FIELDS = (*_CONVERSATIONS, "turns", *_ANSWERS, "text")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "developer": "system"}
 
