@@ -23,7 +23,8 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompts, conversations or texts to count on: text, .jsonl, .json, .csv, .tsv or .parquet files (see "
         "docs/conversations.md), also compressed (.gz, .bz2, .xz, .zst), directories of such files, or data sets of "
         "the hub (hf://OWNER/NAME). Or token counts (.safetensors) of earlier calibrations. Files given as "
-        "NAME=PATH[:WEIGHT] are domains, which are counted separately and mixed by weight (default: Python's documentation, which is unlike most users' prompts)",
+        "NAME=PATH[:WEIGHT] are domains, which are counted separately and mixed by weight (default: Python's "
+        "documentation, which is unlike most users' prompts)",
     )
     parser.add_argument(
         "--calibration-source",
