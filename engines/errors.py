@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The exceptions that a user's mistake raises."""
 
 
 class VocabtrimError(Exception):
@@ -6,3 +6,7 @@ class VocabtrimError(Exception):
 
     The command line prints it and exits with code 2; it never shows a traceback for it.
     """
+
+
+class ContextExceededError(VocabtrimError):
+    """The prompt leaves no room in the target's context."""

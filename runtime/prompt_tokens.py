@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from engines.base import Engine
 from engines.bundle.chat_template import ChatOptions
 from engines.bundle.tokenizer import Tokenizer
-from engines.errors import VocabtrimError
+from engines.errors import ContextExceededError, VocabtrimError
 
 _MOST_IDS = 1 << 32  # the tokenizers library's ids have 32 bits
 
@@ -65,7 +65,7 @@ def check_prompt(token_ids: Sequence[int], target: Engine, tokenizer: Tokenizer 
     if not token_ids:
         raise VocabtrimError("the prompt is empty: give at least one token")
     if len(token_ids) >= target.capacity:
-        raise VocabtrimError(
+        raise ContextExceededError(
             f"the prompt has {len(token_ids)} tokens and the target's context holds {target.capacity}: "
             "shorten it, or export with a longer context"
         )

@@ -1,8 +1,9 @@
-"""Promises of `vocabtrim serve`."""
+"""Promises of `vocabtrim serve` and `vocabtrim chat`."""
 
 from tests.mutations.mutation import Mutation
 
 SERVE = "tests/integration/test_serve.py"
+CHAT = "tests/integration/test_chat.py"
 
 SERVER = (
     Mutation(
@@ -60,5 +61,21 @@ SERVER = (
         "    fields.finish()\n",
         "",
         f"{SERVE} -k unknown",
+    ),
+    Mutation(
+        "A conversation in the terminal goes on",
+        "answers are forgotten",
+        "vocabtrim_export/cli/chat_command.py",
+        "self._messages = [*messages, ",
+        "self._messages = [*self._messages, ",
+        f"{CHAT} -k lines",
+    ),
+    Mutation(
+        "A conversation in the terminal goes on",
+        "Ctrl-C ends no answer",
+        "vocabtrim_export/cli/figures.py",
+        "        if is_stopped():\n            break\n",
+        "",
+        f"{CHAT} -k ctrl_c_ends",
     ),
 )

@@ -7,26 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.cli.arguments import (
-    add_engine_arguments,
-    add_json_argument,
-    add_prompt_lookup_argument,
-    add_rule_arguments,
-    rule_options,
+from vocabtrim_export.cli.arguments import add_json_argument
+from vocabtrim_export.cli.decoder_arguments import (
+    add_decoder_arguments,
+    add_sampling_arguments,
+    load_decoder,
+    sampling_params,
 )
+from vocabtrim_export.cli.figures import figures_line, print_text
 from vocabtrim_export.cli.prompt_arguments import add_template_arguments, read_json, template_args
 from vocabtrim_export.cli.streams import read_prompt
 
 if TYPE_CHECKING:
-    from runtime import Stats
     from runtime.stream import Stream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    add_engine_arguments(parser)
-    add_prompt_lookup_argument(parser)
-    parser.add_argument("--drafter", type=Path, metavar="DIR", help="the drafter's bundle (default: the target alone)")
+    add_decoder_arguments(parser)
     parser.add_argument("--prompt", help="the text to answer (default: read standard input)")
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt instead of answering it: no chat template"
@@ -46,28 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_template_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="the most tokens to generate")
-    parser.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end the output before this text; may be given several times",
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy, always the most likely token"
-    )
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens; 0: from all")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from the most likely tokens whose probabilities reach this sum"
-    )
-    parser.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        help="sample from the tokens that have at least this share of the most likely token's probability",
-    )
-    parser.add_argument("--seed", type=int, help="seed of the sampling (default: another one each time)")
-    add_rule_arguments(parser)
+    add_sampling_arguments(parser)
     parser.add_argument(
         "--logprobs",
         type=int,
@@ -79,23 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command: the text goes to standard output, figures to standard error."""
-    from runtime import SamplingParams, SpeculativeDecoder
-
-    chosen = options.temperature, options.top_k, options.top_p, options.seed, options.min_p
-    sampling = SamplingParams(*chosen, **rule_options(options))
+    sampling = sampling_params(options)
     if options.logprobs is not None and not options.json:
         raise VocabtrimError("--logprobs is part of what --json prints: give --json as well")
     prompt, tools = _prompt(options)
-    if options.drafter_device and options.drafter is None:
-        raise VocabtrimError("--drafter-device is for a drafter: give --drafter as well")
-    with SpeculativeDecoder.load(
-        options.target,
-        options.drafter,
-        device=options.device,
-        draft_length=options.draft_length,
-        drafter_device=options.drafter_device,
-        prompt_lookup=options.prompt_lookup,
-    ) as decoder:
+    with load_decoder(options) as decoder:
         stream = decoder.stream(
             prompt,
             max_new_tokens=options.max_new_tokens,
@@ -116,23 +81,9 @@ def _show(stream: "Stream", as_json: bool) -> None:
     if as_json:
         print(json.dumps(stream.finish().to_dict(), indent=2))
         return
-    for token in stream:
-        print(token.text, end="", flush=True)
-    print()
+    printed = print_text(stream)
     result = stream.finish()
-    stats = result.stats
-    print(
-        f"[{len(result.token_ids)} tokens, {result.finish_reason}; {stats.tokens_per_second:.1f} tokens/s, "
-        f"block efficiency {stats.block_efficiency:.2f}{_notes(stats)}]",
-        file=sys.stderr,
-    )
-
-
-def _notes(stats: "Stats") -> str:
-    """Returns what explains the speed, where there is something to explain."""
-    notes = f", {stats.looked_up_accepted} tokens from prompt lookup" if stats.looked_up_accepted else ""
-    notes += f", drafting did not pay in {stats.paused} of {stats.rounds} rounds" if stats.paused else ""
-    return notes + (", acceptance collapsed" if stats.collapse else "")
+    print(figures_line(result.stats, result.finish_reason, printed.first_token_seconds), file=sys.stderr)
 
 
 def _prompt(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "choose the drafter's tokens, trim its LM head and write both bundles (as `vocabtrim-export` does)",
     "calibrate": "count how often a model uses each token; the counts serve exports with any K",
     "generate": "generate text with a target and a drafter",
+    "chat": "hold a conversation with a target and a drafter in the terminal",
     "inspect": "show what a bundle holds: sizes, inputs and outputs, TensorRT profiles, layers",
     "serve": "answer requests over HTTP by OpenAI's protocol",
     "verify": "check that the output with a drafter is the target's own, greedy and sampled",

@@ -5,10 +5,9 @@ import os
 import socket
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.cli.arguments import add_engine_arguments, add_prompt_lookup_argument
+from vocabtrim_export.cli.decoder_arguments import add_decoder_arguments, load_decoder
 
 _KEY = "VOCABTRIM_API_KEY"
 _PACKAGES = {"starlette", "uvicorn", "prometheus_client"}
@@ -16,9 +15,7 @@ _PACKAGES = {"starlette", "uvicorn", "prometheus_client"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    add_engine_arguments(parser)
-    add_prompt_lookup_argument(parser)
-    parser.add_argument("--drafter", type=Path, metavar="DIR", help="the drafter's bundle (default: the target alone)")
+    add_decoder_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0: every address")
     parser.add_argument("--port", type=int, default=8000, help="the port to listen on")
     parser.add_argument(
@@ -41,8 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command, until Ctrl-C or SIGTERM."""
-    from runtime import SpeculativeDecoder
-
     try:
         import uvicorn
 
@@ -62,16 +57,7 @@ def run(options: argparse.Namespace) -> None:
         body_mb=options.max_body,
         request_seconds=options.timeout,
     )
-    if options.drafter_device and options.drafter is None:
-        raise VocabtrimError("--drafter-device is for a drafter: give --drafter as well")
-    decoder = SpeculativeDecoder.load(
-        options.target,
-        options.drafter,
-        device=options.device,
-        draft_length=options.draft_length,
-        drafter_device=options.drafter_device,
-        prompt_lookup=options.prompt_lookup,
-    )
+    decoder = load_decoder(options)
     if decoder.tokenizer is None:
         decoder.close()
         raise VocabtrimError(f"{options.target} has no tokenizer: a server needs one")

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from contextlib import suppress
 
 from engines.errors import VocabtrimError
 
@@ -41,14 +42,66 @@ def read_prompt(given: str | None) -> str:
     where = "standard input" if given is None else "--prompt"
     if given is None and sys.stdin is None:
         raise VocabtrimError("standard input is closed: give --prompt")
-    data = sys.stdin.buffer.read() if given is None else given.encode("utf-8", "surrogateescape")
+    prompt = utf8_text(sys.stdin.buffer.read() if given is None else given, where)
+    if not prompt.strip():
+        raise VocabtrimError(f"the prompt is empty: {where} holds no text")
+    return prompt
+
+
+def utf8_text(data: bytes | str, where: str) -> str:
+    """Returns the text that UTF-8 bytes hold, without a byte order mark.
+
+    Args:
+        data: Bytes, or text in which escapes stand for the bytes that are not UTF-8, as Python reads arguments.
+        where: Where they come from, for the error.
+
+    Raises:
+        VocabtrimError: They are not UTF-8.
+    """
+    data = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
     try:
-        prompt = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise VocabtrimError(
             f"{where} is not UTF-8 (byte 0x{data[error.start]:02x} at position {error.start}): convert it, as with "
             "`iconv --from-code latin1 --to-code utf-8`"
         ) from error
-    if not prompt.strip():
-        raise VocabtrimError(f"the prompt is empty: {where} holds no text")
-    return prompt
+
+
+def prepare_input() -> bool:
+    """Make standard input ready for `read_line`, with line editing where a person types.
+
+    Returns:
+        Whether standard input and output are a terminal.
+
+    Raises:
+        VocabtrimError: Standard input is closed.
+    """
+    if sys.stdin is None:
+        raise VocabtrimError("standard input is closed: give it a line for each message")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 - `input` uses it
+    return True
+
+
+def read_line(prompt: str | None) -> str | None:
+    """Returns the next line of standard input; None at its end, and where a person types Ctrl-C.
+
+    Args:
+        prompt: What a person sees before the line; None where nobody types.
+
+    Raises:
+        VocabtrimError: The line is not UTF-8.
+    """
+    if prompt is None:
+        line = sys.stdin.readline()
+        return utf8_text(line, "standard input").rstrip("\n") if line else None
+    try:
+        return utf8_text(input(prompt), "the message")
+    except (EOFError, KeyboardInterrupt):
+        print()  # the shell's prompt gets a line of its own
+        return None

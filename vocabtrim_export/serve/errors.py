@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from engines.errors import VocabtrimError
+from engines.errors import ContextExceededError, VocabtrimError
 
 CONTEXT_EXCEEDED = "context_length_exceeded"
 
@@ -59,7 +59,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, VocabtrimError):
-        code = CONTEXT_EXCEEDED if "the target's context holds" in str(error) else None
+        code = CONTEXT_EXCEEDED if isinstance(error, ContextExceededError) else None
         return ApiError(400, str(error), code=code)
     if isinstance(error, TimeoutError):
         return ApiError(504, "the request took longer than this server allows: ask for fewer tokens, or try later")
