@@ -4,13 +4,9 @@ import asyncio
 import contextlib
 import gc
 import json
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -20,13 +16,14 @@ from vocabtrim_export.cli.main import main
 from vocabtrim_export.serve.settings import ServeSettings
 
 openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 ClientDisconnect = pytest.importorskip("starlette.requests").ClientDisconnect
 Server = pytest.importorskip("vocabtrim_export.serve.app").Server
+helper = pytest.importorskip("tests.serving")
 
 MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
-KEY = "a secret"
+KEY = helper.KEY
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +40,8 @@ def decoder(pair):
 @pytest.fixture(scope="module")
 def server(pair):
     """Two workers, a queue of one, in a thread of this process."""
-    settings = ServeSettings("tiny", api_key=KEY, workers=2, waiting=1, body_mb=0.01)
-    served = Server(SpeculativeDecoder.load(pair.target, pair.drafter), settings)
-    listener = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(served.app(), log_level="warning"))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-    thread.start()
-    served.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    while not running.started:
-        time.sleep(0.01)
-    yield served
-    running.should_exit = True
-    thread.join()
+    with helper.serving(pair, workers=2, waiting=1, body_mb=0.01) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +86,10 @@ def test_completions_stops_choices_and_logprobs(client, decoder):
     assert answer.choices[0].text == whole[0].text
     expected = [entry.logprob for entry in whole[0].logprobs]
     assert answer.choices[0].logprobs.token_logprobs == pytest.approx(expected, abs=1e-4)
-    tops = answer.choices[0].logprobs.top_logprobs  # by the tokens' texts, which several tokens may share
-    assert [0 < len(top) <= 2 for top in tops] == [True] * len(whole[0].token_ids)
+    logprobs = answer.choices[0].logprobs
+    for token, entry, top in zip(logprobs.tokens, whole[0].logprobs, logprobs.top_logprobs, strict=True):
+        assert len(top) == 2  # by text; a token with the same text as another goes by its id
+        assert top[token] == pytest.approx(entry.logprob, abs=1e-4)
     both = client.completions.create(model="tiny", prompt=["the quick", "the lazy dog"], max_tokens=16, temperature=0)
     assert [choice.text for choice in both.choices] == [each.text for each in whole]
     stop = whole[0].text[4:6]
@@ -150,10 +139,7 @@ def test_a_full_queue_and_clients_that_leave(client, server, monkeypatch):
     server.workers.leave()
     for stream in streams:
         stream.close()
-    until = time.monotonic() + 20
-    while server.workers.admitted or server.workers.busy:
-        assert time.monotonic() < until, "an answer goes on that nobody reads"
-        time.sleep(0.01)
+    helper.wait_until_idle(server)
     assert max(worker.decoder.target.length for worker in server.workers.all) < 64  # of 128
     assert client.completions.create(model="tiny", prompt="the", max_tokens=1).usage.completion_tokens == 1
 
@@ -247,10 +233,9 @@ def test_routes_keys_and_figures(post, server, client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
-    figures = httpx.get(server.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
-    values = dict(line.rsplit(" ", 1) for line in figures.splitlines() if not line.startswith("#"))
-    assert float(values["vocabtrim_generated_tokens_total"]) > 0
-    assert float(values["vocabtrim_busy_workers"]) == 0
+    values = helper.gauges(server.url)
+    assert values["vocabtrim_generated_tokens_total"] > 0
+    assert values["vocabtrim_busy_workers"] == values["vocabtrim_waiting_requests"] == 0
 
 
 def test_a_turn_goes_on_where_the_last_one_ended(client):
@@ -261,23 +246,6 @@ def test_a_turn_goes_on_where_the_last_one_ended(client):
     client.chat.completions.create(**ask, messages=[{"role": "user", "content": "another conversation"}])
     second = client.chat.completions.create(**ask, messages=[*first, *turns])
     assert second.usage.prompt_tokens_details.cached_tokens >= begun.usage.prompt_tokens - 4
-
-
-def test_the_command_serves_until_it_is_told_to_stop(pair):
-    code = "import sys; from vocabtrim_export.cli.main import main; c = main(); "
-    code += "assert not {'torch', 'transformers'} & set(sys.modules); sys.exit(c)"
-    options = ["serve", "--target", pair.target, "--drafter", pair.drafter, "--port", "0"]
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, options)],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    ) as process:
-        url = process.stderr.readline().split()[-1]
-        body = {"prompt": "the", "max_tokens": 2}
-        assert httpx.post(f"{url}/completions", json=body).json()["usage"]["completion_tokens"] == 2
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0, process.stderr.read()
 
 
 def test_a_mistake_is_one_line(pair, capsys):

@@ -3,6 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 SERVE = "tests/integration/test_serve.py"
+FAULTS = "tests/integration/test_serve_faults.py"
 CHAT = "tests/integration/test_chat.py"
 
 SERVER = (
@@ -77,5 +78,37 @@ SERVER = (
         "        if is_stopped():\n            break\n",
         "",
         f"{CHAT} -k ctrl_c_ends",
+    ),
+    Mutation(
+        "Log-probabilities are each token's own",
+        "tokens of one text overwrite each other",
+        "vocabtrim_export/serve/answers.py",
+        "name in named and named[name][0] != token",
+        "False",
+        f"{SERVE} -k stops",
+    ),
+    Mutation(
+        "Slow clients keep nobody out",
+        "a body may take for ever",
+        "vocabtrim_export/serve/app.py",
+        "asyncio.timeout(self._settings.body_seconds)",
+        "asyncio.timeout(None)",
+        f"{FAULTS} -k slow",
+    ),
+    Mutation(
+        "Slow clients keep nobody out",
+        "an answer waits for ever to be read",
+        "vocabtrim_export/serve/events.py",
+        "asyncio.timeout(self._seconds)",
+        "asyncio.timeout(None)",
+        f"{FAULTS} -k read",
+    ),
+    Mutation(
+        "The queue's gauge counts who waits for a worker",
+        "bodies that are still read are counted",
+        "vocabtrim_export/serve/metrics.py",
+        "lambda: workers.waiting",
+        "lambda: workers.admitted - workers.busy",
+        f"{FAULTS} -k slow",
     ),
 )

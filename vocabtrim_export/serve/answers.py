@@ -89,9 +89,21 @@ class Form:
         return {
             "tokens": names,
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [{self._name(token): value for token, value in entry.top} for entry in entries],
+            "top_logprobs": [self._top(entry) for entry in entries],
             "text_offset": list(accumulate(map(len, names[:-1]), initial=0)),
         }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """Returns log-probabilities by the tokens' texts, the chosen token's among them as OpenAI has it.
+
+        Tokens that share a text, as the bytes of one character do, are named by their ids after the first, as in vLLM.
+        """
+        named = {self._name(entry.token_id): (entry.token_id, entry.logprob)}
+        for token, value in entry.top:
+            name = self._name(token)
+            is_other = name in named and named[name][0] != token
+            named[f"token_id:{token}" if is_other else name] = token, value
+        return {name: value for name, (_, value) in named.items()}
 
     def _entry(self, entry: TokenLogprob) -> dict[str, Any]:
         pairs = [(entry.token_id, entry.logprob), *entry.top]

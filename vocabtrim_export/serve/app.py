@@ -24,6 +24,8 @@ from vocabtrim_export.serve.workers import Workers
 
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
+_CLOSE = {"Connection": "close"}  # the rest of a body is not waited for
+_READING_SECONDS = 5.0  # after a request's deadline, to take what was generated
 _GONE = 499  # nginx's status for a client that left, for the metrics alone
 
 
@@ -117,7 +119,8 @@ class Server:
             if not job.is_streamed:
                 return await _while_connected(request, _whole(job, form, answer))
             first = await _while_connected(request, anext(answer))  # errors up to here have a status of their own
-            response = EventStream(job, form, first, answer, self._streamed)
+            seconds = arrived + self._settings.request_seconds - asyncio.get_running_loop().time()
+            response = EventStream(job, form, first, answer, self._streamed, seconds + _READING_SECONDS)
             return response
         finally:
             if response is None:  # a stream gives its place back itself
@@ -129,11 +132,18 @@ class Server:
 
     async def _body(self, request: Request) -> bytes:
         most, parts, size = int(self._settings.body_mb * MB), [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                raise ApiError(413, f"the request's body is larger than {self._settings.body_mb:g} MiB")
-            parts.append(part)
+        try:
+            async with asyncio.timeout(self._settings.body_seconds):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > most:
+                        most_mb = f"{self._settings.body_mb:g} MiB"
+                        raise ApiError(413, f"the request's body is larger than {most_mb}", headers=_CLOSE)
+                    parts.append(part)
+        except TimeoutError as error:
+            seconds = self._settings.body_seconds
+            why = f"the request's body did not arrive within {seconds:g} s: send it at once"
+            raise ApiError(408, why, headers=_CLOSE) from error
         return b"".join(parts)
 
     async def _events(self, job: Job, arrived: float) -> AsyncGenerator[Event, None]:

@@ -1,5 +1,6 @@
 """`EventStream`: an answer as server-sent events."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -20,7 +21,13 @@ class EventStream(StreamingResponse):
     """A streamed answer. Whatever ends it, its generation then ends after the round that runs."""
 
     def __init__(
-        self, job: Job, form: Form, first: Event, rest: AsyncGenerator[Event, None], end: Callable[[bool], None]
+        self,
+        job: Job,
+        form: Form,
+        first: Event,
+        rest: AsyncGenerator[Event, None],
+        end: Callable[[bool], None],
+        seconds: float,
     ) -> None:
         """Begin an answer.
 
@@ -30,15 +37,19 @@ class EventStream(StreamingResponse):
             first: The first event; errors up to it have had a status of their own.
             rest: The others.
             end: Called once, when the answer has ended, with whether an error broke it off.
+            seconds: The time after which a client that does not read the answer loses it.
         """
         self._job, self._form, self._first, self._rest, self._end = job, form, first, rest, end
-        self._is_broken = False
+        self._is_broken, self._seconds = False, seconds
         self._body = self._sent()
         super().__init__(self._body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(self._seconds):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:  # the server closes the connection of an answer without an end
+            self._is_broken = True
         finally:  # of the response: a generator that was never begun, or is abandoned, would run no `finally` now
             try:
                 await self._body.aclose()

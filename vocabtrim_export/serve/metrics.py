@@ -33,7 +33,7 @@ class Metrics:
             lambda: workers.busy
         )
         Gauge("vocabtrim_waiting_requests", "Requests that wait for a worker", registry=self._registry).set_function(
-            lambda: max(0, workers.admitted - workers.busy)
+            lambda: workers.waiting
         )
 
     def answered(self, status: int) -> None:

@@ -20,6 +20,7 @@ class ServeSettings:
         waiting: Requests that may wait for a worker; the next one is answered with 429.
         body_mb: The largest request body, in MiB.
         request_seconds: The longest time from a request's arrival to the end of its answer, waiting included.
+        body_seconds: The longest time in which a request's body must arrive, so that slow clients fill no queue.
         shutdown_seconds: How long a server that is told to stop lets running requests go on.
     """
 
@@ -31,6 +32,7 @@ class ServeSettings:
     waiting: int = 64
     body_mb: float = 4.0
     request_seconds: float = 600.0
+    body_seconds: float = 30.0
     shutdown_seconds: float = 30.0
 
     def __post_init__(self) -> None:

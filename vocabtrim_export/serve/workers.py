@@ -44,7 +44,8 @@ class Workers:
 
     Attributes:
         all: The workers.
-        admitted: Requests that run or wait.
+        admitted: Requests that run or wait, or whose bodies are being read.
+        waiting: Answers that wait for a worker.
     """
 
     def __init__(self, decoder: SpeculativeDecoder, number: int, waiting: int) -> None:
@@ -60,7 +61,7 @@ class Workers:
         self._threads = ThreadPoolExecutor(number, "vocabtrim-serve")
         self._turn = asyncio.Semaphore(number)  # wakes those who wait in the order in which they came
         self._most, self._uses = number + waiting, count(1)
-        self.admitted = 0
+        self.admitted = self.waiting = 0
 
     @property
     def busy(self) -> int:
@@ -90,7 +91,11 @@ class Workers:
         A generation that is left early, by its client or by an error, ends after the round that runs, and only then is
         its worker free for others.
         """
-        await self._turn.acquire()
+        self.waiting += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self.waiting -= 1
         worker, running = self._take(prompt), Running()
         loop = asyncio.get_running_loop()
         try:
