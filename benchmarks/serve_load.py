@@ -1,0 +1,258 @@
+"""A server under load: is every text that of `generate`, does everything come back, how soon, and how fast?
+
+    python benchmarks/serve_load.py --target DIR --drafter DIR --prompts FILE.jsonl… --output FILE.json
+        [--clients 1 2 4 8 16] [--seconds 30] [--slots 2]
+    python benchmarks/serve_load.py … --llama-server PROGRAM --model FILE.gguf
+
+At each level so many clients ask one question after another, streamed and greedy, with prompts and lengths drawn at
+random from JOBS pairs whose texts `generate` gave before; a third of the answers is left after a few pieces. Each text,
+or what was read of it, must be `generate`'s. After each level the server's gauges must be zero; its memory is noted.
+With --llama-server the same clients ask llama.cpp's server instead, whose texts are not compared; its levels are added
+to FILE.json. Exits with 1 where a text differs, an answer fails or a slot does not come back.
+"""
+
+import argparse
+import http.client
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from runtime import SpeculativeDecoder
+from runtime.measure.environment import environment
+from runtime.stats import Percentiles
+
+JOBS, NEW_TOKENS, LONGEST_PROMPT = 16, (8, 16, 32, 64), 600
+PACKAGES = ("onnxruntime", "starlette", "uvicorn")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A question, how long its answer may be, and the answer."""
+
+    prompt: str
+    new_tokens: int
+    text: str
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the clients of one level saw."""
+
+    answers: int = 0
+    left_early: int = 0
+    tokens: int = 0
+    failures: list[str] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
+    first_token_seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A running server.
+
+    Attributes:
+        port: Where it listens.
+        process: Its process.
+        is_ours: Its texts are compared, and it has gauges.
+    """
+
+    port: int
+    process: "subprocess.Popen[str]"
+    is_ours: bool
+
+    @property
+    def resident_mb(self) -> float:
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024 / 1e6
+
+
+def make_jobs(target: Path, drafter: Path, files: Sequence[Path], random: Random) -> list[Job]:
+    """Draw the questions and let `generate` answer them."""
+    records = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+    prompts = [record.get("prompt") or record["turns"][0] for record in records]
+    with SpeculativeDecoder.load(target, drafter) as decoder:
+        fitting = [prompt for prompt in prompts if len(decoder.encode(prompt)) <= LONGEST_PROMPT]
+        jobs = []
+        for index, prompt in enumerate(random.sample(fitting, min(JOBS, len(fitting)))):
+            new_tokens = NEW_TOKENS[index % len(NEW_TOKENS)]
+            with decoder.fork() as fresh:
+                jobs.append(Job(prompt, new_tokens, fresh.generate(prompt, max_new_tokens=new_tokens).text))
+    return jobs
+
+
+def pieces(connection: http.client.HTTPConnection, job: Job) -> Iterator[str]:
+    """Ask, and yield the text as it comes."""
+    body = {"messages": [{"role": "user", "content": job.prompt}], "max_tokens": job.new_tokens, "temperature": 0}
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}), headers)
+    response = connection.getresponse()
+    if response.status != 200:
+        raise ValueError(f"status {response.status}: {response.read()[:200]!r}")
+    for line in response:
+        data = line.removeprefix(b"data: ").strip()
+        if data == b"[DONE]":
+            return
+        if line.startswith(b"data: "):
+            event = json.loads(data)
+            if "error" in event:
+                raise ValueError(event["error"]["message"])
+            if event["choices"] and (text := event["choices"][0]["delta"].get("content")):
+                yield text
+    raise ValueError("the stream ended before its end")
+
+
+def ask(served: Served, job: Job, leave_after: int | None, tally: Tally) -> None:
+    """Read an answer, or its first pieces, and compare what was read."""
+    began, read = time.perf_counter(), []
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=300)
+    try:
+        for piece in pieces(connection, job):
+            if not read:
+                tally.first_token_seconds.append(time.perf_counter() - began)
+            read.append(piece)
+            tally.tokens += 1
+            if len(read) == leave_after:
+                break
+    except (ValueError, OSError, http.client.HTTPException) as error:
+        tally.failures.append(repr(error))
+        return
+    finally:
+        connection.close()
+    text, is_whole = "".join(read), len(read) != leave_after
+    tally.answers += is_whole
+    tally.left_early += not is_whole
+    if served.is_ours and (text != job.text if is_whole else not job.text.startswith(text)):
+        tally.differing.append(f"{job.prompt[:60]!r}: {text[-60:]!r}")
+
+
+def run_level(served: Served, jobs: Sequence[Job], clients: int, seconds: float) -> dict[str, Any]:
+    """Let so many clients ask for a while, and return what they saw."""
+    before, tallies = served.resident_mb, [Tally() for _ in range(clients)]
+    began = time.perf_counter()
+
+    def client(number: int) -> None:
+        random = Random(1000 * clients + number)
+        while time.perf_counter() - began < seconds:
+            leave_after = random.randint(1, 6) if random.random() < 1 / 3 else None
+            ask(served, random.choice(jobs), leave_after, tallies[number])
+
+    threads = [threading.Thread(target=client, args=[number]) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.perf_counter() - began
+    first = Percentiles.of(value for tally in tallies for value in tally.first_token_seconds)
+    return {
+        "clients": clients,
+        "seconds": took,
+        "answers": sum(tally.answers for tally in tallies),
+        "left_early": sum(tally.left_early for tally in tallies),
+        "failures": [failure for tally in tallies for failure in tally.failures],
+        "differing": [text for tally in tallies for text in tally.differing],
+        "pieces_per_second": sum(tally.tokens for tally in tallies) / took,
+        "first_token_seconds": asdict(first) if first else None,
+        "resident_mb": [before, served.resident_mb],
+        "busy_or_waiting_afterwards": gauges_afterwards(served) if served.is_ours else None,
+    }
+
+
+def gauges_afterwards(served: Served) -> float:
+    """Workers that still generate and answers that wait, ten seconds after the last client has left."""
+    for _ in range(100):
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+        connection.close()
+        values = [line.split() for line in lines]
+        names = "vocabtrim_busy_workers", "vocabtrim_waiting_requests"
+        held = sum(float(value[1]) for value in values if value[0] in names)
+        if not held:
+            return 0.0
+        time.sleep(0.1)
+    return held
+
+
+@contextmanager
+def our_server(options: argparse.Namespace) -> Iterator[Served]:
+    """Yield `vocabtrim serve`."""
+    command = [sys.executable, "-m", "vocabtrim_export.cli.main", "serve", "--port", "0"]
+    command += ["--target", str(options.target), "--slots-in-parallel", str(options.slots)]
+    command += ["--drafter", str(options.drafter)] if options.drafter else []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        line = process.stderr.readline()
+        yield Served(int(line.rsplit(":", 1)[1].split("/")[0]), process, is_ours=True)
+        process.terminate()
+
+
+@contextmanager
+def llama_server(options: argparse.Namespace) -> Iterator[Served]:
+    """Yield llama.cpp's server."""
+    port = 18080
+    command = [str(options.llama_server), "--model", str(options.model), "--port", str(port)]
+    command += ["--parallel", str(options.slots), "--ctx-size", str(2048 * options.slots)]
+    command += ["--threads", str(environment()["cores"])]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **quiet) as process:
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    break
+            except OSError:
+                pass
+            time.sleep(0.2)
+        yield Served(port, process, is_ours=False)
+        process.terminate()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=Path, required=True)
+    parser.add_argument("--drafter", type=Path)
+    parser.add_argument("--prompts", type=Path, nargs="+", required=True)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--llama-server", type=Path, metavar="PROGRAM")
+    parser.add_argument("--model", type=Path, metavar="FILE.gguf")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    jobs = make_jobs(options.target, options.drafter, options.prompts, Random(0))
+    name, start = ("llama.cpp server", llama_server) if options.llama_server else ("vocabtrim serve", our_server)
+    results: dict[str, Any] = {"levels": {}}
+    if options.output.exists():
+        results = json.loads(options.output.read_text())
+    results |= {"jobs": len(jobs), "slots": options.slots, "environment": environment()}
+    with start(options) as served:
+        run_level(served, jobs, 1, 5)  # the first answers find no warm memory
+        levels = [run_level(served, jobs, clients, options.seconds) for clients in options.clients]
+    results["levels"][name] = {"versions": versions(options.llama_server), "levels": levels}
+    for level in levels:
+        print(name, json.dumps(level), flush=True)
+    options.output.write_text(json.dumps(results, indent=2) + "\n")
+    return int(any(each["failures"] or each["differing"] or each["busy_or_waiting_afterwards"] for each in levels))
+
+
+def versions(llama: Path | None) -> dict[str, str]:
+    """Returns the versions of what serves."""
+    if llama is None:
+        return {name: version(name) for name in PACKAGES}
+    told = subprocess.run([llama, "--version"], capture_output=True, text=True)
+    return {"llama.cpp": (told.stderr + told.stdout).splitlines()[0]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
