@@ -7,7 +7,7 @@ the same tokens in the same calls and writes the result to `plan_proof.json`, fo
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +40,14 @@ class ExpectedLogits:
         lengths: int64[calls], how many of them each call feeds.
         columns: int64[C], the columns of the logits that are compared.
         logits: float32[rows, C], after the last positions of each call, `kept_positions` of them.
+        slot_token_ids: int64[n], the tokens in the slots of the head; none in files of older versions.
     """
 
     token_ids: NDArray[np.int64]
     lengths: NDArray[np.int64]
     columns: NDArray[np.int64]
     logits: NDArray[np.float32]
+    slot_token_ids: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def save(self, path: Path) -> None:
         path.write_bytes(save({name: getattr(self, name) for name in self.__slots__}))
@@ -54,7 +56,7 @@ class ExpectedLogits:
     def load(cls, path: Path) -> "ExpectedLogits":
         try:
             with safe_open(path, framework="numpy") as file:
-                return cls(*(file.get_tensor(name) for name in cls.__slots__))
+                return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  (no mapping)
         except (OSError, SafetensorError, TypeError) as error:
             raise VocabtrimError(f"{path} does not hold expected logits ({brief(error)}): export again") from error
 
@@ -129,6 +131,7 @@ def _proof_at(place: Path) -> PlanProof | None:
 def _largest_difference(engine: Engine, expected: ExpectedLogits) -> float:
     """Returns the largest difference of a logit, as a share of the logits' standard deviation."""
     rows, begin = [], 0
+    engine.remember(expected.slot_token_ids.tolist())
     for length in expected.lengths.tolist():
         output = engine.feed(expected.token_ids[begin : begin + length], kept_positions(length))
         rows.append(output.logits[:, expected.columns].copy())

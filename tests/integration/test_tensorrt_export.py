@@ -14,7 +14,9 @@ import pytest
 
 from engines import VocabtrimError, load_engine, read_bundle
 from engines.base import StepOutput
+from engines.bundle.graph_io import SLOT_WEIGHT
 from engines.bundle.read import PLAN_NAME
+from engines.ort.session import share
 from engines.trt.engine import StaticEngine
 from engines.trt.plan_proof import PROOF_NAME, prove_plan
 from engines.trt.reference import ReferenceExecutor
@@ -170,7 +172,16 @@ def drafts_shifted(executor):
     executor.draft = lambda *given: draft(*given)[::-1].copy()
 
 
-@pytest.mark.parametrize("wrong", [logits_rolled, positions_shifted, nan_logits, nan_after_a_draft, drafts_shifted])
+def slots_never_copied(executor):
+    """The plan reads a copy of the slots' rows from before a token entered."""
+    weight = executor.slots.inputs[SLOT_WEIGHT]
+    executor._slot_inputs[SLOT_WEIGHT] = share(weight.copy())
+
+
+WRONG = [logits_rolled, positions_shifted, nan_logits, nan_after_a_draft, drafts_shifted, slots_never_copied]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_a_plan_that_computes_something_else_is_refused(wrong, unrolled_drafter):
     executor = ReferenceExecutor(unrolled_drafter)
     wrong(executor)

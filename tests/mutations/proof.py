@@ -3,6 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 TESTS, PROVEN = "tests/integration/test_proof.py", "vocabtrim_export/proof/proven.py"
+SLOTS = "tests/integration/test_proof_slots.py"
 ARCHITECTURES, EXPERTS = "tests/integration/test_architectures.py", "vocabtrim_export/lowering/experts.py"
 
 PROOF = (
@@ -55,6 +56,62 @@ PROOF = (
         f"{TESTS} -k long_window",
     ),
     Mutation(
+        "A head's window is proven, too",
+        "its attention reaches back to the first token",
+        "vocabtrim_export/tracing/composites.py",
+        "window=sliding_window or 0",
+        "window=0",
+        f"{SLOTS} -k past_its_window",
+    ),
+    Mutation(
+        "A token in a slot has its own row and id, and an empty slot never wins",
+        "each row is that of the token before",
+        "vocabtrim_export/bundles/writer.py",
+        "rows = torch.from_numpy(plan.rows_of(plan.lost_token_ids))",
+        "rows = torch.from_numpy(plan.rows_of(plan.lost_token_ids)).roll(1)",
+        SLOTS,
+    ),
+    Mutation(
+        "A token in a slot has its own row and id, and an empty slot never wins",
+        "ids of slots come before those of the head",
+        "vocabtrim_export/lowering/lm_head.py",
+        'ir.node("Concat", [table, slots]',
+        'ir.node("Concat", [slots, table]',
+        SLOTS,
+    ),
+    Mutation(
+        "A token in a slot has its own row and id, and an empty slot never wins",
+        "empty slots are not masked",
+        "vocabtrim_export/lowering/slots.py",
+        'masked = append("Where", append("Less", token_ids, zero), lowest, values)',
+        "masked = values",
+        SLOTS,
+    ),
+    Mutation(
+        "Wrong slots are caught by the export itself",
+        "a stored row may be any other",
+        "vocabtrim_export/proof/slots.py",
+        "return is_rounded(self._written, self._own, self._quantization)",
+        "return True",
+        f"{SLOTS} -k int8",
+    ),
+    Mutation(
+        "Wrong slots are caught by the export itself",
+        "no slot ever wins",
+        "vocabtrim_export/proof/slots.py",
+        "_GAIN = 8.0",
+        "_GAIN = 0.001",
+        f"{SLOTS} -k llama",
+    ),
+    Mutation(
+        "A plan's slots are proven at its first load",
+        "its slots are empty",
+        "engines/trt/plan_proof.py",
+        "engine.remember(expected.slot_token_ids.tolist())",
+        "pass",
+        "tests/integration/test_tensorrt_export.py -k proves_itself",
+    ),
+    Mutation(
         "A head that the checkpoint stores is the head",
         "config.json says whether it is tied",
         "vocabtrim_export/tracing/trace.py",
@@ -90,7 +147,7 @@ PROOF = (
         "A quantised expert of another layer is caught by the export itself",
         "written experts may be anything",
         "vocabtrim_export/proof/dequantized.py",
-        "if given is None or float(_row_errors(given, rows.flatten(0, 1)).max()) > _MOST_ERROR[quantization]:",
+        "if given is None or not is_rounded(given, rows.flatten(0, 1), quantization):",
         "if given is None:",
         f"{TESTS} -k quantized_graph and oss",
     ),

@@ -1,6 +1,6 @@
 """What a written graph computes, call by call, with ONNX Runtime on the CPU."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +64,14 @@ class Decoding:
         }
         self.length = 0
 
-    def feed(self, token_ids: NDArray[np.int64], hidden: NDArray[np.float32] | None = None) -> dict[str, Rows]:
+    def feed(
+        self,
+        token_ids: NDArray[np.int64],
+        hidden: NDArray[np.float32] | None = None,
+        slots: Mapping[str, Rows] | None = None,
+    ) -> dict[str, Rows]:
         """Feed int64[S], and a head's hidden states, [S, hidden]. Returns its outputs without their batch
-        dimension: [S, …] those for each token. In-context slots are empty."""
+        dimension: [S, …] those for each token. In-context slots are empty unless their inputs are given."""
         begin, self.length = self.length, self.length + len(token_ids)
         inputs: dict[str, Rows] = {
             INPUT_IDS: token_ids[None],
@@ -80,10 +85,7 @@ class Decoding:
         if hidden is not None:
             inputs[HIDDEN_INPUT] = hidden[None]
         wanted = {value.name: value.shape for value in self._session.get_inputs()}
-        for name in {SLOT_WEIGHT, SLOT_BIAS} & set(wanted):
-            inputs[name] = np.zeros(wanted[name], np.float32)
-        if SLOT_TOKEN_IDS in wanted:
-            inputs[SLOT_TOKEN_IDS] = np.full(wanted[SLOT_TOKEN_IDS], NOT_KEPT, np.int64)
+        inputs |= _empty_slots(wanted) if slots is None else slots
         fed = {name: value.astype(self._dtypes[name], copy=False) for name, value in inputs.items() if name in wanted}
         fed |= dict(self.cache)
         names = [value.name for value in self._session.get_outputs()]
@@ -92,18 +94,38 @@ class Decoding:
         return {name: value[0] for name, value in outputs.items()}
 
 
-def run_graph(directory: Path, calls: Calls, window: Window | None, as_written: bool = False) -> Computed:
-    """Run `model.onnx` on the tokens, in float32 or `as_written`. Raises `VocabtrimError` where ONNX Runtime cannot."""
+def run_graph(
+    directory: Path,
+    calls: Calls,
+    window: Window | None,
+    as_written: bool = False,
+    slots: Sequence[Mapping[str, Rows]] | None = None,
+) -> Computed:
+    """Run `model.onnx` on the tokens, in float32 or `as_written`, with these inputs of its slots in each call.
+
+    Raises:
+        VocabtrimError: ONNX Runtime cannot.
+    """
     path = directory / MODEL_NAME
     with nullcontext(open_session(path)) if as_written else proof_session(path, window) as session:
         decoding = Decoding(session)
         rows: list[dict[str, Rows]] = []
-        for length in calls.lengths:
+        for call, length in enumerate(calls.lengths):
             begin, end = decoding.length, decoding.length + length
             hidden = None if calls.hidden is None else calls.hidden[begin:end]
-            rows.append(decoding.feed(calls.token_ids[begin:end], hidden))
+            rows.append(decoding.feed(calls.token_ids[begin:end], hidden, slots[call] if slots else None))
     joined = {name: np.concatenate([each[name] for each in rows]) for name in rows[0]}
     return Computed(joined, {name: value[0, :, : len(calls)] for name, value in decoding.cache.items()})
+
+
+def _empty_slots(shapes: Mapping[str, list[int]]) -> dict[str, Rows]:
+    """The inputs of in-context slots that hold nothing; none for a graph without slots. shapes: of all its inputs."""
+    inputs: dict[str, Rows] = {
+        name: np.zeros(shapes[name], np.float32) for name in (SLOT_WEIGHT, SLOT_BIAS) if name in shapes
+    }
+    if SLOT_TOKEN_IDS in shapes:
+        inputs[SLOT_TOKEN_IDS] = np.full(shapes[SLOT_TOKEN_IDS], NOT_KEPT, np.int64)
+    return inputs
 
 
 def run_products(graph: Path, name: str, rows: NDArray[np.float32]) -> list[Rows]:

@@ -49,7 +49,7 @@ def dequantized(
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             load = partial(_written, name, model, written, quantization, prefix)
-            handles += _swap(name, module, load, head_rows.get(module), unlike, _MOST_ERROR[quantization])
+            handles += _swap(name, module, load, head_rows.get(module), unlike, quantization)
     for experts in find_experts(model):
         handles += _swap_experts(experts, model, written, quantization, prefix, unlike)
     try:
@@ -65,7 +65,7 @@ def _swap(
     load: Callable[[], Tensor],
     rows: Tensor | None,
     unlike: list[str],
-    most: float,
+    quantization: str,
 ) -> list[Any]:
     """Hooks that give `module` the weight [out, in] of `load`, and of its bias these rows, while it runs."""
     before: list[tuple[nn.Parameter, nn.Parameter | None]] = []
@@ -77,7 +77,7 @@ def _swap(
         own = weight.data.t() if transposed else weight.data
         own = own if rows is None else own[rows]
         given = load()[:, : own.shape[1]]  # blocks are filled up
-        if given.shape != own.shape or float(_row_errors(given, own).max()) > most:
+        if not is_rounded(given, own, quantization):
             unlike.append(name)
             return
         module.weight = nn.Parameter(given.t() if transposed else given, requires_grad=False)
@@ -109,7 +109,7 @@ def _swap_experts(
             if part == "up" and not experts.interleaved:
                 rows = interleave(rows)
             given = _dequantize(written, f"{prefix}{experts.name}.{part}", quantization)
-            if given is None or float(_row_errors(given, rows.flatten(0, 1)).max()) > _MOST_ERROR[quantization]:
+            if given is None or not is_rounded(given, rows.flatten(0, 1), quantization):
                 unlike.append(experts.name)
                 continue
             given = given.view_as(rows)
@@ -122,6 +122,12 @@ def _swap_experts(
             setattr(module, name, parameter)
 
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+
+def is_rounded(given: Tensor, own: Tensor, quantization: str) -> bool:
+    """Whether `given` is `own`, [out, in], rounded to `quantization`: none of its rows is another's."""
+    most = _MOST_ERROR.get(quantization, 0.0)
+    return given.shape == own.shape and float(_row_errors(given, own).max()) <= most
 
 
 def _row_errors(given: Tensor, own: Tensor) -> Tensor:

@@ -3,13 +3,15 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_OUTPUT, LOGITS
 from vocabtrim_export.drafters.base import FeatureHead
@@ -17,6 +19,8 @@ from vocabtrim_export.proof.tokens import Calls, Window
 from vocabtrim_export.sources.precision import in_float32
 from vocabtrim_export.tracing.composites import rotary_modules
 from vocabtrim_export.tracing.trace import layer_inputs
+
+_WINDOWED = "vocabtrim_windowed"
 
 Rows = NDArray[np.float32]
 
@@ -76,13 +80,30 @@ def _as_proven(model: PreTrainedModel, window: Window | None) -> Iterator[None]:
 
 @contextmanager
 def _narrowed(model: PreTrainedModel, window: Window | None) -> Iterator[None]:
-    """`model` with the proof's window in its configuration, which its masks are made by."""
+    """`model` with the proof's window in its configuration, which its masks are made by.
+
+    A head's layer gets no mask but the causal one in PyTorch; here its attention makes one by the window.
+    """
     config = model.config.get_text_config()
     if window is None:
         yield
         return
+    attention = config._attn_implementation
     config.sliding_window = window.narrowed
+    if isinstance(model, FeatureHead):
+        AttentionInterface.register(_WINDOWED, partial(_windowed_attention, window))
+        config._attn_implementation = _WINDOWED
     try:
         yield
     finally:
-        config.sliding_window = window.size
+        config.sliding_window, config._attn_implementation = window.size, attention
+
+
+def _windowed_attention(
+    window: Window, module: Any, q: Tensor, k: Tensor, v: Tensor, _mask: None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention over q, k, v: [1, heads, S, head_dim], which reaches back as far as the layer says."""
+    size, tokens = options.get("sliding_window"), torch.arange(q.shape[2])
+    back = tokens[:, None] - tokens
+    reach = len(tokens) if not size else window.narrowed if size == window.size else size
+    return sdpa_attention_forward(module, q, k, v, ((back >= 0) & (back < reach))[None, None], **options)

@@ -1,8 +1,7 @@
 """The proof of a bundle: its graphs compute what the loaded model does, to rounding."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from engines.bundle.read import MODEL_NAME
 from engines.deviation import TOLERANCE, deviation
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan
-from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
+from vocabtrim_export.drafters.base import ParallelHeads
 from vocabtrim_export.proof.computed import Computed, run_graph
 from vocabtrim_export.proof.dequantized import dequantized
 from vocabtrim_export.proof.expected import Rows, expected_cache, expected_outputs
 from vocabtrim_export.proof.products import fusion_difference, heads_difference
+from vocabtrim_export.proof.slots import FilledSlots, filled_slots
 from vocabtrim_export.proof.tokens import Calls, Window, calls, window_of
 from vocabtrim_export.proof.unrolled import unrolled_difference
 
@@ -38,7 +38,7 @@ def find_difference(directory: Path, plan: BundlePlan) -> str | None:
     """
     if isinstance(plan.source.model, ParallelHeads):
         return heads_difference(directory, plan)
-    in_attention = plan.trt is None and not isinstance(plan.source.model, FeatureHead)  # where it can be narrowed
+    in_attention = plan.trt is None  # where it can be narrowed
     window = window_of(plan.source.model, plan.context_length, narrow=in_attention)
     found = _compare(directory, plan, window)
     if found and window and window.narrowed != window.size:
@@ -65,30 +65,31 @@ def _check_range(directory: Path, plan: BundlePlan) -> None:
 
 def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | None:
     fed = calls(plan.source, plan.context_length, window)
+    slots = filled_slots(directory, plan)
+    if slots and not slots.are_the_models:
+        return f"the rows of its slots are not those of the model's head, rounded to {plan.quantization}"
     try:
-        computed = run_graph(directory, fed, window)
+        computed = run_graph(directory, fed, window, slots=slots and slots.by_call(fed))
     except VocabtrimError as error:
         return str(error)
-    if plan.slots:
-        computed, found = _without_slots(computed, plan.slots)
-        if found:
-            return found
-    with _as_written(directory, plan) as unlike:
+    with _as_written(directory, plan) as unlike, _head_columns(plan, slots):
         wanted = expected_outputs(plan.source.model, fed, window, plan.features_given)
         if unlike:
             return f"its weights of {unlike[0]} are not the model's, rounded to {plan.quantization}"
-        if plan.quantization == "none":
+        if slots:
+            wanted[LOGITS] = slots.with_empty(wanted[LOGITS], fed)
+        elif plan.quantization == "none":
             wanted[LOGITS] = wanted[LOGITS][:, : plan.source.vocab_size]
             wanted[LOGITS] = wanted[LOGITS][:, slice(None) if plan.head_rows is None else plan.head_rows]
-        return _first_difference(plan, fed, window, computed, wanted)
+        return _first_difference(plan, fed, window, computed, wanted, slots)
 
 
-def _without_slots(computed: Computed, slots: int) -> tuple[Computed, str | None]:
-    """What a graph with empty slots computed in its other columns, and what is wrong with those of the slots."""
-    logits = computed.outputs[LOGITS]
-    rest, empty = logits[:, :-slots], logits[:, -slots:]
-    wrong = None if (empty == -np.inf).all() else "the logits of its empty slots are not -inf"
-    return replace(computed, outputs={**computed.outputs, LOGITS: rest}), wrong
+def _head_columns(plan: BundlePlan, slots: FilledSlots | None) -> AbstractContextManager[None]:
+    """The plan's model with the columns that its bundle with slots has; as it is for other bundles."""
+    if slots is None:
+        return nullcontext()
+    kept = torch.from_numpy(plan.head_rows) if plan.quantization == "none" else None  # else the head has no others
+    return slots.as_columns(plan.source.model.get_output_embeddings(), kept)
 
 
 @contextmanager
@@ -105,7 +106,12 @@ def _as_written(directory: Path, plan: BundlePlan) -> Iterator[list[str]]:
 
 
 def _first_difference(
-    plan: BundlePlan, fed: Calls, window: Window | None, computed: Computed, wanted: Mapping[str, Rows]
+    plan: BundlePlan,
+    fed: Calls,
+    window: Window | None,
+    computed: Computed,
+    wanted: Mapping[str, Rows],
+    slots: FilledSlots | None,
 ) -> str | None:
     logits = wanted[LOGITS]
     if broken := (np.isnan(logits) | np.isposinf(logits)).any(0).sum():
@@ -116,12 +122,20 @@ def _first_difference(
     for name, rows in wanted.items():
         off = deviation(computed.outputs[name], rows)
         if not off <= TOLERANCE[plan.dtype]:
+            if name == LOGITS and slots and _are_equal(computed, wanted, plan, columns=-plan.slots):
+                return f"the logits of its slots are off by {off:.2g} of their spread"
             return _where(plan, fed, window, computed) or f"its {name} are off by {off:.2g} of their spread"
     best = computed.outputs[LOGITS].argmax(-1)
-    tokens = best if plan.vocab_map is None else plan.vocab_map.kept_token_ids[best]
+    head_tokens = slots or plan.vocab_map
+    tokens = best if head_tokens is None else head_tokens.kept_token_ids[best]
     if not np.array_equal(computed.outputs[TOKEN_IDS], tokens):
         return "its token_ids are not those of its largest logits"
     return None
+
+
+def _are_equal(computed: Computed, wanted: Mapping[str, Rows], plan: BundlePlan, columns: int) -> bool:
+    """Whether these columns of the logits are what is wanted, to rounding."""
+    return deviation(computed.outputs[LOGITS][:, :columns], wanted[LOGITS][:, :columns]) <= TOLERANCE[plan.dtype]
 
 
 def _where(plan: BundlePlan, fed: Calls, window: Window | None, computed: Computed) -> str | None:

@@ -48,10 +48,7 @@ def window_of(model: PreTrainedModel, context_length: int, narrow: bool) -> Wind
 
 
 def calls(source: Source, context_length: int, window: Window | None) -> Calls:
-    """A prefill that reaches past the window and picks most experts, then the calls that a draft/verify loop makes.
-
-    A head is fed no more tokens than its window holds: in PyTorch its layer runs without a mask but the causal one.
-    """
+    """A prefill that reaches past the window and picks most experts, then the calls that a draft/verify loop makes."""
     prefill = max(_PREFILL, window.narrowed + 4 if window else 0, _expert_tokens(source.model))
     total = min(prefill + sum(_CALLS), context_length)
     special = set(source.tokenizer.all_special_ids)
@@ -60,8 +57,6 @@ def calls(source: Source, context_length: int, window: Window | None) -> Calls:
     ids = random.choice(np.array(ordinary or [0], np.int64), total)
     if not isinstance(source.model, FeatureHead):
         return Calls(ids, _split(total))
-    total = min(total, window.size) if window else total
-    ids = ids[:total]
     return Calls(ids, _split(total), random.standard_normal((total, source.model.config.hidden_size), np.float32))
 
 

@@ -11,6 +11,7 @@ from engines.errors import VocabtrimError
 from engines.trt.engine import DRAFT_TOKENS
 from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.proof.computed import Decoding, proof_session
+from vocabtrim_export.proof.slots import filled_slots
 from vocabtrim_export.proof.tokens import calls
 
 
@@ -22,21 +23,25 @@ def unrolled_difference(directory: Path, plan: BundlePlan) -> str | None:
     text = calls(plan.source, plan.context_length, None).token_ids[: plan.context_length // 2]
     with proof_session(directory / MODEL_NAME, None) as session:
         decoding = Decoding(session)
-        decoding.feed(text[:-DRAFT_TOKENS])
+        slots = filled_slots(directory, plan)
+        filled = slots.filled if slots else None
+        decoding.feed(text[:-DRAFT_TOKENS], slots=filled)
         cache = decoding.cache
-        outputs = decoding.feed(text[-DRAFT_TOKENS:])
+        outputs = decoding.feed(text[-DRAFT_TOKENS:], slots=filled)
         try:
             with proof_session(directory / DRAFT_MODEL_NAME, None) as unrolled:
                 drafting = Decoding(unrolled)
                 drafting.cache, drafting.length = cache, len(text) - DRAFT_TOKENS
-                drafted = drafting.feed(text[-DRAFT_TOKENS:])[TOKEN_IDS].astype(np.int64)
+                drafted = drafting.feed(text[-DRAFT_TOKENS:], slots=filled)[TOKEN_IDS].astype(np.int64)
         except VocabtrimError as error:
             return f"in {DRAFT_MODEL_NAME}, {error}"
-        rows = drafted if plan.vocab_map is None else plan.vocab_map.inverse[drafted]
+        head_tokens = slots or plan.vocab_map
+        rows = drafted if head_tokens is None else head_tokens.inverse[drafted]
         for step, row in enumerate(rows):
-            logits = outputs[LOGITS][-1, : outputs[LOGITS].shape[-1] - plan.slots]  # slots are empty here
-            if row < 0 or not logits.max() - logits[row] <= TOLERANCE[plan.dtype] * logits.std():
+            logits = outputs[LOGITS][-1]
+            spread = logits[np.isfinite(logits)].std()
+            if row < 0 or not logits.max() - logits[row] <= TOLERANCE[plan.dtype] * spread:
                 return f"step {step + 1} of {DRAFT_MODEL_NAME} does not draft the token of {MODEL_NAME}'s largest logit"
             if step + 1 < len(rows):
-                outputs = decoding.feed(drafted[step : step + 1])
+                outputs = decoding.feed(drafted[step : step + 1], slots=filled)
     return None
