@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.cli.combinations import refuse_stated
 
 if TYPE_CHECKING:
     from runtime.measure.bench import Forced
@@ -142,6 +143,8 @@ def check_options(options: argparse.Namespace) -> None:
     if options.random_weights:
         if options.target or options.drafter or options.baseline_drafter or options.prompts:
             raise VocabtrimError("--random-weights makes its own bundles and prompts: leave out those given")
+        unset = {"template_arg": [], "chat_template": None}
+        refuse_stated(options, unset, "is for prompts of text, and --random-weights makes tokens: leave it out")
         if options.dtype == "bf16" and options.device == "cpu":
             raise VocabtrimError("ONNX Runtime has no bf16 on the CPU: use --dtype fp32, or --device cuda")
         if options.plan:

@@ -4,13 +4,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.errors import VocabtrimError
 from vocabtrim_export.cli.arguments import (
     add_engine_arguments,
     add_prompt_lookup_argument,
     add_rule_arguments,
     rule_options,
 )
+from vocabtrim_export.cli.combinations import check_drafter_options, check_sampling_options
 
 if TYPE_CHECKING:
     from runtime import SamplingParams, SpeculativeDecoder
@@ -27,12 +27,12 @@ def load_decoder(options: argparse.Namespace) -> "SpeculativeDecoder":
     """Load the bundles that the options of `add_decoder_arguments` name.
 
     Raises:
-        VocabtrimError: A bundle is damaged, the two do not belong together, or `--drafter-device` has no drafter.
+        VocabtrimError: A bundle is damaged, the two do not belong together, or an option is for a drafter
+            that is not there.
     """
     from runtime import SpeculativeDecoder
 
-    if options.drafter_device and options.drafter is None:
-        raise VocabtrimError("--drafter-device is for a drafter: give --drafter as well")
+    check_drafter_options(options)
     return SpeculativeDecoder.load(
         options.target,
         options.drafter,
@@ -73,9 +73,10 @@ def sampling_params(options: argparse.Namespace) -> "SamplingParams":
     """Returns how tokens are chosen, by the options of `add_sampling_arguments`.
 
     Raises:
-        VocabtrimError: A value is out of range.
+        VocabtrimError: A value is out of range, or changes nothing because decoding is greedy.
     """
     from runtime import SamplingParams
 
+    check_sampling_options(options)
     chosen = options.temperature, options.top_k, options.top_p, options.seed, options.min_p
     return SamplingParams(*chosen, **rule_options(options))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.bundle.graph_io import PAST, PRESENT
 from vocabtrim_export.cli.arguments import add_json_argument
+from vocabtrim_export.cli.combinations import refuse_stated
 from vocabtrim_export.cli.console import print_table
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
     from engines.bundle.read import read_bundle
 
     if options.check:
+        refuse_stated(options, {"layers": False}, "is not shown by --check: leave one of them out")
         run_checks(options.bundle, options.json)
         return
     bundle = read_bundle(options.bundle)

@@ -18,6 +18,7 @@ def run_onnx(options: argparse.Namespace) -> None:
     """
     from vocabtrim_export.cli.arguments import calibration_settings
     from vocabtrim_export.cli.selection_text import kept, notes, parse_k
+    from vocabtrim_export.cli.tensorrt_arguments import tensorrt_settings
     from vocabtrim_export.onnx_input.trim import trim_onnx
 
     unusable = [name for name in _NOT_FOR_ONNX if getattr(options, name)]
@@ -28,6 +29,7 @@ def run_onnx(options: argparse.Namespace) -> None:
             f"--{unusable[0].replace('_', '-')} needs the original weights: a drafter that is an ONNX model keeps all "
             "but its head, and is trimmed alone"
         )
+    tensorrt_settings(options)  # refuses options of TensorRT
     k = parse_k(options.k)
     if k == "auto":
         raise VocabtrimError("--k auto needs the original weights of both models: give a number or a coverage")

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from vocabtrim_export.cli.arguments import add_json_argument
+from vocabtrim_export.cli.combinations import refuse_stated
 
 PAGE_NAME = "report.html"
 
@@ -50,6 +51,8 @@ def run(options: argparse.Namespace) -> None:
     from vocabtrim_export.bundles.output import write_whole
     from vocabtrim_export.reports.gather import ReportInputs, make_report
 
+    if options.json or options.markdown:
+        refuse_stated(options, {"output": None}, "is for the page, and --json and --markdown print: leave it out")
     page: Path = options.output or Path(PAGE_NAME)
     if not page.absolute().parent.is_dir() or page.is_dir():
         raise VocabtrimError(f"--output {page}: name a file in a directory that exists")

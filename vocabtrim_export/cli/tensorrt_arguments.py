@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.cli.combinations import refuse_stated
 
 if TYPE_CHECKING:
     from vocabtrim_export.trt.settings import TensorRTSettings
@@ -96,6 +97,7 @@ def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":
     named = {name: getattr(options, name) for name in _TENSORRT_OPTIONS}
     stated = {name: value for name, value in named.items() if value or (value == 0 and value is not False)}
     if "trt" not in options.format:
+        refuse_stated(options, {"verbose": False}, "shows what TensorRT logs: give --format trt as well")
         for name in stated:
             raise VocabtrimError(f"--{name.replace('_', '-')} is for TensorRT: give --format trt as well")
         return None

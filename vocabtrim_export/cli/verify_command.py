@@ -19,6 +19,7 @@ from vocabtrim_export.cli.arguments import (
     add_rule_arguments,
     rule_options,
 )
+from vocabtrim_export.cli.combinations import refuse_stated
 from vocabtrim_export.cli.console import progress_reporter
 from vocabtrim_export.cli.prompt_arguments import (
     add_prompts_argument,
@@ -40,6 +41,8 @@ PROMPTS = (
     "Write a Python function that reverses the words of a sentence.",
     "Name three rivers in Europe and say where they end.",
 )
+_SETTING = ("temperature", "top_k", "top_p", "min_p")
+_DRAWS = 2000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=int, help="top-k of that test")
     group.add_argument("--top-p", type=float, help="top-p of that test")
     group.add_argument("--min-p", type=float, help="min-p of that test")
-    group.add_argument("--draws", type=int, default=2000, metavar="N", help="sampled tokens to test in each setting")
-    group.add_argument("--seed", type=int, default=0, help="seed of the first generation; each later one adds 1")
+    group.add_argument("--draws", type=int, metavar="N", help="sampled tokens to test in each setting (default: 2000)")
+    group.add_argument("--seed", type=int, help="seed of the first generation; each later one adds 1 (default: 0)")
     add_rule_arguments(parser)
     add_json_argument(parser)
 
@@ -100,7 +103,11 @@ def run(options: argparse.Namespace) -> int:
         sampled = None
         if settings:
             sampled = verify_sampling(
-                decoder, prompts, settings, draws=options.draws, progress=lambda *done: progress("sampling", *done)
+                decoder,
+                prompts,
+                settings,
+                draws=_DRAWS if options.draws is None else options.draws,
+                progress=lambda *done: progress("sampling", *done),
             )
     passed = greedy.passed and (sampled is None or sampled.passed)
     if options.json:
@@ -118,17 +125,15 @@ def _settings(options: argparse.Namespace) -> "Sequence[SamplingParams]":
     from engines.sampling_params import SamplingParams
     from runtime.verification.sampled import SETTINGS
 
-    chosen = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    own = {name: value for name, value in chosen.items() if value is not None}
-    if own and not options.sampling:
-        raise VocabtrimError(
-            f"--{next(iter(own)).replace('_', '-')} is for a test of sampling: give --sampling as well"
-        )
     if not options.sampling:
+        unset = dict.fromkeys((*_SETTING, "draws", "seed"))
+        refuse_stated(options, unset, "is for a test of sampling: give --sampling as well")
         return ()
+    seed = options.seed or 0
+    own = {name: getattr(options, name) for name in _SETTING if getattr(options, name) is not None}
     if own:
-        return (SamplingParams(**{"temperature": 1.0, "seed": options.seed} | own | rule_options(options)),)
-    return [replace(params, seed=options.seed, **rule_options(options)) for params in SETTINGS]
+        return (SamplingParams(**{"temperature": 1.0, "seed": seed} | own | rule_options(options)),)
+    return [replace(params, seed=seed, **rule_options(options)) for params in SETTINGS]
 
 
 def _prompts(options: argparse.Namespace, decoder: "SpeculativeDecoder") -> list[list[int]]:

@@ -60,8 +60,20 @@ class TensorRTSettings:
                 raise VocabtrimError(f"--span is {span}: attention reads 1 token or more")
         if self.timing_cache is not None and self.timing_cache.is_dir():
             raise VocabtrimError(f"--timing-cache is {self.timing_cache}, a directory: name a file")
+        if self.flavor == "none":
+            self._check_unbuilt()
         if self.unroll and not self.draft_length:
             raise VocabtrimError("--unroll-draft needs a --draft-length of 1 or more")
+
+    def _check_unbuilt(self) -> None:
+        """Refuse what is for plans, where only graphs are written."""
+        of_plans = ("compute_capabilities", "strip_weights", "timing_cache", "version_compatible")
+        for name in of_plans:
+            if getattr(self, name):
+                option = name.replace("capabilities", "capability").replace("_", "-")
+                raise VocabtrimError(
+                    f"--{option} is for plans, and --trt-flavor none builds none: leave one of them out"
+                )
 
 
 def profiles(role: Role, settings: TensorRTSettings, max_length: int) -> tuple[Profile, ...]:
