@@ -131,14 +131,15 @@ def is_rounded(given: Tensor, own: Tensor, quantization: str) -> bool:
 
 
 def _row_errors(given: Tensor, own: Tensor) -> Tensor:
-    """[out]: a row of zeros has an error of 0 where it stays one."""
+    """[out]: the error of each row as a share of its size. A row of zeros has an error of 0 where it stays one."""
     parts = [_part_errors(*rows) for rows in zip(given.split(_ROWS_AT_ONCE), own.split(_ROWS_AT_ONCE), strict=True)]
     return torch.cat(parts)
 
 
 def _part_errors(given: Tensor, own: Tensor) -> Tensor:
-    difference, size = (given - own.float()).square().sum(-1), own.float().square().sum(-1)
-    return torch.nan_to_num((difference / size).sqrt(), nan=0.0 if bool(given.isfinite().all()) else torch.inf)
+    own = own.float()
+    difference = torch.linalg.vector_norm(given - own, dim=-1)
+    return torch.where(difference == 0, 0, difference / torch.linalg.vector_norm(own, dim=-1))  # NaN stays NaN
 
 
 def _written(

@@ -51,10 +51,10 @@ def calls(source: Source, context_length: int, window: Window | None) -> Calls:
     """A prefill that reaches past the window and picks most experts, then the calls that a draft/verify loop makes."""
     prefill = max(_PREFILL, window.narrowed + 4 if window else 0, _expert_tokens(source.model))
     total = min(prefill + sum(_CALLS), context_length)
-    special = set(source.tokenizer.all_special_ids)
-    ordinary = sorted(i for i in source.tokenizer.get_vocab().values() if i not in special and i < source.vocab_size)
+    known = np.fromiter(source.tokenizer.get_vocab().values(), np.int64)
+    ordinary = np.setdiff1d(known[known < source.vocab_size], source.tokenizer.all_special_ids)
     random = np.random.default_rng(0)
-    ids = random.choice(np.array(ordinary or [0], np.int64), total)
+    ids = random.choice(ordinary if ordinary.size else np.zeros(1, np.int64), total)
     if not isinstance(source.model, FeatureHead):
         return Calls(ids, _split(total))
     return Calls(ids, _split(total), random.standard_normal((total, source.model.config.hidden_size), np.float32))
