@@ -1,4 +1,4 @@
-"""What a model's generation config says of decoding, beyond where it ends: rules that a bundle keeps, and the rest."""
+"""The rules for decoding in a model's generation config: those that a bundle keeps, and those without support."""
 
 from collections.abc import Collection
 from typing import Any
@@ -9,7 +9,7 @@ from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATION
 from engines.errors import VocabtrimError
 from engines.generation_rules import UNSUPPORTED_NOTE, GenerationRules
 
-# what else changes what `generate` gives, and the values that change nothing
+# other fields that change the output of `generate`, and the values with which they change nothing
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "sequence_bias": (None,),
     "encoder_repetition_penalty": (None, 1),
@@ -46,25 +46,27 @@ _SAMPLING: dict[str, tuple[Any, ...]] = {
 
 
 def generation_rules(config: GenerationConfig | None) -> GenerationRules:
-    """The rules that transformers' `generate` applies to the logits by default with this generation config.
+    """Returns the rules that transformers' `generate` applies to the logits by default with this generation config.
 
-    Raises `VocabtrimError` for a value that is none.
+    Raises:
+        VocabtrimError: A value is not valid.
     """
 
-    def given(name: str, default: Any) -> Any:
+    def setting(name: str, default: Any) -> Any:
         value = getattr(config, name, None)
         return default if value is None else value
 
-    new_tokens = given("min_new_tokens", None)
+    new_tokens = setting("min_new_tokens", None)
     try:
         return GenerationRules(
-            repetition_penalty=float(given("repetition_penalty", 1.0)),
-            no_repeat_ngram_size=max(0, int(given("no_repeat_ngram_size", 0))),
-            bad_words_ids=tuple(tuple(int(token) for token in word) for word in given("bad_words_ids", ())),
-            min_length=max(0, int(given("min_length", 0))) if new_tokens is None else 0,  # transformers' precedence
+            repetition_penalty=float(setting("repetition_penalty", 1.0)),
+            no_repeat_ngram_size=max(0, int(setting("no_repeat_ngram_size", 0))),
+            bad_words_ids=tuple(tuple(int(token) for token in word) for word in setting("bad_words_ids", ())),
+            # transformers lets min_new_tokens win
+            min_length=max(0, int(setting("min_length", 0))) if new_tokens is None else 0,
             min_new_tokens=max(0, int(new_tokens or 0)),
-            suppress_tokens=_ids(given("suppress_tokens", ())),
-            begin_suppress_tokens=_ids(given("begin_suppress_tokens", ())),
+            suppress_tokens=_ids(setting("suppress_tokens", ())),
+            begin_suppress_tokens=_ids(setting("begin_suppress_tokens", ())),
             unsupported=tuple(_others(config, _UNSUPPORTED)),
         )
     except (TypeError, ValueError) as error:
@@ -72,9 +74,11 @@ def generation_rules(config: GenerationConfig | None) -> GenerationRules:
 
 
 def rule_notes(config: GenerationConfig | None, formats: Collection[str] = ()) -> list[str]:
-    """What the user should know of a target's generation config: rules without support, and how it would sample.
+    """Returns notes about a target's generation config: rules without support, and how it would sample.
 
-    formats: the formats written besides the bundles; some of them hold no rules.
+    Args:
+        config: The generation config.
+        formats: The formats written besides the bundles; some of them hold no rules.
     """
     notes, rules = [], generation_rules(config)
     if rules.unsupported:
@@ -94,7 +98,7 @@ def rule_notes(config: GenerationConfig | None, formats: Collection[str] = ()) -
 
 
 def _ids(tokens: Any) -> tuple[int, ...]:
-    """Ids of tokens; a negative one, which some configs have, is none."""
+    """Returns the ids of tokens without negative ones, which some configs have and which name no token."""
     return tuple(int(token) for token in tokens if token >= 0)
 
 

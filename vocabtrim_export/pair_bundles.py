@@ -1,4 +1,4 @@
-"""The bundles of a pair: which tokens the drafter keeps, and both written and proven."""
+"""The bundles of a pair: the choice of the drafter's tokens, and both bundles written and proven."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,7 +25,7 @@ from vocabtrim_export.tracing.trace import Traced
 
 
 class PairWriter:
-    """Writes and proves the bundles of a pair. What a head's rows do not change is computed once and used again.
+    """Writes and proves the bundles of a pair. What does not depend on a head's rows is computed once and used again.
 
     Args:
         sources: The loaded models by role.
@@ -48,7 +48,7 @@ class PairWriter:
         Args:
             places: The directories by role.
             selection: The tokens that the drafter's head keeps.
-            slots: In-context slots of the drafter; it gets no more than its head loses tokens.
+            slots: In-context slots of the drafter; at most as many as its head loses tokens are made.
 
         Returns:
             The manifests by role.
@@ -68,7 +68,7 @@ class PairWriter:
         return manifests
 
     def _with_moments(self, plan: BundlePlan) -> BundlePlan:
-        """The plan with what int4 needs to know of the layers' inputs."""
+        """Returns the plan with the second moments of the layers' inputs, where int4 needs them."""
         if plan.quantization != "int4":
             return plan
         name = plan.source.name

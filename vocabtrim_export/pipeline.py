@@ -35,16 +35,16 @@ from vocabtrim_export.tracing.trace import decoder_layers
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What an export wrote.
+    """The bundles and formats that an export wrote.
 
     Attributes:
         drafter: The drafter's bundle.
-        target: The target's bundle; None where none was asked for.
+        target: The target's bundle; None where no target was named.
         drafter_manifest: The drafter's manifest.
         target_manifest: The target's manifest.
         selection: The kept tokens.
         formats: The directories of the other formats.
-        notes: What the user should know about the models and the pair.
+        notes: Notes for the user about the models and the pair.
     """
 
     drafter: Path
@@ -65,8 +65,8 @@ def export(
 ) -> ExportResult:
     """Calibrate, trim and export a drafter, and its target.
 
-    The token counts stay in `output/token_counts.safetensors`: an interrupted calibration goes on from there, and given
-    as the calibration of another export they serve another K.
+    The token counts stay in `output/token_counts.safetensors`: an interrupted calibration continues from them, and as
+    the calibration of another export they serve another K.
 
     Args:
         drafter: MODEL of the drafter: a hub id, a directory, a `.gguf` file, the directory of an EAGLE head or of
@@ -78,7 +78,8 @@ def export(
         progress: Called with (task, done, total).
 
     Raises:
-        VocabtrimError: The user can mend it; `output` is then as it was, but for the token counts.
+        VocabtrimError: The models, the settings or the calibration data are not valid; `output` is then as it was, but
+            for the token counts.
     """
     drafter, output = model_text("drafter", drafter), Path(output)
     target = None if target is None else model_text("target", target)
@@ -87,9 +88,9 @@ def export(
     check_output(output, names, settings.force)
     kind = head_kind(drafter)
     check_settings(settings, drafter, target, kind)
-    given = read_calibration(settings.calibration.calibration)
+    data = read_calibration(settings.calibration.calibration)
     if settings.k == "auto":
-        check_auto(settings, kind, target, given)
+        check_auto(settings, kind, target, data)
     sources = _load(drafter, target, settings.weights_dtype, progress)
     shared = proposable_tokens(sources["drafter"], sources.get("target", sources["drafter"]))
     notes = (*_fit(sources, settings), *differing_note(shared))  # refuses before the long work, as the next line does
@@ -100,7 +101,7 @@ def export(
         check_output(output, names, settings.force)  # again: a killed run's bundles may be whole by now
         counts = count_tokens(
             sources,
-            given,
+            data,
             settings.calibration,
             output / COUNTS_NAME,
             rows_to_choose(settings.k),
@@ -109,7 +110,7 @@ def export(
         notes += tuple(counted)
         with placing([output / name for name in names]) as directories:
             places = dict(zip(roles, directories, strict=False))
-            pair = _write_pair(places, sources, given, counts, shared.token_ids, settings, progress)
+            pair = _write_pair(places, sources, data, counts, shared.token_ids, settings, progress)
             selection, manifests = pair.selection, pair.manifests
             notes += pair.notes
             vocab_map = None if selection.is_noop else selection.vocab_map
@@ -140,7 +141,7 @@ def _write_pair(
     settings: ExportSettings,
     progress: Progress,
 ) -> _Pair:
-    """Choose the kept tokens and fill the directories of the pair. available: the ids that both models share."""
+    """Choose the kept tokens and fill the directories of the pair; `available` are the ids that both models share."""
     manifests: dict[Role, Manifest] = {}
     notes: tuple[str, ...] = ()
     writer = PairWriter(sources, counts, settings, progress)
@@ -177,7 +178,7 @@ def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> d
 
 
 def _fit(sources: Mapping[Role, Source], settings: ExportSettings) -> tuple[str, ...]:
-    """Give every model the rotation of its bundle's length. Returns what the user should know about the models."""
+    """Give every model the rotation for its bundle's length. Returns notes for the user about the models."""
     notes: list[str] = []
     for source in {id(source): source for source in sources.values()}.values():
         if settings.trt is not None:

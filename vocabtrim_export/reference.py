@@ -1,4 +1,4 @@
-"""The original model as the judge of what a bundle generates."""
+"""`transformers_reference`: the original model predicts the tokens that a bundle's output is compared with."""
 
 import inspect
 
@@ -16,15 +16,19 @@ from vocabtrim_export.sources.source import Source, load_source
 
 
 def transformers_reference(spec: str, engine: Engine) -> Predict:
-    """What a model predicts in transformers, in float32.
+    """Load a model in transformers, in float32, to predict tokens.
 
     Args:
-        spec: The model: a hub id, a local directory or a .gguf file. Its file may be another one than the target's (a
-            .gguf file for a bundle made from safetensors), as long as its tokens are the same.
-        engine: The target that it is to judge.
+        spec: The model: a hub id, a local directory or a .gguf file. It may be in another file format than the target's
+            source (a .gguf file for a bundle made from safetensors), as long as its tokens are the same.
+        engine: The target that is compared with it.
+
+    Returns:
+        A function that computes the logits after each position of a text.
 
     Raises:
-        VocabtrimError: The model cannot judge this target.
+        VocabtrimError: The model's tokens or rules differ from the target's, the target is quantised, or the model
+            cannot be loaded.
     """
     target = engine.manifest
     if target.quantization != "none":

@@ -1,4 +1,4 @@
-"""Which rows a trimmed head keeps: token counts and K in, a `VocabMap` out."""
+"""The rows that a trimmed head keeps: token counts and K in, a `VocabMap` out."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ MULTIPLE = 64
 # Special tokens that models reserve and never learn: Llama 3 has 250 of them, Gemma 3 over 6,000.
 PLACEHOLDER = re.compile(r"unused|reserved", re.IGNORECASE)
 PROBE = "vocabtrim-probe"
-# Conversations to find out what a template writes: some know no system role, and some no second turn.
+# Conversations that show what a template writes: some templates have no system role, and some no second turn.
 _PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
 
 
@@ -48,12 +48,12 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The chosen map and what is known about it.
+    """The chosen map and facts about it.
 
     Attributes:
         vocab_map: The kept tokens.
         coverage: Share of the held-out tokens that are kept; None where nothing was held out.
-        requested_coverage: The coverage that was asked for; None where K was a number. `coverage` is below it only
+        requested_coverage: The coverage that was requested; None where K was a number. `coverage` is below it only
             where too few tokens are `available`.
         counted: Rows of tokens that occurred in the counts.
         always_kept: Rows of `always_keep`; some of them may also be in `counted`.
@@ -127,11 +127,15 @@ def select_vocab(
 def structural_token_ids(
     tokenizer: "PreTrainedTokenizerFast", generation_config: "GenerationConfig | None"
 ) -> frozenset[int]:
-    """The ids that end or structure text, which a trimmed head must keep whatever was counted.
+    """Returns the ids that end or structure text, which a trimmed head must keep whatever was counted.
 
-    Every EOS of the generation config, the tokenizer's special and added tokens (but not reserved ones that no model
-    learns, unless one of them is an EOS), and what each chat template writes around the messages' contents.
-    tokenizer: a transformers fast tokenizer. generation_config: the model's, or None.
+    These are every EOS of the generation config, the tokenizer's special and added tokens (but not reserved ones that
+    no model learns, unless one of them is an EOS), and the tokens that each chat template writes around the messages'
+    contents.
+
+    Args:
+        tokenizer: A transformers fast tokenizer.
+        generation_config: The model's; None where it has none.
     """
     named = [(token, entry.content) for token, entry in tokenizer.added_tokens_decoder.items()]
     named += zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
@@ -141,7 +145,7 @@ def structural_token_ids(
 
 
 def _template_markers(tokenizer: "PreTrainedTokenizerFast") -> set[int]:
-    """The tokens of rendered conversations that are not their contents'; a template that refuses them adds none."""
+    """Returns the tokens of rendered conversations that are not in their contents; none where a template refuses."""
     chat, markers = runtime_tokenizer(tokenizer).chat, set()
     for name in chat.names:
         options = ChatOptions(name, now=CALIBRATION_DATE)
@@ -153,7 +157,7 @@ def _template_markers(tokenizer: "PreTrainedTokenizerFast") -> set[int]:
 
 
 def _try_render(chat: ChatTemplates, roles: Sequence[str], options: ChatOptions) -> str:
-    """A conversation of these roles, "" where the template refuses it."""
+    """Returns a rendered conversation of these roles; "" where the template refuses it."""
     try:
         return chat.render([{"role": role, "content": f"{PROBE}-{role}"} for role in roles], options)
     except VocabtrimError:
@@ -163,7 +167,7 @@ def _try_render(chat: ChatTemplates, roles: Sequence[str], options: ChatOptions)
 def kept_order(
     counts: TokenCounts, always_keep: Iterable[int], limit: int, available: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The order in which tokens are kept as K grows.
+    """Order the tokens as they are kept when K grows.
 
     Args:
         counts: How often each token was seen.
@@ -184,7 +188,11 @@ def kept_order(
 
 
 def check_k(k: int | Coverage) -> None:
-    """Raise `VocabtrimError` for a K that could never be meant, before any long work begins."""
+    """Check K, before any long work begins.
+
+    Raises:
+        VocabtrimError: No head can have this K.
+    """
     how = "give a number of rows such as 32000, or a coverage such as 0.95"
     if not isinstance(k, int | np.integer | Coverage) or isinstance(k, bool):
         raise VocabtrimError(f"K = {k!r} is neither a whole number nor a Coverage: {how}")
@@ -193,21 +201,21 @@ def check_k(k: int | Coverage) -> None:
 
 
 def rows_to_choose(k: "int | Coverage | Literal['auto']") -> int | float | None:
-    """K as a calibration needs it to know when it has counted enough: rows, a share of tokens, or None for auto."""
+    """Returns K in the form that a calibration stops by: a number of rows, a share of tokens, or None for auto."""
     if k == "auto":
         return None
     return k.share if isinstance(k, Coverage) else int(k)
 
 
 def _rows_to_cover(counts: TokenCounts, rank: NDArray[np.int64], coverage: float, always: int) -> int:
-    """The fewest leading ids of `rank` that keep this share of the held-out tokens, `always` at least."""
+    """Returns how many leading ids of `rank` keep this share of the held-out tokens, at least `always`."""
     total = int(counts.held_out.sum())
     if total == 0:
         raise VocabtrimError(
             "coverage cannot be measured: nothing was held out; calibrate on several documents, or give K as a number"
         )
     covered = np.cumsum(counts.held_out[rank])
-    enough = int(np.searchsorted(covered, coverage * total * (1 - 1e-12)))  # less what multiplying rounded up
+    enough = int(np.searchsorted(covered, coverage * total * (1 - 1e-12)))  # without the rounding error of the product
     return min(max(always, enough + 1), len(rank))
 
 

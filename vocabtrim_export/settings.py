@@ -1,4 +1,4 @@
-"""How to export, and what cannot go together: refused before the long work."""
+"""`ExportSettings`, and the checks of combinations that are refused before the long work."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,18 +18,19 @@ class ExportSettings:
     """How to export; the command line's options have the same names.
 
     Attributes:
-        k: Rows of the drafter's head: a number, a `Coverage` of the held-out calibration tokens, or "auto": what should
-            give the most tokens per second, by the target's text on held-out prompts and this machine's measured steps.
+        k: Rows of the drafter's head: a number, a `Coverage` of the held-out calibration tokens, or "auto": the number
+            with the most expected tokens per second, by the target's text on held-out prompts and this machine's
+            measured steps.
         trt: How to build TensorRT plans; None exports for ONNX Runtime.
         dtype: "fp32", "fp16" or "bf16", for both bundles; None: fp16 for TensorRT, fp32 for ONNX Runtime.
         quantize: How the weights of both bundles are quantised.
-        quantize_drafter: The same for the drafter alone; None: as `quantize` says.
-        max_length: Tokens that the KV caches hold; None: what the models were made for, at most 4,096.
+        quantize_drafter: The same for the drafter alone; None: as `quantize`.
+        max_length: Tokens that the KV caches hold; None: the models' own context, at most 4,096.
         formats: Keys of `vocabtrim_export.formats.FORMATS`, written in addition to the bundles.
-        slots: In-context slots of the drafter's head: it can propose this many tokens that it lacks, those that
-            appeared in the text last. The head gets no more slots than it loses tokens; 0 for none. None: what
-            `k="auto"` chooses, else none.
-        calibration: What is counted to choose the tokens.
+        slots: In-context slots of the drafter's head: it can also propose this many of the tokens that it lacks, those
+            that appeared in the text last. The head gets at most as many slots as it loses tokens; 0 for none. None:
+            the number that `k="auto"` chooses, else none.
+        calibration: The token counts, or how to count, to choose the tokens.
         force: Replace an earlier export in the output directory.
     """
 
@@ -51,7 +52,7 @@ class ExportSettings:
 
 
 def check_settings(settings: ExportSettings, drafter: str, target: str | None, head: str | None) -> None:
-    """Refuse, before anything is loaded, what no export can do.
+    """Check the settings before anything is loaded.
 
     Args:
         settings: How to export.
@@ -104,14 +105,14 @@ def _check_head(drafter: str, target: str | None, settings: ExportSettings) -> N
         raise VocabtrimError("a head generates nothing by itself: use --calibration-source target or text")
 
 
-def check_auto(settings: ExportSettings, kind: str | None, target: str | None, given: CalibrationInput) -> None:
-    """Refuse `k="auto"` for what it cannot measure."""
+def check_auto(settings: ExportSettings, kind: str | None, target: str | None, data: CalibrationInput) -> None:
+    """Refuse `k="auto"` for a pair that it cannot measure."""
     how = "; give K as a number or a coverage"
     if kind is not None:
         raise VocabtrimError(f"--k auto is for drafters that are language models, not for heads{how}")
     if target is None:
         raise VocabtrimError(f"--k auto replays the target's own text and needs --target{how}")
-    if given.counts:
+    if data.counts:
         raise VocabtrimError(f"--k auto replays held-out prompts, and token counts hold none: give text{how}")
     if settings.trt is not None or settings.weights_dtype == "bf16":
         raise VocabtrimError(f"--k auto measures steps on the CPU, where TensorRT and bf16 do not run{how}")

@@ -2,7 +2,7 @@
 
 from engines.bundle.read import Manifest
 
-_GAINLESS = 0.8  # of the target's bytes per step: with every token accepted, verification included, nothing is left
+_GAINLESS = 0.8  # the drafter's share of the target's bytes per step from which no acceptance gains time
 
 
 def no_gain(drafter: Manifest, target: Manifest | None) -> tuple[str, ...]:

@@ -18,9 +18,9 @@ _OURS = (MANIFEST_NAME, FORMAT_MARK)
 
 
 def check_output(output: Path, names: list[str], force: bool) -> None:
-    """Refuse an output directory that holds something, unless `force` allows its bundles to be replaced.
+    """Refuse an output directory that holds files, unless `force` allows its bundles to be replaced.
 
-    Token counts do not count as something: a calibration that was interrupted goes on from them.
+    Token counts are no reason to refuse: an interrupted calibration continues from them.
     """
     _check_place(output)
     ours = (COUNTS_NAME, ASIDE)  # what an interrupted or killed run leaves
@@ -34,7 +34,7 @@ def check_output(output: Path, names: list[str], force: bool) -> None:
 
 
 def _check_place(output: Path) -> None:
-    """Refuse a path that can be no directory, and one inside a bundle, which is replaced as a whole."""
+    """Refuse a path that cannot be a directory, and one inside a bundle, which is replaced as a whole."""
     if "\0" in str(output):
         raise VocabtrimError(f"{str(output)!r} is no path: name a directory for the output")
     above = [each for each in (output, *output.absolute().parents) if os.path.lexists(each)]
@@ -49,9 +49,12 @@ def _check_place(output: Path) -> None:
 
 @contextmanager
 def reserved(directory: Path) -> Iterator[None]:
-    """Make `directory` and keep other runs out of it for the block; what a killed one left there is cleared first.
+    """Create `directory` and keep other runs out of it for the block. What a killed run left there is cleared first.
 
-    Raises `VocabtrimError` where another run is at work. A directory that was made and got nothing is removed again.
+    A directory that was created and stayed empty is removed again.
+
+    Raises:
+        VocabtrimError: Another run uses the directory.
     """
     is_new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
@@ -77,11 +80,14 @@ def replacing(paths: list[Path]) -> Iterator[list[Path]]:
 
 @contextmanager
 def placing(paths: list[Path]) -> Iterator[list[Path]]:
-    """Fresh directories to fill; when the block succeeds they take the places of `paths`, all of them or none.
+    """Create empty directories to fill. When the block succeeds they replace `paths`, all of them or none.
 
-    Each is made beside its place, so that moving it there is one rename. On any failure, Ctrl-C included, they are
-    removed and the directories that were there before are as they were; after a kill, so it is too, or all are in
-    place for whoever reads them (`engines.bundle.atomic_replace`). The directory must be `reserved`.
+    Each is created beside its place, so that moving it there is one rename. On any failure, Ctrl-C included, they are
+    removed and the directories that were there before are as they were. After a kill, a reader sees either the old
+    directories or all of the new ones (`engines.bundle.atomic_replace`). The directory must be `reserved`.
+
+    Yields:
+        The directories to fill, in the order of `paths`.
     """
     parent = paths[0].parent
     with tempfile.TemporaryDirectory(prefix=ASIDE, dir=parent) as aside:
@@ -93,11 +99,14 @@ def placing(paths: list[Path]) -> Iterator[list[Path]]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all: what was at `path` stays until the last moment.
+    """Write a file that appears whole or not at all: an earlier file at `path` stays until the last moment.
 
-    Raises `VocabtrimError` where it cannot be written.
+    Raises:
+        VocabtrimError: It cannot be written.
     """
-    aside = path.with_name(f"{ASIDE}{path.name}.{os.getpid()}")  # in the same directory: a rename must not cross a disk
+    aside = path.with_name(
+        f"{ASIDE}{path.name}.{os.getpid()}"
+    )  # in the same directory, because a rename cannot cross disks
     try:
         with aside.open("wb") as file:
             file.write(data)
@@ -113,7 +122,11 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Keep other runs from the file `path` that this one goes on writing. Raises `VocabtrimError` where one does."""
+    """Keep other runs from the file `path`, which this run goes on writing.
+
+    Raises:
+        VocabtrimError: Another run writes it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with try_lock(path.with_name(f"{ASIDE}{path.name}.lock")) as free:
         if not free:

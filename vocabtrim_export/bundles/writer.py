@@ -1,4 +1,4 @@
-"""One bundle written: graph and weights, tokenizer, VocabMap, and the manifest that vouches for them."""
+"""One bundle written: graph and weights, tokenizer, VocabMap, and the manifest with their digests."""
 
 import json
 import re
@@ -52,12 +52,22 @@ _TOOLS = ("torch", "transformers", "onnx", "onnxscript")
 
 @dataclass(frozen=True, slots=True)
 class BundlePlan:
-    """What one bundle is to hold.
+    """The content of one bundle.
 
-    vocab_map: None for a full head; coverage, calibration: how the map came about. moments: see `input_moments`.
-    trt: how to build TensorRT plans; None makes a bundle for ONNX Runtime.
-    features_given: layers of a target whose inputs a head reads. slots: in-context slots of a trimmed head;
-    lost_token_ids: int64[n], ascending, the tokens that may enter them.
+    Attributes:
+        role: "drafter" or "target".
+        source: The loaded model.
+        dtype: "fp32", "fp16" or "bf16".
+        quantization: How the weights are quantised.
+        context_length: The tokens that the KV cache holds.
+        vocab_map: The tokens that the head keeps; None for a full head.
+        coverage: The share of held-out tokens that the head keeps, if it was measured.
+        calibration: Where the token counts come from (`TokenCounts.describe`).
+        moments: See `input_moments`; int4 is better with them.
+        trt: How to build TensorRT plans; None makes a bundle for ONNX Runtime.
+        features_given: The layers of a target whose inputs a head reads.
+        slots: In-context slots of a trimmed head.
+        lost_token_ids: int64[n], ascending, the tokens that may enter the slots.
     """
 
     role: Role
@@ -85,7 +95,7 @@ class BundlePlan:
         return Weights(DTYPES[self.dtype], self.quantization, self.vocab_map, self.moments, rows, self.slots)
 
     def rows_of(self, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The rows of these tokens in the model's LM head, int64[n] both."""
+        """Returns the rows, int64[n], of the tokens int64[n] in the model's LM head."""
         return self.source.rows_of(token_ids) if isinstance(self.source, HeadSource) else token_ids.copy()
 
 
@@ -149,7 +159,7 @@ def _write_graphs(
     if isinstance(model, FeatureHead) and model.fuse is not None:
         if twin:
             features = f"{FEATURES_NAME}.data"
-            shutil.copyfile(twin / FEATURES_NAME, directory / FEATURES_NAME)  # will be stamped anew
+            shutil.copyfile(twin / FEATURES_NAME, directory / FEATURES_NAME)  # its metadata is written anew below
             clone_file(twin / features, directory / features)
         else:
             save_small(lower_features(model.fuse, weights), directory / FEATURES_NAME)
@@ -157,23 +167,23 @@ def _write_graphs(
 
 
 def _save_head_rows(directory: Path, traced: Traced, plan: BundlePlan) -> None:
-    """The rows of the tokens that the trimmed head lacks, in their order, and these tokens."""
+    """Write the rows of the tokens that the trimmed head lacks, in the order of these tokens, and their ids."""
     rows = torch.from_numpy(plan.rows_of(plan.lost_token_ids))
     parts = lower_slot_rows(traced, plan.weights, rows, is_standard=plan.trt is not None)
     tensors = {name: _as_bits(weight.load().contiguous()) for name, weight in parts.items()}
     save_file({TOKEN_IDS: torch.from_numpy(plan.lost_token_ids.copy()), **tensors}, directory / HEAD_ROWS_NAME)
-    shutil.copymode(directory / MODEL_NAME, directory / HEAD_ROWS_NAME)  # save_file lets the owner alone read it
+    shutil.copymode(directory / MODEL_NAME, directory / HEAD_ROWS_NAME)  # save_file lets only the owner read it
 
 
 def _slot_size(lowered: Lowered) -> int:
-    """The numbers in a row of the head; 0 where the graph has no slots."""
+    """Returns how many numbers a row of the head has; 0 where the graph has no slots."""
     sizes = (value.shape[0] for value in lowered.model.graph.inputs if value.name == SLOT_WEIGHT and value.shape)
     size = next(sizes, 0)
     return size if isinstance(size, int) else 0
 
 
 def _as_bits(tensor: Tensor) -> Tensor:
-    """bfloat16, which NumPy lacks, as the uint16 that engines take for it; other tensors as they are."""
+    """Returns a bfloat16 tensor as uint16, because NumPy lacks bfloat16, and other tensors as they are."""
     return tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor
 
 
@@ -182,11 +192,11 @@ def _save_tokenizer(source: Source, directory: Path) -> None:
         # Several named templates stay in tokenizer_config.json: their own files would lie in a directory.
         is_single = not isinstance(source.tokenizer.chat_template, dict)
         source.tokenizer.save_pretrained(directory, save_jinja_files=is_single)
-    except Exception as error:  # bare in the library, whatever the system said
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
+    except Exception as error:  # the library raises a bare Exception for the system's errors
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
             raise
-        raise OSError(int(found[1]), str(error), str(directory)) from error
+        raise OSError(int(code[1]), str(error), str(directory)) from error
 
 
 def _manifest(plan: BundlePlan, lowered: Lowered) -> Manifest:

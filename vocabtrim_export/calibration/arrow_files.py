@@ -13,22 +13,23 @@ _ROWS_AT_ONCE = 256
 
 
 def open_zstd(stream: BinaryIO, path: Path) -> Any:
-    """A file object over the decompressed bytes of a zstd stream; reading damaged data raises `OSError`."""
+    """Returns a file object over the decompressed bytes of a zstd stream; reading damaged data raises `OSError`."""
     with _pyarrow(path, "compressed with zstd") as pyarrow:
         return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), "zstd")
 
 
 def read_table(stream: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield the rows of a table and where each stands, "data.parquet, row 3".
+    """Yield the rows of a table and the place of each, "data.parquet, row 3".
 
     A row has the values of the columns that can hold text (strings, lists, structs), and None for the other columns,
     which are not read: a table may carry images.
 
     Args:
-        stream: a Parquet file, an Arrow file (Feather) or an Arrow stream, as `datasets` keeps them; it must seek.
-        path: the file's name in messages.
+        stream: A Parquet file, an Arrow file (Feather) or an Arrow stream, as `datasets` keeps them; it must seek.
+        path: The file's name in messages.
 
-    Raises `VocabtrimError` where pyarrow is not installed or the file is damaged.
+    Raises:
+        VocabtrimError: pyarrow is not installed, or the file is damaged.
     """
     begin = stream.read(6)
     stream.seek(0)
@@ -57,7 +58,12 @@ def _pyarrow(path: Path, what: str) -> Iterator[Any]:
         raise VocabtrimError(f"{path} is {what}, which needs pyarrow: pip install 'vocabtrim-export[data]'") from error
     try:
         yield pyarrow
-    except (ValueError, pyarrow.ArrowException, OSError, MemoryError) as error:  # a damaged length asks for all memory
+    except (
+        ValueError,
+        pyarrow.ArrowException,
+        OSError,
+        MemoryError,
+    ) as error:  # a damaged length can request all memory
         if isinstance(error, OSError) and error.errno:
             raise
         reason = " ".join(str(error).split())
@@ -74,7 +80,7 @@ def _text_columns(pyarrow: Any, schema: Any) -> list[str]:
         strings = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
         return bool(strings or types.is_struct(kind) or types.is_list(kind) or types.is_large_list(kind))
 
-    # bytes under a field's own name are read, so that the record is refused and not taken for an empty one
+    # a column of bytes with a known field's name is read, so that its records are refused and do not look empty
     return [field.name for field in schema if holds_text(field.type) or field.name in FIELDS]
 
 

@@ -11,7 +11,8 @@ from vocabtrim_export.calibration.counts import TokenCounts
 from vocabtrim_export.calibration.document import Document
 from vocabtrim_export.calibration.document_file import prompt_lengths
 
-# Batches are formed within windows of this many: prompts of like length together, yet no window far from the average.
+# Batches are formed within windows of this many: prompts of similar length share a batch, and every window has prompts
+# of all lengths.
 BATCHES_A_WINDOW = 8
 MIN_BATCH = 8
 TEXT_BATCH = 64
@@ -84,7 +85,7 @@ class Batches:
         if pass_number > 0 and not repeats:
             return None
         size = TEXT_BATCH
-        if self.run.source != "text":  # the last batch is no larger than what is missing needs
+        if self.run.source != "text":  # the last batch is as small as the missing tokens allow
             missing = -(-(self.max_tokens - tokens) // self.run.max_new_tokens)
             size = min(self.run.batch_size, max(MIN_BATCH, missing))
         if pass_number != self._pass_number:
@@ -146,7 +147,7 @@ def count_batch(
         max_tokens: The number of tokens to count.
 
     Returns:
-        The counts, and what was counted of each document, up to the one that the limit cut.
+        The counts, and the counted tokens of each document, up to the document that the limit cut.
     """
     run, left = counts.runs[0], max_tokens - counts.total
     begun, done, parts = run.next_done, 0, []

@@ -52,7 +52,7 @@ class BufferedCache(Cache):
     """A cache of buffered layers, one for each layer that the model turns out to have."""
 
     def __init__(self, capacity: int) -> None:
-        new_layer = cast(type[DynamicLayer], partial(BufferedLayer, capacity))  # it is only ever called
+        new_layer = cast(type[DynamicLayer], partial(BufferedLayer, capacity))  # Cache only calls it
         super().__init__(layer_class_to_replicate=new_layer)
 
     @property
@@ -62,7 +62,7 @@ class BufferedCache(Cache):
         return layers if layers and len(layers) == len(self.layers) else None
 
     def written(self, start: int) -> dict[str, Tensor]:
-        """Returns all layers' keys and values from position `start` on, as tensors of their own on the CPU."""
+        """Returns all layers' keys and values from position `start` on, as separate tensors on the CPU."""
         parts: dict[str, Tensor] = {}
         for number, layer in enumerate(self.buffers or ()):
             for name, buffer in (("key", layer.key_buffer), ("value", layer.value_buffer)):
@@ -70,7 +70,7 @@ class BufferedCache(Cache):
         return parts
 
     def append(self, parts: Mapping[str, Tensor], rows: Tensor, device: torch.device) -> None:
-        """Keep only these rows, and add what `written` returned for them."""
+        """Keep only these rows, and append what `written` returned for them."""
         if self.layers:
             self.batch_select_indices(rows.to(device))
         for number in range(sum(name.startswith("key.") for name in parts)):

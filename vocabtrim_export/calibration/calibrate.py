@@ -28,7 +28,7 @@ from vocabtrim_export.calibration.sufficiency import Evidence, Rows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# What templates that write the date are told: the result must not depend on the day.
+# The date for templates that write one: the result must not depend on the day.
 CALIBRATION_DATE = datetime(2024, 7, 26)
 
 
@@ -97,7 +97,7 @@ def calibrate(
                 saver.take(counts)
                 events.progress(counts.total, settings.max_tokens)
             saver.finish(counts)
-        finally:  # Ctrl-C too
+        finally:  # after Ctrl-C too
             saver.save(counts)
     if counts.total == 0:
         why = describe_skipped(skipped) if skipped else "give it text or prompts with content"
@@ -123,14 +123,14 @@ def _evidence(rows: Rows, counts: TokenCounts, checkpoint: Path | None) -> Evide
 
 
 def _stop(counts: TokenCounts, rows: Rows | None) -> TokenCounts:
-    """The same counts, which are enough for these rows."""
+    """Returns the same counts, marked as enough for these rows."""
     return replace(counts, runs=(replace(counts.runs[0], enough_for=str(rows)),))
 
 
 def _fresh_counts(
     facts: ModelFacts | None, tokenizer: "PreTrainedTokenizerFast", corpus: Corpus, settings: CountSettings
 ) -> TokenCounts:
-    """Counts without any token, and with the settings that a checkpoint must have been made with to be continued."""
+    """Returns counts without any token. Their settings are those that a checkpoint must have to be continued."""
     run = CalibrationRun(settings.source, corpus.digest, settings.seed, corpus=corpus.source)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     temperature = float(settings.temperature)

@@ -23,10 +23,10 @@ class Corpus:
     """Documents in a fixed order.
 
     Attributes:
-        documents: The documents; many of them lie in a temporary file.
-        digest: sha256 over their content, wherever they lay.
-        source: Names them.
-        skipped: The records of its files that have no known form.
+        documents: The documents; those of a large corpus are in a temporary file.
+        digest: sha256 over their content; it does not depend on the paths of the files.
+        source: The names of the files.
+        skipped: The records of the files that have no known form.
     """
 
     documents: Sequence[Document]
@@ -36,7 +36,13 @@ class Corpus:
 
     @classmethod
     def of(cls, documents: Iterable[Document], source: str, skipped: Sequence[Skipped] = ()) -> "Corpus":
-        """Keep documents, which are read once. skipped: it may grow while they are read."""
+        """Keep documents that are read once.
+
+        Args:
+            documents: The documents.
+            source: The names of the files.
+            skipped: Records that are left out; the sequence may grow while the documents are read.
+        """
         sha = hashlib.sha256()
 
         def digested() -> Iterator[Document]:
@@ -50,20 +56,23 @@ class Corpus:
 
 def _content(document: Document) -> bytes:
     prompt = [{"role": message.role, "content": message.content} for message in document.prompt]
-    said: dict[str, object] = {"text": document.text, "prompt": prompt}
+    content: dict[str, object] = {"text": document.text, "prompt": prompt}
     if document.answers:
-        said["answers"] = document.answers
-    return json.dumps(said, sort_keys=True).encode() + b"\n"
+        content["answers"] = document.answers
+    return json.dumps(content, sort_keys=True).encode() + b"\n"
 
 
 def read_corpus(paths: Sequence[Path]) -> Corpus:
     """Read data files, directories of them (recursively, sorted, no hidden files), and data sets of the hub.
 
-    See `read_records` and `read_hub_data`.
+    See `read_records` and `read_hub_data`. Records that are empty, and conversations without a user's message, are
+    passed over. Records of an unknown form are left out and named in `skipped`; a file with nothing else is an error.
 
-    Records that are empty, or conversations in which no user speaks, are passed over; records of no known form are
-    left out and named in `skipped`; a file with nothing else is an error. No paths: `builtin_corpus()`.
-    Raises `VocabtrimError` naming the file, and the line or record, that is wrong.
+    Args:
+        paths: The files, directories and data sets; none: `builtin_corpus()`.
+
+    Raises:
+        VocabtrimError: Names the file, and the line or record, that cannot be read.
     """
     if not paths:
         return builtin_corpus()
@@ -75,7 +84,7 @@ def read_corpus(paths: Sequence[Path]) -> Corpus:
 
 
 def builtin_corpus() -> Corpus:
-    """The topics of Python's own help, which every Python has: a stand-in where no text was given."""
+    """Returns the topics of Python's own help, which every Python has: a stand-in where no text was given."""
     from pydoc_data.topics import topics
 
     documents = [Document(piece) for name in sorted(topics) for piece in cut_text([topics[name]])]
@@ -92,7 +101,7 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise VocabtrimError(f"calibration data not found: {path}")
     inside = sorted(file for file in path.rglob("*") if file.is_file())
-    # An empty file (a package's `__init__.py`) says nothing wrong about a directory; one that was named does.
+    # An empty file in a directory (a package's `__init__.py`) is no mistake; an empty file that was named is one.
     files = [
         file
         for file in inside
@@ -106,10 +115,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read_file(path: Path, skipped: list[Skipped]) -> Iterator[Document]:
-    """Yield the documents of one file, and add what was left out to `skipped`.
+    """Yield the documents of one file, and add the records that are left out to `skipped`.
 
     Raises:
-        VocabtrimError: Nothing in it is usable.
+        VocabtrimError: Nothing in the file is usable.
     """
     is_empty, first_reason, first_place = True, "", str(path)
     for where, record in read_hub_data(path) if is_hub_data(path) else read_records(path):

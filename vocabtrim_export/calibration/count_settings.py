@@ -1,4 +1,4 @@
-"""How `calibrate` counts one corpus, and whom it tells about it."""
+"""The settings of `calibrate` for one corpus, and the functions that it calls as it counts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,7 +51,11 @@ class CountSettings:
 
 
 def check_counting(source: str, max_tokens: int, seed: int, temperature: float) -> None:
-    """Check the values that `CountSettings` describes. Raises `VocabtrimError` for one that is out of range."""
+    """Check the values that `CountSettings` describes.
+
+    Raises:
+        VocabtrimError: A value is out of range.
+    """
     sources = get_args(CalibrationSource)
     if source not in sources:
         raise VocabtrimError(f"unknown calibration source {source!r}: choose from {', '.join(sources)}")

@@ -1,4 +1,4 @@
-"""`calibrate` by a user's settings: of one corpus, or of each domain and their mixture."""
+"""`calibrate` with a user's settings: on one corpus, or on each domain and their mixture."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ class Listener:
         progress: Called with (task, done, total): megabytes of a model that is loaded, tokens counted, and percents of
             held-out tokens that `auto` finds covered.
         on_skip: Called for each record of the data that is left out.
-        on_note: Called with what `auto` found out about the number of tokens.
+        on_note: Called with the reason why `auto` stopped or went on.
     """
 
     progress: Progress = lambda _task, _done, _total: None
@@ -48,14 +48,14 @@ NOBODY = Listener()
 
 @dataclass(frozen=True, slots=True)
 class CountJob:
-    """How to count by a user's settings.
+    """One calibration by a user's settings.
 
     Attributes:
-        source: Whose tokens are counted.
+        source: "drafter" or "target": the model that generates; "text": the text itself is counted.
         settings: The user's settings.
-        checkpoint: The file that is rewritten as tokens come in, and gone on from.
+        checkpoint: The file that is rewritten as tokens come in; an interrupted run continues from it.
         rows: The rows of the head that `auto` counts for: a number, or the share of held-out tokens to cover.
-        listener: Who is told about it.
+        listener: The functions to call meanwhile.
     """
 
     source: CalibrationSource
@@ -72,12 +72,12 @@ def count_data(
     job: CountJob,
     model_digest: str = "",
 ) -> TokenCounts:
-    """`calibrate` on text: on one corpus, or on each domain, whose counts are mixed.
+    """Run `calibrate` on one corpus, or on each domain, whose counts are then mixed.
 
     Args:
         model: The model that generates; None where a text is counted or an endpoint generates.
         tokenizer: Its tokenizer.
-        data: Text, no counts.
+        data: The text to count on; it holds no earlier counts.
         job: How to count.
         model_digest: Identifies the model's weights.
 
@@ -104,7 +104,7 @@ def count_data(
 
 
 def _job_of(domain: Domain, job: CountJob, share: float, places: Mapping[str, Path]) -> CountJob:
-    """The job for one domain, whose share of the tokens is that of its weight."""
+    """Returns the job for one domain, whose share of the tokens is that of its weight."""
     tokens, listener = job.settings.calibration_tokens, job.listener
     if tokens != "auto":
         tokens = max(1, round(tokens * share))
@@ -166,7 +166,7 @@ def _endpoint(settings: "CalibrationSettings", source: CalibrationSource) -> End
 
 
 def _take_apart(checkpoint: Path, places: Mapping[str, Path]) -> None:
-    """Write the domains of a finished file to the files that their calibrations go on from."""
+    """Write the domains of a finished file to the separate files that their calibrations continue from."""
     if not checkpoint.exists():
         return
     for each in TokenCounts.load(checkpoint).domains:

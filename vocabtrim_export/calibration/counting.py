@@ -20,7 +20,7 @@ from vocabtrim_export.calibration.sufficiency import Rows
 from vocabtrim_export.sources.precision import calibration_model
 from vocabtrim_export.sources.source import Source, load_source, load_tokenizer
 
-QUARTER = 4  # of the vocabulary: what a head keeps at most where trimming it pays
+QUARTER = 4  # a trim pays where the head keeps at most this part of the vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +102,10 @@ def read_calibration(names: Sequence[str | Path]) -> CalibrationInput:
 
 
 def calibration_source(settings: CalibrationSettings, roles: Collection[Role]) -> CalibrationSource:
-    """Returns whose tokens are counted, of the models that there are.
+    """Returns whose tokens are counted, given the models that were named.
 
     Raises:
-        VocabtrimError: The model that is to generate is not there.
+        VocabtrimError: The model that should generate was not named.
     """
     how = settings.calibration_source or ("target" if "target" in roles else "drafter")
     if how != "text" and how not in roles:
@@ -130,10 +130,10 @@ def count_tokens(
         checkpoint: The file that a calibration rewrites as it goes.
         rows: The rows of the head that `auto` counts for: a number, or the share of held-out tokens to cover; None: a
             quarter of the vocabulary.
-        listener: Who is told about it.
+        listener: The functions to call meanwhile.
 
     Raises:
-        VocabtrimError: The counts come from another tokenizer, or the model that is to generate is not there.
+        VocabtrimError: The counts come from another tokenizer, or the model that should generate was not named.
     """
     if data.counts:
         counts = reduce(add, data.counts)
@@ -156,7 +156,7 @@ def calibrate_models(
     settings: CalibrationSettings,
     listener: Listener = NOBODY,
 ) -> TokenCounts:
-    """Load the model that counts, and write its counts to `output`; an interrupted run is continued.
+    """Load the model that generates, and write its counts to `output`; an interrupted run is continued.
 
     Counting a text loads no model, only a tokenizer. `auto` counts for a head of a quarter of the vocabulary.
 
@@ -165,7 +165,7 @@ def calibrate_models(
         target: MODEL of the target, if there is one.
         output: The `.safetensors` file of token counts.
         settings: How to calibrate.
-        listener: Who is told about it.
+        listener: The functions to call meanwhile.
 
     Raises:
         VocabtrimError: No model is named, a model or a file cannot be read, or see `calibrate`.

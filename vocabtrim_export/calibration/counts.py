@@ -1,4 +1,4 @@
-"""`TokenCounts`: how often each token was seen, and where that was found out."""
+"""`TokenCounts`: how often each token was seen, and which calibrations counted it."""
 
 import hashlib
 import json
@@ -18,8 +18,8 @@ from vocabtrim_export.bundles.output import write_whole
 from vocabtrim_export.calibration.calibration_run import CalibrationRun
 
 FORMAT = "vocabtrim-token-counts-2"
-FIRST_FORMAT = "vocabtrim-token-counts-1"  # without a digest of its own
-_MOST = 1 << 48  # of one token: sums stay far from overflow
+FIRST_FORMAT = "vocabtrim-token-counts-1"  # it has no digest of its own
+_MOST = 1 << 48  # the largest count of one token: sums stay far from overflow
 HELD_OUT_EVERY = 8
 # Fields of a run that older files lack.
 _ADDED = {"chat": "", "next_done": 0, "enough_for": "", "domain": "", "weight": 0.0}
@@ -48,7 +48,7 @@ class TokenCounts:
 
     def __post_init__(self) -> None:
         for name in ("counts", "held_out"):
-            array = np.array(getattr(self, name))  # a copy: nobody else can change it
+            array = np.array(getattr(self, name))  # a copy, which no other code can change
             if array.ndim != 1 or array.dtype != np.int64 or array.size == 0 or array.min() < 0 or array.max() > _MOST:
                 raise VocabtrimError(f"`{name}` of TokenCounts must be non-negative int64[full_vocab]")
             array.setflags(write=False)
@@ -130,26 +130,26 @@ class TokenCounts:
 
         Args:
             path: The file.
-            working: What an unfinished calibration needs besides, for `read_working`; `load` does not read it.
+            working: The state of an unfinished calibration, for `read_working`; `load` does not read it.
 
         Raises:
             VocabtrimError: The file cannot be written.
         """
         runs = [asdict(run) for run in self.runs]
-        said = {"tokenizer_digest": self.tokenizer_digest, "runs": runs, "sha256": _sha256(self.digest, runs)}
+        fields = {"tokenizer_digest": self.tokenizer_digest, "runs": runs, "sha256": _sha256(self.digest, runs)}
         arrays = {"counts": self.counts, "held_out": self.held_out}
         for each in self.domains:
             domain = each.runs[0].domain
             arrays |= {f"counts.{domain}": each.counts, f"held_out.{domain}": each.held_out}
-        text = json.dumps(said, sort_keys=True)  # safetensors writes keys in any order
+        text = json.dumps(fields, sort_keys=True)  # safetensors writes keys in any order
         write_whole(Path(path), save({**(working or {}), **arrays}, {FORMAT: text}))
 
     @classmethod
     def load(cls, path: Path) -> "TokenCounts":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            VocabtrimError: `path` is something else, or was changed since.
+            VocabtrimError: `path` is another kind of file, or was changed since.
         """
         try:
             with safe_open(path, framework="numpy") as file:
@@ -161,14 +161,14 @@ class TokenCounts:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise VocabtrimError(f"{path} is not a file of token counts ({brief(error)}): calibrate again") from error
         if FORMAT not in metadata:
-            said = {"tokenizer_digest": metadata.get("tokenizer_digest"), "sha256": ""}
-            said["runs"] = parse(metadata.get("runs", ""), str(path))
+            fields = {"tokenizer_digest": metadata.get("tokenizer_digest"), "sha256": ""}
+            fields["runs"] = parse(metadata.get("runs", ""), str(path))
         else:
-            said = parse(metadata[FORMAT], str(path))
-        written = said.get("runs") if isinstance(said, dict) else None
+            fields = parse(metadata[FORMAT], str(path))
+        written = fields.get("runs") if isinstance(fields, dict) else None
         if isinstance(written, list):
-            said["runs"] = [_ADDED | run if isinstance(run, dict) else run for run in written]
-        provenance: _Provenance = decode(_Provenance, said, str(path))
+            fields["runs"] = [_ADDED | run if isinstance(run, dict) else run for run in written]
+        provenance: _Provenance = decode(_Provenance, fields, str(path))
         whole = cls(counts, held_out, provenance.tokenizer_digest, provenance.runs)
         if FORMAT in metadata and provenance.sha256 != _sha256(whole.digest, written):
             raise VocabtrimError(f"{path} does not match its own digest, it was changed: calibrate again")
@@ -177,7 +177,7 @@ class TokenCounts:
 
 
 def mixed(domains: Sequence[TokenCounts]) -> TokenCounts:
-    """Add up counts so that each has the share of tokens that the weight of its run says.
+    """Add up counts so that each has the share of tokens that the weight of its run states.
 
     The domain with the most tokens for its weight is taken as it is, the others are multiplied up to it and rounded.
     """
@@ -208,13 +208,13 @@ def _with_domains(whole: TokenCounts, arrays: Mapping[str, NDArray[np.int64]], p
 
 
 def read_working(path: Path) -> dict[str, NDArray[np.int64]]:
-    """Returns the tensors that `TokenCounts.save` wrote besides the counts."""
+    """Returns the tensors that `TokenCounts.save` wrote in addition to the counts."""
     with safe_open(path, framework="numpy") as file:
         return {name: file.get_tensor(name) for name in file.keys() if name not in ("counts", "held_out")}  # noqa: SIM118
 
 
 def _sha256(digest: str, runs: object) -> str:
-    """The sha256 over the counts' own digest and what a file says of their runs."""
+    """Returns the sha256 over the counts' own digest and the runs that the file states."""
     return hashlib.sha256(f"{digest}{json.dumps(runs, sort_keys=True)}".encode()).hexdigest()
 
 
@@ -228,9 +228,10 @@ class _Provenance:
 
 
 def is_held_out(document: int, documents: int) -> bool:
-    """Whether the document at this index is kept apart: the last of every eight, or of all where there are fewer.
+    """Returns whether the document at this index is held out: the last of every eight.
 
-    A single document is not held out: then no coverage can be measured.
+    Where there are fewer than eight, the last of all is held out. A single document is not: no coverage can be
+    measured.
     """
     every = min(HELD_OUT_EVERY, documents)
     return every > 1 and document % every == every - 1

@@ -32,9 +32,9 @@ _OPENERS: Mapping[str, tuple[bytes, Callable[[BinaryIO, Path], Any]]] = {
     ".xz": (b"\xfd7zXZ\0", lambda stream, _: lzma.LZMAFile(stream)),  # noqa: SIM115
     ".zst": (b"\x28\xb5\x2f\xfd", open_zstd),
 }
-# Tables that pyarrow reads are recognised by how they begin, whatever they are called; an Arrow stream begins with -1.
+# Tables that pyarrow reads are recognised by their first bytes, whatever their names; an Arrow stream begins with -1.
 _TABLES = {".parquet": (b"PAR1",), ".arrow": (b"ARROW1", b"\xff\xff\xff\xff"), ".feather": (b"ARROW1",)}
-# Formats that are recognised by how they begin or by their names, to be refused: what they are, and what to do.
+# Formats that are refused: their first bytes, their endings, their names, and what to do instead.
 _REFUSED: tuple[tuple[bytes, tuple[str, ...], str, str], ...] = (
     (b"PK\x03\x04", (".zip", ".xlsx", ".docx"), "a zip archive or an office document", "unpack it or save it as text"),
     (b"7z\xbc\xaf", (".7z",), "a 7z archive", "unpack it"),
@@ -52,12 +52,14 @@ _BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32's begins like UTF-16's
 
 
 def read_records(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield the records of one file and where each stands, "data.jsonl, line 3".
+    """Yield the records of one file and the place of each, "data.jsonl, line 3".
 
-    .jsonl and .ndjson hold a JSON value a line, .json a list of them or one, .csv and .tsv a row each below a header;
-    Parquet and Arrow tables a row each; any other file is one text, `{"text": …}`. Each may be compressed (.gz, .bz2,
-    .xz, .zst). Text is UTF-8, or UTF-16 or UTF-32 with a byte-order mark.
-    Raises `VocabtrimError` naming the file, and the line or record, that cannot be read.
+    A .jsonl or .ndjson file holds a JSON value in each line, a .json file one value or a list of them, a .csv or .tsv
+    file a header and rows; Parquet and Arrow tables hold rows; any other file is one text, `{"text": …}`. Each may be
+    compressed (.gz, .bz2, .xz, .zst). Text is UTF-8, or UTF-16 or UTF-32 with a byte-order mark.
+
+    Raises:
+        VocabtrimError: Names the file, and the line or record, that cannot be read.
     """
     try:
         with _open(path) as (stream, read):
@@ -70,7 +72,7 @@ def read_records(path: Path) -> Iterator[tuple[str, object]]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[io.BufferedReader, _Reader]]:
-    """The decompressed bytes of a file, text as UTF-8, and the function that reads them."""
+    """Yields the decompressed bytes of a file, text as UTF-8, and the function that reads them."""
     suffix = path.suffix.lower()
     with path.open("rb") as file:
         begin = file.peek(8)[:8]

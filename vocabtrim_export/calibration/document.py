@@ -10,7 +10,12 @@ MIN_PIECE, MAX_PIECE = 1000, 2000
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a chat; `role` is "system", "user", "assistant", or what the file says for other ones."""
+    """One message of a chat.
+
+    Attributes:
+        role: "system", "user", "assistant", or another role that the file names.
+        content: The text of the message.
+    """
 
     role: str
     content: str
@@ -18,15 +23,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One unit of calibration. Two documents of one content are equal, wherever they stand.
+    """One unit of calibration. Documents of equal content are equal, whatever their place.
 
-    text: all of its text, every turn of a conversation included.
-    prompt: what a model is asked to continue: at most one system message, then one user message.
-        A conversation's is its first user turn with the system text before it; later turns are not prompts.
-        Empty for raw text, where the model continues `text` itself.
-    where: its place, "data.jsonl, line 3".
-    parts: the contents of its messages, which `text` joins; empty for raw text.
-    answers: those of them that the assistant wrote.
+    Attributes:
+        text: All of its text, every turn of a conversation included.
+        prompt: The messages that a model is asked to continue: at most one system message, then one user message. For a
+            conversation these are its first user turn and the system text before it; later turns are not prompts. It is
+            empty for raw text, where the model continues `text` itself.
+        where: Its place, "data.jsonl, line 3".
+        parts: The contents of its messages, which `text` joins; empty for raw text.
+        answers: The contents of the assistant's messages among `parts`.
     """
 
     text: str
@@ -37,28 +43,33 @@ class Document:
 
     @property
     def prompt_length(self) -> int:
-        """Characters of what a model is asked to continue."""
+        """Characters of the prompt, or of the raw text, that a model is asked to continue."""
         return sum(len(message.content) for message in self.prompt) or len(self.text)
 
     @property
     def counted_texts(self) -> tuple[str, ...]:
-        """What the calibration source "text" counts, each text by itself: nothing was ever written between them.
+        """The texts that the calibration source "text" counts, each by itself: no model ever wrote one after another.
 
-        A model writes the assistant's messages alone; where there is none, everything is all that there is.
+        A model writes the assistant's messages alone; where there are none, all parts are counted.
         """
         return self.answers or self.parts or (self.text,)
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A record that was left out. where: its place, "" where it has none."""
+    """A record that was left out.
+
+    Attributes:
+        where: Its place; "" where it has none.
+        reason: Why it was left out.
+    """
 
     where: str
     reason: str
 
 
 def describe_skipped(skipped: Sequence[Skipped], most: int = 5) -> str:
-    """One line that counts the records left out and names the first of them with their reasons."""
+    """Returns one line that counts the records left out and names the first of them with their reasons."""
     named = [f"{each.where}: {each.reason}" if each.where else each.reason for each in skipped[:most]]
     more = f"; and {len(skipped) - most} more" if len(skipped) > most else ""
     records = "record was" if len(skipped) == 1 else "records were"

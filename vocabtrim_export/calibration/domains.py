@@ -41,11 +41,11 @@ def read_domains(names: Sequence[str | Path]) -> tuple[Domain, ...]:
         VocabtrimError: Only some of the arguments have names, two have the same, a weight is no positive number, or a
             file cannot be read.
     """
-    found = [_parse(str(name)) for name in names]
-    if not any(found):
+    parsed = [_parse(str(name)) for name in names]
+    if not any(parsed):
         return ()
     domains: dict[str, tuple[Path, float]] = {}
-    for argument, each in zip(names, found, strict=True):
+    for argument, each in zip(names, parsed, strict=True):
         if each is None:
             raise VocabtrimError(f"--calibration {argument} has no name, others have one: write NAME={argument}")
         name, path, weight = each
@@ -63,7 +63,8 @@ def mix(domains: Sequence[Domain], counts: Sequence[TokenCounts]) -> TokenCounts
         counts: The counts of each.
 
     Returns:
-        Counts in which every domain has the share of tokens that its weight says, and which hold its own counts too.
+        Counts in which every domain has the share of tokens that its weight states. They hold each domain's own counts
+        too.
     """
     parts = [
         replace(each, runs=(replace(each.runs[0], domain=domain.name, weight=domain.weight),))
@@ -73,7 +74,10 @@ def mix(domains: Sequence[Domain], counts: Sequence[TokenCounts]) -> TokenCounts
 
 
 def coverage_by_domain(counts: TokenCounts, kept: NDArray[np.int64]) -> dict[str, float]:
-    """The share of each domain's held-out tokens that are among `kept` (ids); domains without any are left out."""
+    """Returns the share of each domain's held-out tokens that are among `kept` (ids).
+
+    Domains without held-out tokens are left out.
+    """
     return {
         each.runs[0].domain: int(each.held_out[kept[kept < each.full_vocab]].sum()) / int(each.held_out.sum())
         for each in counts.domains
@@ -83,13 +87,13 @@ def coverage_by_domain(counts: TokenCounts, kept: NDArray[np.int64]) -> dict[str
 
 def domains_note(counts: TokenCounts, kept: NDArray[np.int64]) -> tuple[str, ...]:
     """Returns a line with `coverage_by_domain`, or nothing where the counts have no domains."""
-    found = coverage_by_domain(counts, kept)
-    each = ", ".join(f"{name} {share:.2%}" for name, share in found.items())
-    return (f"coverage by domain: {each}",) if found else ()
+    shares = coverage_by_domain(counts, kept)
+    each = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
+    return (f"coverage by domain: {each}",) if shares else ()
 
 
 def _parse(text: str) -> tuple[str, Path, float] | None:
-    """The name, the path and the weight of `name=path[:weight]`; None for a plain path."""
+    """Returns the name, the path and the weight of `name=path[:weight]`; None for a plain path."""
     match = _NAMED.fullmatch(text)
     if match is None or Path(text).exists():
         return None

@@ -18,18 +18,18 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 BATCH = 16  # requests whose answers are counted, and saved, together
 _ATTEMPTS = 5
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
-# Tokens by the server's own count and by the tokenizer differ by special tokens and by how a text may be cut.
+# The server's count and the tokenizer's differ by special tokens, and where a text ends within a token.
 _TOLERANCE, _ENOUGH_TO_TELL = 0.1, 100
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the server generated for a prompt.
+    """A server's continuation of a prompt.
 
     Attributes:
         text: The continuation.
         is_ended: Whether the model ended it, and not the limit of tokens.
-        tokens: Its length by the server's own count; None where the server does not say.
+        tokens: Its length by the server's own count; None where the server does not state it.
     """
 
     text: str
@@ -39,7 +39,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the model is served.
+    """A server with OpenAI's protocol that serves the model.
 
     Attributes:
         url: The base of the API, as in "http://localhost:8000/v1".
@@ -61,7 +61,7 @@ class Endpoint:
         """Check that the server answers and has the model.
 
         Raises:
-            VocabtrimError: It does not.
+            VocabtrimError: The server does not answer, or lacks the model.
         """
         if not self.url.startswith(("http://", "https://")):
             raise VocabtrimError(f"--calibration-endpoint {self.url}: give a URL such as http://localhost:8000/v1")
@@ -93,24 +93,24 @@ class Endpoint:
             on_step: Called with the tokens so far.
 
         Raises:
-            VocabtrimError: The server refuses a request, or fails it again and again.
+            VocabtrimError: The server refuses a request, or fails it repeatedly.
         """
 
         def ask(document: Document, seed: int) -> Answer:
             settings = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
             return self._ask(document, settings)
 
-        found: list[Answer] = []
+        answers: list[Answer] = []
         with ThreadPoolExecutor(self.concurrency) as executor:
             futures = [executor.submit(ask, *each) for each in zip(documents, seeds, strict=True)]
             try:
                 for future in futures:
-                    found.append(future.result())
-                    on_step(sum(answer.tokens or 0 for answer in found))
+                    answers.append(future.result())
+                    on_step(sum(answer.tokens or 0 for answer in answers))
             except BaseException:
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
-        return found
+        return answers
 
     def _ask(self, document: Document, settings: dict[str, Any]) -> Answer:
         body: dict[str, Any] = {"model": self.model, "prompt": document.text, **settings}
@@ -130,7 +130,7 @@ class Endpoint:
             raise VocabtrimError(f"{self.url}/{path} answers in another form than OpenAI's: check the URL") from error
 
     def _request(self, path: str, body: dict[str, Any] | None) -> Any:
-        """The server's JSON; a request that fails in passing is repeated."""
+        """Returns the server's JSON; a request with a passing failure is repeated."""
         url = f"{self.url.rstrip('/')}/{path}"
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
@@ -153,7 +153,7 @@ class Endpoint:
 
 
 class _NoSuchPath(Exception):
-    """The server does not know a path that it need not know."""
+    """The server lacks an optional path."""
 
 
 def check_same_tokenizer(endpoint: Endpoint, answers: Sequence[Answer], lengths: Sequence[int]) -> None:
@@ -161,11 +161,11 @@ def check_same_tokenizer(endpoint: Endpoint, answers: Sequence[Answer], lengths:
 
     Args:
         endpoint: The server.
-        answers: What it generated.
+        answers: Its answers.
         lengths: The number of tokens of each answer by the model's tokenizer.
 
     Raises:
-        VocabtrimError: They differ by so much that the server's model has another tokenizer.
+        VocabtrimError: The counts differ so much that the server's model must have another tokenizer.
     """
     pairs = [
         (answer.tokens, length) for answer, length in zip(answers, lengths, strict=True) if answer.tokens is not None
@@ -179,7 +179,7 @@ def check_same_tokenizer(endpoint: Endpoint, answers: Sequence[Answer], lengths:
 
 
 def _said(error: urllib.error.HTTPError) -> str:
-    """The status and the first words of what the server says."""
+    """Returns the status and the first words of the server's answer."""
     try:
         body = error.read(500).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):

@@ -20,7 +20,7 @@ BLOCK = 512
 
 
 # Tokens of a prompt's batch that are read at once on a CPU, which takes seconds: between two of these steps work is
-# saved, and Ctrl-C is heard. Other devices read a batch's prompts in one.
+# saved, and Ctrl-C is noticed. Other devices read a batch's prompts in one step.
 _PREFILL_TOKENS = 256
 
 
@@ -45,8 +45,8 @@ def generate_batch(
         temperature: Temperature of sampling; 0 is greedy.
         eos_token_ids: The ids that end a continuation.
         on_step: Called with the number of tokens so far after each step.
-        partial_batch: Where the work on this batch is saved as it goes, and where an earlier run's is found: the
-            result is then the same, bit for bit.
+        partial_batch: Where the work on this batch is saved as it goes. An earlier run's work there is continued: the
+            result is the same, bit for bit.
 
     Returns:
         int64[B, steps]: the new tokens, an EOS included, and `NO_TOKEN` after it.
@@ -117,14 +117,14 @@ class _Batch:
         self.alive &= ~torch.isin(self.last, self.stops)
 
     def _drop_ended(self) -> None:
-        """Rows that ended still cost their share of a step, dropping them one copy of the cache."""
+        """Drop the rows that ended: they cost their share of every step, dropping them costs one copy of the cache."""
         if int(self.alive.sum()) <= len(self.rows) * 3 // 4:
             self.cache.batch_select_indices(self.alive.nonzero().squeeze(-1))
             self.last, self.rows, self.mask = self.last[self.alive], self.rows[self.alive], self.mask[self.alive]
             self.alive = self.alive[self.alive]
 
     def segment(self) -> dict[str, Tensor]:
-        """Returns what was computed since the last segment, and the state besides the cache."""
+        """Returns the part of the cache that was computed since the last segment, and the other state."""
         kept = torch.searchsorted(self.saved_rows, self.rows)  # both ascend
         state = {"rows": self.rows, "alive": self.alive, "last": self.last, "generated": self.generated, "kept": kept}
         parts = {name: tensor.cpu() for name, tensor in state.items()} | self.cache.written(self.saved)
@@ -171,19 +171,25 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     block = _first_above(block_sums, target)
     before = torch.where(block > 0, block_sums.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].double().cumsum(-1)  # [B, BLOCK]
-    # The block's own total, as float32 had it, may be a rounding below what is looked for: then its last token.
+    # The block's float32 total may be a rounding error below the target: then its last token is drawn.
     within = torch.minimum(target - before, inside[:, -1:] * (1 - 1e-12))
     return (block * BLOCK + _first_above(inside, within))[:, 0]
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """int64[B, 1]: in each row the first index whose value exceeds `target: [B, 1]`; never one that adds nothing."""
+    """Returns int64[B, 1], in each row the first index whose value exceeds `target: [B, 1]`.
+
+    It is never the index of a token that adds nothing.
+    """
     return torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[1] - 1)
 
 
 def _last_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-    """[B, vocab]: run tokens [B, new] at positions [B, new] after the cache; mask: [B, cached + new]."""
-    # A prefill's logits would fill gigabytes: only the last position's are asked for, where the model can be asked.
+    """Run tokens [B, new] at positions [B, new] after the cache.
+
+    `mask` is [B, cached + new]. Returns the last logits, [B, vocab].
+    """
+    # A prefill's logits would fill gigabytes: only the last position's are computed, where the model has the option.
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
     logits: Tensor = model(**inputs, use_cache=True, **keep).logits
@@ -191,7 +197,10 @@ def _last_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, positions
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], steps: int) -> tuple[Tensor, Tensor]:
-    """int64[B, width] ids, zero where padded, and the attention mask int64[B, width + steps], one for real tokens."""
+    """Returns padded ids and their attention mask.
+
+    The ids are int64[B, width], zero where padded; the mask is int64[B, width + steps], one for real tokens.
+    """
     width = max(map(len, prompts))
     tokens = torch.zeros((len(prompts), width), dtype=torch.int64)
     mask = torch.ones((len(prompts), width + steps), dtype=torch.int64)

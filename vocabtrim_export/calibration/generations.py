@@ -1,4 +1,4 @@
-"""The tokens of a batch of documents: its text's, or those that a model or a server continues its prompts with."""
+"""The tokens of a batch of documents: of their text, or generated after their prompts by a model or a server."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -50,7 +50,7 @@ def input_moments(
 
 
 def _pieces(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> list[Tensor]:
-    """int64[1, n] each, from documents spread evenly over the corpus."""
+    """Returns int64[1, n] token ids of documents spread evenly over the corpus."""
     documents = builtin_corpus().documents
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", _PIECE))
     size = min(_PIECE, context)

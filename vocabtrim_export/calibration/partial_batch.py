@@ -1,4 +1,4 @@
-"""What was generated of an unfinished batch, on the disk: an interrupted calibration goes on from there."""
+"""The work on an unfinished batch, on the disk: an interrupted calibration continues from it."""
 
 import os
 import shutil
@@ -17,12 +17,12 @@ SECONDS = 15.0
 
 
 class PartialBatch:
-    """A directory of segments, each what was computed of one batch since the segment before: mostly its KV cache.
+    """A directory of segments. Each holds the part of one batch computed since the segment before: mostly its KV cache.
 
-    A segment appears whole or not at all. A disk that is full or cannot be written costs no more than the saving.
+    A segment appears whole or not at all. If the disk is full or cannot be written, only the saving is lost.
 
     Args:
-        directory: Where the segments are; it is made with the first one.
+        directory: Where the segments are; it is created with the first one.
         key: Identifies the batch and everything that its tokens depend on: other batches' segments are ignored.
         seconds: The time between two segments.
     """

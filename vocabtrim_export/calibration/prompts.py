@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 
 def encode_document(tokenizer: Tokenizer, document: Document, options: ChatOptions | None = None) -> list[int]:
-    """The token ids that a model is to continue.
+    """Returns the token ids that a model is to continue.
 
-    A chat is rendered up to where an answer begins; a template that knows no system role finds the system's text
-    before the user's. Raw text, and a prompt for a tokenizer without a template, are taken as they are, with the
-    special tokens that the tokenizer adds to text.
-    Raises `VocabtrimError` where the template refuses the messages.
+    A chat is rendered up to where an answer begins; a template that knows no system role finds the system's text before
+    the user's. Raw text, and a prompt for a tokenizer without a template, are taken as they are, with the special
+    tokens that the tokenizer adds to text.
+
+    Raises:
+        VocabtrimError: The template refuses the messages.
     """
     options = options or ChatOptions()
     if not document.prompt:
@@ -41,9 +43,10 @@ def encode_document(tokenizer: Tokenizer, document: Document, options: ChatOptio
 def prompts_that_fit(
     decoder: "SpeculativeDecoder", documents: Sequence[Document], most: int, options: ChatOptions
 ) -> tuple[list[list[int]], list[Skipped]]:
-    """The token ids of the first `most` documents that the decoder can run, and what was left out on the way.
+    """Returns the token ids of the first `most` documents that the decoder can run, and the documents left out before.
 
-    Raises `VocabtrimError` where none fits, or for a decoder without a tokenizer.
+    Raises:
+        VocabtrimError: None fits, or the decoder has no tokenizer.
     """
     tokenizer = decoder.tokenizer
     if tokenizer is None:
@@ -63,6 +66,6 @@ def prompts_that_fit(
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of each text, whole: neither padded nor truncated."""
+    """Returns the token ids of each text, neither padded nor truncated."""
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     return ids

@@ -18,14 +18,17 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "develope
 
 
 def parse_record(record: object, where: str) -> Iterator[Document]:
-    """The documents of one record: one, several for a long text, or none where the record is empty.
+    """Yield the documents of one record: one, several for a long text, or none where the record is empty.
 
-    record: a string, which is a prompt; a list, which is a conversation; or an object with OpenAI's `messages` (in a
-        batch: `body.messages`), ShareGPT's `conversations`, `turns` (the user's), `prompt` with `completion`,
-        `question` with `answer`, `instruction` with `input` and `output`, or `text`; the first of these is read. Or
-        recorded traffic: OpenAI's `request` and its `response`, whose own message alone is an answer.
-    where: the record's place, which errors begin with.
-    Raises `VocabtrimError` for another form.
+    Args:
+        record: A string, which is a prompt; a list, which is a conversation; or an object with OpenAI's `messages` (in
+            a batch: `body.messages`), ShareGPT's `conversations`, `turns` (the user's), `prompt` with `completion`,
+            `question` with `answer`, `instruction` with `input` and `output`, or `text`; the first of these is read. Or
+            recorded traffic: OpenAI's `request` and its `response`; only the response's own message is an answer.
+        where: The record's place, which errors begin with.
+
+    Raises:
+        VocabtrimError: The record has another form.
     """
     if not isinstance(record, str | list | dict):
         raise VocabtrimError(f"{where}: expected an object with one of {', '.join(FIELDS)}; got {_kind(record)}")
@@ -40,10 +43,10 @@ def parse_record(record: object, where: str) -> Iterator[Document]:
         fields = body
     field = _field(fields)
     if field is None and any(name in fields for name in FIELDS):
-        return  # the field is there, and null
+        return  # the field exists and is null
     if field is None:
-        has = ", ".join(str(name)[:40] for name in list(fields)[:8]) or "none"
-        raise VocabtrimError(f"{where}: a record needs one of the fields {', '.join(FIELDS)}; it has {has}")
+        names = ", ".join(str(name)[:40] for name in list(fields)[:8]) or "none"
+        raise VocabtrimError(f"{where}: a record needs one of the fields {', '.join(FIELDS)}; it has {names}")
     if field == "text":
         for piece in cut_text([_content(fields[field], f"{where}, {field}")]):
             yield Document(piece, where=where)
@@ -88,7 +91,7 @@ def _messages(record: Mapping[str, object], field: str, where: str) -> list[Mess
 
 
 def _message(item: object, where: str) -> Message:
-    """A message in OpenAI's form, in ShareGPT's, or a plain string, which is the user's."""
+    """Returns the message of an item in OpenAI's or ShareGPT's form, or of a plain string, which is the user's."""
     if isinstance(item, str):
         return Message("user", _content(item, where))
     if not isinstance(item, Mapping):
@@ -101,7 +104,7 @@ def _message(item: object, where: str) -> Message:
 
 
 def _content(value: object, where: str) -> str:
-    """A string, or the text parts of a list of content parts."""
+    """Returns the text of a string, or of the text parts of a list of content parts."""
     if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
         value = "".join(str(part.get("text", "")) for part in value if part.get("type") == "text")
     if not isinstance(value, str):
@@ -110,12 +113,12 @@ def _content(value: object, where: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """The text with "?" for lone surrogates, which JSON can escape and no tokenizer can read."""
+    """Returns the text with "?" for lone surrogates, which JSON can escape and no tokenizer can read."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _first_prompt(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The first user message that says something, with the system text before it; empty where no user speaks."""
+    """Returns the first user message with a text, and the system text before it; empty where no user speaks."""
     for index, message in enumerate(messages):
         if message.role == "user" and message.content.strip():
             before = [each.content for each in messages[:index] if each.role == "system" and each.content.strip()]

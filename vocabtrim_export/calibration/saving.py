@@ -1,4 +1,4 @@
-"""A calibration's file while it runs: written now and then, and gone on from."""
+"""A calibration's file while it runs: it is rewritten from time to time, and an interrupted run continues from it."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from vocabtrim_export.calibration.sufficiency import Evidence
 
 
 class Saver:
-    """Writes the counts and the work on an unfinished batch, now and then."""
+    """Writes the counts, and the work on an unfinished batch, from time to time."""
 
     def __init__(self, checkpoint: Path | None, seconds: float, saved: TokenCounts, evidence: Evidence | None) -> None:
         self.checkpoint, self.seconds, self.last = checkpoint, seconds, monotonic()
@@ -35,7 +35,7 @@ class Saver:
         return self._unfinished
 
     def take(self, counts: TokenCounts) -> None:
-        """Save the counts that a batch ended with where it is time, or where the batch's own files go."""
+        """Save the counts at the end of a batch where it is time, or where the files of the batch are to be removed."""
         unfinished = self._unfinished
         if monotonic() - self.last >= self.seconds or (unfinished is not None and unfinished.count):
             self.save(counts)
@@ -43,7 +43,7 @@ class Saver:
             unfinished.clear()
 
     def finish(self, counts: TokenCounts) -> None:
-        """Save the counts alone, and remove what was saved of their batches."""
+        """Save the counts alone, and remove the files of unfinished batches."""
         had_evidence, self.evidence = self.evidence is not None, None
         if self.checkpoint is None:
             return
@@ -65,15 +65,15 @@ class Saver:
 
 def resume(checkpoint: Path, fresh: TokenCounts) -> TokenCounts:
     """The counts in the file, once they prove to come from the same settings as `fresh`."""
-    found, wanted = TokenCounts.load(checkpoint), fresh.runs[0]
-    if len(found.runs) != 1:
+    saved, wanted = TokenCounts.load(checkpoint), fresh.runs[0]
+    if len(saved.runs) != 1:
         raise VocabtrimError(f"{checkpoint} is a sum of calibrations, which cannot be continued: name another file")
-    differ = [f.name for f in fields(wanted) if f.compare and getattr(found.runs[0], f.name) != getattr(wanted, f.name)]
-    if (found.tokenizer_digest, found.full_vocab) != (fresh.tokenizer_digest, fresh.full_vocab):
+    differ = [f.name for f in fields(wanted) if f.compare and getattr(saved.runs[0], f.name) != getattr(wanted, f.name)]
+    if (saved.tokenizer_digest, saved.full_vocab) != (fresh.tokenizer_digest, fresh.full_vocab):
         differ.append("tokenizer")
     if differ:
         raise VocabtrimError(
             f"{checkpoint} was calibrated with another {', '.join(differ)}: "
             "remove it to start anew, or name another file"
         )
-    return found
+    return saved

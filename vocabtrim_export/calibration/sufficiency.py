@@ -22,7 +22,7 @@ Rows = int | float
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a look at the counts found.
+    """The result of a look at the counts.
 
     Attributes:
         tokens: Tokens counted.
@@ -30,7 +30,7 @@ class Verdict:
         coverage: Share of the held-out tokens that these rows cover.
         low: Lower end of the coverage's 95% bootstrap interval, over documents.
         high: Its upper end.
-        halves: The coverage that the rows chosen by each half of the counts alone have.
+        halves: The coverage of the rows that each half of the counts would choose.
     """
 
     tokens: int
@@ -45,7 +45,7 @@ class Verdict:
         return self.coverage - min(self.halves) <= GAIN and self.high - self.low <= 2 * PRECISION
 
     def __str__(self) -> str:
-        """One line for the user."""
+        """Returns one line for the user."""
         first, second = self.halves
         what = (
             "more would change little" if self.is_enough else "more would still change the kept tokens: give a number"
@@ -58,13 +58,14 @@ class Verdict:
 
 
 class Evidence:
-    """What is remembered of the tokens besides their counts, so that a look can tell whether they are enough.
+    """The state, besides the counts, from which a look decides whether the tokens are enough.
 
-    Its state is a function of the documents counted, so that an interrupted calibration stops where it would have.
+    It is a function of the documents counted, so that an interrupted calibration stops at the same token as an
+    uninterrupted one.
 
     Args:
         rows: Rows of the head that the counts are to choose.
-        saved: What `tensors` returned, of an earlier run; empty for a fresh one.
+        saved: What `tensors` returned in an earlier run; empty for a fresh one.
         full_vocab: The number of tokens.
     """
 
@@ -75,7 +76,7 @@ class Evidence:
         self.held_out: list[NDArray[np.int64]] = np.split(ids, ends)[:-1] if len(ends) else []
 
     def tensors(self) -> dict[str, NDArray[np.int64]]:
-        """The state, to be saved beside the counts."""
+        """Returns the state, to be saved beside the counts."""
         ids = np.concatenate([np.empty(0, np.int64), *self.held_out])
         ends = np.cumsum([len(document) for document in self.held_out], dtype=np.int64)
         return {_COUNTS: self.halfway, _TOKENS: ids, _ENDS: ends}
@@ -108,7 +109,7 @@ class Evidence:
 
 
 def rows_of(rows: Rows, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> int:
-    """The number of rows: as it is, or the fewest that cover that share of the held-out tokens."""
+    """Returns a number of rows: the one in `rows`, or the fewest rows that cover that share of the held-out tokens."""
     if isinstance(rows, int):
         return min(rows, len(counts))
     covered = np.cumsum(held_out[np.argsort(-counts, kind="stable")])
@@ -116,12 +117,12 @@ def rows_of(rows: Rows, counts: NDArray[np.int64], held_out: NDArray[np.int64]) 
 
 
 def coverage(rows: Rows, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> float:
-    """Share of the held-out tokens that the rows chosen by `counts` cover."""
+    """Returns the share of the held-out tokens that the rows chosen by `counts` cover."""
     return int(held_out[_kept(counts, rows_of(rows, counts, held_out))].sum()) / max(1, int(held_out.sum()))
 
 
 def _kept(counts: NDArray[np.int64], rows: int) -> NDArray[np.bool_]:
-    """bool[full_vocab]: the tokens that were counted most often, the smaller id first."""
+    """Returns bool[full_vocab]: the tokens that were counted most often, of equal counts the smaller id."""
     kept = np.zeros(len(counts), np.bool_)
     kept[np.argsort(-counts, kind="stable")[:rows]] = True
     return kept

@@ -1,4 +1,4 @@
-"""Options that several commands share, so that they have the same names and words everywhere."""
+"""Options that several commands share, so that they have the same names and help texts everywhere."""
 
 import argparse
 from pathlib import Path
@@ -62,7 +62,7 @@ def calibration_tokens(text: str) -> "int | Auto":
 
 
 def calibration_settings(options: argparse.Namespace) -> "CalibrationSettings":
-    """Returns the settings that the options of `add_calibration_arguments` say."""
+    """Returns the settings from the options of `add_calibration_arguments`."""
     from vocabtrim_export.calibration.counting import CalibrationSettings
 
     return CalibrationSettings(
@@ -170,7 +170,7 @@ def draft_length(text: str) -> "int | Auto":
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which engines run where, and how long drafts are."""
+    """Add the options that select the bundles, the device and the draft length."""
     parser.add_argument("--target", type=Path, required=True, metavar="DIR", help="the target's bundle")
     parser.add_argument("--device", default="cpu", help="where the models run: cpu or cuda")
     parser.add_argument("--drafter-device", metavar="DEVICE", help="where the drafter runs (default: as --device)")

@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _is_single(options: argparse.Namespace) -> bool:
-    """Whether nothing is swept: only the trimmed drafter and, if one is given, the full one are compared."""
+    """Returns whether nothing is swept: only the trimmed drafter and, if one is given, the full one are compared."""
     lists = options.drafter, options.draft_length, options.context, options.k
     return not options.plan and not options.plot and all(len(values) <= 1 for values in lists)
 

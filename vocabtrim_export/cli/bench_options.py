@@ -1,4 +1,4 @@
-"""The options of `vocabtrim bench` that sweep and plan, and what they may be combined with."""
+"""The options of `vocabtrim bench` that sweep and plan, and the checks of their combinations."""
 
 import argparse
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What `vocabtrim bench --profile` writes: where the time of one generation goes."""
+"""`vocabtrim bench --profile`: profiles of one generation."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,8 +10,18 @@ from vocabtrim_export.cli.bench_options import Bundles
 def write_profile(bundles: Bundles, prompt: Sequence[int], draft_length: int, tokens: int, directory: Path) -> None:
     """Generate once more on the CPU, with the last of the drafters, under ONNX Runtime's profiler.
 
-    Writes target.json and drafter.json, what each operator took, drafter_features.json of an EAGLE head, and
-    rounds.json, the phases of the rounds: Chrome traces, for Perfetto. Raises `VocabtrimError`.
+    Writes target.json and drafter.json, the time of each operator, drafter_features.json of an EAGLE head, and
+    rounds.json, the phases of the rounds: Chrome traces, for Perfetto.
+
+    Args:
+        bundles: The bundles of the bench.
+        prompt: Token ids.
+        draft_length: γ.
+        tokens: New tokens.
+        directory: Where to write.
+
+    Raises:
+        VocabtrimError: The profile cannot be written.
     """
     from engines import load_engine
     from runtime import decode_rounds

@@ -1,4 +1,4 @@
-"""What `vocabtrim bench --random-weights` runs."""
+"""The bundles of `vocabtrim bench --random-weights`."""
 
 import argparse
 import tempfile
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def random_bundles(options: argparse.Namespace, stack: ExitStack, progress: "Progress") -> Bundles:
-    """Make them in --bundles, or in a directory that `stack` removes. Raises `VocabtrimError`."""
+    """Create them in --bundles, or in a temporary directory that `stack` removes.
+
+    Raises:
+        VocabtrimError: The options contradict each other, or the disk cannot hold the bundles.
+    """
     from vocabtrim_export.random_weights.bundles import RandomSettings, random_bundles
 
     if "cuda" in (options.device, options.drafter_device):
@@ -34,7 +38,7 @@ def random_bundles(options: argparse.Namespace, stack: ExitStack, progress: "Pro
 
 
 def _check_cuda(dtype: str) -> None:
-    """Refuse before gigabytes are written what loading them would."""
+    """Refuse, before gigabytes are written, what the engines would refuse to load."""
     from engines.ort_cuda.provider import require_provider
 
     if dtype == "fp32":

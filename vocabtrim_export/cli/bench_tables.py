@@ -1,4 +1,4 @@
-"""What `vocabtrim bench` measured, as tables for people."""
+"""The reports of `vocabtrim bench` as tables for people."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from runtime.measure.report import BenchReport, ModeReport
     from runtime.measure.sweep import SweepReport, SweepRow
 
-_LISTED = 8  # differences of a mode
+_LISTED = 8  # the most differences shown of one mode
 
 
 def show(report: "BenchReport | PlanReport | SweepReport") -> None:

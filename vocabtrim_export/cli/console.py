@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from time import monotonic
 
 Report = Callable[[str, int, int], None]
-# Tasks of an export and a calibration whose speed is shown, by the first word of their names, in these units.
+# The units of tasks whose speed is shown, by the first word of their names.
 RATES = {"calibrate": "tokens", "load": "MB"}
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -63,7 +63,7 @@ def _lines(rates: dict[str, str]) -> Report:
 
 
 class _Rate:
-    """A task's speed since its first report, so that an earlier run's work does not count, and the time left."""
+    """A task's speed since its first report, so that an earlier run's work does not count, and the remaining time."""
 
     def __init__(self, units: dict[str, str]) -> None:
         self.units = units
@@ -100,7 +100,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
     class Output(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # which `main` knows; rich would end the program with 1
+            raise BrokenPipeError  # `main` handles it; rich would end the program with 1
 
     console = Output()
     if not console.is_terminal:

@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def summary(result: "ExportResult") -> dict[str, object]:
-    """Returns what `--json` prints."""
+    """Returns the data that `--json` prints."""
     selection = result.selection
     return {
         "drafter": str(result.drafter),
@@ -128,7 +128,7 @@ def summary(result: "ExportResult") -> dict[str, object]:
 
 
 def text(result: "ExportResult") -> str:
-    """Returns what the command prints without `--json`: the kept tokens, the bundles, and a command to try them."""
+    """Returns the text that is printed without `--json`: the kept tokens, the bundles, and a command to try them."""
     selection, drafter, target = result.selection, result.drafter_manifest, result.target_manifest
     lines = [
         kept(selection) + (f", and {drafter.slots} slots" if drafter.slots else ""),

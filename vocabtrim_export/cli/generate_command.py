@@ -87,7 +87,7 @@ def _show(stream: "Stream", as_json: bool) -> None:
 
 
 def _prompt(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The text or the messages to answer, and the tools to offer; None for none."""
+    """Returns the text or the messages to answer, and the tools to offer, each None where there are none."""
     tools = read_json(options.tools, "--tools") if options.tools else None
     if options.messages is None:
         return read_prompt(options.prompt), tools

@@ -109,7 +109,7 @@ def summary(
     networks: dict[str, "Network"],
     layers: dict[str, list[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """Returns what `--json` prints: the manifest, and what only the bundle's files say."""
+    """Returns the data that `--json` prints: the manifest, and what is read from the bundle's other files."""
     facts: dict[str, Any] = {
         "bundle": str(bundle.path),
         "format": "trt" if bundle.manifest.tensorrt else "onnx",
@@ -160,7 +160,7 @@ def _print(
     networks: dict[str, "Network"],
     layers: dict[str, list[dict[str, Any]]],
 ) -> None:
-    from rich.markup import escape  # a name may have brackets, which are markup else
+    from rich.markup import escape  # brackets in a name would be read as markup
 
     manifest = bundle.manifest
     print_table(escape(str(bundle.path)), ["", "value"], [[name, value] for name, value in _facts(manifest).items()])
@@ -184,7 +184,7 @@ def _print(
 
 
 def _facts(manifest: "Manifest") -> dict[str, str]:
-    """Returns the fields of the manifest that people ask for, in words."""
+    """Returns the most important fields of the manifest in words."""
     share = f"{manifest.head_rows / manifest.vocab_size:.1%}"
     facts = {
         "role": manifest.role,

@@ -179,7 +179,7 @@ def _fail(message: str) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' notes off the terminal: the commands say themselves what a user must know."""
+    """Keep other libraries' notes off the terminal: the commands themselves tell the user what matters."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,4 +1,4 @@
-"""What `vocabtrim-export` does with a drafter that is an ONNX model already."""
+"""`vocabtrim-export` for a drafter that is an ONNX model already."""
 
 import argparse
 import json

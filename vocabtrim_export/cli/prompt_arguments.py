@@ -1,4 +1,4 @@
-"""Options that say what a model is asked: files of prompts, messages, tools, and how a chat template renders them."""
+"""Options for a model's input: files of prompts, messages, tools, and how a chat template renders them."""
 
 import argparse
 import json
@@ -64,7 +64,7 @@ def template_args(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def chat_options(options: argparse.Namespace) -> "ChatOptions":
-    """Returns the chat template and its variables that the options of `add_template_arguments` say."""
+    """Returns the chat template and its variables from the options of `add_template_arguments`."""
     from engines.bundle.chat_template import ChatOptions
 
     return ChatOptions(options.chat_template, template_args=template_args(options))

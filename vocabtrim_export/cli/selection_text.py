@@ -28,7 +28,7 @@ def parse_k(text: str) -> "int | Coverage | Literal['auto']":
 
 
 def notes(selection: "Selection", builtin: bool) -> list[str]:
-    """Returns what the user should know about this selection.
+    """Returns notes for the user about this selection.
 
     Args:
         selection: The kept tokens.

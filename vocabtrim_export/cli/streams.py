@@ -1,4 +1,4 @@
-"""Standard streams as terminals, pipes and shells have them."""
+"""Standard streams that also work with terminals of few characters, broken pipes and closed files."""
 
 import io
 import os
@@ -25,7 +25,7 @@ def prepare_output() -> None:
 
 
 def discard_output() -> None:
-    """After the reader of a pipe has gone: nothing more is written, not even by the interpreter when it exits."""
+    """Discard all further output, the interpreter's own at its exit included: the reader of the pipe has gone."""
     with open(os.devnull, "w") as nowhere:
         for stream in (sys.stdout, sys.stderr):
             try:
@@ -34,15 +34,19 @@ def discard_output() -> None:
                 os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def read_prompt(given: str | None) -> str:
-    """The prompt that `--prompt` gave, or all of standard input, which is UTF-8 whatever the terminal's encoding.
+def read_prompt(text: str | None) -> str:
+    """Returns the text of `--prompt`, or all of standard input, which is UTF-8 whatever the terminal's encoding.
 
-    Raises `VocabtrimError` for bytes that are not UTF-8 and where there is no text.
+    Args:
+        text: The option's value; None where it was not used.
+
+    Raises:
+        VocabtrimError: The bytes are not UTF-8, or there is no text.
     """
-    where = "standard input" if given is None else "--prompt"
-    if given is None and sys.stdin is None:
+    where = "standard input" if text is None else "--prompt"
+    if text is None and sys.stdin is None:
         raise VocabtrimError("standard input is closed: give --prompt")
-    prompt = utf8_text(sys.stdin.buffer.read() if given is None else given, where)
+    prompt = utf8_text(sys.stdin.buffer.read() if text is None else text, where)
     if not prompt.strip():
         raise VocabtrimError(f"the prompt is empty: {where} holds no text")
     return prompt

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from runtime.measure.sweep import SweepReport, SweepRow
 
-_WIDTH, _HEIGHT = 420, 300  # of a panel
+_WIDTH, _HEIGHT = 420, 300  # a panel's
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 44, 44
-_LEGEND = 20  # a line of it
-# Told apart by colour-blind eyes too (Okabe and Ito); marks differ as well, and a legend names every line.
+_LEGEND = 20  # the height of one line of the legend
+# Colour-blind people can tell these apart too (Okabe and Ito); marks differ as well, and a legend names every line.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _STYLE = """
 .paper{fill:#fff}.ink{fill:#1f2328}.soft{fill:#59636e}.grid{stroke:#d1d9e0}.one{stroke:#59636e;stroke-dasharray:5 4}
@@ -20,7 +20,7 @@ text{font:12px system-ui,sans-serif}
 
 
 def svg(report: "SweepReport") -> str:
-    """The whole file. Speed-ups without prefills, over the target alone at the same context."""
+    """Returns the whole SVG file: speed-ups without prefills, over the target alone at the same context."""
     drafted = [row for row in report.rows if row.draft_length]
     contexts = list(dict.fromkeys(row.context for row in drafted))
     names = list(dict.fromkeys(row.drafter for row in drafted))
@@ -48,7 +48,7 @@ def svg(report: "SweepReport") -> str:
 
 
 def _x(length: int, lengths: list[int]) -> float:
-    """Every draft length as far from the next: 1, 2, 4 and 8 need no logarithm."""
+    """Returns the place of a draft length. All lengths are equally far apart: 1, 2, 4 and 8 need no logarithm."""
     step = (_WIDTH - _LEFT - _RIGHT) / len(lengths)
     return _LEFT + step * (lengths.index(length) + 0.5)
 

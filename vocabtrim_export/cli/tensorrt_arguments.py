@@ -1,4 +1,4 @@
-"""Options of `--format trt`, and the settings that they say."""
+"""Options of `--format trt`, and the settings that they describe."""
 
 import argparse
 from pathlib import Path
@@ -85,7 +85,7 @@ def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":
-    """Returns the settings that the options of `add_tensorrt_arguments` say; None for another format.
+    """Returns the settings from the options of `add_tensorrt_arguments`; None for another format.
 
     Raises:
         VocabtrimError: The options contradict `--format`.

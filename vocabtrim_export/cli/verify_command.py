@@ -175,7 +175,7 @@ def _verify(
 
 
 def _data(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "SpeculativeDecoder") -> dict[str, Any]:
-    """Both reports, the tokens that differ with their texts."""
+    """Returns both reports, with the texts of the tokens that differ."""
     judged = greedy.to_dict()
     for prompt in judged["prompts"]:
         for each in (*prompt["differences"], *prompt["target_only"]):
@@ -197,8 +197,8 @@ def _show(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "Sp
                 f"{prompt.step_deviation:.0f} roundings, of which rounding explains {prompt.step_limit:.0f}: what it "
                 "chooses depends on how many tokens it verifies"
             )
-        for by, found in (("", prompt.differences), ("target alone, one token at a time: ", prompt.target_only)):
-            for each in found:
+        for by, differences in (("", prompt.differences), ("target alone, one token at a time: ", prompt.target_only)):
+            for each in differences:
                 _show_difference(by, each, decoder)
     if not greedy.is_independent:
         print(
@@ -217,9 +217,9 @@ def _show(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "Sp
 
 
 def _show_difference(by: str, each: "Difference", decoder: "SpeculativeDecoder") -> None:
-    found, expected = (f"{token} {_text(decoder, token)!r}" for token in (each.found, each.expected))
+    chosen, expected = (f"{token} {_text(decoder, token)!r}" for token in (each.found, each.expected))
     print(
-        f"    {by}{each.verdict} at token {each.position}: {found} instead of {expected}, "
+        f"    {by}{each.verdict} at token {each.position}: {chosen} instead of {expected}, "
         f"gap {each.gap:.3g}, rounding explains {each.tolerance:.3g}"
     )
 

@@ -1,6 +1,6 @@
-"""What heads that read a target's hidden states have in common: `FeatureHead` and `ParallelHeads`.
+"""The base classes of heads that read a target's hidden states: `FeatureHead` and `ParallelHeads`.
 
-A kind of head subclasses one of these; everything after loading asks for no more than that.
+A kind of head subclasses one of these; the code after loading needs nothing else of it.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,10 @@ class FeatureHead(LlamaPreTrainedModel):
 
     @property
     def fuse(self) -> nn.Linear | None:
-        """The product that makes a hidden state of the features; None where the features are a hidden state."""
+        """Returns the product that computes a hidden state from the features.
+
+        It is None where the features are a hidden state already.
+        """
         return None
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -45,7 +48,9 @@ class FeatureHead(LlamaPreTrainedModel):
         raise NotImplementedError
 
     def read_text(self, token_ids: Tensor, features: Tensor) -> None:
-        """Read the true rows of a text, then one drafted row after each: what calibration measures the inputs of.
+        """Read the true rows of a text, then one drafted row after each.
+
+        Calibration measures the layers' inputs meanwhile.
 
         Args:
             token_ids: int64[1, n].
@@ -87,14 +92,15 @@ class ParallelHeads(LlamaPreTrainedModel):
         """Lower to a graph for ONNX Runtime.
 
         Args:
-            weights: What the graph's weights are to be.
+            weights: How the graph's weights are stored, and which rows are kept.
 
         Returns:
             The graph: features: [1, S, feature_size] → logits: [1, heads, S, rows], token_ids: int64[1, heads, S]. One
-            call drafts with all heads, so a draft step counts as its share of the bytes that a call reads.
+            call
+            drafts with all heads, so a draft step counts as its share of the bytes that a call reads.
         """
         raise NotImplementedError
 
     def read_text(self, _token_ids: Tensor, features: Tensor) -> None:
-        """Read a text by its features, [1, n, feature_size]: what calibration measures the inputs of."""
+        """Read a text by its features, [1, n, feature_size]; calibration measures the layers' inputs meanwhile."""
         self(features)

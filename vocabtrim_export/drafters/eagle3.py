@@ -32,7 +32,7 @@ class EagleConfig(LlamaConfig):
     head_rows: int = 0
     biases: list[str] | None = None
     norm_before_residual: bool = False
-    has_norms: bool = False  # this and the next: see `LayerHead`
+    has_norms: bool = False  # for this and the next field see `LayerHead`
     hidden_first: bool = False
 
 
@@ -50,7 +50,7 @@ class _Attention(nn.Module):
         self.o_proj = _linear(config, "o_proj", queries, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: [1, S, 2·hidden] → [1, S, hidden]."""
+        """Attend over `x`, [1, S, 2·hidden]. Returns [1, S, hidden]."""
         q, k, v = (
             linear(x).view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
@@ -79,14 +79,14 @@ class _Layer(nn.Module):
     def __init__(self, config: EagleConfig) -> None:
         super().__init__()
         self.norm_before_residual = config.norm_before_residual
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)  # of the token's embedding
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)  # norms the token's embedding
         self.hidden_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = _Attention(config)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = _MLP(config)
 
     def forward(self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """embedded, hidden: [1, S, hidden] → [1, S, hidden]."""
+        """Run the layer on the embedded tokens and the hidden states, [1, S, hidden] both. Returns [1, S, hidden]."""
         normed = self.hidden_norm(hidden)
         both = torch.cat((self.input_layernorm(embedded), normed), -1)
         residual = normed if self.norm_before_residual else hidden
@@ -96,7 +96,7 @@ class _Layer(nn.Module):
 
 
 class EagleHead(FeatureHead):
-    """An EAGLE-3 head. The next draft step reads what the layer gives, before the norm."""
+    """An EAGLE-3 head. The next draft step reads the layer's output before the norm."""
 
     config: EagleConfig
     config_class = EagleConfig

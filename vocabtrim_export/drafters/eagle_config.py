@@ -31,15 +31,15 @@ class LayerConfig:
 
 @dataclass(frozen=True, slots=True)
 class HeadConfig:
-    """What config.json says of an EAGLE head.
+    """The settings of an EAGLE head, from its config.json.
 
     Attributes:
         kind: "eagle" for EAGLE-1 and EAGLE-2, whose heads are alike, or "eagle3".
         layer: The head's one layer.
-        feature_layers: The target's layers whose inputs the head reads; None: the ones that the kind takes by default.
+        feature_layers: The target's layers whose inputs the head reads; None: the kind's default ones.
         norm_before_residual: See `EagleConfig`.
         target_hidden_size: Numbers in the features of one layer.
-        target_digest: Identifies the target's weights; None where the head does not say.
+        target_digest: Identifies the target's weights; None where the head does not state it.
     """
 
     kind: Literal["eagle", "eagle3"]
@@ -90,7 +90,7 @@ def read_head_config(directory: Path, tensors: Iterable[str]) -> HeadConfig:
 
 
 def _feature_layers(data: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
-    """The target's layers whose inputs the head reads, or None where config.json names none.
+    """Returns the target's layers whose inputs the head reads, or None where config.json names none.
 
     At the top level config.json counts as vLLM does: i stands for the input of layer i. In `eagle_config`, which
     SpecForge and ModelOpt write and SGLang reads, i stands for the output of layer i.

@@ -13,10 +13,10 @@ from vocabtrim_export.drafters.base import FeatureHead
 
 
 class LayerHead(FeatureHead):
-    """A head around one whole decoder layer, as EAGLE-1, EAGLE-2 and multi-token prediction have it.
+    """A head around one whole decoder layer, as in EAGLE-1, EAGLE-2 and multi-token prediction.
 
-    The layer reads what `fc` makes of the token's embedding and the hidden state, side by side. The features are what
-    the target's LM head reads; the next draft step reads what this head's own LM head reads.
+    The layer reads the output of `fc`, whose input is the token's embedding and the hidden state side by side. The
+    features are the input of the target's LM head; the next draft step reads the input of this head's own LM head.
 
     The configuration holds, beside the layer's own: head_rows, the rows of the LM head; biases, the linear layers that
     have a bias although the architecture has none there; has_norms, whether there are norms of the embedding, of the

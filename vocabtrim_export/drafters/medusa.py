@@ -33,7 +33,7 @@ from vocabtrim_export.tracing.trace import OPSET
 
 _PREFIX = re.compile(r"^(?:medusa_heads?\.|heads\.)?(?=\d+\.)")
 _NUMBER = re.compile(r"^heads\.(\d+)\.")
-_MOST = 64  # heads, and blocks of each: beyond any that exists
+_MOST = 64  # the most heads, and blocks of each, far more than any checkpoint has
 
 
 class MedusaConfig(LlamaConfig):
@@ -141,7 +141,7 @@ def load_medusa(spec: str, target: Source) -> HeadSource:
 
 
 def _head(decoder: DecoderGraph, x: ir.Value, name: str, weights: Weights, model: MedusaHeads) -> ir.Value:
-    """One head: [1, S, hidden] → [1, S, rows]."""
+    """Lower one head: [1, S, hidden] → [1, S, rows]. Returns its logits."""
     for block in range(model.config.blocks):
         product = _product(decoder, "Linear", x, f"{name}.{block}.linear", weights, model)
         gated = _node(decoder, "Mul", [product, _node(decoder, "Sigmoid", [product])])

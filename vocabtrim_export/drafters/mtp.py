@@ -24,7 +24,7 @@ from vocabtrim_export.tracing.trace import decoder_layers
 
 _MIMO = re.compile(r"model\.mtp_layers\.0\.")
 _QWEN = re.compile(r"mtp\.(?:layers\.0\.|(?!layers\.))")  # Qwen3-Next, Qwen3.5, Mellum
-_DEEPSEEK = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight$")  # and GLM: one more decoder layer, with this product
+_DEEPSEEK = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight$")  # GLM too: one more decoder layer, with this product
 _NUMBERED = re.compile(r"(?:model\.mtp_layers|mtp\.layers)\.(\d+)\.")
 _OURS = {
     **dict.fromkeys(("enorm", "pre_fc_norm_embedding", "token_layernorm"), "embedding_norm"),
@@ -116,8 +116,9 @@ def _renamed(style: re.Pattern[str], names: list[str]) -> dict[str, str]:
 
 
 def _config(text: PreTrainedConfig, head_rows: int, hidden_first: bool) -> PreTrainedConfig:
-    """The configuration of the layer: the target's, for one layer of the type that it states for such layers, or of its
-    last.
+    """Returns the configuration of the layer: the target's, with one layer.
+
+    Its type is the one that the target states for such layers, or that of the target's last layer.
     """
     config: Any = copy.deepcopy(text)
     for name in ("layer_types", "mlp_layer_types"):

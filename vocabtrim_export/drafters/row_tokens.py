@@ -20,7 +20,7 @@ def row_token_ids(
         where: The checkpoint, for messages.
 
     Raises:
-        VocabtrimError: This does not give `rows` different tokens of the vocabulary.
+        VocabtrimError: The tables do not name `rows` different tokens of the vocabulary.
     """
     listed = None if t2d is None else _listed(t2d, vocab_size, where)
     if d2t is None:

@@ -26,7 +26,7 @@ def proposable_tokens(drafter: Source, target: Source) -> SharedTokens:
 
 
 def differing_note(shared: SharedTokens) -> tuple[str, ...]:
-    """A note where ids are a token of one model only, or different tokens in the two."""
+    """Returns a note where ids are a token of one model only, or different tokens in the two models."""
     if not shared.differing:
         return ()
     return (

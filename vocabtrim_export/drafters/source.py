@@ -1,4 +1,4 @@
-"""`HeadSource`: a head loaded for a given target, and how its model is put together from tensors."""
+"""`HeadSource`: a head loaded for a given target, and the assembly of its model from tensors."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -55,7 +55,7 @@ def find_head(kind: str, drafter: str, target: str) -> LoadHead:
         target: MODEL of the target.
 
     Returns:
-        What loads the head for its loaded target.
+        A function that loads the head for its loaded target.
 
     Raises:
         VocabtrimError: The head cannot be exported.
@@ -83,7 +83,7 @@ def read_tensors(files: Mapping[Path, Mapping[str, str]]) -> dict[str, Tensor]:
         try:
             with safe_open(file, framework="pt") as weights:
                 tensors |= {ours: weights.get_tensor(theirs) for theirs, ours in names.items()}
-        except Exception as error:  # safetensors' own kinds, and torch's
+        except Exception as error:  # safetensors and torch raise many kinds
             raise VocabtrimError(f"cannot load {file}: {brief(error)}") from error
     return tensors
 
@@ -123,7 +123,7 @@ def assemble(spec: str, kind: str, build: Callable[[], Model], tensors: Mapping[
     Args:
         spec: The head as the user gave it, for messages.
         kind: The kind of head.
-        build: Makes the model by its configuration; it runs without memory for weights.
+        build: Creates the model by its configuration; it runs without memory for weights.
         tensors: All of the model's tensors by name.
         target: The target, whose dtype the model gets.
 
@@ -140,7 +140,7 @@ def assemble(spec: str, kind: str, build: Callable[[], Model], tensors: Mapping[
     dtype = target.model.dtype
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     if (rotary := getattr(model, "rotary_emb", None)) is not None:
-        model.rotary_emb = type(rotary)(model.config)  # it has computed tensors of its own
+        model.rotary_emb = type(rotary)(model.config)  # on a real device, because it holds computed tensors
     model.generation_config = target.model.generation_config
     model.train(False)
     return model

@@ -24,8 +24,8 @@ class Format:
     Attributes:
         module: The module in this folder that writes it.
         needs_target: It holds both models.
-        needs_graph: It is made of the graphs of `--format onnx`.
-        has_bf16: Its program runs the graphs in bf16, too.
+        needs_graph: It is derived from the graphs of `--format onnx`.
+        has_bf16: Its program also runs graphs in bf16.
         drafters: The kinds of drafters that it can hold.
         packages: Packages that must be installed to write it; the extra of the same name installs them.
     """

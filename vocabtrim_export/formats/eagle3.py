@@ -115,7 +115,7 @@ def _fill(head: Path, vocab_map: VocabMap, directory: Path, target_head: Tensor 
 
 
 def _rows(head: Eagle3Head, target_head: Tensor | None) -> Tensor:
-    """The head's own rows, or the target's where it has none."""
+    """Returns the head's own rows, or the target's where it has none."""
     if _HEAD in head.tensors:
         return head.tensors[_HEAD]
     if target_head is None:
@@ -129,7 +129,7 @@ def _rows(head: Eagle3Head, target_head: Tensor | None) -> Tensor:
 
 
 def _common(token_ids: Tensor, vocab_map: VocabMap, head: Path) -> tuple[VocabMap, Tensor]:
-    """The tokens that both keep, ascending, and the rows of the old head that they had."""
+    """Returns the tokens that the head and the map both keep, ascending, and the rows that they had in the old head."""
     wanted = torch.from_numpy(vocab_map.inverse.copy())[token_ids] >= 0
     rows = torch.nonzero(wanted).flatten()
     if not len(rows):

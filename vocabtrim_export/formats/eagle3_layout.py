@@ -1,4 +1,4 @@
-"""What the loaders of EAGLE-3 checkpoints expect, key by key and shape by shape (docs/formats.md names their files)."""
+"""The layout that loaders of EAGLE-3 checkpoints expect, key by key and shape by shape (see docs/formats.md)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,20 @@ from engines.errors import VocabtrimError
 
 _ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 _AUX_STATES = 3  # hidden states of the target that fc joins
-_OPTIONAL = ("embed_tokens.weight",)  # the target's, where it is left out
+_OPTIONAL = ("embed_tokens.weight",)  # without it the target's embedding is used
 
 
 def check_layout(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
-    """Raise `VocabtrimError` for the first key that vLLM, SGLang or TensorRT-LLM would refuse or silently leave out."""
+    """Check a checkpoint's layout.
+
+    Args:
+        config: Its config.json.
+        tensors: Its tensors by name.
+        name: Its name, for messages.
+
+    Raises:
+        VocabtrimError: Names the first key that vLLM, SGLang or TensorRT-LLM would refuse or silently leave out.
+    """
     architectures = config.get("architectures") or []
     if not set(architectures) & set(_ARCHITECTURES):
         raise VocabtrimError(f"{name}: its architecture is {architectures}, none of {', '.join(_ARCHITECTURES)}")
@@ -44,7 +53,7 @@ def _shapes(config: Mapping[str, Any], name: str) -> dict[str, tuple[int, ...]]:
     queries, keys = heads * size, int(config.get("num_key_value_heads") or heads) * size
     aux = _AUX_STATES * int(config.get("target_hidden_size") or hidden)
     layer = {
-        "self_attn.q_proj.weight": (queries, 2 * hidden),  # of the embedding and the hidden state, side by side
+        "self_attn.q_proj.weight": (queries, 2 * hidden),  # reads the embedding and the hidden state side by side
         "self_attn.k_proj.weight": (keys, 2 * hidden),
         "self_attn.v_proj.weight": (keys, 2 * hidden),
         "self_attn.o_proj.weight": (hidden, queries),

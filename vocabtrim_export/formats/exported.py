@@ -1,4 +1,4 @@
-"""What an export hands to the formats that are written beside its bundles."""
+"""`Exported`: the input of the formats that are written beside an export's bundles."""
 
 import json
 import shutil

@@ -41,7 +41,7 @@ def _config(exported: Exported) -> dict[str, Any]:
     first = ends[0] if ends else 0
     return {
         "model": {
-            "type": "decoder",  # any decoder with these inputs and outputs: no architecture's special treatment
+            "type": "decoder",  # GenAI's generic decoder, without special treatment of an architecture
             "bos_token_id": first if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
             "eos_token_id": ends or [first],
             "pad_token_id": first if tokenizer.pad_token_id is None else tokenizer.pad_token_id,

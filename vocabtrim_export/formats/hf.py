@@ -1,8 +1,8 @@
 """`--format hf`: the trimmed drafter as a transformers checkpoint, for `generate(assistant_model=…)`.
 
-transformers compares token ids, and no model class of its own maps rows of a head to them. So the checkpoint brings a
-class of a few lines: the model's own, with K head rows, whose logits are put in their places after the model's last
-step (which may cap or scale logits, and would make something else of −inf).
+transformers compares token ids, and none of its model classes maps the rows of a head to token ids. The checkpoint
+therefore has a class of a few lines: the model's own, with K head rows, whose logits are put in their places after the
+model's last step (which may cap or scale logits, and would change −inf).
 """
 
 import copy
@@ -48,8 +48,9 @@ class Trimmed{base}({base}):
 
 
 def write(exported: Exported, directory: Path) -> None:
-    """Write the weights (unquantised, in the export's dtype), configuration, tokenizer and, for a trimmed head, its
-    class.
+    """Write the weights, configuration, tokenizer and, for a trimmed head, its class.
+
+    The weights are unquantised, in the export's dtype.
     """
     source = exported.sources["drafter"]
     if exported.vocab_map is None:
@@ -76,8 +77,9 @@ def _write_trimmed(source: Source, vocab_map: VocabMap, directory: Path) -> None
 
 
 def _weights(model: torch.nn.Module, vocab_map: VocabMap) -> dict[str, Tensor]:
-    """The state of `model` with only the head's rows of `vocab_map`, and the map; a tied embedding keeps all of its
-    rows.
+    """Returns the state of `model` with only the head's rows of `vocab_map`, and the map.
+
+    A tied embedding keeps all of its rows.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     prefix = next(name for name, module in model.named_modules() if module is head)

@@ -67,7 +67,7 @@ def write_masked(bundle: Path, directory: Path, vocab: int, width: int) -> None:
 
 
 def _lengths(graph: GraphProto) -> list[NodeProto]:
-    """Nodes that compute the lengths that attention reads from the mask, and have the head read all positions."""
+    """Returns nodes that compute attention's lengths from the mask, and makes the head read all positions."""
     _constant(graph, "mask.axis", np.array([1], np.int64))
     return [
         _node("ReduceSum", ["attention_mask", "mask.axis"], "mask.sum", keepdims=0),
@@ -80,7 +80,10 @@ def _lengths(graph: GraphProto) -> list[NodeProto]:
 
 
 def _known_ids(graph: GraphProto, vocab: int) -> list[NodeProto]:
-    """Nodes that replace ids of `vocab` or more: the target may pad its head, or have tokens that the drafter lacks."""
+    """Returns nodes that replace ids of `vocab` or more.
+
+    The target may pad its head, or have tokens that the drafter lacks.
+    """
     for node in graph.node:
         node.input[:] = ["ids.known" if name == INPUT_IDS else name for name in node.input]
     _constant(graph, "ids.last", np.array(vocab - 1, np.int64))
@@ -88,7 +91,7 @@ def _known_ids(graph: GraphProto, vocab: int) -> list[NodeProto]:
 
 
 def _widen(graph: GraphProto, rows: int, width: int, dtype: int) -> list[NodeProto]:
-    """Nodes that scatter the logits of `rows` tokens into a row of `width`, −inf elsewhere."""
+    """Returns nodes that scatter the logits of `rows` tokens into a row of `width`, −inf elsewhere."""
     for node in graph.node:
         for names in (node.input, node.output):
             names[:] = ["logits.kept" if name == LOGITS else name for name in names]
@@ -107,7 +110,7 @@ def _widen(graph: GraphProto, rows: int, width: int, dtype: int) -> list[NodePro
 
 
 def _used(nodes: Sequence[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:
-    """The `nodes`, in topological order, that `outputs` need."""
+    """Returns the `nodes`, in topological order, that `outputs` need."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
         if wanted & set(node.output):

@@ -58,12 +58,11 @@ def _write_graph(exported: Exported, role: Role, directory: Path) -> None:
         _free_batch(Path(masked) / MODEL_NAME)
         model = stateful(openvino.Core().read_model(Path(masked) / MODEL_NAME))
         openvino.save_model(model, directory / GRAPH_NAME, compress_to_fp16=False)
-        del model  # which maps the weights in there
+        del model  # it maps the weights in the temporary directory
 
 
 def _free_batch(path: Path) -> None:
-    """Make the batch dimension dynamic, before OpenVINO reads the graph and folds the 1 into the shapes that it
-    computes.
+    """Make the batch dimension dynamic. OpenVINO would otherwise constant-fold the 1 into computed shapes.
 
     Models are traced with a batch of 1, and their own code reshapes to it. Those reshapes then take the batch of the
     input.
@@ -83,7 +82,7 @@ def _free_batch(path: Path) -> None:
             if len(shape) > 2 and shape[0] == 1 and 0 not in shape:
                 node.input[1] = f"{node.output[0]}.shape"
                 graph.initializer.append(numpy_helper.from_array(np.array([0, *shape[1:]]), node.input[1]))
-                del node.attribute[:]  # allowzero, with which a 0 would be a size
+                del node.attribute[:]  # allowzero, which would make a 0 a size
     onnx.save(model, path)
 
 

@@ -18,10 +18,10 @@ def stateful(model: Any) -> Any:
     """Returns the model with attention written out and its KV cache as state.
 
     Its inputs are input_ids, attention_mask: int64[batch, length]; position_ids: int64[batch, S]; beam_idx:
-    int32[batch], the rows of the state that go on. Its output is logits: float32[batch, S, width].
+    int32[batch], the rows of the state that are continued. Its output is logits: float32[batch, S, width].
 
     Args:
-        model: What OpenVINO read; it is changed in place.
+        model: The model that OpenVINO read; it is changed in place.
     """
     inputs = {port.get_any_name(): port.get_node() for port in model.inputs}
     caches = [node for name, node in inputs.items() if name.startswith(PAST)]
@@ -40,7 +40,11 @@ def stateful(model: Any) -> Any:
 
 
 class _State:
-    """Attention over a KV cache that is state. written: the nodes that write each layer's keys and values."""
+    """Attention over a KV cache that is state.
+
+    Attributes:
+        written: The nodes that write each layer's keys and values.
+    """
 
     def __init__(self, ids: Any, mask: Any, positions: Any) -> None:
         self.positions = positions
@@ -50,7 +54,7 @@ class _State:
         self.written: list[Any] = []
 
     def attention(self, node: Any) -> Any:
-        """[batch, S, heads·size] of one GroupQueryAttention."""
+        """Returns the output of one GroupQueryAttention, [batch, S, heads·size]."""
         numbers = node.get_attributes()
         q, k, v, *past = node.input_values()[:5]
         size = q.get_partial_shape()[3].get_length()
@@ -66,8 +70,9 @@ class _State:
         return opset14.reshape(opset14.transpose(out, _ints(0, 2, 1, 3)), _ints(0, 0, heads * size), True)
 
     def _extended(self, cache: Any, new: Any, kv_heads: int, size: int) -> Any:
-        """The layer's keys or values with the new ones behind them: [batch, kv_heads, total, size]; the state starts
-        empty.
+        """Returns the layer's keys or values with the new ones appended, [batch, kv_heads, total, size].
+
+        The state starts empty.
         """
         name, dtype = cache.get_any_name(), cache.get_element_type()
         shape = opset14.concat([self.batch, _ints(kv_heads, 0, size)], 0)
@@ -78,9 +83,7 @@ class _State:
         return extended
 
     def _rotated(self, x: Any, tables: Any, size: int) -> Any:
-        """Rotate the first dimensions of each head by the cos and sin of their positions; the dimensions behind them
-        stay.
-        """
+        """Rotate the first dimensions of each head by the cos and sin of their positions; the other dimensions stay."""
         cos, sin = (opset14.unsqueeze(opset14.gather(t, self.positions, _int(0)), _int(1)) for t in tables)
         half = cos.output(0).get_partial_shape()[3].get_length()
         sizes = [half, half] + ([size - 2 * half] if size > 2 * half else [])
@@ -100,7 +103,7 @@ def _as_float(logits: Any) -> None:
 
 
 def _seen(ids: Any, mask: Any) -> Any:
-    """bool[batch, 1, S, total]: the keys that a token sees: those up to itself that the mask keeps, and its own.
+    """Returns bool[batch, 1, S, total]: a token sees the keys up to its own that the mask keeps, and its own.
 
     Padding must see at least itself: attention over no keys would be NaN, and NaN stays NaN in sums with a weight of 0.
     """
@@ -113,8 +116,9 @@ def _seen(ids: Any, mask: Any) -> Any:
 
 
 def _repeated(x: Any, heads: int, kv_heads: int, size: int) -> Any:
-    """[batch, kv_heads, total, size] → [batch, heads, total, size]: each key/value head once for every head of its
-    group.
+    """Repeat each key/value head for every head of its group.
+
+    [batch, kv_heads, total, size] → [batch, heads, total, size].
     """
     if heads == kv_heads:
         return x
@@ -130,7 +134,7 @@ def _input(name: str, dtype: Any, shape: list[int]) -> Any:
 
 
 def _sizes(x: Any, *axes: int) -> Any:
-    """int64[len(axes)]: the sizes of `x` along `axes`."""
+    """Returns int64[len(axes)]: the sizes of `x` along `axes`."""
     return opset14.gather(opset14.shape_of(x), _ints(*axes), _int(0))
 
 

@@ -38,7 +38,7 @@ def write(exported: Exported, directory: Path) -> None:
 
 
 def _config(name: str, graph: onnx.GraphProto, manifest: Manifest) -> str:
-    """The text of `config.pbtxt`.
+    """Returns the text of `config.pbtxt`.
 
     Dimensions are written in full, as `max_batch_size: 0` means; a symbolic one is -1, that of the KV cache its
     capacity.

@@ -17,15 +17,20 @@ from vocabtrim_export.lowering.quantize import BITS, BLOCK, Quantization
 from vocabtrim_export.lowering.weights import Weight
 
 MOE, QMOE = "MoE", "QMoE"
-_INTERLEAVED = 1  # gate and up by turns: the one layout that the CPU's kernels take
+_INTERLEAVED = 1  # rows of gate and up alternate: the only layout that the CPU's kernels take
 _LEAST_WEIGHT = 1e-30  # stands for a router's weight of 0, which has no logarithm; it changes no sum in float32
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One Experts composite. up: [experts, 2·size, hidden], gate and up by turns. down: [experts, hidden, size].
+    """One Experts composite.
 
-    biases: the names of the initializers of up's and down's biases; None where there are none.
+    Attributes:
+        name: The composite's name.
+        up: [experts, 2·size, hidden], rows of gate and up alternating.
+        down: [experts, hidden, size].
+        biases: The names of the initializers of up's and down's biases; None where there are none.
+        options: Attributes of the ONNX Runtime operator.
     """
 
     name: str
@@ -36,11 +41,11 @@ class _Layer:
 
 
 def lower_experts(decoder: DecoderGraph, quantization: Quantization) -> None:
-    """Experts → MoE or QMoE, which compute with the experts and the weights that the model's own router picked.
+    """Lower Experts to MoE or QMoE, which compute with the experts and the weights that the model's own router picked.
 
-    Both operators route by themselves, from one number for each expert and token. MoE takes these numbers' softmax: it
-    is given the logarithms of the router's weights, −inf for experts that were not picked, and its output is
-    multiplied by the weights' sum, which the softmax divided by. QMoE is given the weights, 0 for the other experts.
+    Both operators route by themselves, from one number for each expert and token. MoE takes these numbers' softmax: its
+    input is the logarithms of the router's weights, −inf for experts that were not picked, and its output is multiplied
+    by the weights' sum, which the softmax divided by. The input of QMoE is the weights, 0 for the other experts.
 
     Raises:
         VocabtrimError: Blocks do not divide the experts' sizes.
@@ -91,7 +96,10 @@ def _layer(decoder: DecoderGraph, node: ir.Node) -> _Layer:
 
 
 def _out_in(weight: Weight, transposed: bool, by_halves: bool = False) -> Weight:
-    """Returns a weight of experts as [experts, out, in], gate and up by turns where `weight` has them `by_halves`."""
+    """Returns a weight of experts as [experts, out, in].
+
+    Rows of gate and up alternate, where `weight` has them `by_halves`.
+    """
     experts, rows, columns = weight.shape
     shape = (experts, columns, rows) if transposed else weight.shape
 
@@ -103,12 +111,12 @@ def _out_in(weight: Weight, transposed: bool, by_halves: bool = False) -> Weight
 
 
 def rows_first(tensor: Tensor, transposed: bool) -> Tensor:
-    """Returns [experts, out, in] of [experts, in, out] if `transposed`, or the reverse; else `tensor`."""
+    """Returns [experts, out, in] from [experts, in, out] if `transposed`, or the reverse; otherwise `tensor`."""
     return tensor.transpose(1, 2) if transposed else tensor
 
 
 def interleave(tensor: Tensor) -> Tensor:
-    """Returns the first and the second half of [experts, 2·n, …] by turns."""
+    """Returns [experts, 2·n, …] with the rows of its first and its second half alternating."""
     by_turns: Tensor = tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
     return by_turns
 
@@ -120,7 +128,7 @@ def deinterleave(tensor: Tensor) -> Tensor:
 
 
 def _filled(decoder: DecoderGraph, count: int, fill: float) -> ir.Value:
-    """A constant [S, count], which all layers share."""
+    """Returns a constant [S, count], which all layers share."""
     nodes = Nodes(decoder, decoder.graph[0])
     ids = next(value for value in decoder.graph.inputs if value.name == INPUT_IDS)
     shape = nodes("Concat", nodes("Shape", ids, start=1, end=2), nodes.ints(count), axis=0)
@@ -146,7 +154,7 @@ def _quantized(nodes: Nodes, layer: _Layer, x: ir.Value | None, route: ir.Value,
     )
     first, second = (parts[:2] for parts in (up, down))
     inputs = [x, route, *first, up_bias, *second, down_bias, None, None, None, up[2], down[2], None, route]
-    # 8-bit experts have no kernel but the one that rounds its inputs to 8 bits, as level 4 does for those of 4 bits
+    # level 4 rounds inputs to 8 bits; the only kernel for 8-bit experts does so at any level
     how = {"expert_weight_bits": bits, "block_size": BLOCK, "accuracy_level": 4, "weights_prepacked": 0}
     return nodes.contrib(QMOE, *inputs, **layer.options, **how)
 
@@ -156,7 +164,7 @@ def _biases(nodes: Nodes, layer: _Layer) -> list[ir.Value | None]:
 
 
 def _blocks(layer: _Layer, dense: Weight, bits: int) -> list[tuple[str, Weight]]:
-    """`quantized`, `scales` and `zero_points` of [experts, out, in], each [experts, out, …]."""
+    """Returns the parts `quantized`, `scales` and `zero_points` of [experts, out, in], each [experts, out, …]."""
     experts, rows, size = dense.shape
     if size % BLOCK:
         raise VocabtrimError(

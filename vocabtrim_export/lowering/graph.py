@@ -35,7 +35,7 @@ class DecoderGraph:
         """
         initializers = traced.graph.graph.initializers
         weights = {
-            # a few stay in float32 whatever the model is in: frequencies of a rotation, for one
+            # some stay in float32 in any model, such as the frequencies of a rotation
             name: Weight.of(tensor, to_torch_dtype(value.dtype), moments.get(name))
             for name, tensor in traced.weights.items()
             if (value := initializers.get(name)) is not None and value.dtype is not None
@@ -93,7 +93,7 @@ class DecoderGraph:
         RemoveUnusedNodesPass()(self.model)
         RemoveUnusedOpsetsPass()(self.model)
         self.model.functions.clear()
-        self.graph.metadata_props.clear()  # the exporter's notes on where values came from
+        self.graph.metadata_props.clear()  # the exporter's notes about the origin of values
         for name, value in list(self.graph.initializers.items()):
             if name in self.weights:
                 value.const_value = self.weights[name].to_ir(name)

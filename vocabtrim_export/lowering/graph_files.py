@@ -11,7 +11,7 @@ import onnx_ir as ir
 from engines.bundle.read import MODEL_NAME, WEIGHTS_NAME
 
 HEAD_WEIGHTS_NAME = "head.onnx.data"
-_FICLONE = 0x40049409  # from linux/fs.h, which the module fcntl has not
+_FICLONE = 0x40049409  # from linux/fs.h; the module fcntl lacks it
 Progress = Callable[[str, int, int], None]
 
 
@@ -64,7 +64,7 @@ def clone_file(source: Path, place: Path) -> None:
     try:
         with source.open("rb") as original, place.open("wb") as copy:
             fcntl.ioctl(copy.fileno(), _FICLONE, original.fileno())
-    except OSError:  # another file system, or two of them
+    except OSError:  # a file system without reflinks, or two different ones
         shutil.copyfile(source, place)
 
 

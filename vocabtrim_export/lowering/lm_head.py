@@ -18,8 +18,8 @@ def keep_last_positions(decoder: DecoderGraph) -> None:
     ids = next(value for value in decoder.graph.inputs if value.name == INPUT_IDS)
     keep = decoder.input(KEEP, ir.DataType.INT64, [1])
     nodes = Nodes(decoder, head)
-    # Slice reads its bounds on the host. So does Shape write its result, which keeps this sum there: as Neg(keep) it
-    # would go to a GPU and be copied back, and a graph with such a copy cannot become a CUDA graph.
+    # Slice reads its bounds on the host. Shape writes its result there too, which keeps this sum on the host: Neg(keep)
+    # would run on a GPU and be copied back, and a graph with such a copy cannot become a CUDA graph.
     start = nodes("Sub", nodes("Shape", ids, start=1, end=2), keep)
     last = nodes("Slice", head.inputs[0], start, nodes.ints(_END), nodes.ints(1))
     head.replace_input_with(0, last)
@@ -57,7 +57,7 @@ def bake_token_ids(decoder: DecoderGraph, vocab_map: VocabMap | None, slots: ir.
     Args:
         decoder: The graph.
         vocab_map: The tokens of the head's rows; None for a full head.
-        slots: int64[M], the token ids of the columns behind those of the head; None where there are no slots.
+        slots: int64[M], the token ids of the columns after the head's own; None where there are no slots.
     """
     logits = decoder.graph.outputs[0]
     columns = len(vocab_map) if vocab_map else int(logits.shape[-1])  # type: ignore[index, arg-type]
@@ -65,7 +65,7 @@ def bake_token_ids(decoder: DecoderGraph, vocab_map: VocabMap | None, slots: ir.
         columns += int(slots.shape[0])  # type: ignore[arg-type]
     logits.shape = ir.Shape([1, "keep", columns])
     compared = logits
-    if decoder.dtype is torch.bfloat16:  # which ONNX Runtime's CUDA has no ArgMax for; a cast to float changes no order
+    if decoder.dtype is torch.bfloat16:  # ONNX Runtime's CUDA has no ArgMax for it; a cast to float changes no order
         cast = ir.node("Cast", [logits], {"to": ir.DataType.FLOAT})
         decoder.graph.append(cast)
         compared = cast.outputs[0]

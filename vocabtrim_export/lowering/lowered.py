@@ -1,4 +1,4 @@
-"""`Lowered`: a finished graph, and what one decode step of it reads."""
+"""`Lowered`: a finished graph, and the bytes that one decode step of it reads."""
 
 import math
 from collections import Counter
@@ -12,17 +12,24 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.lowering.experts import MOE, QMOE
 from vocabtrim_export.lowering.graph import DecoderGraph
 
-# of these inputs a step reads a few rows: an embedding or remap table, rotary tables
+# inputs of which a step reads only a few rows: an embedding or remap table, rotary tables
 _TABLES = {"Gather": (0,), "GroupQueryAttention": (7, 8), "RotaryEmbedding": (1, 2)}
 
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """A finished model, and the bytes of weights that one decode step reads: in all, and of the head alone, its slots
-    included.
+    """A finished model, and the bytes of weights that one decode step reads.
 
-    head_tensors: the initializers that the head reads. experts: the routed experts, of whose bytes a step reads those
-    that one token picks.
+    Attributes:
+        model: The graph.
+        weight_bytes_per_step: Bytes of all weights that one step reads.
+        head_bytes: The head's share of these, its slots included.
+        kv_bytes_per_token: Bytes of the KV cache for one token, in all layers.
+        num_layers: Layers with a KV cache.
+        num_kv_heads: Key/value heads of each.
+        head_dim: Numbers in a key or value of one head.
+        head_tensors: The initializers that the head reads.
+        experts: The routed experts. Of their bytes a step reads only those of the experts that one token picks.
     """
 
     model: ir.Model
@@ -37,7 +44,12 @@ class Lowered:
 
     @classmethod
     def of(cls, decoder: DecoderGraph, head_weights: list[str]) -> "Lowered":
-        """head_weights: the initializers that the head reads."""
+        """Measure a finished graph.
+
+        Args:
+            decoder: The graph.
+            head_weights: The initializers that the head reads.
+        """
         caches = [value for value in decoder.graph.inputs if str(value.name).startswith(PAST)]
         heads, head_dim = _cache_form(caches)
         slots = sum(math.prod(_dims(value)) for value in decoder.graph.inputs if value.name == SLOT_WEIGHT)
@@ -66,7 +78,7 @@ def _bytes_per_step(graph: ir.Graph) -> int:
 
 
 def _experts(graph: ir.Graph) -> tuple[Experts, ...]:
-    """The weights that MoE and QMoE read, by the number of experts and how many of them a token picks."""
+    """Returns the weights that MoE and QMoE read, by the number of experts and how many of them a token picks."""
     sizes: Counter[tuple[int, int]] = Counter()
     for node in graph:
         if node.op_type in (MOE, QMOE):
@@ -77,7 +89,10 @@ def _experts(graph: ir.Graph) -> tuple[Experts, ...]:
 
 
 def _cache_form(caches: list[ir.Value]) -> tuple[int, int]:
-    """Heads and head size of the KV caches, which a bundle has of one form only; 0 and 0 where it has none."""
+    """Returns the heads and the head size of the KV caches; 0 and 0 where there are none.
+
+    They are alike in all layers of a bundle.
+    """
     forms = {(shape[1], shape[3]) for shape in map(_dims, caches)} or {(0, 0)}
     if len(forms) != 1:
         raise VocabtrimError(f"the layers' KV caches differ in form ({sorted(forms)}), which bundles cannot hold")
@@ -85,7 +100,7 @@ def _cache_form(caches: list[ir.Value]) -> tuple[int, int]:
 
 
 def _dims(value: ir.Value) -> list[int]:
-    """The dimensions of a value; 0 for one that is not known."""
+    """Returns the dimensions of a value; 0 for one that is not known."""
     assert value.shape is not None
     return [dim if isinstance(dim, int) else 0 for dim in value.shape]
 

@@ -1,4 +1,4 @@
-"""`Nodes` adds operators one after another at one place of a graph; `name_nodes` names all operators of a graph."""
+"""`Nodes` adds operators at one place of a graph; `name_nodes` names all operators of a graph."""
 
 import ast
 from collections import Counter
@@ -27,7 +27,7 @@ class Nodes:
         return self._insert(ir.node(op, inputs, attributes))
 
     def contrib(self, op: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
-        """One of ONNX Runtime's own operators."""
+        """Add one of ONNX Runtime's own operators. Returns its output."""
         return self._insert(ir.node(op, inputs, attributes, domain=CONTRIB))
 
     def _insert(self, node: ir.Node) -> ir.Value:
@@ -37,11 +37,11 @@ class Nodes:
         return node.outputs[0]
 
     def ints(self, *values: int) -> ir.Value:
-        """A constant int64 vector."""
+        """Returns a constant int64 vector."""
         return self.decoder.constant("ints_" + "_".join(map(str, values)), values)
 
     def number(self, value: float) -> ir.Value:
-        """A constant float32 scalar."""
+        """Returns a constant float32 scalar."""
         name = f"number_{value!r}"
         return self.decoder.initializer(name, ir.Tensor(np.array(value, np.float32), name=name))
 

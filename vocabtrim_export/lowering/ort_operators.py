@@ -11,7 +11,7 @@ _HEAD_SIZES = 8
 
 
 def lower_norms(decoder: DecoderGraph) -> None:
-    """RMSNorm → SimplifiedLayerNormalization, with a residual sum before it SkipSimplifiedLayerNormalization."""
+    """Lower RMSNorm to SimplifiedLayerNormalization, or to its Skip form where a residual sum comes before it."""
     for node in decoder.composites("RMSNorm"):
         x, weight = node.inputs
         assert x is not None
@@ -50,7 +50,7 @@ def _skip_norm(decoder: DecoderGraph, node: ir.Node, add: ir.Node, scale: ir.Val
 
 
 def lower_attention(decoder: DecoderGraph) -> None:
-    """Attention → GroupQueryAttention over a cache whose past and present may be one buffer.
+    """Lower Attention to GroupQueryAttention over a cache whose past and present may be one buffer.
 
     Adds the inputs seqlens_k: int32[1] (tokens in the cache after this step, less one), total_sequence_length:
     int32[1], past_key_values.N.key|value: [1, kv_heads, capacity, head_dim], and the outputs present.N.key|value.

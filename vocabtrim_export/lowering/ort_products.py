@@ -14,7 +14,8 @@ from vocabtrim_export.lowering.weights import Weight
 def lower_products(decoder: DecoderGraph, quantization: Quantization) -> list[str]:
     """Turn every Linear and Head into `MatMul` or, quantised, `MatMulNBits`; a bias becomes an `Add`.
 
-    Returns the names of the initializers that the head, or all heads, read.
+    Returns:
+        The names of the initializers that the head, or all heads, read.
     """
     head_weights: list[str] = []
     for node in [*decoder.composites("Linear"), *decoder.composites("Head")]:
@@ -39,8 +40,10 @@ def lower_products(decoder: DecoderGraph, quantization: Quantization) -> list[st
 
 
 def quantized_parts(dense: Weight, bits: int) -> dict[str, Weight]:
-    """`dense`, [out, in], as `Blocks` has it: quantized, scales and zero_points. Computed when they are written:
-    graphs that share this weight need not."""
+    """Returns the parts of `dense`, [out, in], as `Blocks` describes them: quantized, scales and zero_points.
+
+    They are computed when they are written, so that graphs that share this weight compute nothing.
+    """
     rows, count = dense.shape[0], -(-dense.shape[1] // BLOCK)
     compute = cache(lambda: quantize_blocks(dense.load(), bits, dense.moments if bits == 4 else None))
     return {

@@ -35,11 +35,15 @@ from vocabtrim_export.tracing.trace import OPSET, Traced
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What a graph's weights are to be.
+    """How a graph's weights are stored, and which rows of the head are kept.
 
-    vocab_map: the tokens of the head's rows, None for all. head_rows: int64[K], the model's rows for these tokens; None
-    where a token's row is its id. moments: of the linear layers' inputs, as `input_moments` measures them; int4 is
-    better with them. slots: in-context slots of a trimmed head (see `add_slots`), 0 for none.
+    Attributes:
+        dtype: The dtype of the weights.
+        quantization: How products are quantised.
+        vocab_map: The tokens of the head's rows; None for all.
+        moments: Of the linear layers' inputs, as `input_moments` measures them; int4 is better with them.
+        head_rows: int64[K], the model's rows for the tokens of `vocab_map`; None where a token's row is its id.
+        slots: In-context slots of a trimmed head (see `add_slots`), 0 for none.
     """
 
     dtype: torch.dtype
@@ -62,18 +66,18 @@ def lower(traced: Traced, weights: Weights) -> Lowered:
     head_weights = lower_products(decoder, weights.quantization)
     decoder.finish()
     for node in decoder.graph:
-        node.metadata_props.clear()  # the lines that traced it, with the paths of this machine
+        node.metadata_props.clear()  # traceback lines with the paths of this machine
     decoder.graph.opset_imports.update({"": OPSET, CONTRIB: 1})
     return Lowered.of(decoder, head_weights)
 
 
 def lower_slot_rows(traced: Traced, weights: Weights, rows: Tensor, is_standard: bool) -> dict[str, Weight]:
-    """The head's rows that may enter slots, int64[n]; see `slot_weights`. `traced` stays as it was."""
+    """Returns the head's rows, int64[n], that may enter slots; see `slot_weights`. `traced` stays as it was."""
     return slot_weights(_start(traced, weights), weights.quantization, rows, is_standard)
 
 
 def lower_features(linear: nn.Linear, weights: Weights) -> ir.Model:
-    """The product that makes a head's hidden state of its target's features, [1, S, features] → [1, S, hidden]."""
+    """Lower the product that computes a head's hidden state: features [1, S, features] → [1, S, hidden]."""
     graph = ir.Graph([], [], nodes=[], name="features", opset_imports={"": OPSET, CONTRIB: 1})
     decoder = DecoderGraph(ir.Model(graph, ir_version=10, producer_name="vocabtrim-export"), {}, weights.dtype)
     moments = (weights.moments or {}).get("fc")
@@ -96,10 +100,10 @@ def lower_features(linear: nn.Linear, weights: Weights) -> ir.Model:
 def lower_standard(traced: Traced, weights: Weights, cache: CacheForm) -> Lowered:
     """Lower to standard operators, for TensorRT. `traced` stays as it was.
 
-    Inputs input_ids, position_ids: int64[1, sequence_length]; logits_positions: int64[keep], which of these positions
-    the head reads; past_key_values.N.key|value: [1, kv_heads, slots, head_dim]; see `CacheForm` for attended_slots.
-    Outputs logits: [1, keep, rows], token_ids: int64[1, keep], present.N.key|value. Tokens are written to the cache
-    from slot `position_ids[0, 0]` on.
+    The inputs are input_ids, position_ids: int64[1, sequence_length]; logits_positions: int64[keep], which of these
+    positions the head reads; past_key_values.N.key|value: [1, kv_heads, slots, head_dim]; see `CacheForm` for
+    attended_slots. The outputs are logits: [1, keep, rows], token_ids: int64[1, keep], present.N.key|value. Tokens are
+    written to the cache from slot `position_ids[0, 0]` on.
     """
     decoder = _start(traced, weights)
     positions = next(value for value in decoder.graph.inputs if value.name == POSITION_IDS)
@@ -122,7 +126,7 @@ def _start(traced: Traced, weights: Weights) -> DecoderGraph:
     moments = weights.moments or {}
     decoder = DecoderGraph.of(traced, weights.dtype, {f"model.{name}.weight": value for name, value in moments.items()})
     (head,) = decoder.composites("Head")
-    name = name_of(head.inputs[1])  # of a tied weight, whichever name it was traced under
+    name = name_of(head.inputs[1])  # a tied weight may have been traced under either name
     decoder.weights[name] = replace(decoder.weights[name], moments=moments.get(HEAD))
     decoder.model.producer_name, decoder.graph.name = "vocabtrim-export", "decoder"
     tidy(decoder)

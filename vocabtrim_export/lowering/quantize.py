@@ -12,7 +12,7 @@ BITS: dict[str, int] = {"int8": 8, "int4": 4}
 BLOCK = 32
 HEAD = "head"
 _WEIGHTS_AT_ONCE = 1 << 17
-# clipping a block's extremes a little costs less than it gains with 16 levels, nothing with 256
+# clipping a block's extremes gains more than it costs with 16 levels, and nothing with 256
 _SHRINKS = {4: (0.85, 0.925, 1.0), 8: (1.0,)}
 
 
@@ -76,7 +76,7 @@ def _quantize_rows(weight: Tensor, bits: int, moments: Tensor | None) -> tuple[T
 
 
 def rows_in_cache(weight: Tensor) -> Sequence[Tensor]:
-    """Returns the rows of a weight [out, in] in parts; what is computed of a part stays in a core's cache."""
+    """Returns the rows of a weight [out, in] in parts, each with intermediate values that fit in a core's cache."""
     parts: Sequence[Tensor] = weight.split(max(1, _WEIGHTS_AT_ONCE // weight.shape[1]))
     return parts
 

@@ -13,21 +13,21 @@ from vocabtrim_export.lowering.quantize import BITS, Quantization
 from vocabtrim_export.lowering.standard_products import dequantized_rows
 from vocabtrim_export.lowering.weights import Weight
 
-_BEHIND_A_HEAD = {"Add", "Cast", "Div", "Mul", "Sub", "Tanh"}  # element by element
+_BEHIND_A_HEAD = {"Add", "Cast", "Div", "Mul", "Sub", "Tanh"}  # operators that work element by element
 
 
 def add_slots(decoder: DecoderGraph, slots: int) -> ir.Value:
-    """Give the logits `slots` more columns behind those of the head.
+    """Give the logits `slots` more columns after those of the head.
 
     Adds the inputs slot_weight: [hidden, slots] in the compute dtype, slot_token_ids: int64[slots], -1 where a slot is
-    empty, and slot_bias: [slots] where the head has a bias. The logits of slots are computed as the head's, and those
-    of empty ones are -inf.
+    empty, and slot_bias: [slots] where the head has a bias. The logits of slots are computed like the head's; those of
+    empty slots are -inf.
 
     Returns:
         slot_token_ids.
 
     Raises:
-        VocabtrimError: The model computes something behind its head that is not element by element.
+        VocabtrimError: The model computes something after its head that is not element by element.
     """
     (head,) = decoder.composites("Head")
     x, weight, *bias = head.inputs
@@ -50,13 +50,13 @@ def add_slots(decoder: DecoderGraph, slots: int) -> ir.Value:
 def slot_weights(
     decoder: DecoderGraph, quantization: Quantization, rows: Tensor, is_standard: bool
 ) -> dict[str, Weight]:
-    """These rows of the head, int64[n], as the trimmed head has its own.
+    """Returns rows of the head in the form in which the trimmed head stores its own rows.
 
     Args:
         decoder: The graph before the head is trimmed.
         quantization: How the head is quantised.
-        rows: The rows.
-        is_standard: The graph is one of standard operators; its quantised rows are given dequantised.
+        rows: The rows, int64[n].
+        is_standard: The graph is one of standard operators; its quantised rows are returned dequantised.
 
     Returns:
         weight: [n, hidden], or quantised the parts of `quantized_parts`; and bias: [n] where the head has one.
@@ -75,10 +75,11 @@ def slot_weights(
 
 
 def _join(decoder: DecoderGraph, logits: ir.Value, values: ir.Value, token_ids: ir.Value) -> ir.Value:
-    """The logits with those of the slots behind them, empty ones masked."""
+    """Returns the logits followed by those of the slots; the logits of empty slots are masked."""
     dtype = logits.dtype
     assert dtype is not None
-    masked_in = ir.DataType.FLOAT if dtype == ir.DataType.BFLOAT16 else dtype  # as for ArgMax, exact
+    # ONNX Runtime's CUDA has no Where for bfloat16; the casts are exact
+    masked_in = ir.DataType.FLOAT if dtype == ir.DataType.BFLOAT16 else dtype
     zero = decoder.initializer("slot_zero", ir.Tensor(np.array(0, np.int64), name="slot_zero"))
     lowest = decoder.initializer("slot_lowest", ir.Tensor(np.array(-np.inf, masked_in.numpy()), name="slot_lowest"))
 
@@ -97,7 +98,7 @@ def _join(decoder: DecoderGraph, logits: ir.Value, values: ir.Value, token_ids: 
 
 
 def _behind(head: ir.Node, logits: ir.Value) -> list[ir.Node]:
-    """The nodes that make the logits of the head's product, in order."""
+    """Returns the nodes between the head's product and the logits, in order."""
     chain: list[ir.Node] = []
     value = logits
     while (node := value.producer()) is not head:

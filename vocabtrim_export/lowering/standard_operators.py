@@ -15,7 +15,7 @@ _NOWHERE = 1 << 40  # a position after all others
 
 
 def standard_norms(decoder: DecoderGraph) -> None:
-    """RMSNorm → RMSNormalization."""
+    """Lower RMSNorm to RMSNormalization."""
     for node in decoder.composites("RMSNorm"):
         x, scale = node.inputs
         numbers = attributes(node)
@@ -64,13 +64,17 @@ class CacheForm:
 
 
 def standard_attention(decoder: DecoderGraph, form: CacheForm, positions: Sequence[ir.Value]) -> None:
-    """Attention → TensorScatter into a linear cache and Attention over all of it under an explicit mask.
+    """Lower Attention to TensorScatter into a linear cache and Attention over all of it under an explicit mask.
 
-    positions: int64[1, S] of the one step of the graph, or of each step of an unrolled graph. Unrolled steps attend to
-    the cache and to the keys of the steps before them, and the cache is written once at the end: TensorRT refuses
-    updates of updates.
     Adds the inputs past_key_values.N.key|value: [1, kv_heads, slots, head_dim] and the outputs present.N.key|value.
-    The tokens are written from slot `positions[0][0, 0]` on.
+    Unrolled steps attend to the cache and to the keys of the steps before them, and the cache is written once at the
+    end: TensorRT refuses updates of updates.
+
+    Args:
+        decoder: The graph.
+        form: The form of the cache.
+        positions: int64[1, S] of the one step of the graph, or of each step of an unrolled graph. The tokens are
+            written from slot `positions[0][0, 0]` on.
     """
     layers: dict[int, list[ir.Node]] = {}
     for node in decoder.composites("Attention"):
@@ -88,7 +92,8 @@ def standard_attention(decoder: DecoderGraph, form: CacheForm, positions: Sequen
 class _Cache:
     """Where tokens are written, and which slots they see: one mask, bool[1, 1, S, slots], for each step and window.
 
-    start: int64[1], the slot of the first new token.
+    Attributes:
+        start: int64[1], the slot of the first new token.
     """
 
     def __init__(self, decoder: DecoderGraph, form: CacheForm, positions: Sequence[ir.Value]) -> None:
@@ -101,9 +106,9 @@ class _Cache:
             self.span = nodes("Shape", self.slots)
         else:
             self.slots = decoder.initializer("slots", ir.Tensor(np.arange(form.slots), name="slots"))
-        if len(positions) > 1:  # what lies behind the first new token is not this sequence's
+        if len(positions) > 1:  # slots after the first new token hold another sequence's keys
             self.slots = nodes("Where", nodes("Less", self.slots, self.start), self.slots, nodes.ints(_NOWHERE))
-        self.made: dict[tuple[int, int], ir.Value] = {}
+        self.masks: dict[tuple[int, int], ir.Value] = {}
 
     def read(self, nodes: Nodes, cache: ir.Value) -> ir.Value:
         """Returns the part of a layer's keys or values that attention reads."""
@@ -112,9 +117,9 @@ class _Cache:
         return nodes("Slice", cache, nodes.ints(0), self.span, nodes.ints(2))
 
     def mask(self, step: int, window: int, anchor: ir.Node) -> ir.Value:
-        if (step, window) not in self.made:
-            self.made[step, window] = self._mask(step, window, Nodes(self.decoder, anchor))
-        return self.made[step, window]
+        if (step, window) not in self.masks:
+            self.masks[step, window] = self._mask(step, window, Nodes(self.decoder, anchor))
+        return self.masks[step, window]
 
     def _mask(self, step: int, window: int, nodes: Nodes) -> ir.Value:
         slots = self.slots
@@ -160,7 +165,7 @@ def _lower_layer(
 
 
 def _split_heads(nodes: Nodes, x: ir.Value | None, heads: int, size: int) -> ir.Value:
-    """[1, S, heads·size] → [1, heads, S, size]."""
+    """Reshape and transpose `x` from [1, S, heads·size] to [1, heads, S, size]."""
     return nodes("Transpose", nodes("Reshape", x, nodes.ints(1, -1, heads, size)), perm=(0, 2, 1, 3))
 
 
@@ -178,10 +183,14 @@ def _write(nodes: Nodes, past: Sequence[ir.Value], new: Sequence[ir.Value], star
 
 
 def _attend(nodes: Nodes, form: _Form, q: ir.Value, keys: ir.Value, values: ir.Value, mask: ir.Value) -> ir.Value:
-    """q: [1, heads, S, size]; keys, values: [1, kv_heads, slots, size] → [1, heads, S, size]."""
+    """Attend with `q`, [1, heads, S, size], over `keys` and `values`, [1, kv_heads, slots, size].
+
+    Returns:
+        [1, heads, S, size].
+    """
     if not form.softcap:
         return nodes("Attention", q, keys, values, mask, scale=form.scale)
-    # TensorRT's parser refuses Attention's softcap: written out, the heads of one group as rows of one product
+    # TensorRT's parser refuses Attention's softcap. Written out, the heads of a group are rows of one product.
     dtype = nodes.decoder.ir_dtype
     group = nodes.ints(1, form.kv_heads, form.heads // form.kv_heads, -1, form.size)
     keys, values = (nodes("Unsqueeze", x, nodes.ints(2)) for x in (keys, values))

@@ -21,19 +21,18 @@ from vocabtrim_export.lowering.quantize import (
 )
 from vocabtrim_export.lowering.weights import Weight
 
-_FP8_MAX = 448.0  # of float8_e4m3fn
+_FP8_MAX = 448.0  # the largest float8_e4m3fn
 _INT4_TOP = 7
-# as for asymmetric blocks: clipping a block's extremes costs less than it gains with 16 levels
+# as for asymmetric blocks: clipping a block's extremes gains more than it costs with 16 levels
 _SHRINKS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 
 
 def standard_products(decoder: DecoderGraph, quantization: Quantization) -> list[str]:
-    """Turn every Linear and Head into MatMul, with a DequantizeLinear in front of a quantised weight; a bias becomes an
-    Add.
+    """Turn every Linear and Head into MatMul, with a DequantizeLinear before a quantised weight; a bias becomes an Add.
 
-    Weights stay [out, in] under a Transpose: so a compiler stores a tied embedding and head once, and finds one layout
+    Weights stay [out, in] under a Transpose: so a compiler stores a tied embedding and head once, and uses one layout
     for products of a few rows and of many. int8 and fp8 have one scale a row, int4 one a block of inputs. TensorRT
-    keeps only these as they are: it turns int8 and fp8 in blocks into 16-bit weights when it builds.
+    keeps only these quantised: it converts int8 and fp8 in blocks to 16-bit weights when it builds.
 
     Returns:
         The names of the initializers that the head reads.
@@ -62,7 +61,7 @@ def standard_products(decoder: DecoderGraph, quantization: Quantization) -> list
 
 
 def _rows(nodes: Nodes, name: str, transposed: bool, quantization: Quantization) -> tuple[ir.Value, list[str]]:
-    """The weight [out, in] of a product, and the names of the initializers that it is computed from."""
+    """Returns the weight [out, in] of a product, and the names of the initializers that it is computed from."""
     decoder = nodes.decoder
     dense = decoder.weights[name].transposed() if transposed else decoder.weights[name]
     if quantization != "none":
@@ -74,7 +73,7 @@ def _rows(nodes: Nodes, name: str, transposed: bool, quantization: Quantization)
 
 
 def _quantized(nodes: Nodes, name: str, dense: Weight, quantization: Quantization) -> tuple[ir.Value, list[str]]:
-    """A dequantised weight, [out, in], and the names of the initializers that it is computed from."""
+    """Returns a dequantised weight, [out, in], and the names of the initializers that it is computed from."""
     rows, size = dense.shape
     values, scales = f"{name}.{quantization}", f"{name}.{quantization}_scales"
     if quantization != "int4":
@@ -96,7 +95,7 @@ def _quantized(nodes: Nodes, name: str, dense: Weight, quantization: Quantizatio
 
 
 def dequantized_rows(dense: Weight, quantization: Quantization) -> Weight:
-    """`dense`, [out, in], as a product multiplies with it: what DequantizeLinear gives, in the dtype of `dense`."""
+    """Returns `dense`, [out, in], after quantisation and DequantizeLinear, in the dtype of `dense`."""
     if quantization == "none":
         return dense
 
@@ -113,7 +112,7 @@ def dequantized_rows(dense: Weight, quantization: Quantization) -> Weight:
 
 
 def _block(size: int) -> int:
-    """Inputs that share an int4 scale, in rows of `size`."""
+    """Returns how many inputs share an int4 scale, in rows of `size`."""
     return 2 * BLOCK if size % (2 * BLOCK) == 0 else BLOCK
 
 
@@ -142,7 +141,7 @@ def quantize_rows(weight: Tensor, quantization: Quantization) -> tuple[Tensor, T
 def quantize_int4(weight: Tensor, block: int, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantise a weight symmetrically, as TensorRT wants it, in blocks of `block` inputs.
 
-    Of several scales the best is taken by the error of the product, as in `quantize_blocks`.
+    Of several scales the one with the least error of the product is chosen, as in `quantize_blocks`.
 
     Returns:
         int8[out, in] from −8 to 7, and the scales, [out, in/block].

@@ -1,4 +1,4 @@
-"""Removes shape arithmetic from a graph: a decode step must not compute what is known beforehand."""
+"""Removes shape arithmetic from a graph: a decode step must not compute constants."""
 
 import onnx_ir as ir
 from onnx_ir.passes.common import IdentityEliminationPass, RemoveUnusedNodesPass
@@ -42,7 +42,7 @@ def _constant_reshapes(decoder: DecoderGraph) -> None:
 
 
 def _plain_split(decoder: DecoderGraph, node: ir.Node) -> None:
-    """SplitToSequence and the SequenceAt nodes after it → Split: TensorRT has no sequences."""
+    """Replace SplitToSequence and the SequenceAt nodes after it by Split: TensorRT has no sequences."""
     x, split = node.inputs
     readers = [use.node for use in node.outputs[0].uses()]
     parts = [_constant(reader.inputs[1]) for reader in readers]

@@ -12,7 +12,10 @@ def unroll(decoder: DecoderGraph, steps: int) -> list[ir.Value]:
     """Repeat the graph of composites `steps` times. Its outputs become token_ids: int64[1, steps].
 
     The first step reads DRAFT_TOKENS tokens: what a drafter may lack after a round. A caller that lacks one feeds the
-    one before it again, which computes the same keys and values anew. Returns the positions of each step: int64[1, S].
+    one before it again, which computes the same keys and values anew.
+
+    Returns:
+        The positions of each step: int64[1, S].
     """
     graph = decoder.graph
     ids, positions = (next(x for x in graph.inputs if x.name == name) for name in (INPUT_IDS, POSITION_IDS))

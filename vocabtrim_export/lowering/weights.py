@@ -13,8 +13,12 @@ from torch import Tensor
 class Weight:
     """A tensor of a known shape and dtype whose values `load` computes.
 
-    moments: float32[blocks, BLOCK, BLOCK], the second moments of the inputs that a product multiplies this weight with;
-    None if they are not known.
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        load: Computes the values.
+        moments: float32[blocks, BLOCK, BLOCK], the second moments of the inputs that a product multiplies this weight
+            with; None if they are not known.
     """
 
     shape: tuple[int, ...]

@@ -1,1 +1,1 @@
-"""Drafters that are ONNX models already: their LM head is cut in the graph, without the weights that it was made of."""
+"""Drafters that are ONNX models already: their LM head is cut in the graph, without the original weights."""

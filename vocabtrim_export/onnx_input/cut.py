@@ -57,7 +57,7 @@ class _Cutter:
             self._beside(node, beside)
 
     def _blocks(self, node: ir.Node) -> None:
-        """MatMulNBits: everything but the activations and g_idx starts with the columns' axis, flat or not."""
+        """Cut MatMulNBits: everything but the activations and g_idx starts with the columns' axis, flat or not."""
         for index, value in enumerate(node.inputs):
             if index in (1, 2, 3, 5) and value is not None:
                 stored = self._constant(value, node)
@@ -77,7 +77,10 @@ class _Cutter:
             raise VocabtrimError(f"the head's {node.op_type} has a constant of shape {stored.shape}: not one a column")
 
     def cut(self, value: ir.Value, axis: int, before: ir.Node) -> ir.Value:
-        """`rows` of an axis of `value`, a matrix that is constant or made of one; new nodes go in front of `before`."""
+        """Keep only `rows` along an axis of `value`, a matrix that is constant or computed from one.
+
+        New nodes are inserted before `before`.
+        """
         if constant(value) is not None:
             stored = self._constant(value, before)
             return self._add(value, np.take(stored, self.rows, axis))
@@ -92,11 +95,14 @@ class _Cutter:
         raise VocabtrimError(f"the head's matrix comes from {made_by}, not from a constant: its rows cannot be cut")
 
     def _dequantized(self, node: ir.Node, axis: int, before: ir.Node) -> ir.Value:
-        """Scales and zero points: one for all, one a row or column, or one a block within a row of the vocabulary."""
+        """Cut scales and zero points.
+
+        There is one for all, one for each row or column, or one for each block within a row of the vocabulary.
+        """
         quantised = self._input(node, 0, axis, before)
         along = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
         block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else 0
-        along %= 2  # of a matrix
+        along %= 2  # a matrix has two axes
         if block and along == axis:
             raise VocabtrimError("the head is quantised in blocks of several rows: they cannot be cut one by one")
         inputs: list[ir.Value | None] = [quantised]
@@ -130,7 +136,7 @@ class _Cutter:
         return array
 
     def _add(self, value: ir.Value, array: NDArray[np.generic]) -> ir.Value:
-        """A new initializer of the type of `value`."""
+        """Add an initializer of the type of `value`, and return it."""
         stored = constant(value)
         assert stored is not None
         name = f"{value.name}.kept"
@@ -157,13 +163,13 @@ def _state_columns(head: OnnxHead, columns: int) -> None:
 
 
 def _bake_token_ids(graph: ir.Graph, logits: ir.Value, vocab_map: VocabMap) -> None:
-    """ArgMax of the logits (the first of equals), then Gather from the table of kept token ids."""
+    """Add ArgMax of the logits (the first of equals), then Gather from the table of kept token ids."""
     if any(value.name == TOKEN_IDS for value in graph.outputs):
         raise VocabtrimError(
             "the graph has an output token_ids already: it was made by this tool, give what it was made from"
         )
     compared = logits
-    if logits.dtype == ir.DataType.BFLOAT16:  # which ONNX Runtime has no ArgMax for on CUDA
+    if logits.dtype == ir.DataType.BFLOAT16:  # ONNX Runtime's CUDA has no ArgMax for it
         cast = ir.node("Cast", [logits], {"to": ir.DataType.FLOAT})
         graph.append(cast)
         compared = cast.outputs[0]

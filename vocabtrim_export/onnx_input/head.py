@@ -33,7 +33,7 @@ def find_head(model: ir.Model) -> OnnxHead:
     """Find the head of a decoder.
 
     Raises:
-        VocabtrimError: Says what was looked for and what was found instead.
+        VocabtrimError: There is no head of a known form; the message says what is there instead.
     """
     logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
     if logits is None:
@@ -48,8 +48,8 @@ def find_head(model: ir.Model) -> OnnxHead:
 
 
 def _product(logits: ir.Value) -> ir.Node:
-    """The one product with a constant, found back from the logits through operators that work column by column."""
-    found: list[ir.Node] = []
+    """Returns the one product with a constant before the logits, with only column-by-column operators between them."""
+    products: list[ir.Node] = []
     met: list[str] = []
     pending, seen = [logits], set[ir.Node]()
     while pending:
@@ -58,21 +58,21 @@ def _product(logits: ir.Value) -> ir.Node:
             continue
         seen.add(node)
         if node.op_type in PRODUCTS:
-            found.append(node)
+            products.append(node)
         elif node.op_type in ELEMENTWISE:
             pending += [value for value in node.inputs if value is not None]
         else:
             met.append(node.op_type)
-    if len(found) != 1:
-        what = ", ".join(sorted({node.op_type for node in found} or set(met))) or "an input of the graph"
+    if len(products) != 1:
+        what = ", ".join(sorted({node.op_type for node in products} or set(met))) or "an input of the graph"
         raise VocabtrimError(
-            f"no LM head: looked for one {', '.join(sorted(PRODUCTS))} before logits, found {len(found)} ({what})"
+            f"no LM head: looked for one {', '.join(sorted(PRODUCTS))} before logits, found {len(products)} ({what})"
         )
-    return found[0]
+    return products[0]
 
 
 def _columns(product: ir.Node) -> int:
-    """The number of columns that a product gives."""
+    """Returns the number of columns that a product gives."""
     if product.op_type == "MatMulNBits":
         return int(product.attributes["N"].as_int())
     size = _size(product.inputs[1], matrix_axis(product))
@@ -82,12 +82,12 @@ def _columns(product: ir.Node) -> int:
 
 
 def matrix_axis(product: ir.Node) -> int:
-    """The axis of its second input, a matrix, that becomes the product's columns."""
+    """Returns the axis of its second input, a matrix, that becomes the product's columns."""
     return 0 if product.op_type == "Gemm" and _int(product, "transB") else 1
 
 
 def _size(value: ir.Value | None, axis: int) -> int | None:
-    """The size of an axis of a matrix that is constant, or unpacked from a constant; None for any other."""
+    """Returns the size of an axis of a matrix that is constant, or unpacked from a constant; None for any other."""
     if value is None:
         return None
     stored, node = constant(value), value.producer()
@@ -101,13 +101,13 @@ def _size(value: ir.Value | None, axis: int) -> int | None:
 
 
 def transposed(node: ir.Node, axis: int) -> int:
-    """The axis of a Transpose's input that becomes `axis` of its output, of a matrix."""
+    """Returns the axis of a matrix that Transpose turns into `axis`."""
     order = node.attributes["perm"].as_ints() if "perm" in node.attributes else (1, 0)
     return int(order[axis])
 
 
 def constant(value: ir.Value) -> ir.TensorProtocol | None:
-    """The value of an initializer or a Constant node; None for any other."""
+    """Returns the value of an initializer or a Constant node; None for any other."""
     node = value.producer()
     if node is None:
         return value.const_value

@@ -13,7 +13,7 @@ from engines.errors import VocabtrimError
 from engines.ort.session import open_session, reason
 
 _TOKENS = 6
-_TOLERANCE = 1e-3  # of the logits' standard deviation; the cut computes the same columns, perhaps in another order
+_TOLERANCE = 1e-3  # as a share of the logits' standard deviation; a product of fewer columns may sum in another order
 _DTYPES = {"float16": np.float16, "float": np.float32, "double": np.float64, "int32": np.int32, "int64": np.int64}
 
 
@@ -21,15 +21,15 @@ def prove_cut(whole: Path, trimmed: Path, vocab_map: VocabMap) -> str | None:
     """Run both models on the same few tokens and compare them.
 
     Args:
-        whole: The ONNX file that was cut.
-        trimmed: What the cut made of it, with the output token_ids.
+        whole: The ONNX file before the cut.
+        trimmed: The file after the cut, with the output token_ids.
         vocab_map: The columns that were kept.
 
     Returns:
         Why the whole model could not be run on this machine's CPU, so that nothing was proven; None where it was.
 
     Raises:
-        VocabtrimError: The trimmed model does not run or gives other logits or tokens.
+        VocabtrimError: The trimmed model does not run or computes other logits or tokens.
     """
     try:
         inputs, (wanted,) = _run(whole, {}, vocab_map.full_vocab, [LOGITS])
@@ -51,14 +51,14 @@ def prove_cut(whole: Path, trimmed: Path, vocab_map: VocabMap) -> str | None:
 def _run(
     model: Path, inputs: dict[str, NDArray[Any]], vocab: int, outputs: list[str]
 ) -> tuple[dict[str, NDArray[Any]], list[NDArray[Any]]]:
-    """The inputs, made up where none are given, and what `model` gives for them."""
+    """Returns the inputs, made up where `inputs` is empty, and the outputs of `model` for them."""
     session = open_session(model)
     fed = inputs or {value.name: _made_up(value, vocab) for value in session.get_inputs()}
     return fed, session.run(outputs, fed)
 
 
 def _made_up(value: ort.NodeArg, vocab: int) -> NDArray[Any]:
-    """A prompt of a few tokens, the first call of a decoder: nothing is cached yet."""
+    """Returns a prompt of a few tokens, the first call of a decoder: nothing is cached yet."""
     dtype = _DTYPES.get(value.type.removeprefix("tensor(").removesuffix(")"), np.float32)
     rank = len(value.shape)
     if value.name in (INPUT_IDS, POSITION_IDS):

@@ -43,14 +43,14 @@ _COPIED = (
 
 @dataclass(frozen=True, slots=True)
 class OnnxTrim:
-    """What was written.
+    """The result of a trim.
 
     Attributes:
         drafter: The directory.
         product: The operator that was cut.
         head_bytes: The bytes of its constants, before and after.
         selection: The tokens that were kept.
-        notes: What the user should know.
+        notes: Notes for the user.
     """
 
     drafter: Path
@@ -70,7 +70,7 @@ class OnnxSource:
 
 
 def holds_onnx(spec: str) -> bool:
-    """Whether MODEL is a local directory with an ONNX model and no weights to trim instead."""
+    """Returns whether MODEL is a local directory with an ONNX model and no weights to trim instead."""
     path = local_path(spec)
     return path.is_dir() and any(path.glob("*.onnx")) and not any(path.glob("*.safetensors"))
 
@@ -85,12 +85,20 @@ def trim_onnx(
 ) -> OnnxTrim:
     """Cut the head of the ONNX model in `drafter` and write it, with its VocabMap, to `output/drafter`.
 
-    Its inputs and outputs stay as they are, except that logits have K columns, and token_ids: int64[batch, sequence] is
-    added, the most likely tokens as ids of the full vocabulary. Token counts are given, or text is counted: nothing is
-    generated.
+    Its inputs and outputs stay as they are, except that logits have K columns, and the output token_ids: int64[batch,
+    sequence] is added, the most likely tokens as ids of the full vocabulary. The tokens come from counts, or text is
+    counted: no model generates.
+
+    Args:
+        drafter: The directory of the ONNX model.
+        output: The output directory.
+        k: Rows of the head, or the share of held-out tokens to cover.
+        calibration: What is counted to choose the tokens.
+        force: Replace an earlier export in `output`.
+        progress: Called with (task, done, total).
 
     Raises:
-        VocabtrimError: The user can mend it.
+        VocabtrimError: The settings, the model or the calibration data are not valid.
     """
     check_output(output, ["drafter"], force)
     check_k(k)
@@ -142,7 +150,7 @@ def _open(directory: Path) -> OnnxSource:
 
 
 def _generation_config(directory: Path) -> GenerationConfig:
-    """The configuration that names the tokens that end a text: transformers' file, or ONNX Runtime GenAI's."""
+    """Returns the configuration that names the tokens that end a text: transformers' file, or ONNX Runtime GenAI's."""
     if (directory / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(directory)
     path = directory / "genai_config.json"
@@ -175,7 +183,7 @@ def _count(
 
 
 def _bytes(product: ir.Node) -> int:
-    """The bytes of the constants that a product reads, also through nodes that unpack them."""
+    """Returns the bytes of the constants that a product reads, also through nodes that unpack them."""
     inputs = list(product.inputs[1:])
     if product.op_type == "MatMulInteger":
         del inputs[1]  # the activations' zero point, which the whole model stands behind

@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 from vocabtrim_export.planning.replay import NEVER_KEPT, Text, right_tokens, rounds_of
 from vocabtrim_export.planning.steps import StepTimes
 
-SLOTS = 512  # that are tried beside none
+SLOTS = 512  # tried in addition to none
 _SMALLEST_K = 2048
 _DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-_HOST_SECONDS = 3e-4  # of a round, outside the engines
-_NOT_BELOW = 0.99  # of the full head's tokens/s, on every domain: less is no trim that pays
+_HOST_SECONDS = 3e-4  # time of a round outside the engines
+_NOT_BELOW = 0.99  # the least share of the full head's tokens/s on every domain
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What one domain's texts should run at.
+    """The expected speed of one domain's texts.
 
     Attributes:
         domain: The file that the prompts come from.
@@ -40,7 +40,13 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One K and number of slots. domains: what to expect of each. speedup: over all domains, each counting the same."""
+    """One K and number of slots.
+
+    Attributes:
+        k: Rows of the head.
+        slots: In-context slots.
+        domains: The expected speed of each domain.
+    """
 
     k: int
     slots: int
@@ -48,19 +54,26 @@ class Candidate:
 
     @property
     def speedup(self) -> float:
+        """The speed-up over the target alone, the harmonic mean of all domains, each with the same weight."""
         return harmonic_mean([domain.speedup for domain in self.domains])
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The decision. best: what was chosen. full: the full head, for comparison. candidates: all, the fastest first."""
+    """The chosen head.
+
+    Attributes:
+        best: The chosen candidate.
+        full: The full head, for comparison.
+        candidates: All candidates, the fastest first.
+    """
 
     best: Candidate
     full: Candidate
     candidates: tuple[Candidate, ...]
 
     def reasons(self) -> tuple[str, ...]:
-        """One line for the choice, and one for each domain: first those that the trim helps least."""
+        """Returns one line for the choice, and one for each domain, first those that the trim helps least."""
         best, full = self.best, self.full
         slots = f" and {best.slots} slots" if best.slots else ""
         rows, than = f"{best.k} rows{slots}", f", full head {full.speedup:.2f}×"
@@ -81,13 +94,13 @@ def choose(
 ) -> Choice:
     """Choose among powers of two and the full head, each with every number of slots.
 
-    The fastest candidate is chosen of those that are slower than the full head on no domain.
+    The fastest of the candidates that are at least as fast as the full head on every domain is chosen.
 
     Args:
         texts: Held-out prompts with the target's own continuations.
-        order: int64[n], the ids that can be kept, in the order in which they are.
-        times: Of the pair with the full head.
-        rows: Of the full head.
+        order: int64[n], the ids that can be kept, in the order in which they are kept.
+        times: The step times of the pair with the full head.
+        rows: Rows of the full head.
         slots: Numbers of slots to try.
     """
     largest = max(rows, *(max(*text.prompt, text.tokens.max()) for text in texts), order.max())
@@ -118,7 +131,7 @@ def _candidate(
 
 
 def _expected(domain: str, right: Sequence[NDArray[np.bool_]], step: float, times: StepTimes) -> Expected:
-    """The best draft length of one domain."""
+    """Returns the expected speed of one domain with the best draft length."""
     tokens = sum(map(len, right))
     alone = times.verification(1) + _HOST_SECONDS
     best = 0, tokens, tokens * alone

@@ -26,20 +26,20 @@ def choose_head(
     places: Mapping[Role, Path],
     writer: PairWriter,
     sources: Mapping[Role, Source],
-    given: CalibrationInput,
+    data: CalibrationInput,
     counts: TokenCounts,
     available: NDArray[np.int64],
     settings: ExportSettings,
     progress: Progress,
 ) -> tuple[Choice, dict[Role, Manifest]]:
-    """Write the pair with the full head, let its engines run on held-out prompts, and choose.
+    """Write the pair with the full head, run its engines on held-out prompts, and choose.
 
     Args:
         places: The empty directories of both bundles. The target's stays filled, since no K changes it; the drafter's
             does where the full head is chosen.
-        writer: Writes them.
+        writer: Writes the bundles.
         sources: The loaded models by role.
-        given: What was calibrated on, no counts.
+        data: The calibration data, a corpus.
         counts: The token counts.
         available: int64[n], the ids that the drafter may propose.
         settings: How to export.
@@ -48,11 +48,11 @@ def choose_head(
     Returns:
         The choice, and the manifests of the directories that stay filled.
     """
-    if given.counts:  # `check_auto` says it before the long work
+    if data.counts:  # `check_auto` says it before the long work
         raise ValueError("token counts hold no prompts to replay")
     drafter, target = sources["drafter"], sources["target"]
     tokenizer = runtime_tokenizer(target.tokenizer)
-    prompts = held_out_prompts(given.corpora, tokenizer, target.vocab_size, settings.calibration)
+    prompts = held_out_prompts(data.corpora, tokenizer, target.vocab_size, settings.calibration)
     order, _ = kept_order(counts, always_kept(sources), drafter.vocab_size, available)
     manifests = writer.write(places, select(counts, sources, len(order), available), 0)
     hidden = drafter.model.get_output_embeddings().weight.shape[1]

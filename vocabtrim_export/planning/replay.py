@@ -1,4 +1,4 @@
-"""What a drafter would propose along the target's own text, if its head kept only some of the tokens.
+"""The tokens that a drafter would propose along the target's own text, if its head kept only some of the tokens.
 
 As long as all drafted tokens are accepted, the drafter has read the target's text, and after the first wrong one a
 round ends. So one forward pass of the full drafter over that text tells which drafted tokens are right, for every K and
@@ -18,7 +18,7 @@ MOST_ABOVE = 64  # tokens that the drafter prefers to the right one; with more, 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A prompt and how the target goes on.
+    """A prompt and the target's continuation.
 
     Attributes:
         domain: The file that the prompt comes from.
@@ -35,14 +35,14 @@ class Text:
 
 
 def preferred(logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> list[NDArray[np.int64] | None]:
-    """The tokens whose logits exceed those of the right ones; of equal logits the smaller id is proposed.
+    """Returns the tokens whose logits exceed those of the right ones; of equal logits the smaller id is proposed.
 
     Args:
         logits: float32[n, vocabulary], -inf for tokens that the drafter must not propose.
         tokens: int64[n], the right tokens.
 
     Returns:
-        `Text.above`.
+        The lists of `Text.above`.
     """
     above: list[NDArray[np.int64] | None] = []
     for row, token in zip(logits, tokens, strict=True):
@@ -54,7 +54,7 @@ def preferred(logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> list[ND
 
 
 def right_tokens(text: Text, row_of: NDArray[np.int64], k: int, slots: int) -> NDArray[np.bool_]:
-    """Which of the target's tokens a drafter with K rows and some slots proposes, given all before it.
+    """Tell which of the target's tokens a drafter with K rows and some slots proposes, given all tokens before.
 
     Args:
         text: The target's text.
@@ -86,7 +86,12 @@ def right_tokens(text: Text, row_of: NDArray[np.int64], k: int, slots: int) -> N
 
 
 def rounds_of(right: NDArray[np.bool_], draft_length: int) -> int:
-    """The rounds that a text takes with drafts of γ tokens. right: bool[n], which drafted tokens are accepted."""
+    """Count the rounds that a text takes.
+
+    Args:
+        right: bool[n], which drafted tokens are accepted.
+        draft_length: γ, the tokens of a draft.
+    """
     at = rounds = 0
     while at < len(right):
         ahead = right[at : at + draft_length]

@@ -1,4 +1,4 @@
-"""What the steps of a pair take on this machine."""
+"""Times of a pair's steps on this machine."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -8,14 +8,14 @@ import numpy as np
 
 from engines.base import Engine
 
-_ROWS = (1, 2, 3, 5, 9, 17)  # that a verification is timed with
+_ROWS = (1, 2, 3, 5, 9, 17)  # the numbers of tokens for which a verification is timed
 _REPEATS, _WARM_UP = 15, 2
 _CONTEXT = 16  # tokens in the caches
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Medians of a pair's steps, in seconds, and what a draft step reads.
+    """Median times of a pair's steps, in seconds, and the bytes that a draft step reads.
 
     Attributes:
         verify: Seconds of a target's call by its number of tokens.
@@ -32,12 +32,12 @@ class StepTimes:
     slot_bytes: float
 
     def draft(self, rows_less: int, slots: int) -> float:
-        """Seconds of a draft step whose head has so many rows less and so many slots, by the bytes that it reads."""
+        """Returns the seconds of a draft step with fewer rows and with slots, by the bytes that it reads."""
         read = self.step_bytes - rows_less * self.row_bytes + slots * self.slot_bytes
         return self.draft_step * read / self.step_bytes
 
     def verification(self, tokens: int) -> float:
-        """Seconds of a target's call on so many tokens; between measured numbers on a line."""
+        """Returns the seconds of a target's call on `tokens` tokens, interpolated between the measured numbers."""
         rows = sorted(self.verify)
         return float(np.interp(tokens, rows, [self.verify[n] for n in rows]))
 
@@ -72,9 +72,9 @@ def measure_steps(target: Engine, drafter: Engine, hidden: int) -> StepTimes:
 
 
 def _seconds(engine: Engine, tokens: int) -> float:
-    """One call on so many tokens behind the context that is in the cache.
+    """Time one call on `tokens` tokens after the context that is in the cache.
 
-    The tokens differ: those of one kind would pick the same experts of a mixture, and a verification's do not.
+    The tokens differ: equal tokens would pick the same experts of a mixture, and a verification's do not.
     """
     context = engine.length
     token_ids = [token % engine.manifest.vocab_size for token in range(tokens)]

@@ -1,4 +1,4 @@
-"""Held-out prompts of the calibration data, the target's own continuations, and what the drafter makes of them."""
+"""Held-out prompts of the calibration data, the target's own continuations, and the drafter's logits for them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,12 +28,12 @@ _FEWEST = 8  # tokens that a continuation must have to say anything
 def held_out_prompts(
     corpora: Sequence[Corpus], tokenizer: Tokenizer, rows: int, settings: CalibrationSettings
 ) -> list[tuple[str, list[int]]]:
-    """The file and the last token ids of some held-out prompts, the same number of each file.
+    """Returns the file and the last token ids of some held-out prompts, the same number of each file.
 
     Args:
-        corpora: What was calibrated on, each domain apart; the held-out documents chose no row.
+        corpora: The calibration's corpora, one for each domain; their held-out documents chose no row.
         tokenizer: The target's.
-        rows: Of the target's embedding.
+        rows: Rows of the target's embedding.
         settings: Which chat template renders the prompts.
 
     Raises:
@@ -109,7 +109,7 @@ def _replay(
 
     Returns:
         The first token, for which nothing is drafted; int64[n], the later ones; and the drafter's logits before each of
-        these, float32[n, vocabulary], -inf for what it may not propose.
+        these, float32[n, vocabulary], -inf for tokens that it may not propose.
     """
     unread, shares_cache = list(prompt), drafter.cache is target.cache
     drafter.rewind(0)

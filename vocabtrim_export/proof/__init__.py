@@ -1,1 +1,1 @@
-"""A written graph is run and compared with the model that it was made of, before its bundle is placed."""
+"""The proof of a written graph: before its bundle is placed, it is run and compared with the original model."""

@@ -1,4 +1,4 @@
-"""What a written graph computes, call by call, with ONNX Runtime on the CPU."""
+"""The outputs of a written graph, call by call, with ONNX Runtime on the CPU."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,7 +33,7 @@ from vocabtrim_export.proof.float32_view import float32_view
 from vocabtrim_export.proof.float_experts import float_experts
 from vocabtrim_export.proof.tokens import Calls, Window
 
-_FLOAT32 = 1  # of MatMulNBits: its inputs are not rounded to 8 bits
+_FLOAT32 = 1  # accuracy_level of MatMulNBits: its inputs are not rounded to 8 bits
 
 
 Rows = NDArray[np.generic]
@@ -41,16 +41,23 @@ Rows = NDArray[np.generic]
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """outputs: by name, [S, …] of all tokens fed. cache: past_key_values.N.key|value: [kv_heads, S, head_dim]."""
+    """The outputs and the KV cache of a run.
+
+    Attributes:
+        outputs: By name, [S, …] of all tokens fed.
+        cache: By name, past_key_values.N.key|value: [kv_heads, S, head_dim].
+    """
 
     outputs: Mapping[str, Rows]
     cache: Mapping[str, Rows]
 
 
 class Decoding:
-    """A graph with a KV cache, of ONNX Runtime's form (which grows) or TensorRT's (of a fixed size), fed call by call.
+    """A graph with a KV cache, in ONNX Runtime's form (which grows) or TensorRT's (of a fixed size), fed call by call.
 
-    cache: past_key_values.N.key|value, [1, kv_heads, slots, head_dim] each, in the graph's dtype. length: tokens in it.
+    Attributes:
+        cache: past_key_values.N.key|value, [1, kv_heads, slots, head_dim] each, in the graph's dtype.
+        length: Tokens in the cache.
     """
 
     def __init__(self, session: ort.InferenceSession) -> None:
@@ -70,8 +77,16 @@ class Decoding:
         hidden: NDArray[np.float32] | None = None,
         slots: Mapping[str, Rows] | None = None,
     ) -> dict[str, Rows]:
-        """Feed int64[S], and a head's hidden states, [S, hidden]. Returns its outputs without their batch
-        dimension: [S, …] those for each token. In-context slots are empty unless their inputs are given."""
+        """Run the graph on more tokens.
+
+        Args:
+            token_ids: int64[S].
+            hidden: [S, hidden], the hidden states of a head.
+            slots: The inputs of its in-context slots; None for empty ones.
+
+        Returns:
+            The outputs without their batch dimension, [S, …] those for each token.
+        """
         begin, self.length = self.length, self.length + len(token_ids)
         inputs: dict[str, Rows] = {
             INPUT_IDS: token_ids[None],
@@ -101,10 +116,17 @@ def run_graph(
     as_written: bool = False,
     slots: Sequence[Mapping[str, Rows]] | None = None,
 ) -> Computed:
-    """Run `model.onnx` on the tokens, in float32 or `as_written`, with these inputs of its slots in each call.
+    """Run `model.onnx` on the tokens.
+
+    Args:
+        directory: The directory of the graph.
+        calls: The tokens.
+        window: The proof's sliding window.
+        as_written: Run in the graph's own dtypes; otherwise in float32.
+        slots: The inputs of its in-context slots in each call; None for empty ones.
 
     Raises:
-        VocabtrimError: ONNX Runtime cannot.
+        VocabtrimError: ONNX Runtime cannot run the graph.
     """
     path = directory / MODEL_NAME
     with nullcontext(open_session(path)) if as_written else proof_session(path, window) as session:
@@ -119,7 +141,11 @@ def run_graph(
 
 
 def _empty_slots(shapes: Mapping[str, list[int]]) -> dict[str, Rows]:
-    """The inputs of in-context slots that hold nothing; none for a graph without slots. shapes: of all its inputs."""
+    """Returns the inputs of empty in-context slots; none for a graph without slots.
+
+    Args:
+        shapes: The shapes of all inputs of the graph.
+    """
     inputs: dict[str, Rows] = {
         name: np.zeros(shapes[name], np.float32) for name in (SLOT_WEIGHT, SLOT_BIAS) if name in shapes
     }
@@ -136,7 +162,10 @@ def run_products(graph: Path, name: str, rows: NDArray[np.float32]) -> list[Rows
 
 @contextmanager
 def proof_session(graph: Path, window: Window | None) -> Iterator[ort.InferenceSession]:
-    """A session on the graph as a proof runs it: the same nodes and weights, in float32, with the proof's window."""
+    """Yields a session on the graph in the form that a proof runs: in float32, with the proof's window.
+
+    Its nodes and weights are otherwise the graph's own.
+    """
     model = onnx.load(graph, load_external_data=False)
     float32_view(model)
     float_experts(model)

@@ -31,11 +31,11 @@ def dequantized(
     head_rows: Mapping[nn.Module, Tensor | None],
     prefix: str = "model.",
 ) -> Iterator[list[str]]:
-    """Within the block each linear layer of `model` multiplies with its weight as the file `graph` has it.
+    """Let each linear layer of `model` multiply with its weight from the file `graph` for the block.
 
     Args:
         model: Its weights are as they were after the block. One layer's are dequantised at a time.
-        graph: A graph with `MatMulNBits`, or with `DequantizeLinear` behind its weights.
+        graph: A graph with `MatMulNBits`, or with `DequantizeLinear` after its weights.
         quantization: "int8", "int4" or "fp8".
         head_rows: For each LM head the rows that the graph keeps, int64[K]: its logits have K columns. None for all.
         prefix: What the graph puts before the model's own name of a weight.
@@ -67,7 +67,7 @@ def _swap(
     unlike: list[str],
     quantization: str,
 ) -> list[Any]:
-    """Hooks that give `module` the weight [out, in] of `load`, and of its bias these rows, while it runs."""
+    """Returns hooks that give `module` the weight [out, in] of `load`, and these rows of its bias, while it runs."""
     before: list[tuple[nn.Parameter, nn.Parameter | None]] = []
 
     def enter(_module: nn.Module, _inputs: Any) -> None:
@@ -98,7 +98,10 @@ def _swap_experts(
     prefix: str,
     unlike: list[str],
 ) -> list[Any]:
-    """The same for a module of experts, whose weights are [experts, out, in] in the file, gate and up by turns."""
+    """Returns such hooks for a module of experts.
+
+    In the file the weights are [experts, out, in], rows of gate and up alternating.
+    """
     module: Any = model.get_submodule(experts.name)
     before: dict[str, nn.Parameter] = {}
 
@@ -125,13 +128,13 @@ def _swap_experts(
 
 
 def is_rounded(given: Tensor, own: Tensor, quantization: str) -> bool:
-    """Whether `given` is `own`, [out, in], rounded to `quantization`: none of its rows is another's."""
+    """Returns whether `given` is `own`, [out, in], rounded to `quantization`: none of its rows is another's."""
     most = _MOST_ERROR.get(quantization, 0.0)
     return given.shape == own.shape and float(_row_errors(given, own).max()) <= most
 
 
 def _row_errors(given: Tensor, own: Tensor) -> Tensor:
-    """[out]: the error of each row as a share of its size. A row of zeros has an error of 0 where it stays one."""
+    """Returns the error of each row as a share of its size, [out]; 0 for a row of zeros that is still one."""
     parts = [_part_errors(*rows) for rows in zip(given.split(_ROWS_AT_ONCE), own.split(_ROWS_AT_ONCE), strict=True)]
     return torch.cat(parts)
 
@@ -174,7 +177,7 @@ def _dequantize(written: Mapping[str, ir.Value], tensor: str, quantization: str)
     if f"{tensor}.quantized" in written:  # MatMulNBits: (q − zero) · scale, block by block
         parts = (_read(written[f"{tensor}.{part}"]) for part in ("quantized", "zero_points", "scales"))
         values, zeros, scales = parts
-        if scales.ndim == 3:  # of experts
+        if scales.ndim == 3:  # experts have a dimension more
             values = values.flatten(0, 1).unflatten(1, (scales.shape[2], -1))
             zeros, scales = zeros.flatten(0, 1), scales.flatten(0, 1)
         if quantization == "int4":
@@ -190,7 +193,7 @@ def _dequantize(written: Mapping[str, ir.Value], tensor: str, quantization: str)
 
 
 def _read(value: ir.Value) -> Tensor:
-    """Types that PyTorch does not read from NumPy become float32, in which all of their values are exact."""
+    """Returns the tensor; a type that PyTorch cannot read from NumPy becomes float32, which holds it exactly."""
     assert value.const_value is not None
     numbers = value.const_value.numpy()
     return torch.from_numpy(numbers.copy() if numbers.dtype.kind in "ui" else numbers.astype("float32"))

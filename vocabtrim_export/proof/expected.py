@@ -1,4 +1,4 @@
-"""What a proof expects: the outputs of the loaded model in PyTorch, in float32."""
+"""The outputs that a proof expects: those of the loaded model in PyTorch, in float32."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +29,11 @@ Rows = NDArray[np.float32]
 def expected_outputs(
     model: PreTrainedModel, calls: Calls, window: Window | None, feature_layers: Sequence[int]
 ) -> dict[str, Rows]:
-    """What `model` computes of the tokens in one forward pass: logits[S, vocab], with `feature_layers`
-    features[S, layers·hidden], and of a head next_hidden[S, hidden]."""
+    """Run `model` on the tokens in one forward pass.
+
+    Returns:
+        logits[S, vocab], with `feature_layers` features[S, layers·hidden], and of a head next_hidden[S, hidden].
+    """
     with _as_proven(model, window), layer_inputs(model, feature_layers) as entered:
         computed = _forward(model, calls)
         outputs = {LOGITS: computed.logits[0].numpy()}
@@ -43,7 +46,10 @@ def expected_outputs(
 
 @torch.inference_mode()
 def expected_cache(model: PreTrainedModel, calls: Calls, window: Window | None) -> list[Mapping[str, Rows]]:
-    """The key and value of each layer: [kv_heads, S, head_dim] each; of a layer with a window, of the last tokens."""
+    """Returns the key and value of each layer, [kv_heads, S, head_dim] each.
+
+    A layer with a window has those of the last tokens only.
+    """
     with _as_proven(model, window):
         cache: Any = getattr(_forward(model, calls, use_cache=True), "past_key_values", None)
     layers = getattr(cache, "layers", ())
@@ -51,7 +57,7 @@ def expected_cache(model: PreTrainedModel, calls: Calls, window: Window | None) 
 
 
 def _forward(model: PreTrainedModel, calls: Calls, use_cache: bool = False) -> Any:
-    """Positions are given where the model takes them, as transformers' generate does."""
+    """Run the model. Positions are passed where the model takes them, as transformers' generate does."""
     ids = torch.from_numpy(calls.token_ids)[None]
     if calls.hidden is not None:
         return model(ids, torch.arange(len(calls))[None], torch.from_numpy(calls.hidden)[None])
@@ -63,7 +69,7 @@ def _forward(model: PreTrainedModel, calls: Calls, use_cache: bool = False) -> A
 
 @contextmanager
 def _as_proven(model: PreTrainedModel, window: Window | None) -> Iterator[None]:
-    """`model` in float32, but for cosines and sines, which the model and its graph round to its dtype."""
+    """Hold `model` in float32, but for cosines and sines, which the model and its graph round to its dtype."""
     dtype = model.dtype
 
     def rounded(_module: nn.Module, _inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -80,9 +86,9 @@ def _as_proven(model: PreTrainedModel, window: Window | None) -> Iterator[None]:
 
 @contextmanager
 def _narrowed(model: PreTrainedModel, window: Window | None) -> Iterator[None]:
-    """`model` with the proof's window in its configuration, which its masks are made by.
+    """Put the proof's window into the configuration of `model`, from which its masks are computed.
 
-    A head's layer gets no mask but the causal one in PyTorch; here its attention makes one by the window.
+    A head's layer gets only a causal mask in PyTorch; here its attention computes one with the window.
     """
     config = model.config.get_text_config()
     if window is None:
@@ -102,7 +108,7 @@ def _narrowed(model: PreTrainedModel, window: Window | None) -> Iterator[None]:
 def _windowed_attention(
     window: Window, module: Any, q: Tensor, k: Tensor, v: Tensor, _mask: None, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention over q, k, v: [1, heads, S, head_dim], which reaches back as far as the layer says."""
+    """Attend with q, k, v: [1, heads, S, head_dim] as transformers does, as far back as the layer's window reaches."""
     size, tokens = options.get("sliding_window"), torch.arange(q.shape[2])
     back = tokens[:, None] - tokens
     reach = len(tokens) if not size else window.narrowed if size == window.size else size

@@ -7,7 +7,7 @@ _HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def float32_view(model: onnx.ModelProto) -> None:
-    """Change `model` in place. Its weights stay in their files and are cast as they are read.
+    """Change `model` in place to compute in float32. Its weights stay in their files and are cast when they are read.
 
     The comparison can then be as sharp as for a float32 graph, and ONNX Runtime's CPU has kernels for all of it.
     """

@@ -15,7 +15,7 @@ _MOE_ATTRIBUTES = {"k", "activation_type", "swiglu_fusion", "activation_alpha", 
 
 
 def float_experts(model: onnx.ModelProto) -> None:
-    """Replace each QMoE of 8 bits by MoE on the weights that its blocks stand for, so that a proof can be sharp."""
+    """Replace each QMoE of 8 bits by MoE on its dequantised weights, so that a proof can be sharp."""
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         bits = {attribute.name: attribute.i for attribute in node.attribute}.get("expert_weight_bits")
@@ -25,7 +25,7 @@ def float_experts(model: onnx.ModelProto) -> None:
 
 
 def _as_moe(graph: onnx.GraphProto, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Nodes that dequantise the weights, take the logarithms of the routing weights, and MoE."""
+    """Returns nodes that dequantise the weights, take the logarithms of the routing weights, and MoE."""
     own, out = node.output[0], f"{node.output[0]}.normalised"
     names = {part: f"{own}.{part}" for part in _PARTS}
     nodes = [each for part, name in names.items() for each in _dequantize(graph, node, _PARTS[part], name)]
@@ -44,7 +44,7 @@ def _as_moe(graph: onnx.GraphProto, node: onnx.NodeProto) -> list[onnx.NodeProto
 def _dequantize(
     graph: onnx.GraphProto, node: onnx.NodeProto, parts: tuple[int, int, int], name: str
 ) -> list[onnx.NodeProto]:
-    """Nodes that compute `name`: float32[experts, out, in], (values − zero) · scale block by block."""
+    """Returns nodes that compute `name`: float32[experts, out, in], (values − zero) · scale block by block."""
     values, scales, zeros = (node.input[index] for index in parts)
     blocks = _constant(graph, f"{name}.blocks", [0, 0, -1, BLOCK])
     rows, axis = _constant(graph, f"{name}.rows", [0, 0, -1]), _constant(graph, f"{name}.axis", [3])

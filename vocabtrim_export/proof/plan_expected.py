@@ -1,4 +1,4 @@
-"""What a TensorRT plan must compute, as the graph that it is built from does on the CPU."""
+"""The logits that a TensorRT plan must compute: those of its graph on the CPU."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from vocabtrim_export.proof.computed import run_graph
 from vocabtrim_export.proof.slots import FilledSlots
 from vocabtrim_export.proof.tokens import calls, window_of
 
-_COLUMNS = 512  # of the logits, evenly spaced: enough to notice any wrong head
+_COLUMNS = 512  # columns of the logits, evenly spaced: enough to notice any wrong head
 
 
 def expected_logits(directory: Path, plan: BundlePlan) -> ExpectedLogits:
-    """Run `directory`'s standard graph, which was proven, on the proof's tokens."""
+    """Run `directory`'s standard graph, which was proven before, on the proof's tokens."""
     window = window_of(plan.source.model, plan.context_length, narrow=False)
     fed = calls(plan.source, plan.context_length, window)
     slots = FilledSlots(directory, plan, gains=(1, 1)) if plan.slots else None

@@ -1,4 +1,4 @@
-"""The proof of graphs without a KV cache: parallel heads, and the product that fuses a target's features for a head."""
+"""The proof of graphs without a KV cache: parallel heads, and the product that joins a target's features for a head."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -30,26 +30,33 @@ def heads_difference(directory: Path, plan: BundlePlan) -> str | None:
     assert isinstance(model, ParallelHeads)
     rows = None if plan.head_rows is None else torch.from_numpy(plan.head_rows)
     heads: dict[nn.Module, Tensor | None] = {head: rows for head in model.lm_heads}
-    found = _compare(directory / MODEL_NAME, plan, model, model.config.feature_size, heads)
-    if isinstance(found, str):
-        return found
-    logits, token_ids = found
+    outputs = _compare(directory / MODEL_NAME, plan, model, model.config.feature_size, heads)
+    if isinstance(outputs, str):
+        return outputs
+    logits, token_ids = outputs
     best = logits.argmax(-1)
     tokens = best if plan.vocab_map is None else plan.vocab_map.kept_token_ids[best]
     return None if np.array_equal(token_ids, tokens) else "its token_ids are not those of its largest logits"
 
 
 def fusion_difference(directory: Path, plan: BundlePlan) -> str | None:
-    """The same of `features.onnx`; None for a model that has none."""
+    """Returns how `features.onnx` differs from the head's product, as the end of a sentence; None if it does not.
+
+    It is also None for a model without `features.onnx`.
+    """
     model = plan.source.model
     if not isinstance(model, FeatureHead) or model.fuse is None:
         return None
-    found = _compare(directory / FEATURES_NAME, plan, model.fuse, model.fuse.in_features, {})
-    return f"in {FEATURES_NAME}, {found}" if isinstance(found, str) else None
+    outputs = _compare(directory / FEATURES_NAME, plan, model.fuse, model.fuse.in_features, {})
+    return f"in {FEATURES_NAME}, {outputs}" if isinstance(outputs, str) else None
 
 
 def _compare(graph: Path, plan: BundlePlan, module: nn.Module, size: int, heads: Heads) -> str | list[NDArray[Any]]:
-    """The graph's outputs for random rows of `size` numbers, or how the first of them differs from the module's."""
+    """Run the graph and the module on random rows of `size` numbers.
+
+    Returns:
+        The graph's outputs, or how the first of them differs from the module's.
+    """
     rows = np.random.default_rng(0).standard_normal((1, _ROWS, size), np.float32)
     try:
         computed = run_products(graph, FEATURES_OUTPUT, rows)

@@ -25,13 +25,12 @@ from vocabtrim_export.proof.unrolled import unrolled_difference
 
 
 def find_difference(directory: Path, plan: BundlePlan) -> str | None:
-    """Run the graphs in `directory` on a few tokens: a prefill, a decode step, a block after a past, past a sliding
-    window.
+    """Run the graphs in `directory` on a few tokens: a prefill, a decode step and a block, past a sliding window.
 
     A window that only many tokens reach past is narrowed on both sides, and where that does not work, reached.
 
     Returns:
-        None where they compute what `plan.source` does, else what differs first, to end a sentence.
+        None where they compute what `plan.source` does, else the first difference, to end a sentence.
 
     Raises:
         VocabtrimError: The model itself computes NaN or infinite logits.
@@ -49,7 +48,9 @@ def find_difference(directory: Path, plan: BundlePlan) -> str | None:
 
 
 def _check_range(directory: Path, plan: BundlePlan) -> None:
-    """Run the graph in its own float16: what is right in float32 may overflow there. A plan shows it at its first load.
+    """Run the graph in its own float16, which may overflow where float32 does not.
+
+    A plan shows this when it is loaded.
 
     Raises:
         VocabtrimError: A logit is NaN or infinite.
@@ -85,7 +86,7 @@ def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | 
 
 
 def _head_columns(plan: BundlePlan, slots: FilledSlots | None) -> AbstractContextManager[None]:
-    """The plan's model with the columns that its bundle with slots has; as it is for other bundles."""
+    """Give the plan's model the columns that its bundle with slots has; other bundles leave it as it is."""
     if slots is None:
         return nullcontext()
     kept = torch.from_numpy(plan.head_rows) if plan.quantization == "none" else None  # else the head has no others
@@ -94,7 +95,11 @@ def _head_columns(plan: BundlePlan, slots: FilledSlots | None) -> AbstractContex
 
 @contextmanager
 def _as_written(directory: Path, plan: BundlePlan) -> Iterator[list[str]]:
-    """The plan's model with the weights that a quantised bundle has; gives the layers whose weights are others."""
+    """Give the plan's model the weights of its quantised bundle for the block.
+
+    Yields:
+        The layers whose written weights are not the model's, rounded.
+    """
     model = plan.source.model
     if plan.quantization == "none":
         yield []
@@ -139,7 +144,11 @@ def _are_equal(computed: Computed, wanted: Mapping[str, Rows], plan: BundlePlan,
 
 
 def _where(plan: BundlePlan, fed: Calls, window: Window | None, computed: Computed) -> str | None:
-    """The first layer whose cached keys or values differ, or that all agree; None for a model that caches otherwise."""
+    """Name the first layer whose cached keys or values differ, or state that all agree.
+
+    Returns:
+        None for a model with another kind of cache.
+    """
     layers = expected_cache(plan.source.model, fed, window)
     if not layers or len(layers) * 2 != len(computed.cache):
         return None

@@ -1,4 +1,4 @@
-"""A bundle that is written and proven: a graph that computes something else than its model is never placed."""
+"""A bundle that is written and proven: a graph that does not compute what its model does is never placed."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ from vocabtrim_export.tracing.trace import Traced, trace
 
 
 def trace_source(plan: BundlePlan, fuse_rotation: bool = True) -> Traced | None:
-    """None for `ParallelHeads`, which are no decoder."""
+    """Trace the model of a plan. Returns None for `ParallelHeads`, which are no decoder."""
     if isinstance(plan.source.model, ParallelHeads):
         return None
     dtype = DTYPES[plan.dtype]
@@ -26,16 +26,16 @@ def trace_source(plan: BundlePlan, fuse_rotation: bool = True) -> Traced | None:
 def write_proven(
     directory: Path, traced: Traced | None, plan: BundlePlan, progress: Progress
 ) -> tuple[Manifest, Traced | None]:
-    """Fill the empty `directory` with a bundle whose graph was run and computes what the model does, to rounding.
+    """Fill the empty `directory` with a bundle, and prove that its graph computes what the model does, to rounding.
 
-    Where it does not, and attention was made to rotate, the rotation is left as the model writes it, and all is
-    written and proven again.
+    Where it does not, and attention was made to rotate, the rotation is left as the model writes it, and all is written
+    and proven again.
 
     Returns:
         The manifest, and the trace that proved right: a model's next bundle starts from it.
 
     Raises:
-        VocabtrimError: The graph computes something else, which names where.
+        VocabtrimError: The graph does not compute what the model does; the message names the place.
     """
     manifest = write_bundle(directory, traced, plan, progress)
     difference = _prove(directory, plan, progress)

@@ -1,4 +1,4 @@
-"""The tokens that a proof feeds, and the calls that it feeds them in."""
+"""The tokens that a proof feeds, and the calls in which it feeds them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,17 @@ _CALLS = (1, 5, 1, 1)  # after the prefill: a decode step, a block after a past,
 _PREFILL = 12
 _REACHED = 64  # tokens: a sliding window of more is narrowed for the proof, so that few tokens reach past it
 _NARROWED = 8
-_PICKS = 4  # of each expert, on average over the proof's tokens: 98 of 100 experts are then picked at least once
+_PICKS = 4  # how often an expert is picked on average in a proof: 98 of 100 experts are then picked at least once
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The sliding window of a model: `size` tokens, of which the proof lets attention reach back `narrowed`."""
+    """The sliding window of a model.
+
+    Attributes:
+        size: Its tokens.
+        narrowed: The tokens that attention reaches back in the proof.
+    """
 
     size: int
     narrowed: int
@@ -28,8 +33,13 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """token_ids: int64[S]. lengths: how many of them each call feeds; the first is the prefill. hidden: float32[S,
-    hidden], what a head that reads hidden states is given with the tokens; None for other models."""
+    """The input of a proof's run.
+
+    Attributes:
+        token_ids: int64[S].
+        lengths: How many of them each call feeds; the first is the prefill.
+        hidden: float32[S, hidden], the hidden states that a head reads with the tokens; None for other models.
+    """
 
     token_ids: NDArray[np.int64]
     lengths: tuple[int, ...]
@@ -48,7 +58,10 @@ def window_of(model: PreTrainedModel, context_length: int, narrow: bool) -> Wind
 
 
 def calls(source: Source, context_length: int, window: Window | None) -> Calls:
-    """A prefill that reaches past the window and picks most experts, then the calls that a draft/verify loop makes."""
+    """Choose the tokens of a proof and its calls.
+
+    A prefill reaches past the window and picks most experts; the calls of a draft/verify loop follow.
+    """
     prefill = max(_PREFILL, window.narrowed + 4 if window else 0, _expert_tokens(source.model))
     total = min(prefill + sum(_CALLS), context_length)
     known = np.fromiter(source.tokenizer.get_vocab().values(), np.int64)

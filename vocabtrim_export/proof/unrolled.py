@@ -16,8 +16,10 @@ from vocabtrim_export.proof.tokens import calls
 
 
 def unrolled_difference(directory: Path, plan: BundlePlan) -> str | None:
-    """How the drafts of `draft.onnx` differ from those of `model.onnx`, to end a sentence; None where they do not, and
-    for a bundle that has none."""
+    """Returns how the drafts of `draft.onnx` differ from those of `model.onnx`, to end a sentence.
+
+    It is None where they do not differ, and for a bundle without `draft.onnx`.
+    """
     if not (directory / DRAFT_MODEL_NAME).exists():
         return None
     text = calls(plan.source, plan.context_length, None).token_ids[: plan.context_length // 2]

@@ -26,10 +26,10 @@ _QUANTIZED_BYTES = {"int8": 1.16, "int4": 0.67}  # a weight, with a scale and a 
 
 @dataclass(frozen=True, slots=True)
 class RandomSettings:
-    """What to make.
+    """The random bundles to create.
 
     Attributes:
-        shape: The target's, of `SHAPES`.
+        shape: The target's shape, a key of `SHAPES`.
         drafter_shape: A shape of `SHAPES`, or of `HEAD_SHAPES` for EAGLE-3 heads; None: the target's model.
         drafter_rows: The rows of each drafter's LM head; None for all.
         dtype: The dtype of all bundles.
@@ -49,22 +49,26 @@ class RandomSettings:
 
 @dataclass(frozen=True, slots=True)
 class RandomBundles:
-    """The bundles. drafters: by the rows that were asked for, "8192 rows" or "full"."""
+    """The directories of the bundles.
+
+    Attributes:
+        target: The target's.
+        drafters: The drafters' by their rows in words, "8192 rows" or "full".
+    """
 
     target: Path
     drafters: Mapping[str, Path]
 
 
 def random_bundles(settings: RandomSettings, directory: Path, progress: Progress) -> RandomBundles:
-    """Write a target and its drafters into `directory`; bundles that an earlier call with these settings wrote are
-    used.
+    """Write a target and its drafters into `directory`, or use those that an earlier call with these settings wrote.
 
-    Drafters of the target's model share its KV cache where both have one dtype. The target of an EAGLE-3 head gives the
-    features that it reads.
+    Drafters of the target's model share its KV cache where both have one dtype. The target of an EAGLE-3 head computes
+    the features that the head reads.
 
     Raises:
-        VocabtrimError: A head has fewer rows than asked for, the drafter is not for this target, or disk or memory
-            cannot hold the bundles.
+        VocabtrimError: A head has fewer rows than `drafter_rows` states, the drafter is not for this target, or disk or
+            memory cannot hold the bundles.
     """
     target, drafter = _sources(settings)
     _check_rows(drafter, settings.drafter_rows)
@@ -85,13 +89,13 @@ def random_bundles(settings: RandomSettings, directory: Path, progress: Progress
         twin = directory / twins[name] if name in twins else None
         with replacing([directory / name]) as (fresh,):
             write_bundle(fresh, traced[plan.source.name], plan, progress, twin)
-    made, *drafters = (directory / name for name in plans)
+    target, *drafters = (directory / name for name in plans)
     labels = ["full" if rows is None else f"{rows} rows" for rows in settings.drafter_rows]
-    return RandomBundles(made, dict(zip(labels, drafters, strict=True)))
+    return RandomBundles(target, dict(zip(labels, drafters, strict=True)))
 
 
 def _sources(settings: RandomSettings) -> tuple[Source, Source]:
-    """The target and the drafter, which may be one."""
+    """Returns the target and the drafter, which may be one model."""
     target = random_source(SHAPES[settings.shape])
     name = settings.drafter_shape or settings.shape
     if head := HEAD_SHAPES.get(name):
@@ -114,7 +118,7 @@ def _check_rows(drafter: Source, wanted: tuple[int | None, ...]) -> None:
 
 
 def _plans(target: Source, drafter: Source, settings: RandomSettings) -> dict[str, BundlePlan]:
-    """The plans of the bundles by the names of their directories, the target's first."""
+    """Returns the plans of the bundles by the names of their directories, the target's first."""
     dtype, context = settings.dtype, settings.max_length
 
     def name(source: Source, role: Role, quantization: Quantization, what: str) -> str:
@@ -131,7 +135,7 @@ def _plans(target: Source, drafter: Source, settings: RandomSettings) -> dict[st
 
 
 def _kept(drafter: Source, rows: int | None) -> VocabMap | None:
-    """The first `rows` tokens that the drafter's LM head has; None for all of the vocabulary."""
+    """Returns the first `rows` tokens that the drafter's LM head has; None for all of the vocabulary."""
     if isinstance(drafter, HeadSource):
         return VocabMap.from_ids(drafter.row_token_ids[:rows], drafter.vocab_size)
     return None if rows is None else VocabMap.from_ids(range(rows), drafter.vocab_size)
@@ -142,7 +146,7 @@ def _shape_of(source: Source) -> str:
 
 
 def _is_whole(bundle: Path) -> bool:
-    """Whether the bundle is there, undamaged and of this version's format."""
+    """Returns whether the bundle exists, undamaged and in this version's format."""
     try:
         read_bundle(bundle)
     except VocabtrimError:
@@ -151,7 +155,7 @@ def _is_whole(bundle: Path) -> bool:
 
 
 def _twins(plans: Mapping[str, BundlePlan], missing: list[str]) -> dict[str, str]:
-    """For each bundle that is to be written, one that is there by then and differs in its LM head alone."""
+    """Returns for each missing bundle an earlier one that differs from it in the LM head alone."""
     twins, there = {}, [name for name in plans if name not in missing]
     for name in missing:
         for other in there:
@@ -182,7 +186,7 @@ def _check_room(shape: str, directory: Path, plans: Mapping[str, BundlePlan], mi
 
 
 def bundle_bytes(plan: BundlePlan) -> float:
-    """The approximate bytes of a bundle's weights: the embedding in its dtype, the head and the layers as quantised."""
+    """Returns the approximate bytes of a bundle's weights: the embedding in its dtype, head and layers as quantised."""
     model: Any = plan.source.model
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     layers = sum(p.numel() for p in model.parameters()) - embedding.numel()
@@ -191,7 +195,7 @@ def bundle_bytes(plan: BundlePlan) -> float:
 
 
 def head_bytes(plan: BundlePlan) -> float:
-    """The bytes of the LM head's rows."""
+    """Returns the bytes of the LM head's rows."""
     model: Any = plan.source.model
     rows, size = model.get_output_embeddings().weight.shape
     return float((len(plan.vocab_map) if plan.vocab_map else rows) * size * _bytes_of_product(plan))
@@ -202,7 +206,7 @@ def _bytes_of_product(plan: BundlePlan) -> float:
 
 
 def available_memory() -> int:
-    """The bytes that can be used without swapping, where the system tells; else all memory."""
+    """Returns the bytes that can be used without swapping, where the system states them; otherwise all memory."""
     info = Path("/proc/meminfo")
     for line in info.read_text("utf-8").splitlines() if info.is_file() else ():
         if line.startswith("MemAvailable:"):

@@ -20,7 +20,7 @@ from vocabtrim_export.drafters.source import HeadSource
 from vocabtrim_export.sources.source import Source
 from vocabtrim_export.tracing.composites import rotary_modules
 
-_WORDS = 64  # of the tokenizer: it only has to exist
+_WORDS = 64  # the tokenizer's; it only has to exist
 
 
 def _llama3(factor: float) -> dict[str, Any]:
@@ -31,7 +31,13 @@ def _llama3(factor: float) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The shape of a known model. model_type: as `AutoConfig.for_model` takes it."""
+    """The shape of a known model.
+
+    Attributes:
+        name: Its name.
+        model_type: The type for `AutoConfig.for_model`.
+        settings: The fields of its configuration.
+    """
 
     name: str
     model_type: str
@@ -59,7 +65,14 @@ class HeadShape:
 
 
 def _shape(name: str, model_type: str, sizes: Sequence[int], **settings: Any) -> Shape:
-    """sizes: vocabulary, hidden, intermediate, layers, attention heads, key/value heads, head, context."""
+    """Returns a shape.
+
+    Args:
+        name: Its name.
+        model_type: See `Shape`.
+        sizes: Vocabulary, hidden, intermediate, layers, attention heads, key/value heads, head, context.
+        settings: Other fields of the configuration.
+    """
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
     keys = [*names.split(), "head_dim", "max_position_embeddings"]
     none = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -119,7 +132,7 @@ HEAD_SHAPES = {
 
 
 def random_source(shape: Shape) -> Source:
-    """A model of `shape` with random weights that take no memory to speak of, and a tokenizer of a few words."""
+    """Returns a model of `shape` with random weights that take almost no memory, and a tokenizer of a few words."""
     backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(_WORDS)}, unk_token="t0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="t0")
     config = AutoConfig.for_model(shape.model_type, **shape.settings)
@@ -130,7 +143,7 @@ def random_source(shape: Shape) -> Source:
 
 
 def random_head(shape: HeadShape, target: Source) -> HeadSource:
-    """A head of `shape` with random weights for `target`, its tokenizer included; row i is token i."""
+    """Returns a head of `shape` with random weights for `target`, its tokenizer included; row i is token i."""
     config: Any = target.model.config
     names = "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim"
     sizes = {name: getattr(config, name) for name in [*names.split(), "max_position_embeddings", "rms_norm_eps"]}
@@ -157,7 +170,7 @@ def _fill(model: Any) -> None:
     noise = torch.randn(max(sum(tensor.shape) for tensor in state.values()), generator=torch.Generator().manual_seed(0))
     model.load_state_dict({name: _window(noise, name, tensor) for name, tensor in state.items()}, assign=True)
     model.tie_weights()
-    for rotary in rotary_modules(model):  # its frequencies are no weights: as the configuration has them
+    for rotary in rotary_modules(model):  # its frequencies are no weights: they follow from the configuration
         fresh = type(rotary)(model.config)
         for name, buffer in fresh.named_buffers():
             setattr(rotary, name, buffer)
@@ -165,7 +178,7 @@ def _fill(model: Any) -> None:
 
 
 def _window(noise: Tensor, name: str, like: Tensor) -> Tensor:
-    """A matrix whose rows are overlapping windows of `noise`; norms are ones and biases zeros."""
+    """Returns a matrix whose rows are overlapping windows of `noise`; norms are ones and biases zeros."""
     if like.ndim == 1:
         return torch.zeros(like.shape) if name.endswith("bias") else torch.ones(like.shape)
     scaled = noise[: sum(like.shape)] * like.shape[1] ** -0.5  # so that activations stay near one

@@ -1,4 +1,4 @@
-"""What benches measured, as parts of a report's page."""
+"""The results of benches as parts of a report's page."""
 
 from collections.abc import Sequence
 
@@ -80,7 +80,10 @@ def latency_section(benches: Sequence[Bench], drafter: Manifest | None) -> Secti
 
 
 def _limits(steps: Sequence[tuple[Bench, Measured]], drafter: Manifest | None) -> tuple[tuple[float, float], ...]:
-    """The limit in ms by K: the exported drafter's at other K, where it was measured, or each drafter's own."""
+    """Returns the limit in ms by K.
+
+    It is the exported drafter's at other K, where that was measured, or each drafter's own.
+    """
     own = next((step for step in steps if step[1].is_exported), None)
     if own is None or drafter is None or not own[0].bandwidth:
         return tuple(sorted({(float(row.head_rows), row.limit_ms) for _, row in steps}))

@@ -1,4 +1,4 @@
-"""What `vocabtrim bench --json` measured, read and checked against the bundles of a report."""
+"""The output of `vocabtrim bench --json`, read and compared with the bundles of a report."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,12 +34,12 @@ class Measured:
     Attributes:
         mode: The name of the mode, or of a sweep's drafter.
         draft_length: γ, or the longest draft; 0 for the target alone.
-        adapts: Drafts are as long as they are worth their time.
+        adapts: The lengths of drafts adapt to what they gain.
         context: Tokens of each prompt in a sweep of contexts; None where the prompts were left as they are.
-        figures: What was measured.
+        figures: The measured figures.
         head_rows: Rows of the drafter's LM head; of the target's for the target alone.
         is_exported: The drafter is the one that the report is about.
-        limit_ms: What a step would take if memory alone limited it: its bytes over the measured bandwidth.
+        limit_ms: The time of a step if memory alone limited it: its bytes over the measured bandwidth.
     """
 
     mode: str
@@ -65,7 +65,7 @@ class Bench:
     """One run of `vocabtrim bench`.
 
     Attributes:
-        name: What the report calls it.
+        name: Its name in the report.
         prompts: The number of prompts.
         max_new_tokens: Tokens generated for each prompt, at most.
         repeats: How often each was decoded.
@@ -74,7 +74,7 @@ class Bench:
         bandwidth: Bytes/s that the target's memory delivers.
         cpu: The processor.
         cores: Its usable cores.
-        rows: What was measured.
+        rows: The ways of decoding.
     """
 
     name: str
@@ -103,7 +103,7 @@ def read_bench(argument: str, bundles: Mapping[Role, Manifest]) -> Bench:
         bundles: The bundles that it must have measured.
 
     Raises:
-        VocabtrimError: The file holds something else, or measured other bundles.
+        VocabtrimError: The file is of another kind, or measured other bundles.
     """
     name, path = named_path(argument)
     data = read(path)

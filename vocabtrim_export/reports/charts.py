@@ -1,4 +1,4 @@
-"""Charts as geometry: what `chart.svg.jinja` draws. All lengths are in the units of the drawing."""
+"""Charts as geometry, which `chart.svg.jinja` draws. All lengths are in the units of the drawing."""
 
 import math
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 420, 308
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 24, 46
-LEGEND, LETTERS = 18, 56  # a line of it, and the letters that fit into one
-STYLES = 6  # that the page's style sheet tells apart, by colour, dashes and marks
+LEGEND, LETTERS = 18, 56  # the height of a legend's line, and the letters that fit into it
+STYLES = 6  # styles of lines in the page's style sheet, by colour, dashes and marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class Series:
     """A line of a chart.
 
     Attributes:
-        name: What the legend calls it.
+        name: Its name in the legend.
         points: (x, y) of each point, x ascending.
         band: (x, low, high) of an interval around the line.
         is_line: Whether the points are joined.
@@ -35,7 +35,7 @@ class Chart:
 
     Attributes:
         title: Its title.
-        summary: What it shows, in a sentence, for people who cannot see it.
+        summary: Its content in a sentence, for people who cannot see it.
         x_label: The name of the x axis.
         y_label: The name of the y axis.
         series: Its lines.
@@ -60,7 +60,13 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point of a drawn line. text: what it says when it is pointed at."""
+    """A point of a drawn line.
+
+    Attributes:
+        x: Its place.
+        y: Its place.
+        text: The text that appears when it is pointed at.
+    """
 
     x: float
     y: float
@@ -69,7 +75,16 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class DrawnLine:
-    """A line in the units of the drawing. path, band: "x,y x,y …". style: which of the `STYLES`."""
+    """A line in the units of the drawing.
+
+    Attributes:
+        name: Its name in the legend.
+        style: Its number among the `STYLES`.
+        path: The points, "x,y x,y …".
+        band: The outline of the interval around it, "x,y x,y …".
+        marks: Its marked points.
+        legend_y: The place of its name in the legend.
+    """
 
     name: str
     style: int

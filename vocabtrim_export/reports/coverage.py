@@ -1,4 +1,4 @@
-"""How much of some text a head of K rows covers, for every K."""
+"""The share of some text that a head of K rows covers, for every K."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 _RESAMPLES = 1_000
 _QUANTILES = 0.025, 0.975
-_OCTAVES = 7  # of K that a curve shows below the full vocabulary
+_OCTAVES = 7  # doublings of K that a curve shows below the full vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Curve:
 
     Attributes:
         domain: The domain's name.
-        origin: Whether its tokens are the calibration's held-out ones, or those of a text given with `--text`.
+        origin: "calibration" for the calibration's held-out tokens, "text" for those of a text given with `--text`.
         tokens: The number of tokens.
         documents: The number of documents; None where they are not known.
         points: One for each K, ascending.
@@ -49,7 +49,7 @@ class Curve:
 
 
 def grid(kept: int, vocab_size: int) -> tuple[int, ...]:
-    """Returns the K that a curve shows: powers of two, the export's own K, and the full vocabulary."""
+    """Returns the values of K that a curve shows: powers of two, the export's own K, and the full vocabulary."""
     powers = {1 << bit for bit in range(max(0, vocab_size.bit_length() - _OCTAVES), vocab_size.bit_length())}
     return tuple(sorted({each for each in powers if each < vocab_size} | {kept, vocab_size}))
 
@@ -91,7 +91,7 @@ def curve_of_documents(
 ) -> Curve:
     """Returns the coverage of documents, each int64[·] token ids, with a bootstrap interval where there are several.
 
-    Documents are drawn again, not tokens: the tokens of one document are alike.
+    Documents are resampled, not tokens: the tokens of one document are alike.
     """
     filled = [place[document] for document in documents if len(document)]
     sizes = np.array([len(each) for each in filled])

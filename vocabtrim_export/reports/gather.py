@@ -1,4 +1,4 @@
-"""`ExportReport`: what is known about an export, from its bundles, its token counts, benches and texts."""
+"""`ExportReport`: all known facts about an export, from its bundles, its token counts, benches and texts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from vocabtrim_export.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class ReportInputs:
-    """What a report is made from.
+    """The inputs of a report.
 
     Attributes:
         directory: The output directory of an export, or one bundle.
@@ -38,18 +38,18 @@ class ReportInputs:
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What is known about an export.
+    """All known facts about an export.
 
     Attributes:
         name: The directory's name.
         version: The version that made the report.
         bundles: The manifest of each bundle.
-        digests: What identifies each bundle: the digest of its manifest.
+        digests: The digest of each bundle's manifest, which identifies the bundle.
         coverage: Coverage by K, a curve for each domain.
-        kept: What the trim did to the calibration's tokens; None where that is not known.
-        benches: What was measured.
+        kept: The calibration's tokens that the head keeps and lacks; None where that is not known.
+        benches: The benches.
         lines: Lines of the texts in which the head lacks tokens.
-        missing: What the report cannot say, and how to find it out.
+        missing: Facts that are not known, and how to find them out.
     """
 
     name: str
@@ -63,12 +63,12 @@ class ExportReport:
     missing: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for `json.dumps`."""
+        """Returns the report as data for `json.dumps`."""
         return asdict(self)
 
 
 def make_report(inputs: ReportInputs) -> ExportReport:
-    """Read an export and what was found out about it. Every file of a bundle is checked against its digest.
+    """Read an export and everything measured about it. Every file of a bundle is checked against its digest.
 
     Raises:
         VocabtrimError: The directory holds no export, a file is damaged, or counts or benches belong to another export.
@@ -109,7 +109,7 @@ class _Tokens:
         kept: int64[K], the ids that its head keeps.
         is_kept: bool[vocabulary].
         place: int64[vocabulary], see `places`.
-        rows: The K that curves show.
+        rows: The values of K that curves show.
     """
 
     tokenizer: Tokenizer
@@ -148,7 +148,7 @@ def _read_bundles(directory: Path) -> dict[Role, Bundle]:
 
 
 def _read_counts(inputs: ReportInputs, drafter: Manifest) -> TokenCounts | None:
-    """The counts that chose the drafter's tokens, None where there are none."""
+    """Returns the counts that chose the drafter's tokens; None where there are none."""
     path = inputs.counts or inputs.directory / COUNTS_NAME
     if inputs.counts is None and not path.exists():
         return None
@@ -170,7 +170,7 @@ def _calibrated_curves(counts: TokenCounts, tokens: _Tokens) -> tuple[Curve, ...
 
 
 def _read_texts(arguments: Sequence[str]) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """The name of each file and the texts of its documents: of a conversation, what the assistant says."""
+    """Returns the name of each file and the texts of its documents; of a conversation, the assistant's messages."""
     return [
         (name, [document.counted_texts for document in read_corpus([path]).documents])
         for name, path in map(named_path, arguments)

@@ -1,4 +1,4 @@
-"""The parts of a report's page, whatever they are about."""
+"""The parts of a report's page, independent of their content."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,13 @@ from vocabtrim_export.reports.lost_tokens import MarkedLine
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A table's cell. value: what the column is sorted by; None sorts by the text. is_code: it is shown as code."""
+    """A table's cell.
+
+    Attributes:
+        text: Its text.
+        value: The number that the column is sorted by; None sorts by the text.
+        is_code: It is shown as code.
+    """
 
     text: str
     value: float | None = None
@@ -26,7 +32,16 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the page. anchor: what links to it name."""
+    """A part of the page.
+
+    Attributes:
+        anchor: The name that links use.
+        title: Its heading.
+        notes: Its paragraphs.
+        charts: Its charts.
+        tables: Its tables.
+        lines: Lines of text with marked tokens.
+    """
 
     anchor: str
     title: str

@@ -1,4 +1,4 @@
-"""Which tokens a trimmed head lacks, and where a text has them."""
+"""Tokens that a trimmed head lacks, and their places in a text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from engines.bundle.tokenizer import Tokenizer
 from vocabtrim_export.calibration import TokenCounts
 
 MOST_TOKENS = 40
-_LINES, _LINE_LENGTH = 4, 240  # of a text: how many are shown, and the characters of each
+_LINES, _LINE_LENGTH = 4, 240  # how many lines of a text are shown, and the characters of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class LostToken:
 
     Attributes:
         token_id: Its id.
-        text: Its text, with escapes for what does not show.
+        text: Its text, with escapes for characters that do not show.
         seen: How often the calibration counted it, with the weights of domains.
         share: `seen` over all counted tokens.
         domain: The domain in which it has the largest share; "" without domains.
@@ -35,7 +35,7 @@ class LostToken:
 
 @dataclass(frozen=True, slots=True)
 class KeptTokens:
-    """What the trim did to the calibration's tokens.
+    """The calibration's tokens that the head keeps and lacks.
 
     Attributes:
         rows: Tokens that the head keeps.
@@ -107,7 +107,7 @@ def kept_tokens(counts: TokenCounts, kept: NDArray[np.int64], tokenizer: Tokeniz
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """Returns a token as people can read it: its text in quotes, or the tokenizer's name for a part of a character."""
+    """Returns a token in readable form: its text in quotes, or the tokenizer's name for a part of a character."""
     text = tokenizer.decode([token_id], skip_special_tokens=False)
     if not text or "\ufffd" in text:
         text = tokenizer.backend.id_to_token(token_id) or ""

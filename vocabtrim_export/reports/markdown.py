@@ -39,5 +39,5 @@ def _line(line: MarkedLine) -> str:
 
 
 def _escape(text: str) -> str:
-    """The text in one line, with a backslash before what Markdown or HTML would read."""
+    """Returns the text in one line, with a backslash before characters that Markdown or HTML would interpret."""
     return re.sub(r"([\\`*_\[\]<>|~&#$])", r"\\\1", " ".join(text.split("\n")))

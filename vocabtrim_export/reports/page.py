@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: no network, no fonts, no files."""
+"""A report as one HTML page that needs no network, no fonts and no other files."""
 
 import base64
 import hashlib
@@ -29,5 +29,5 @@ def to_html(report: ExportReport) -> str:
 
 
 def _digest(text: str) -> str:
-    """The digest of an inline style or script, as a content security policy names it."""
+    """Returns the digest of an inline style or script in the form that a content security policy uses."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,4 +1,4 @@
-"""Where an export comes from: calibrations, digests, files and versions."""
+"""The origin of an export: calibrations, digests, files and versions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from vocabtrim_export.reports.gather import ExportReport
 from vocabtrim_export.reports.layout import Cell, Section, Table
 
-# Fields of a `CalibrationRun` and what the page calls them.
+# Fields of a `CalibrationRun` and their names on the page.
 _RUN = {
     "domain": "Domain",
     "source": "Counted",
@@ -22,7 +22,7 @@ _RUN = {
 
 
 def provenance_section(report: ExportReport) -> Section:
-    """Returns the part of the page that says what everything was made from."""
+    """Returns the part of the page about the origin of everything."""
     tables = [_runs(each.calibration) for each in report.bundles.values() if each.calibration]
     tables += [_digests(report), _files(report), _versions(report)]
     note = f"Made by vocabtrim-export {report.version}. Every file had the digest that its manifest states."

@@ -1,4 +1,4 @@
-"""A report in words, tables and charts: what its HTML and its Markdown both show."""
+"""A report in words, tables and charts: the common content of its HTML and its Markdown."""
 
 from collections.abc import Iterator, Sequence
 

@@ -118,7 +118,7 @@ class Form:
 
 
 def usage(generations: Sequence[Generation], prompts: Sequence[list[int]]) -> dict[str, Any]:
-    """Returns OpenAI's `usage`; `details` say how many drafted tokens were accepted and rejected."""
+    """Returns OpenAI's `usage`; its details state how many drafted tokens were accepted and rejected."""
     read, written = sum(map(len, prompts)), sum(len(generation.token_ids) for generation in generations)
     drafted = sum(generation.stats.drafted for generation in generations)
     accepted = sum(generation.stats.accepted for generation in generations)

@@ -26,7 +26,7 @@ T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 _CLOSE = {"Connection": "close"}  # the rest of a body is not waited for
 _READING_SECONDS = 5.0  # after a request's deadline, to take what was generated
-_GONE = 499  # nginx's status for a client that left, for the metrics alone
+_GONE = 499  # nginx's status for a client that left; only the metrics show it
 
 
 class Server:
@@ -179,7 +179,10 @@ async def _whole(job: Job, form: Form, answer: AsyncGenerator[Event, None]) -> R
 
 
 def _choices(job: Job) -> list[tuple[list[int], SamplingParams]]:
-    """A prompt and a sampling for each choice; seeds differ, or all answers to a prompt would be the same."""
+    """Returns a prompt and a sampling for each choice.
+
+    Seeds differ, otherwise all answers to a prompt would be equal.
+    """
     seed = job.sampling.seed
     samplings = [
         job.sampling if seed is None or index == 0 else replace(job.sampling, seed=(seed + index) % (1 << 64))

@@ -13,7 +13,7 @@ CONTEXT_EXCEEDED = "context_length_exceeded"
 
 
 class ApiError(Exception):
-    """A request that is not answered as it was asked.
+    """A request that cannot be answered.
 
     Attributes:
         status: The HTTP status.
@@ -41,7 +41,7 @@ class ApiError(Exception):
 
 
 def refusal(error: BaseException) -> Response:
-    """Returns the answer that tells a client of an error."""
+    """Returns the answer that reports an error to a client."""
     told = as_api_error(error)
     return Response(to_json(told.to_dict()), told.status, told.headers, "application/json")
 
@@ -52,9 +52,9 @@ def to_json(data: Mapping[str, Any]) -> bytes:
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """Returns `error` as clients are told of it: what they can change in their words, anything else without details.
+    """Returns `error` in the form that clients get: with its message where they can correct the request, else without.
 
-    The details of the server's own failures go to its log.
+    The details of the server's own failures are written to its log.
     """
     if isinstance(error, ApiError):
         return error

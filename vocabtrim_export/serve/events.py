@@ -50,7 +50,7 @@ class EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
         except TimeoutError:  # the server closes the connection of an answer without an end
             self._is_broken = True
-        finally:  # of the response: a generator that was never begun, or is abandoned, would run no `finally` now
+        finally:  # here, because a generator that was never begun, or is abandoned, would not run its own `finally` now
             try:
                 await self._body.aclose()
                 await self._rest.aclose()

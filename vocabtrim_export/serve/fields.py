@@ -8,13 +8,13 @@ from vocabtrim_export.serve.errors import ApiError
 
 
 class Fields:
-    """The fields of a request. What nobody has read by the end is an error, and not passed over."""
+    """The fields of a request. A field that no code has read by the end is an error; none is ignored silently."""
 
     def __init__(self, body: bytes) -> None:
         """Parse a body.
 
         Raises:
-            ApiError: It is no JSON object.
+            ApiError: It is not a JSON object.
         """
         try:
             values = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
@@ -57,7 +57,7 @@ class Fields:
         return value if isinstance(value, dict) else _refuse(name, value, "an object")
 
     def ignore(self, names: Collection[str]) -> None:
-        """Pass over fields that change no output."""
+        """Accept and ignore fields that change no output."""
         for name in names:
             self._values.pop(name, None)
 
@@ -80,7 +80,7 @@ class Fields:
         """Check that every field was read.
 
         Raises:
-            ApiError: One was not: it might have changed the answer.
+            ApiError: A field was not read; it might have changed the answer.
         """
         if self._values:
             name = next(iter(self._values))[:100]

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's two generating interfaces → `Job`: token ids and how to go on after them."""
+"""Requests of OpenAI's two generating interfaces → `Job`: token ids, and how to continue them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _IGNORED = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one request asks for.
+    """The content of one request.
 
     Attributes:
         prompts: Token ids; every prompt has `n` answers.
@@ -29,7 +29,7 @@ class Job:
         max_new_tokens: The most tokens of an answer; None: to the end of the context.
         sampling: How tokens are chosen; an answer after the first takes another seed where one was given.
         stop: Strings that end an answer.
-        logprobs: Alternatives whose log-probabilities are wanted with each token's own; None: no log-probabilities.
+        logprobs: Alternatives whose log-probabilities are returned with each token's own; None: no log-probabilities.
         is_chat: The request was for /v1/chat/completions.
         is_streamed: The answer comes as server-sent events.
         with_usage: A streamed answer ends with the numbers of tokens.
@@ -143,9 +143,9 @@ def _logprobs(fields: Fields, is_chat: bool) -> int | None:
 
 
 def _sampling(fields: Fields) -> SamplingParams:
-    """Absent fields have OpenAI's defaults, a temperature of 1 among them."""
+    """Returns the sampling. Absent fields have OpenAI's defaults, a temperature of 1 among them."""
     seed = fields.whole("seed", None, -_LARGEST, _LARGEST)
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "temperature": fields.number("temperature", 1.0),
         "top_p": fields.number("top_p", 1.0),
         "min_p": fields.number("min_p", 0.0),
@@ -156,7 +156,7 @@ def _sampling(fields: Fields) -> SamplingParams:
         "frequency_penalty": fields.number("frequency_penalty", 0.0),
         "logit_bias": fields.mapping("logit_bias"),
     }
-    return SamplingParams(**given)
+    return SamplingParams(**arguments)
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:
@@ -171,7 +171,7 @@ def _stops(fields: Fields) -> tuple[str, ...]:
 
 
 def _refuse_unsupported(fields: Fields) -> None:
-    """Refuse known fields with which the answer would have to be another one."""
+    """Refuse known fields that would require an answer of another form."""
     fields.refuse("response_format", [{"type": "text"}], "answers are free text; leave it out, or ask in the prompt")
     fields.refuse("echo", [False], "the answer holds new tokens only")
     fields.refuse("best_of", [1], "give n")

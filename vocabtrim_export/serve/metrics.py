@@ -1,4 +1,4 @@
-"""What a server counts, in Prometheus' form."""
+"""The counters of a server, in Prometheus' form."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -49,7 +49,7 @@ class Metrics:
         self._first.observe(seconds)
 
     def generated(self, generation: Generation, prompt_tokens: int, seconds: float) -> None:
-        """Count what one answer took."""
+        """Count the tokens and the seconds of one answer."""
         stats = generation.stats
         self._prompt.inc(prompt_tokens)
         self._cached.inc(stats.cached)
@@ -61,7 +61,7 @@ class Metrics:
         self._seconds.inc(seconds)
 
     def text(self) -> bytes:
-        """Returns all of them in Prometheus' text form."""
+        """Returns all counters in Prometheus' text form."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, what: str) -> Counter:

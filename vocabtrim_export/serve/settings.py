@@ -1,4 +1,4 @@
-"""`ServeSettings`: where a server listens, and what it lets clients ask for."""
+"""`ServeSettings`: the server's address and its limits."""
 
 from dataclasses import dataclass, field
 
@@ -9,19 +9,19 @@ MB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """How a pair is served.
+    """The server's address and its limits.
 
     Attributes:
         model_name: The name that clients give as `model`.
         host: The address to listen on.
         port: The port; 0 takes a free one.
-        api_key: What clients must send as a bearer token; "" asks for none.
+        api_key: The bearer token that clients must send; "" requires none.
         workers: Requests that are generated at a time, each with KV caches of its own.
         waiting: Requests that may wait for a worker; the next one is answered with 429.
         body_mb: The largest request body, in MiB.
         request_seconds: The longest time from a request's arrival to the end of its answer, waiting included.
         body_seconds: The longest time in which a request's body must arrive, so that slow clients fill no queue.
-        shutdown_seconds: How long a server that is told to stop lets running requests go on.
+        shutdown_seconds: How long running requests may continue after the server was told to stop.
     """
 
     model_name: str

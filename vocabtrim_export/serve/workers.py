@@ -12,7 +12,7 @@ from runtime.stream import Stream, Token
 from vocabtrim_export.serve.errors import ApiError
 from vocabtrim_export.serve.job import Job
 
-_RETRY_SECONDS = 2  # what a client that finds the queue full is told to wait
+_RETRY_SECONDS = 2  # the Retry-After of a client that finds the queue full
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class Running:
 
     Attributes:
         events: Tokens as they come, then the whole generation or the error that ended it.
-        cancelled: Set where nobody wants the rest: the generation ends after its round.
+        cancelled: Set when the rest is no longer wanted: the generation ends after its round.
     """
 
     events: "asyncio.Queue[Token | Generation | BaseException]" = field(default_factory=asyncio.Queue)
@@ -37,7 +37,7 @@ class Running:
 
 
 class Workers:
-    """A fair queue in front of the workers: who comes first is answered first.
+    """A fair queue in front of the workers: the first request to come is the first to be answered.
 
     A request gets the free worker whose KV cache holds most of its prompt, if that is at least half of it, otherwise
     the one that was used longest ago: a short system prompt in common must not evict a long conversation.
@@ -88,8 +88,8 @@ class Workers:
     ) -> AsyncGenerator[Token | Generation, None]:
         """Yields the tokens of one answer as they come, and then all of it.
 
-        A generation that is left early, by its client or by an error, ends after the round that runs, and only then is
-        its worker free for others.
+        A generation that is left early, by its client or by an error, ends after the round that runs. Its worker is
+        free for others only then.
         """
         self.waiting += 1
         try:
@@ -116,7 +116,7 @@ class Workers:
             running.cancelled.set()
 
     def close(self) -> None:
-        """Close the decoders; nothing may run any more."""
+        """Close the decoders; no generation may run any more."""
         self._threads.shutdown()
         for worker in self.all:
             worker.decoder.close()
@@ -142,7 +142,7 @@ def _run(
     prompt: list[int],
     sampling: SamplingParams,
 ) -> None:
-    """Generate in a worker's thread, and send what comes to the event loop."""
+    """Generate in a worker's thread, and send tokens and the result to the event loop."""
 
     def send(event: Token | Generation | BaseException) -> None:
         loop.call_soon_threadsafe(running.events.put_nowait, event)

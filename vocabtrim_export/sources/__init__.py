@@ -1,1 +1,1 @@
-"""What a user calls MODEL, loaded: hub ids, local directories, GGUF files, quantised checkpoints."""
+"""Loads a MODEL: hub ids, local directories, GGUF files, quantised checkpoints."""

@@ -32,19 +32,19 @@ from vocabtrim_export.sources.text_models import (
 )
 from vocabtrim_export.sources.unread_tensors import check_unread
 
-_NO_CODE = {"trust_remote_code": False}  # never a question on the terminal, never a model's own code
+_NO_CODE = {"trust_remote_code": False}  # transformers must neither ask on the terminal nor run a model's own code
 _MOST_RATIO = 16  # a checkpoint may pack several weights in a number
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the files of a model hold.
+    """The content of a model's files.
 
     Attributes:
         model: The model.
         tokenizer: Its tokenizer.
         end_token_ids: The ids that a file names in addition to those of the configs.
-        notes: What the user should know.
+        notes: Notes for the user.
     """
 
     model: PreTrainedModel
@@ -116,7 +116,7 @@ def _own_code_note(spec: str, config: PreTrainedConfig) -> tuple[str, ...]:
 def _unquantized_note(
     spec: str, files: list[Path], config: PreTrainedConfig, text: PreTrainedConfig
 ) -> tuple[str, ...]:
-    """Forget a quantisation that config.json states and the tensors do not have. Returns a note that says so."""
+    """Remove a quantisation from the config that the tensors do not have. Returns a note about it."""
     quantization: Any = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict) or is_quantized(spec, files, quantization):
         return ()
@@ -149,13 +149,17 @@ def _load_weights(
     if hasattr(text, "quantization_config"):
         del text.quantization_config
     if "lm_head.weight" not in weights and getattr(config, "tie_word_embeddings", False):
-        text.tie_word_embeddings = True  # the whole's rule holds for a head that the whole has
+        text.tie_word_embeddings = True  # the head belongs to the whole model, and so does this setting
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
     return kind.from_pretrained(None, config=text, state_dict=weights, **how)
 
 
 def read_checkpoint_tokenizer(spec: str, where: str) -> Any:
-    """Read the tokenizer of a model. Raises `VocabtrimError` where transformers cannot."""
+    """Read the tokenizer of a model.
+
+    Raises:
+        VocabtrimError: transformers cannot read it.
+    """
     try:
         return AutoTokenizer.from_pretrained(where, **_NO_CODE)
     except Exception as error:  # transformers and tokenizers raise many kinds
@@ -166,7 +170,7 @@ def read_checkpoint_tokenizer(spec: str, where: str) -> Any:
 
 
 def _check_fit(spec: str, loading: Mapping[str, Any]) -> None:
-    """Refuse weights that are not those of the configuration. loading: transformers' account of the tensors."""
+    """Refuse weights that do not fit the configuration; `loading` is transformers' account of the tensors."""
     begin = f"the weights of {spec} do not fit its config.json: "
     for name, there, wanted in sorted(loading["mismatched_keys"]):
         raise VocabtrimError(f"{begin}{name} has the shape {list(there)}, config.json asks for {list(wanted)}")
@@ -182,7 +186,7 @@ def _check_fit(spec: str, loading: Mapping[str, Any]) -> None:
 
 
 def _check_size(spec: str, config: PreTrainedConfig, weights: int) -> None:
-    """Refuse a config.json that asks for far more weights than there are, before they are allocated."""
+    """Refuse a config.json that describes far more weights than there are, before memory is allocated."""
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(config)
     wanted = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -193,7 +197,7 @@ def _check_size(spec: str, config: PreTrainedConfig, weights: int) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Returns what an exception of transformers says, in one line."""
+    """Returns the message of an exception of transformers, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines or isinstance(error, KeyError):
         return " ".join([type(error).__name__, *lines])

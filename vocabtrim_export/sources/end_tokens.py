@@ -1,4 +1,4 @@
-"""Every id that ends a generation, whoever names it."""
+"""All ids that end a generation, from every file that names one."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def eos_token_ids(tokenizer: "PreTrainedTokenizerFast", *configs: Any) -> frozenset[int]:
-    """Returns what `eos_token_id` of the tokenizer and of each of `configs` names: an id, several or none."""
+    """Returns all ids in `eos_token_id` of the tokenizer and of each of `configs`: each is an id, several or none."""
     named = [tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)]
     lists = [ids if isinstance(ids, list | tuple) else [ids] for ids in named]
     ids = [token_id for ids in lists for token_id in ids if token_id is not None]
@@ -26,23 +26,23 @@ def eos_token_ids(tokenizer: "PreTrainedTokenizerFast", *configs: Any) -> frozen
 def add_end_tokens(
     generation_config: "GenerationConfig", config: Any, tokenizer: "PreTrainedTokenizerFast", others: Iterable[int]
 ) -> None:
-    """Put every id that ends a generation where calibration, selection and export look: into `generation_config`.
+    """Put every id that ends a generation into `generation_config`, where calibration, selection and export read it.
 
     Args:
-        generation_config: changed in place.
-        config: the text model's; ids that its embedding has no row for are left out.
-        tokenizer: also gives the token with which its chat template ends an assistant's turn.
-        others: ids that the weight file names.
+        generation_config: Changed in place.
+        config: The text model's; ids that its embedding has no row for are left out.
+        tokenizer: Its chat template's end of an assistant's turn is added too.
+        others: Ids that the weight file names.
     """
     named = eos_token_ids(tokenizer, generation_config, config) | turn_end_token_ids(tokenizer) | frozenset(others)
     generation_config.eos_token_id = sorted(token_id for token_id in named if token_id < config.vocab_size) or None
 
 
 def turn_end_token_ids(tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
-    """Returns the id of the special token that follows an assistant's words in a rendered conversation.
+    """Returns the id of the special token that follows the assistant's text in a rendered conversation.
 
-    A model that was trained on such conversations says it when its answer is complete. The result is empty where no
-    special token follows, and where there is no template or it does not render a plain question and answer.
+    A model that was trained on such conversations generates it when its answer is complete. The result is empty where
+    no special token follows, and where there is no template or it does not render a plain question and answer.
     """
     try:
         chat = runtime_tokenizer(tokenizer).chat

@@ -1,4 +1,4 @@
-"""Checks the experts of a checkpoint that stores each expert's matrices by themselves, before any weight is read."""
+"""Checks the experts of a checkpoint that stores each expert's matrices separately, before any weight is read."""
 
 import re
 from collections import Counter

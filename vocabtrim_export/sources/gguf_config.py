@@ -1,4 +1,4 @@
-"""The configuration that transformers reads of a `.gguf` file, without its slow walk over the vocabulary."""
+"""transformers' configuration of a `.gguf` file, without its slow walk over the vocabulary."""
 
 import struct
 import tempfile
@@ -16,9 +16,9 @@ _VOCABULARY = "tokenizer.ggml."
 def read_config(header: GgufHeader) -> Any:
     """Returns transformers' configuration of the model in the file.
 
-    transformers' reader makes Python objects of each token, merge and score, twice, which takes most of a minute for
-    150,000 tokens. So it is given a file with the same metadata, but for those lists, and empty tensors of the same
-    names, which some architectures are told apart by.
+    transformers' reader creates Python objects of each token, merge and score, twice, which takes most of a minute for
+    150,000 tokens. It therefore reads a file with the same metadata, but for those lists, and empty tensors of the same
+    names, by which some architectures are told apart.
     """
     with tempfile.TemporaryDirectory() as directory:
         brief = Path(directory) / header.path.name

@@ -1,4 +1,4 @@
-"""The header of a `.gguf` file. Counts, lengths, shapes and offsets that it claims are checked before they are used."""
+"""The header of a `.gguf` file. Its counts, lengths, shapes and offsets are checked before they are used."""
 
 import math
 import mmap
@@ -30,7 +30,7 @@ _STRING, _ARRAY = 8, 9
 _SHAPE = ("block_count", "embedding_length", "feed_forward_length")  # a decoder has more weights than their product
 _MOST_RATIO = 16
 _MOST_VALUES = 1 << 16  # metadata keys, or tensors
-_MOST_ITEMS = 1 << 24  # of a list: far beyond any tokenizer
+_MOST_ITEMS = 1 << 24  # items of a list, far more than any tokenizer has
 _MOST_NAME = 1 << 16  # bytes
 _MOST_DIMENSIONS = 4
 _ALIGNMENT = 32
@@ -62,9 +62,10 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a `.gguf` file says before its weights.
+    """The header of a `.gguf` file.
 
     Attributes:
+        path: The file.
         metadata: Values by key: numbers, booleans, strings, lists of strings and arrays of numbers.
         tensors: The tensors by name.
         entries: The bytes of each metadata entry in the file, its key and type included.
@@ -91,7 +92,7 @@ class GgufHeader:
         return str(self.metadata.get("general.architecture", ""))
 
     def hyperparameters(self) -> dict[str, Any]:
-        """The values of the architecture's own keys, by what follows `ARCHITECTURE.`."""
+        """Returns the values of the architecture's own keys, by the key without `ARCHITECTURE.`."""
         start = f"{self.architecture}."
         return {key.removeprefix(start): value for key, value in self.metadata.items() if key.startswith(start)}
 
@@ -100,7 +101,7 @@ def read_header(path: Path) -> GgufHeader:
     """Read the header of `path`.
 
     Raises:
-        VocabtrimError: `path` is no GGUF of version 2 or 3, or its header claims more than the file holds.
+        VocabtrimError: `path` is not GGUF of version 2 or 3, or its header describes more than the file holds.
     """
     try:
         with path.open("rb") as file:
@@ -119,20 +120,20 @@ def check_gguf(path: Path) -> int:
         VocabtrimError: See `read_header`; or the metadata describes a model that is far larger than the file.
     """
     header = read_header(path)
-    said = header.hyperparameters()
-    claimed = math.prod(value if isinstance(value := said.get(name, 0), int) else 0 for name in _SHAPE)
+    parameters = header.hyperparameters()
+    claimed = math.prod(value if isinstance(value := parameters.get(name, 0), int) else 0 for name in _SHAPE)
     if claimed > _MOST_RATIO * header.weights and header.parts == 1:
         raise _broken(path, f"its metadata describes a model of over {claimed} weights, it holds {header.weights}")
     return header.weights
 
 
 def is_part(path: Path) -> bool:
-    """Whether a file's name is that of a part of a split model."""
+    """Returns whether the file's name is that of a part of a split model."""
     return _FIRST_PART.fullmatch(path.name) is not None
 
 
 def check_whole(header: GgufHeader) -> None:
-    """Check that a file is no part of a split model.
+    """Check that a file is not a part of a split model.
 
     Raises:
         VocabtrimError: It is one of several parts; the message says how to merge them.
@@ -153,7 +154,7 @@ def _broken(path: Path, what: str) -> VocabtrimError:
 
 
 class _Reader:
-    """A position in the mapped file, and what stands there."""
+    """A position in the mapped file, and functions that read the values there."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.size, self.at = data, path, len(data), 4
@@ -219,7 +220,7 @@ class _Reader:
         return self.texts(count)
 
     def texts(self, count: int) -> list[str]:
-        """A vocabulary or its merges: hundreds of thousands of strings, each after its length."""
+        """Returns `count` strings, each stored after its length: a vocabulary or its merges, hundreds of thousands."""
         texts, data, at, last, length_at = [], self.data, self.at, self.size - 8, _LENGTH.unpack_from
         for _ in range(count):
             if at > last:
@@ -233,7 +234,7 @@ class _Reader:
         return texts
 
     def numbers(self, kind: int, count: int) -> Any:
-        if kind not in _NUMBERS:  # lists of lists, which nobody writes, among them
+        if kind not in _NUMBERS:  # a list of lists is refused too; no writer produces one
             raise self.broken(f"its metadata has a value of the unknown type {kind}")
         dtype = np.dtype(_NUMBERS[kind])
         if count * dtype.itemsize > self.left() or count > _MOST_ITEMS:

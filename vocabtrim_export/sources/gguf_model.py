@@ -1,4 +1,4 @@
-"""A model from a `.gguf` file: transformers' configuration and names; what it leaves out of the file is added here."""
+"""A model from a `.gguf` file: transformers' configuration and names, and settings that transformers does not read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,10 +37,10 @@ def load_gguf(
         progress: Called with (bytes read, bytes to read).
 
     Returns:
-        The model, and what the user should know about it.
+        The model, and notes for the user.
 
     Raises:
-        VocabtrimError: The file describes something that transformers would read as something else.
+        VocabtrimError: transformers would misread the file.
     """
     _check_kind(header)
     config = read_config(header)
@@ -74,12 +74,14 @@ def _check_kind(header: GgufHeader) -> None:
 
 
 def _sampling_note(header: GgufHeader) -> tuple[str, ...]:
-    """Returns a note of how llama.cpp would sample by the file."""
-    said = {key.removeprefix(_SAMPLING): value for key, value in header.metadata.items() if key.startswith(_SAMPLING)}
-    if not said:
+    """Returns a note about the file's sampling settings, which llama.cpp would use."""
+    sampling = {
+        key.removeprefix(_SAMPLING): value for key, value in header.metadata.items() if key.startswith(_SAMPLING)
+    }
+    if not sampling:
         return ()
     values = ", ".join(
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in said.items()
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in sampling.items()
     )
     return (f"{header.path} asks llama.cpp to sample with {values}: not applied unless you give such options",)
 
@@ -87,7 +89,7 @@ def _sampling_note(header: GgufHeader) -> tuple[str, ...]:
 def _load(
     header: GgufHeader, config: Any, read: dict[str, Any], dtype: torch.dtype, progress: BytesDone
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """Returns the model and transformers' account of the tensors. read: the configuration before its corrections."""
+    """Returns the model and transformers' account of the tensors; `read` is the configuration before corrections."""
     how: dict[str, Any] = {"dtype": dtype, "config": config, "output_loading_info": True}
     how["ignore_mismatched_sizes"] = True  # they are listed then, and refused by the caller in one line
     if header.architecture in _READ_BY_TRANSFORMERS:
@@ -102,26 +104,27 @@ def _load(
 
 
 def _correct(config: Any, header: GgufHeader) -> tuple[str, ...]:
-    """Put into `config` what the file says beyond what transformers reads of it.
+    """Put the file's settings that transformers does not read into `config`.
 
-    Returns the endings of the names of biases that the file may lack: they are zero then.
+    Returns:
+        The endings of the names of biases that the file may lack: they are zero then.
     """
-    said = header.hyperparameters()
+    parameters = header.hyperparameters()
     for name in _FACTORS:
-        if said.get(name, 1.0) not in (0, 1):
+        if parameters.get(name, 1.0) not in (0, 1):
             raise VocabtrimError(f"{header.path} scales by {name}, which is not read: give the original weights")
     if rotation := rope_parameters(header):
         config.rope_parameters = rotation
-    elif base := said.get("rope.freq_base"):
+    elif base := parameters.get("rope.freq_base"):
         _turn(config, float(base))
-    _set_head_size(config, said, header)
+    _set_head_size(config, parameters, header)
     for name in _ATTRIBUTES:
-        if name in said:
-            setattr(config, name, float(said[name]))
-    window = said.get("attention.sliding_window")
+        if name in parameters:
+            setattr(config, name, float(parameters[name]))
+    window = parameters.get("attention.sliding_window")
     if isinstance(window, int) and 0 < window < config.max_position_embeddings and hasattr(config, "sliding_window"):
         config.sliding_window = window
-    if (header.architecture, said.get("block_count")) in _QUERIES_BY_WIDTH:
+    if (header.architecture, parameters.get("block_count")) in _QUERIES_BY_WIDTH:
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
     assumed: list[str] = []
     for tensor, switch in _BIASES.items():
@@ -132,15 +135,15 @@ def _correct(config: Any, header: GgufHeader) -> tuple[str, ...]:
 
 
 def _turn(config: Any, base: float) -> None:
-    """Some of transformers' tables of a file's keys lack the base of the rotation."""
+    """Set the base of the rotation, which some of transformers' tables of a file's keys lack."""
     rotation = getattr(config, "rope_parameters", None)
     if isinstance(rotation, dict):
         rotation = rotation.get("full_attention", rotation)
         rotation["rope_theta"] = base
 
 
-def _set_head_size(config: Any, said: Mapping[str, Any], header: GgufHeader) -> None:
-    size, values = said.get("attention.key_length"), said.get("attention.value_length")
+def _set_head_size(config: Any, parameters: Mapping[str, Any], header: GgufHeader) -> None:
+    size, values = parameters.get("attention.key_length"), parameters.get("attention.value_length")
     if size is None or header.architecture == "gemma4":
         return
     if values not in (None, size):
@@ -163,7 +166,7 @@ def _check_rotated(model: torch.nn.Module, header: GgufHeader) -> None:
 
 
 def _unread(model: PreTrainedModel, header: GgufHeader) -> list[str]:
-    """The file's tensors that are not in the model. Where their numbers add up, all of them are."""
+    """Returns the file's tensors that are not in the model; none where the numbers of weights agree."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     held = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}

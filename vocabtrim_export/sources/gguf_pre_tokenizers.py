@@ -1,8 +1,8 @@
-"""How text is split before the merges of a byte-level vocabulary, by the name that a `.gguf` file gives.
+r"""The splits of text before the merges of a byte-level vocabulary, by the name in a `.gguf` file.
 
-A name, `tokenizer.ggml.pre`, stands for regular expressions. Each splits the pieces that the one before left; what a
-pattern does not match stays as pieces of its own. The patterns are those of the models' own tokenizers. llama.cpp
-approximates some of them: its regular expressions know no `(?i:...)`, no `\\p{Lu}` and no possessive quantifiers.
+A name, `tokenizer.ggml.pre`, stands for regular expressions. Each splits the pieces that the one before left; text that
+a pattern does not match stays as separate pieces. The patterns are those of the models' own tokenizers. llama.cpp
+approximates some of them: its regular expressions have no `(?i:...)`, no `\p{Lu}` and no possessive quantifiers.
 """
 
 from tokenizers import Regex
@@ -21,7 +21,7 @@ _SIGNS_AND_SLASHES = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 
 
 def _cased(upper: str, lower: str, ending: str, numbers: str, signs: str) -> str:
-    """Words that break before a capital letter."""
+    """Returns a pattern for words that break before a capital letter."""
     start = r"[^\r\n\p{L}\p{N}]?"
     return rf"{start}{upper}*{lower}+{ending}|{start}{upper}+{lower}*{ending}|{numbers}|{signs}|{_SPACES}"
 
@@ -149,7 +149,7 @@ BEGINS_WITH_BOS = frozenset(
 
 
 def byte_level_splits(name: str | None) -> tuple[PreTokenizer, str | None]:
-    """Returns the pre-tokenizer that `name` stands for, and a note where it is not known what it stands for.
+    """Returns the pre-tokenizer that `name` stands for, and a note where the name is unknown.
 
     Args:
         name: `tokenizer.ggml.pre`, None for a file that has none.

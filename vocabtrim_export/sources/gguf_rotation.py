@@ -1,4 +1,4 @@
-"""The rotation that a `.gguf` file describes, where transformers does not read it."""
+"""The rotation of a `.gguf` file, where transformers does not read it."""
 
 from typing import Any
 
@@ -8,19 +8,19 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.sources.gguf_header import GgufHeader
 from vocabtrim_export.sources.gguf_weights import dequantize
 
-_FIRST_CONTEXT = 8192  # of Llama 3; with these three, one factor for each release says all of its rotation
+_FIRST_CONTEXT = 8192  # Llama 3's; with these three constants one factor describes each release's rotation
 _LOW, _HIGH = 1.0, 4.0
 _BASE = 10000.0  # where a file states none
 
 
 def rope_parameters(header: GgufHeader) -> dict[str, Any] | None:
-    """The rotation of Llama 3.1 and later, which their files describe by a tensor of divisors.
+    """Read the rotation of Llama 3.1 and later, which their files describe by a tensor of divisors.
 
     Returns:
         transformers' `rope_parameters`; None where the file has no such tensor.
 
     Raises:
-        VocabtrimError: The file scales its rotation in another way, which transformers would not do.
+        VocabtrimError: The file scales its rotation in a way that transformers lacks.
     """
     stated = header.hyperparameters()
     scaling = stated.get("rope.scaling.type", "none")
@@ -48,8 +48,9 @@ def rope_parameters(header: GgufHeader) -> dict[str, Any] | None:
 
 
 def _divisors(half: int, base: float, factor: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The divisor of each frequency: 1 where it turns more than `_HIGH` times in the first context, `factor` below
-    `_LOW`.
+    """Returns the divisor of each frequency: 1 where it turns more than `_HIGH` times in the first context.
+
+    It is `factor` where it turns less than `_LOW` times, and between them in between.
     """
     turns = _FIRST_CONTEXT / (2 * np.pi * base ** (np.arange(half) / half))
     share = np.clip((turns - _LOW) / (_HIGH - _LOW), 0, 1)

@@ -1,4 +1,4 @@
-"""The tokenizer that a `.gguf` file describes: the same ids for a text as llama.cpp gives."""
+"""The tokenizer of a `.gguf` file, with the same ids for a text as llama.cpp."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,8 +48,13 @@ _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # where a file of that 
 
 @dataclass(frozen=True, slots=True)
 class GgufTokenizer:
-    """tokenizer: as transformers' own. end_token_ids: every id that ends a generation. notes: what the user should
-    know about how prompts are split."""
+    """The tokenizer of a `.gguf` file.
+
+    Attributes:
+        tokenizer: The same class as transformers' own tokenizers.
+        end_token_ids: Every id that ends a generation.
+        notes: Notes for the user about how prompts are split.
+    """
 
     tokenizer: PreTrainedTokenizerFast
     end_token_ids: tuple[int, ...]
@@ -75,23 +80,31 @@ def read_tokenizer(header: GgufHeader) -> GgufTokenizer:
         backend.add_tokens(table.added_tokens())
     except VocabtrimError:
         raise
-    except Exception as error:  # bare in the library: merges of tokens that are not there
+    except Exception as error:  # the library raises a bare Exception for merges of missing tokens
         raise VocabtrimError(f"{header.path} has a damaged tokenizer ({error}): fetch it again") from error
     if (bos := table.special("bos")) is not None and table.begins_with_bos:
         pieces = [(table.tokens[bos], bos)]
         backend.post_processor = TemplateProcessing(f"{table.tokens[bos]}:0 $A:0", special_tokens=pieces)
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: table.special(key) for name, key in names.items()}
-    said = {name: table.tokens[token_id] for name, token_id in ids.items() if token_id is not None}
+    arguments = {name: table.tokens[token_id] for name, token_id in ids.items() if token_id is not None}
     if isinstance(template := header.metadata.get("tokenizer.chat_template"), str):
-        said["chat_template"] = template
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **said)
+        arguments["chat_template"] = template
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **arguments)
     return GgufTokenizer(tokenizer, table.end_token_ids(), (f"{header.path} {note}",) if note else ())
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """The fields `tokenizer.ggml.*`. types: of each token, see `_NORMAL` and its neighbours."""
+    """The fields `tokenizer.ggml.*`.
+
+    Attributes:
+        fields: The fields by name.
+        kind: The kind of tokenizer.
+        name: The model's name, in lower case.
+        tokens: The tokens by id.
+        types: The type of each token, see `_NORMAL` and its neighbours.
+    """
 
     fields: dict[str, Any]
     kind: str
@@ -130,13 +143,16 @@ class _Table:
         return by_kind if self.kind == "gemma4" else bool(self.fields.get("add_bos_token", by_kind))
 
     def special(self, name: str) -> int | None:
-        """The id of `bos`, `eos`, `eot` and the like, None where the file names none that there is."""
+        """Returns the id of `bos`, `eos`, `eot` and the like; None where the file names none that exists."""
         default = _SENTENCEPIECE_IDS.get(name) if self.kind == "llama" else None
         number = self.fields.get(f"{name}_token_id", default)
         return number if isinstance(number, int) and 0 <= number < len(self.tokens) else None
 
     def ends(self, number: int) -> bool:
-        """Whether the token is known to end a generation. HTML's </s> is an ordinary token in some vocabularies."""
+        """Returns whether the token is known to end a generation.
+
+        HTML's </s> is an ordinary token in some vocabularies.
+        """
         token = self.tokens[number]
         return token in _END_NAMES and (token != "</s>" or self.types[number] == _CONTROL)
 
@@ -149,7 +165,7 @@ class _Table:
         return tuple(sorted(ids))
 
     def added_tokens(self) -> list[AddedToken]:
-        """The tokens that are found in a text before it is split. Phi-3's take the spaces after them along."""
+        """Returns the tokens that are found in a text before it is split. Phi-3's include the spaces after them."""
         strips = "phi-3" in self.name or "phi3" in self.name
         return [
             AddedToken(
@@ -172,7 +188,10 @@ def _byte_level(table: _Table) -> tuple[Tokenizer, str | None]:
 
 
 def _sentencepiece(table: _Table) -> tuple[Tokenizer, str | None]:
-    """Pieces with scores: the pair of neighbours that makes the piece of the highest score is merged first."""
+    """Build a tokenizer of pieces with scores.
+
+    The two neighbours that form the piece of the highest score merge first.
+    """
     backend = _with_bytes(table, _merges_by_score(table))
     if table.fields.get("add_space_prefix", True):
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
@@ -200,7 +219,7 @@ def _with_bytes(table: _Table, merges: list[tuple[str, str]]) -> Tokenizer:
 
 
 def _merges_by_score(table: _Table) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two, the pieces of the highest score first, then those that come first."""
+    """Returns every way to join two pieces to one, the joined pieces of the highest score first, then the earlier."""
     scores = table.fields.get("scores")
     if scores is None or len(scores) != len(table.tokens):
         raise VocabtrimError("its pieces have no scores")

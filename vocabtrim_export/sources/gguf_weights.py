@@ -12,7 +12,7 @@ from torch import Tensor
 from vocabtrim_export.sources.gguf_header import GgufHeader
 
 # Numbers that are dequantised at once: the intermediate arrays stay in the cache. The package's own groups of 16 rows
-# hold too little for numpy to leave the interpreter's lock to other threads.
+# are too small for numpy to release the interpreter's lock.
 _AT_ONCE = 1 << 17
 
 BytesDone = Callable[[int, int], None]
@@ -37,7 +37,7 @@ def dequantize(header: GgufHeader, name: str, executor: ThreadPoolExecutor | Non
     step = max(1, _AT_ONCE // block)
 
     def part(begin: int) -> None:
-        # As one row, whatever the tensor's rows are: blocks follow each other.
+        # One row is enough: blocks follow each other across the tensor's rows.
         blocks = np.asarray(data[begin * block_bytes : (begin + step) * block_bytes]).reshape(1, -1)
         weights[begin * block : (begin + step) * block] = dequantize_blocks(blocks, kind).reshape(-1)
 
@@ -61,7 +61,7 @@ def load_weights(
         progress: Called with (bytes of the file read, bytes of the file).
 
     Returns:
-        The model's tensors by its own names: all that the file has.
+        All of the file's tensors, by the model's own names.
     """
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
@@ -82,7 +82,7 @@ def load_weights(
 
 
 def _model_names(model: Any, processor: Any) -> dict[str, str]:
-    """The names of the model's parameters by those in the file."""
+    """Returns the names of the model's parameters by the names in the file."""
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
     names: dict[str, str] = get_gguf_hf_weights_map(_Level(model, 1), processor)

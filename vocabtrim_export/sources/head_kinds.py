@@ -1,7 +1,7 @@
 """Every kind of head that can be a drafter: how its checkpoint is recognised, and the module that loads it.
 
-It imports no torch: the command line asks for the kind of a MODEL before anything is loaded, and `locate` refuses heads
-where a language model is needed.
+The module imports no torch: the command line asks for the kind of a MODEL before anything is loaded, and `locate`
+refuses heads where a language model is needed.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -20,12 +20,13 @@ class HeadKind:
     """One kind of head.
 
     Attributes:
-        title: What a checkpoint of this kind is, for messages.
-        module: A module of `vocabtrim_export.drafters` with `find_head(drafter, target)`. It takes both MODELs, reads
-            headers only, refuses what cannot be exported, and returns what loads the head for its loaded target.
+        title: The name of such a checkpoint in messages.
+        module: A module of `vocabtrim_export.drafters` with `find_head(drafter, target)`. The function gets both
+            MODELs, reads headers only, refuses heads that cannot be exported, and returns a function that loads the
+            head for its loaded target.
         recognises: Whether a directory with this config.json and tensors of these names holds such a head.
         has_slots: Whether in-context slots can extend its LM head.
-        in_target: The head is part of its target's checkpoint, and as a MODEL it is called by its kind's name.
+        in_target: The head is part of its target's checkpoint; as a MODEL it is given by its kind's name.
     """
 
     title: str
@@ -74,12 +75,12 @@ def _is_eagle(config: Mapping[str, Any], tensors: Collection[str]) -> bool:
 
 
 def _is_medusa(config: Mapping[str, Any], _tensors: Collection[str]) -> bool:
-    """A whole model that was trained together with its heads may state their number as well."""
+    """Returns whether a config.json is that of Medusa heads alone, not of a model that was trained with its heads."""
     return "medusa_num_heads" in config and not any("causallm" in name for name in _stated_kinds(config))
 
 
 def _stated_kinds(config: Mapping[str, Any]) -> list[str]:
-    """The names, in lower case, by which a config.json calls its model."""
+    """Returns the names, in lower case, that a config.json gives its model."""
     architectures = config.get("architectures")
     names = [*(architectures if isinstance(architectures, list) else []), config.get("speculators_model_type")]
     return [str(name).lower() for name in names]

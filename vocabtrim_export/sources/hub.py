@@ -13,16 +13,16 @@ _OTHERS = ["original/*", "onnx/*", "openvino/*", "consolidated*"]  # copies of t
 
 
 def fetch(spec: str) -> Path:
-    """The directory of a hub model's files, from the cache where the hub cannot be asked.
+    """Fetch a hub model's files, or take them from the cache where the hub does not answer.
 
     Args:
-        spec: the model's id, such as "HuggingFaceTB/SmolLM2-135M".
+        spec: The model's id, such as "HuggingFaceTB/SmolLM2-135M".
 
     Returns:
-        The snapshot in the local cache.
+        The snapshot's directory in the local cache.
 
     Raises:
-        VocabtrimError: there is no such model, it may not be read, or the hub does not answer and the cache lacks it.
+        VocabtrimError: There is no such model, it may not be read, or the hub does not answer and the cache lacks it.
     """
     try:
         commit = HfApi().model_info(spec, timeout=_SECONDS).sha

@@ -21,7 +21,7 @@ def locate(spec: str) -> tuple[list[Path], str]:
         The weight files and the directory they are in.
 
     Raises:
-        VocabtrimError: there is no model at `spec`, or it is of a kind that is not read.
+        VocabtrimError: There is no model at `spec`, or it is of a kind that is not read.
     """
     if "://" in spec:
         hub = "https://huggingface.co/"

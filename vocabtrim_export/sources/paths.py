@@ -1,4 +1,4 @@
-"""MODEL as a user gives it, as text and as a path."""
+"""MODEL in the user's words, as text and as a path."""
 
 import os
 from pathlib import Path

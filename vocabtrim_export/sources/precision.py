@@ -1,4 +1,4 @@
-"""A loaded model in another dtype for a while."""
+"""A loaded model in another dtype for the time of a block."""
 
 import copy
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 def calibration_model(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Give a model in the dtype that this CPU samples fastest in.
 
-    That is a bfloat16 copy where the CPU has instructions for it, which makes it two to three times as fast. Elsewhere
-    it is the model itself, in float32 until the context ends.
+    It is a bfloat16 copy where the CPU has instructions for it, which makes it two to three times as fast. Elsewhere it
+    is the model itself, in float32 until the context ends.
     """
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         yield model if model.dtype == torch.bfloat16 else _bfloat16_copy(model)

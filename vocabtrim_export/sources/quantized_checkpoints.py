@@ -1,7 +1,7 @@
 """Weight-only quantised checkpoints, read as the dense weights that their numbers and scales stand for, exactly.
 
-Four forms are read from safetensors: GPTQ, AWQ (its GEMM layout), compressed-tensors and fp8. Every row of a dense
-matrix is what the quantised model multiplies with, so rows can be cut from it.
+Four forms are read from safetensors: GPTQ, AWQ (its GEMM layout), compressed-tensors and fp8. Each row of a dense
+matrix equals the quantised model's row, so rows can be cut from it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,12 +17,12 @@ from vocabtrim_export.sources.weight_files import tensor_dtypes
 
 _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 BY_TRANSFORMERS = "mxfp4"  # transformers reads GPT-OSS's experts as dense weights where there is no GPU
-Parts: TypeAlias = Mapping[str, Tensor]  # of one matrix, by the last part of their names
+Parts: TypeAlias = Mapping[str, Tensor]  # the tensors of one matrix, by the last part of their names
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the columns that the nibbles of a number hold, from the lowest on
 
 
 def is_quantized(spec: str, files: Iterable[Path], quantization: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint with such a `quantization_config` holds quantised tensors.
+    """Returns whether a checkpoint with such a `quantization_config` holds quantised tensors.
 
     Args:
         spec: MODEL as the user gave it, for errors.
@@ -30,7 +30,7 @@ def is_quantized(spec: str, files: Iterable[Path], quantization: Mapping[str, An
         quantization: The `quantization_config` of config.json.
 
     Raises:
-        VocabtrimError: It does, in a form that is not read.
+        VocabtrimError: The tensors are quantised in a form that is not read.
     """
     if not any(dtype in _PACKED for file in files for dtype in tensor_dtypes(file)):
         return False
@@ -79,14 +79,17 @@ def dense_weights(files: list[Path], quantization: Mapping[str, Any], dtype: tor
 
 
 def unpack(packed: Tensor, bits: int, axis: int) -> Tensor:
-    """int32 → int32 with 32 / bits numbers for each along `axis`, from the lowest bits on."""
+    """Unpack int32 numbers to 32 / bits numbers each along `axis`, from the lowest bits on. Returns int32."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     parts = (packed.unsqueeze(axis + 1) >> shifts.view(-1, *[1] * (packed.ndim - axis - 1))) & ((1 << bits) - 1)
     return parts.flatten(axis, axis + 1)
 
 
 def _gptq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
-    """qweight: [in / n, out], zero points and scales for each group of inputs; the zero points are stored less one."""
+    """Dequantise GPTQ's qweight: [in / n, out].
+
+    There are zero points (stored less one) and scales for each group of inputs.
+    """
     layout = quantization.get("checkpoint_format", "gptq")
     if layout not in ("gptq", "gptq_v2") or parts["qweight"].dtype != torch.int32:
         kind = str(parts["qweight"].dtype).removeprefix("torch.")
@@ -106,7 +109,7 @@ def _gptq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
 
 
 def _awq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
-    """qweight: [in, out / 8], its columns shuffled within each 8."""
+    """Dequantise AWQ's qweight: [in, out / 8], its columns shuffled within each 8."""
     if (
         quantization.get("bits", quantization.get("w_bit")) != 4
         or str(quantization.get("version", "gemm")).lower() != "gemm"
@@ -123,8 +126,11 @@ def _awq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
 
 
 def _compressed(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
-    """weight_packed: [out, in / n], unsigned, or weight: int8 or float8 [out, in]; scales: [out, groups], or one for
-    each block of rows and columns."""
+    """Dequantise the weight of compressed-tensors.
+
+    It is weight_packed: [out, in / n], unsigned, or weight: int8 or float8 [out, in]; the scales are [out, groups], or
+    one for each block of rows and columns.
+    """
     if quantization.get("transform_config"):
         raise VocabtrimError("weights that are rotated (transform_config) are not read: give the unquantised ones")
     scales = parts["weight_scale"].float()
@@ -151,7 +157,7 @@ def _compressed(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
 
 
 def _fp8(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
-    """weight: float8 [out, in]; what scales it: one number, or one for each block of rows and columns."""
+    """Dequantise weight: float8 [out, in] by its scale: one number, or one for each block of rows and columns."""
     values, scales = parts["weight"].float(), parts["weight_scale_inv"].float()
     height, width = quantization.get("weight_block_size") or (None, None)
     scales = scales.reshape(-1, 1) if scales.ndim < 2 else scales
@@ -180,13 +186,16 @@ def _bits(bits: Any) -> int:
 
 
 def _of_weights(quantization: Mapping[str, Any], name: str) -> Any:
-    """What compressed-tensors' groups of layers say of their weights: the value, or a list where they differ."""
+    """Returns the setting of compressed-tensors' groups of layers for their weights; a list where the groups differ."""
     values = [group["weights"].get(name) for group in quantization.get("config_groups", {}).values()]
     return values[0] if values and all(value == values[0] for value in values) else values
 
 
 def _groups(columns: int, count: int, size: Any = None) -> Tensor:
-    """int64[columns]: the group of each input, `count` groups of `size`; without a size all but the last are equal."""
+    """Returns int64[columns], the group of each input: `count` groups of `size`.
+
+    Without a size all groups but the last are equal.
+    """
     size = size if isinstance(size, int) and size > 0 and count > 1 else -(-columns // count)
     if -(-columns // size) != count:
         raise IndexError(f"{count} groups of {size} do not make {columns}")

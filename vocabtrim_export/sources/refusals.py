@@ -23,9 +23,13 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One kind of architecture. matches: whether a language model of this configuration and class is of the kind.
+    """One kind of architecture that is refused.
 
-    what: the kind, as it follows "is". why: what stands against its export. instead: what to give.
+    Attributes:
+        what: The kind, in the form that follows "is".
+        why: Why it cannot be exported.
+        matches: Whether a language model of this configuration and class is of the kind.
+        instead: Which model to use instead.
     """
 
     what: str
@@ -35,14 +39,14 @@ class Refusal:
 
 
 def check_architecture(spec: str, config: PreTrainedConfig) -> None:
-    """Refuse what cannot be exported by its configuration alone.
+    """Refuse architectures that cannot be exported, by the configuration alone.
 
     Args:
         spec: MODEL as the user gave it.
-        config: the language model's own configuration; of a multimodal checkpoint its text model's.
+        config: The language model's own configuration; for a multimodal checkpoint its text model's.
 
     Raises:
-        VocabtrimError: one line that names the kind of architecture, why it cannot be exported and what to give.
+        VocabtrimError: One line names the kind of architecture, why it cannot be exported and what to use instead.
     """
     if config.is_encoder_decoder:
         raise _error(spec, config, _ENCODER_DECODER)
@@ -76,20 +80,23 @@ def _layer_types(config: Config) -> set[str]:
 
 
 def _keeps_a_state(config: Config, kind: ModelClass) -> bool:
-    """Whether a layer keeps a state that cannot be rewound, by transformers' own mark or by the layers' types."""
+    """Returns whether a layer keeps a state that cannot be rewound, by transformers' own mark or the layers' types."""
     others = _layer_types(config) - _PLAIN_LAYERS - _OTHER_LAYERS.keys()
     return bool(getattr(kind, "_is_stateful", False) or others)
 
 
 def _is_bidirectional(config: Config, kind: ModelClass) -> bool:
-    """The classes that can be an encoder as well build either mask; others only inherit the flag."""
+    """Returns whether attention sees later tokens.
+
+    Only classes that can also be an encoder build either mask; others merely inherit the flag `is_decoder`.
+    """
     builds_either = "create_bidirectional_mask" in inspect.getsource(sys.modules[kind.__module__])
     is_encoder = builds_either and getattr(config, "is_decoder", None) is False
     return is_encoder or getattr(config, "use_bidirectional_attention", None) in (True, "all")
 
 
 def _has_experts(config: Config, kind: ModelClass) -> bool:
-    """A class that runs its experts through transformers' common interface or picks tokens by indices."""
+    """Returns whether the class runs experts, through transformers' common interface or by indices of tokens."""
     modeling = sys.modules[kind.__module__]
     if config.model_type in _TRACED_EXPERTS or getattr(config, "enable_moe_block", None) is False:
         return False
@@ -101,12 +108,12 @@ def _has_experts(config: Config, kind: ModelClass) -> bool:
 
 
 def _owns_its_experts(config: Config, kind: ModelClass) -> bool:
-    """Experts that do not go through transformers' common interface."""
+    """Returns whether the experts bypass transformers' common interface."""
     return _has_experts(config, kind) and not hasattr(sys.modules[kind.__module__], "use_experts_implementation")
 
 
 def _has_unknown_experts(config: Config, kind: ModelClass) -> bool:
-    """Whether some experts compute something else than the composite Experts, tried on a model without weights."""
+    """Returns whether some experts do not compute the composite Experts, tried on a model without weights."""
     if not _has_experts(config, kind):
         return False
     with torch.device("meta"):
@@ -118,7 +125,7 @@ _TRACED_EXPERTS = {"jetmoe"}  # its experts are products of split rows, which a 
 
 
 def _has_latent_values(config: Config, _kind: ModelClass) -> bool:
-    sizes = config.to_dict()  # of a model whose layers differ, an attribute cannot be read for all of them
+    sizes = config.to_dict()  # an attribute cannot be read where the layers differ
     if sizes.get("kv_lora_rank") is None:
         return False
     keys = (sizes.get("qk_nope_head_dim") or 0) + (sizes.get("qk_rope_head_dim") or 0)

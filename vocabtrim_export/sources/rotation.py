@@ -11,12 +11,12 @@ DEFAULT_CONTEXT = 4096
 
 
 def context_length(name: str, model: PreTrainedModel, max_length: int | None) -> int:
-    """Tokens that the KV cache of a bundle holds.
+    """Returns the number of tokens that the KV cache of a bundle holds.
 
     Args:
-        name: the model's, for the error.
-        model: the loaded model.
-        max_length: the user's `--max-length`; None takes the model's first length, at most 4,096 tokens.
+        name: The model's name, for the error.
+        model: The loaded model.
+        max_length: The user's `--max-length`; None takes the model's first length, at most 4,096 tokens.
 
     Raises:
         VocabtrimError: `max_length` is below 2 or more than the model can take.
@@ -36,10 +36,10 @@ def context_length(name: str, model: PreTrainedModel, max_length: int | None) ->
 
 
 def fix_long_tables(name: str, model: PreTrainedModel, context: int) -> tuple[str, ...]:
-    """Choose a LongRoPE model's long tables for good where `context` is beyond its first length.
+    """Choose a LongRoPE model's long tables permanently where `context` is beyond its first length.
 
-    transformers takes the short tables for short texts and the long ones for long texts; a graph has one set. The
-    model is changed in place, so that calibration, the graph and every comparison rotate alike.
+    transformers takes the short tables for short texts and the long ones for long texts; a graph has one set. The model
+    is changed in place, so that calibration, the graph and every comparison rotate alike.
 
     Returns:
         A note for the user, where the tables were chosen.
@@ -64,7 +64,7 @@ def _rope(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _first_length(model: PreTrainedModel) -> int | None:
-    """The length up to which a LongRoPE model takes its short tables; None for a model with one rotation."""
+    """Returns the length up to which a LongRoPE model takes its short tables; None for a model with one rotation."""
     rope = _rope(model)
     if rope.get("rope_type") != "longrope":
         return None

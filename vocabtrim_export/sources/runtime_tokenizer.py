@@ -1,4 +1,4 @@
-"""The tokenizer that a model's bundle will run with, made from transformers' one before there is a bundle."""
+"""The tokenizer that a model's bundle will run with, created from transformers' one before there is a bundle."""
 
 from typing import TYPE_CHECKING
 

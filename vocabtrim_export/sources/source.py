@@ -1,4 +1,4 @@
-"""Loading what a user calls MODEL: a hub id, a local model directory, or a `.gguf` file."""
+"""Loads a MODEL: a hub id, a local model directory, or a `.gguf` file."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class Source:
         model: The model, in evaluation mode.
         tokenizer: Its fast tokenizer.
         digest: sha256 over its weight files.
-        notes: What the user should know.
+        notes: Notes for the user.
     """
 
     name: str
@@ -141,7 +141,7 @@ def _load_file(file: Path, dtype: torch.dtype, progress: BytesDone) -> Loaded:
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """Make the config of a model whose weights were dequantised while loading, as a GGUF's are, say so."""
+    """Remove the quantisation from the config of a model whose weights were dequantised while loading."""
     if hasattr(model.config, "quantization_config"):
         if (method := getattr(model.config.quantization_config, "quant_method", "gguf")) != "gguf":
             raise VocabtrimError(
@@ -168,5 +168,5 @@ def _check(spec: str, model: PreTrainedModel, tokenizer: Any) -> None:
 
 
 def _digest(files: list[Path]) -> str:
-    """sha256 over the weight files' own digests."""
+    """Returns sha256 over the weight files' own digests."""
     return hashlib.sha256("\n".join(map(file_digest, files)).encode()).hexdigest()

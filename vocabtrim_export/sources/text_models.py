@@ -28,7 +28,7 @@ _OTHER_PARTS = re.compile(
 
 
 def text_config(spec: str, config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the language model in `config`: itself, or its text model's where it is multimodal.
+    """Returns the configuration of the language model in `config`: itself, or its text model's where it is multimodal.
 
     Raises:
         VocabtrimError: transformers cannot run that text model by itself.
@@ -50,7 +50,7 @@ def text_config(spec: str, config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def is_multimodal(config: PreTrainedConfig, text: PreTrainedConfig) -> bool:
-    """Whether `text`, from `text_config`, is a part of `config`."""
+    """Returns whether `text`, from `text_config`, is a part of `config`."""
     return text is not config
 
 
@@ -60,10 +60,11 @@ def multimodal_note(spec: str, text: PreTrainedConfig) -> str:
 
 
 def text_tensor_names(names: Iterable[str]) -> dict[str, str]:
-    """The language model's tensors of a multimodal checkpoint: their names there → their names in the model alone.
+    """Returns the names that the language model's tensors of a multimodal checkpoint have in the model alone.
 
-    Where the language model has a prefix of its own, everything else belongs to other parts. Where it has none, the
-    tensors of vision and audio towers and their projectors are left out by name.
+    The keys are their names in the checkpoint. Where the language model has a prefix of its own, everything else
+    belongs to other parts. Where it has none, the tensors of vision and audio towers and their projectors are left out
+    by name.
     """
     names = list(names)
     has_prefix = any(map(_PREFIX.match, names))
@@ -79,7 +80,7 @@ def text_tensor_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def text_weights(files: Iterable[Path]) -> dict[str, Tensor]:
-    """The language model's tensors of the .safetensors `files`; the rest is not read."""
+    """Returns the language model's tensors of the .safetensors `files`; the rest is not read."""
     weights = {}
     for file in files:
         with safe_open(file, "pt") as opened:

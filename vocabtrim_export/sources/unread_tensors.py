@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that the loaded model has no place for: known to be harmless, named in a note, or refused."""
+"""Tensors of a checkpoint that the loaded model does not have: known to be harmless, named in a note, or refused."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -17,12 +17,12 @@ _HARMLESS = re.compile(
 )
 _MTP = re.compile(r"(^|\.)mtp(_layers|_block)?\.|\.(eh_proj|shared_head)\.|(^|\.)nextn_")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-# What does not change the next token's logits: the user is told that it stays behind.
+# Tensors that do not change the next token's logits: a note tells the user that they are left out.
 _NOTED = (
     (re.compile(r"(^|\.)(v_head|value_head|reward_head|score|classifier)\."), "a head that scores texts"),
     (re.compile(r"(^|\.)medusa_heads?\."), "Medusa heads (as --drafter they need a directory of their own)"),
 )
-# Why nothing reads a tensor, by its name.
+# Reasons why a tensor is not read, by its name.
 _CAUSES = (
     (
         re.compile(r"lora_|(^|\.)adapters?[._]|modules_to_save|^base_model\.model\."),
@@ -47,14 +47,14 @@ def check_unread(spec: str, unread: Iterable[str], layers: int) -> tuple[str, ..
 
     Args:
         spec: MODEL as the user gave it.
-        unread: the names of those tensors, as the checkpoint's format spells them.
-        layers: decoder layers that the model has.
+        unread: The names of those tensors in the checkpoint's format.
+        layers: Decoder layers that the model has.
 
     Returns:
-        Notes for the user: what stays behind that does not change the model's output.
+        Notes for the user about tensors that are left out and do not change the model's output.
 
     Raises:
-        VocabtrimError: a tensor is left that the model may have needed; the line names it and its likely meaning.
+        VocabtrimError: A tensor remains that the model may have needed; the line names it and its likely meaning.
     """
     names = [name for name in unread if not _HARMLESS.search(name)]
     notes = []
@@ -74,22 +74,25 @@ def check_unread(spec: str, unread: Iterable[str], layers: int) -> tuple[str, ..
 
 
 def multi_token_prediction(names: Sequence[str], layers: int) -> list[str]:
-    """The tensors of multi-token-prediction layers: named so, or in a layer beyond the model's with such a tensor."""
+    """Returns the tensors of multi-token-prediction layers.
+
+    These have such a name, or are in a layer beyond the model's `layers` that has a tensor with such a name.
+    """
     marked = {_layer(name) for name in names if _MTP.search(name)} - {None}
     beyond = {layer for layer in marked if layer is not None and layer >= layers}
     return [name for name in names if _MTP.search(name) or _layer(name) in beyond]
 
 
 def _layer(name: str) -> int | None:
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
+    layer = _LAYER.search(name)
+    return int(layer[1]) if layer else None
 
 
 def _refusal(spec: str, names: list[str], layers: int) -> VocabtrimError:
     if any((_layer(name) or 0) >= layers for name in names):
         cause = f"layers beyond the {layers} that its config.json states: correct num_hidden_layers"
     else:
-        found = (why for pattern, why in _CAUSES if any(map(pattern.search, names)))
-        cause = next(found, "tensors that its architecture has no place for: give the checkpoint that belongs to it")
+        causes = (why for pattern, why in _CAUSES if any(map(pattern.search, names)))
+        cause = next(causes, "tensors that its architecture has no place for: give the checkpoint that belongs to it")
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return VocabtrimError(f"nothing reads {names[0]}{more} in {spec}, which are {cause}")

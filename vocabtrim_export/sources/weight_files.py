@@ -1,4 +1,4 @@
-"""Weight files before they are opened: which are never opened, and how much those that are claim to hold."""
+"""Checks of weight files before they are opened: pickles are refused, and sizes are read from the headers."""
 
 import math
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class _Entry:
 
 
 def pickled(path: Path) -> VocabtrimError:
-    """The refusal of a pickle checkpoint, with the way to convert it."""
+    """Returns the error for a pickle checkpoint; it says how to convert it."""
     directory = path.parent
     return VocabtrimError(
         f"{path} is a pickle checkpoint, which can run code when opened: take a release with .safetensors, or convert "
@@ -35,19 +35,31 @@ def pickled(path: Path) -> VocabtrimError:
 
 
 def count_weights(path: Path) -> int:
-    """Numbers that a weight file holds, by its header alone. Raises `VocabtrimError` for a header that cannot be."""
+    """Returns how many numbers a weight file holds, by its header alone.
+
+    Raises:
+        VocabtrimError: The header is not valid.
+    """
     if path.suffix == ".gguf":
         return check_gguf(path)
     return sum(map(math.prod, tensor_shapes(path).values()))
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The tensors of a .safetensors file by its header alone. Raises `VocabtrimError` for a header that cannot be."""
+    """Returns the shapes of the tensors of a .safetensors file, by its header alone.
+
+    Raises:
+        VocabtrimError: The header is not valid.
+    """
     return {name: entry.shape for name, entry in _entries(path).items()}
 
 
 def tensor_dtypes(path: Path) -> set[str]:
-    """The dtypes in a .safetensors file, as it spells them. Raises `VocabtrimError` for a header that cannot be."""
+    """Returns the dtypes in a .safetensors file, as the file spells them, by its header alone.
+
+    Raises:
+        VocabtrimError: The header is not valid.
+    """
     return {entry.dtype for entry in _entries(path).values()}
 
 

@@ -35,7 +35,7 @@ ATTENTION = "vocabtrim_composite"
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A module known to compute `x · rsqrt(mean(x²) + epsilon) · w`, w = weight, or 1 + weight if zero_centered."""
+    """A module that computes `x · rsqrt(mean(x²) + epsilon) · w`, w = weight, or 1 + weight if zero_centered."""
 
     name: str
     epsilon: float
@@ -58,7 +58,13 @@ class Rope(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of a model that composites stand for. rope: None leaves the rotation as the model writes it."""
+    """The parts of a model that composites stand for.
+
+    Attributes:
+        norms: The RMS norms.
+        experts: The modules of experts.
+        rope: The rotary tables; None leaves the rotation as the model writes it.
+    """
 
     norms: list[Norm]
     experts: list[Experts]
@@ -66,7 +72,7 @@ class Parts:
 
 
 def rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that turn positions into cosines and sines."""
+    """Returns the modules that turn positions into cosines and sines."""
     return [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
 
 
@@ -85,7 +91,7 @@ def composites(skeleton: PreTrainedModel, modeling: ModuleType, parts: Parts) ->
         _hidden: Tensor,
         position_ids: Tensor,  # noqa: ARG001
         layer_type: str | None = None,
-    ) -> tuple[Tensor, Tensor]:  # the names that transformers' own modules have
+    ) -> tuple[Tensor, Tensor]:  # the parameters have the names of transformers' own modules
         assert rope is not None
         return rope.table(layer_type)
 
@@ -139,7 +145,7 @@ def _rms_norm(norm: Norm) -> Callable[[nn.Module, Tensor], Tensor]:
 
 
 def _attention(handed_on: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, None]]:
-    """An attention function for transformers; it takes the rotary tables out of `handed_on`."""
+    """Returns an attention function for transformers; it takes the rotary tables out of `handed_on`."""
 
     def attention(
         module: Any,

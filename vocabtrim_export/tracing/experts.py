@@ -19,22 +19,22 @@ from vocabtrim_export.tracing.emit import emit
 # what transformers' `use_experts_implementation` gives a module of experts
 _MARKS = ("_apply_gate", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
 _PROBED = 16  # numbers that the gate is tried on, at each size
-_SIZES = (1.0, 10.0, 100.0)  # of these numbers: a limit is beyond some and within others
+_SIZES = (1.0, 10.0, 100.0)  # the sizes of these numbers: a limit is larger than some and smaller than others
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A module known to compute down · gated(gate_up · x + bias) + bias for the experts that a router picked.
+    """A module that computes down · gated(gate_up · x + bias) + bias for the experts that a router picked.
 
-    With g and u for the halves of gate_up's output, G = min(g, limit) and U = clamp(u, −limit, limit), gated is
-    `G · sigmoid(alpha · G) · (U + beta)`.
+    With g and u for the halves of gate_up's output, G = min(g, limit) and U = clamp(u, −limit, limit), gated is `G ·
+    sigmoid(alpha · G) · (U + beta)`.
 
     Attributes:
         name: The module's name in its model.
-        interleaved: The rows of gate_up are g and u by turns; else all of g, then all of u.
+        interleaved: The rows of gate_up are g and u alternating; else all of g, then all of u.
         transposed: gate_up and down are [experts, in, out]; else [experts, out, in].
         alpha: The factor in the sigmoid.
-        beta: What is added to u.
+        beta: The number added to u.
         limit: Where g and u are clamped; 0 where they are not.
     """
 
@@ -54,12 +54,12 @@ def expert_modules(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
 
 
 def find_experts(model: PreTrainedModel) -> list[Experts]:
-    """Returns the modules of experts whose gate is a known one; it reads no weights."""
+    """Returns the modules of experts whose gate is a known one. No weights are read."""
     return [experts for name, module in expert_modules(model) if (experts := as_experts(name, module))]
 
 
 def as_experts(name: str, module: Any) -> Experts | None:
-    """Returns what a module of experts computes; None where that is something else than `Experts` describes."""
+    """Returns the computation of a module of experts; None where `Experts` does not describe it."""
     if not module.has_gate or module.has_post_expert_norm:
         return None
     generator = torch.Generator().manual_seed(0)

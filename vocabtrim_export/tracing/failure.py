@@ -1,4 +1,4 @@
-"""What went wrong while a model was traced, in one line without the compiler's own words."""
+"""A failed tracing in one line, without the compiler's own words."""
 
 import traceback
 from pathlib import Path
@@ -9,11 +9,11 @@ from engines.errors import VocabtrimError
 
 
 def untraceable(model: PreTrainedModel, error: Exception) -> VocabtrimError:
-    """The refusal of a model that `torch.export` or its ONNX exporter could not take.
+    """Returns the error for a model that `torch.export` or its ONNX exporter refuses.
 
     Args:
-        model: what was traced.
-        error: whatever the model's own code or torch raised.
+        model: The model.
+        error: The exception of the model's own code or of torch.
 
     Returns:
         An error that names the architecture and the line of its code where tracing stopped, if there is one.
@@ -27,7 +27,7 @@ def untraceable(model: PreTrainedModel, error: Exception) -> VocabtrimError:
 
 
 def _model_frame(error: BaseException | None) -> str | None:
-    """The innermost line in transformers' models on the way to `error` or to what caused it."""
+    """Returns the innermost line of transformers' models in the traceback of `error` or of its cause."""
     while error is not None:
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
             path = Path(frame.filename)

@@ -13,7 +13,7 @@ from vocabtrim_export.tracing.composites import Norm, Rope, rotary_modules
 
 
 def find_norms(model: PreTrainedModel) -> list[Norm]:
-    """Returns the RMS norms of a model: modules with such a name that compute an RMS norm."""
+    """Returns the modules of a model that have the name of an RMS norm and compute one."""
     return [
         norm
         for name, module in model.named_modules()
@@ -49,7 +49,7 @@ def find_rope(model: PreTrainedModel, modeling: ModuleType, context_length: int)
         return None
     by_layer_type = "layer_type" in inspect.signature(modules[0].forward).parameters
     layer_types: list[str | None] = [None]
-    if by_layer_type:  # some of which may not rotate
+    if by_layer_type:  # some layer types may not rotate
         rotating: Any = modules[0].rope_type
         layer_types = [each for each in sorted(set(model.config.get_text_config().layer_types)) if each in rotating]
     positions, hidden = torch.arange(context_length)[None], torch.zeros(1, 1, 1)
@@ -67,7 +67,7 @@ def find_rope(model: PreTrainedModel, modeling: ModuleType, context_length: int)
 
 
 def _rotates_halves(apply: object, cos: Tensor, sin: Tensor, half: int) -> bool:
-    """Whether `apply` rotates the halves of 2·half numbers by the first `half` cosines and sines."""
+    """Returns whether `apply` rotates the halves of 2·half numbers by the first `half` cosines and sines."""
     if not half:
         return False
     x = torch.randn(1, 1, 1, 2 * half, generator=torch.Generator().manual_seed(0))

@@ -60,8 +60,8 @@ def trace(
         dtype: The dtype of the graph's weights.
         context_length: The tokens that the KV cache holds.
         feature_layers: The layers whose inputs become an output too; the number of layers itself is the LM head.
-        fuse_rotation: Let attention rotate q and k, where the model's rotation is of the kind that it can do. The model
-            must then attend to what its rotation gives, with nothing in between.
+        fuse_rotation: Let attention rotate q and k, where it can do the model's rotation. The model must then attend to
+            the rotated q and k, with no operation in between.
 
     Raises:
         VocabtrimError: transformers' attention interface does not cover the architecture.
@@ -97,7 +97,7 @@ class _Decoder(nn.Module):
 
 
 class _HeadDecoder(_Decoder):
-    """A head, which reads and gives a hidden state, with the graph's inputs and outputs."""
+    """A head with the graph's inputs and outputs; it reads a hidden state and computes the next."""
 
     def __init__(self, model: PreTrainedModel, rope: Rope | None) -> None:
         super().__init__(model, rope)
@@ -110,12 +110,12 @@ class _HeadDecoder(_Decoder):
 
 @contextmanager
 def layer_inputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[Callable[[], list[Tensor]]]:
-    """Record what enters some decoder layers while `model` runs in the block.
+    """Record the inputs of some decoder layers while `model` runs in the block.
 
     Args:
         model: The model.
         layers: The layers by index. The number of layers itself stands for the LM head, which reads the output of the
-            last layer and the norm behind it.
+            last layer and the norm after it.
 
     Yields:
         A function that returns the layers' inputs, [1, S, hidden] each, in the order of `layers`.
@@ -197,7 +197,7 @@ def _trace_skeleton(
 
 
 def _config_of(model: PreTrainedModel) -> PreTrainedConfig:
-    """Returns a copy of the config that says whether `model` ties its head to its embedding.
+    """Returns a copy of the config that states whether `model` ties its head to its embedding.
 
     The checkpoint decides that, not its config: it may store a head although the config says tied.
     """

@@ -1,1 +1,1 @@
-"""From an ONNX graph to a TensorRT plan: the shapes it is built for, the build itself, and what was built."""
+"""From an ONNX graph to a TensorRT plan: the shapes, the build, and the description of the result."""

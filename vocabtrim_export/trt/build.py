@@ -1,7 +1,7 @@
-"""`build_plan`: an ONNX graph in, a TensorRT plan out, built by a process of its own.
+"""`build_plan`: an ONNX graph in, a TensorRT plan out, built by a separate process.
 
-One kernel compilation can take a minute and hears nothing meanwhile. A process can be ended at any time, gives its
-memory back before the next plan is built, and takes nothing with it if the library aborts.
+One kernel compilation can take a minute and cannot be interrupted. A process can be ended at any time, frees its memory
+before the next plan is built, and keeps this process alive if the library aborts.
 """
 
 import json
@@ -32,7 +32,7 @@ class BuildOptions:
         compute_capabilities: The GPUs that are to run it, such as "8.6". Empty: for TensorRT-RTX all that it knows from
             Ampere on, for TensorRT the GPU of this machine.
         strip_weights: Leave the weights out of the plan; they are read from its graph when the plan is opened.
-        timing_cache: A file of kernel timings that TensorRT reads first and adds to; made if missing.
+        timing_cache: A file of kernel timings that TensorRT reads first and adds to; created if missing.
         version_compatible: TensorRT's lean runtime of the same version can open the plan, too. No runtime is packed
             into it, because opening a plan must run no code from it.
     """
@@ -49,9 +49,9 @@ class BuiltPlan:
 
     Attributes:
         size: Bytes of the file.
-        seconds: What building it took.
+        seconds: The time that building it took.
         compute_capabilities: The GPUs that it is for.
-        network: What was parsed, and the kernels that stand for it.
+        network: The parsed layers, and the kernels that were built for them.
     """
 
     size: int
@@ -146,7 +146,7 @@ def member_name(capability: str) -> str:
 
 
 def _known(members: Mapping[str, Any]) -> list[str]:
-    """Returns the compute capabilities of the enum's members, ascending; NONE and CURRENT, members too, are none."""
+    """Returns the compute capabilities of the enum's members, ascending, without its members NONE and CURRENT."""
     numbers = sorted(int(name[2:]) for name in members if name[:2] == "SM" and name[2:].isdecimal())
     return [f"{number // 10}.{number % 10}" for number in numbers]
 
@@ -169,7 +169,7 @@ def _this_gpu(library: Library, asked: Sequence[str]) -> tuple[str, ...]:
 def _run(
     request: Mapping[str, Any], log_write: Callable[[str], None], progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Let the worker do `request`, and return what it says of the finished plan."""
+    """Let the worker do `request`. Returns its description of the finished plan."""
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", _WORKER],
@@ -183,7 +183,7 @@ def _run(
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            # Its end stays open for as long as this process lives, by which the worker knows that it does.
+            # The pipe stays open as long as this process lives: the worker ends when it closes.
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             done = _relay(process.stdout, log_write, progress)
@@ -203,7 +203,7 @@ def _run(
 def _relay(
     messages: IO[str], log_write: Callable[[str], None], progress: Callable[[int, int], None]
 ) -> dict[str, Any] | None:
-    """Pass on what the worker reports; what it says in the end, None if it ends without a word."""
+    """Pass on the worker's reports. Returns its last one; None if it ends without one."""
     for line in messages:
         message = json.loads(line)
         match message["kind"]:

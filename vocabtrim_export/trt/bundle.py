@@ -1,4 +1,4 @@
-"""The TensorRT part of a bundle: its graphs, the plans that are built from them, and what the builder said."""
+"""The TensorRT part of a bundle: its graphs, the plans that are built from them, and the builder's log."""
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -23,11 +23,11 @@ _LOG = logging.getLogger("vocabtrim_export.trt")
 
 
 def check_buildable(settings: TensorRTSettings, dtypes: Collection[str]) -> None:
-    """Refuse, before the long work, plans that could not be built after it.
+    """Refuse plans that cannot be built, before the long work.
 
     Args:
         settings: How to build.
-        dtypes: The dtypes of the weights and what they are quantised to, such as {"fp16", "int4"}.
+        dtypes: The dtypes of the weights and of their quantised forms, such as {"fp16", "int4"}.
 
     Raises:
         VocabtrimError: The library is missing, does not build for a GPU, or cannot run one of the types there.
@@ -110,7 +110,7 @@ class _Builder:
     def build(
         self, model: str, plan: str, network: str, shapes: Sequence[Mapping[str, int]], task: str
     ) -> tuple[str, ...]:
-        """Build one plan and write what it is made of. Returns the compute capabilities that it is for."""
+        """Build one plan, and write it with its description. Returns the compute capabilities that it is for."""
         built = build_plan(
             self.library,
             self.directory / model,

@@ -1,4 +1,4 @@
-"""Messages for builds that fail: one line that says where in the model it failed and what to do."""
+"""Messages for builds that fail: one line with the place in the model and what to do."""
 
 import re
 import signal
@@ -12,9 +12,13 @@ _LAYER = re.compile(r"(?:^|.*?[./_])layers?\.\d+(?=[./_]|$)")
 
 
 def parse_error(library: Library, onnx_path: Path, parser: Any, reason: str) -> VocabtrimError:
-    """The error of a failed `OnnxParser`: the first node it refuses, that node's operator and layer, and the reason.
+    """Returns the error of a failed `OnnxParser`: the first node it refuses, its operator and layer, and the reason.
 
-    reason: what the log says, for a parser that has no errors to ask for.
+    Args:
+        library: The library that parsed.
+        onnx_path: The graph.
+        parser: The parser.
+        reason: The reason in the log, for a parser that lists no errors.
     """
     if not parser.num_errors:
         return VocabtrimError(f"{library.name} cannot read {onnx_path}: {reason}")
@@ -31,13 +35,19 @@ def parse_error(library: Library, onnx_path: Path, parser: Any, reason: str) -> 
 
 
 def build_error(library: Library, onnx_path: Path, reason: str) -> VocabtrimError:
-    """The error of a failed builder. reason: what the log says."""
+    """Returns the error of a failed builder.
+
+    Args:
+        library: The library that built.
+        onnx_path: The graph.
+        reason: The reason in the log.
+    """
     advice = "it has attention for --dtype fp16 and bf16 only: " if "dedicated kernel" in reason else ""
     return VocabtrimError(f"{library.name} cannot build {onnx_path.name}: {advice}{reason}")
 
 
 def model_layer(node_name: str) -> str | None:
-    """The name of the model's layer that a node belongs to: "model.layers.3" of "model.layers.3.self_attn.o_proj"."""
+    """Returns the layer of a node: "model.layers.3" for "model.layers.3.self_attn.o_proj"."""
     match = _LAYER.match(node_name)
     return match[0] if match else None
 
@@ -49,10 +59,10 @@ def raise_ended(library_name: str, onnx_name: str, code: int, stderr: str) -> No
         library_name: The library that it built with.
         onnx_name: The graph's file.
         code: The exit status of the process, or the negative number of the signal that ended it.
-        stderr: What the process wrote.
+        stderr: The text that the process wrote.
 
     Raises:
-        VocabtrimError: It ran out of memory, or the library crashed.
+        VocabtrimError: The process ran out of memory, or the library crashed.
         RuntimeError: The fault is in this project.
     """
     if code > 0:

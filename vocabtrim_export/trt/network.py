@@ -1,4 +1,4 @@
-"""What TensorRT made of a graph: the layers it parsed it to and the kernels that it built for them."""
+"""TensorRT's view of a graph: the parsed layers, and the kernels that it built for them."""
 
 import json
 import re
@@ -57,7 +57,7 @@ class Kernel:
     Attributes:
         name: Its name.
         type: The compiler's name of its kind, "gemm" or "kgen" (a generated kernel).
-        nodes: The ONNX nodes whose work it does. A node may be split over several kernels.
+        nodes: The ONNX nodes that it computes. A node may be split over several kernels.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What one plan was made of; `network.json` of a bundle holds it.
+    """The layers and kernels of one plan, the content of a bundle's `network.json`.
 
     Attributes:
         layers: The layers of the parsed network.
@@ -103,7 +103,7 @@ class Network:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Network":
-        """Read what `to_json` returned.
+        """Read the text of a `network.json`.
 
         Args:
             text: The file's text.
@@ -130,8 +130,8 @@ class Network:
 def describe_network(network: Any) -> tuple[Layer, ...]:
     """Describe the layers of a TensorRT `INetworkDefinition`, in its order.
 
-    The layers that the parser adds of its own, to change a tensor's type or rank or to hold a number, are left out. A
-    layer that reads the output of one is described as reading the tensor before it, in the shape that the layer sees.
+    Layers that the parser adds to change a tensor's type or rank or to hold a number are left out. A layer that reads
+    the output of such a layer is described as reading the tensor before it, in the shape that the layer sees.
     """
     outputs = {network.get_output(index).name for index in range(network.num_outputs)}
     before: dict[str, str] = {}

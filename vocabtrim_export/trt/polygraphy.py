@@ -34,12 +34,12 @@ HIDDEN_SIZE = @HIDDEN@  # of a row of the head, for in-context slots
 
 def phases():
     """Name → (tokens fed, positions predicted; None where the graph is not asked which)."""
-    found = {
+    calls = {
         profile["phase"]: (profile["tokens"], profile["keep"])
         for profile in MANIFEST["tensorrt"]["profiles"]
         if profile["span"] == SPANS[0]
     }
-    return found | ({"unrolled": (UNROLLED_TOKENS, None)} if MANIFEST["tensorrt"]["draft_length"] else {})
+    return calls | ({"unrolled": (UNROLLED_TOKENS, None)} if MANIFEST["tensorrt"]["draft_length"] else {})
 
 
 def feed(phase):

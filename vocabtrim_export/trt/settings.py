@@ -1,4 +1,4 @@
-"""What `--format trt` is asked for, and the fixed shapes that follow from it."""
+"""The settings of `--format trt`, and the fixed shapes that follow from them."""
 
 import re
 from dataclasses import dataclass
@@ -42,10 +42,10 @@ class TensorRTSettings:
     version_compatible: bool = False
 
     def check(self) -> None:
-        """Check that every value makes sense.
+        """Check that every value is valid.
 
         Raises:
-            VocabtrimError: Names the first value that does not.
+            VocabtrimError: Names the first value that is not valid.
         """
         flavors = ("auto", *get_args(Flavor))
         if self.flavor not in flavors:
@@ -110,7 +110,7 @@ def cache_slots(length: int, draft_length: int) -> int:
 
 
 def dimensions(profile: Profile) -> dict[str, int]:
-    """The sizes of the graph's dynamic dimensions in `profile`, as `build_plan` takes them."""
+    """Returns the sizes of the graph's dynamic dimensions in `profile`, as `build_plan` takes them."""
     return {"sequence_length": profile.tokens, "keep": profile.keep, "span": profile.span}
 
 

@@ -24,9 +24,9 @@ _PROFILES_PHASE = "Computing profile costs"  # the builder's name for compiling 
 
 
 def main() -> None:
-    """Do the one request and report "done" or, for what the user can mend, "error"."""
+    """Do the one request and report "done" or, for a mistake of the user, "error"."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as reports:
-        os.dup2(2, 1)  # the library prints some of its errors: no place for them among the reports
+        os.dup2(2, 1)  # the library prints some of its errors, which must not mix with the reports
 
         def report(kind: str, **fields: object) -> None:
             reports.write(json.dumps({"kind": kind} | fields) + "\n")
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def build(request: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """Parse, configure and build; see `build_plan` for what `request` holds."""
+    """Parse, configure and build one plan; see `build_plan` for the content of `request`."""
     lines: list[str] = []
 
     def write(text: str) -> None:
@@ -80,14 +80,18 @@ def build(request: Mapping[str, Any], report: Report) -> dict[str, Any]:
 
 
 def load_timing_cache(config: Any, path: Path) -> None:
-    """Let the builder start from the timings in `path`, if it is there. Raises `VocabtrimError` if it cannot."""
+    """Let the builder start from the timings in `path`, if the file exists.
+
+    Raises:
+        VocabtrimError: The file cannot be used.
+    """
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if not config.set_timing_cache(cache, False):
         raise VocabtrimError(f"{path} holds no timings of this GPU and TensorRT: name another --timing-cache")
 
 
 def save_timing_cache(config: Any, path: Path) -> None:
-    """Write the builder's timings to `path`, with those that another build has put there meanwhile."""
+    """Write the builder's timings to `path`, together with those that another build has added meanwhile."""
     cache = config.get_timing_cache()
     if path.is_file():
         cache.combine(config.create_timing_cache(path.read_bytes()), False)
@@ -97,9 +101,15 @@ def save_timing_cache(config: Any, path: Path) -> None:
 
 
 def fixed_shape(tensor: Any, sizes: Mapping[str, int], where: str) -> tuple[int, ...]:
-    """The shape of a network input, its dynamic dimensions looked up in `sizes` by name.
+    """Returns the shape of a network input, its dynamic dimensions looked up in `sizes` by name.
 
-    Raises `VocabtrimError` for a dimension without a size; `where` names the graph.
+    Args:
+        tensor: The input.
+        sizes: The size of each dynamic dimension.
+        where: The graph's name, for errors.
+
+    Raises:
+        VocabtrimError: A dimension has no size.
     """
     shape = []
     for axis, size in enumerate(tensor.shape):
@@ -129,7 +139,7 @@ def _configure(library: Library, builder: Any, network: Any, request: Mapping[st
         config.set_flag(api.BuilderFlag.STRIP_PLAN)
     if request["version_compatible"]:
         config.set_flag(api.BuilderFlag.VERSION_COMPATIBLE)
-        config.set_flag(api.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # it would be code in a file
+        config.set_flag(api.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # a plan must not contain code
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     for sizes in request["profiles"]:
         profile = builder.create_optimization_profile()
@@ -147,7 +157,10 @@ def _configure(library: Library, builder: Any, network: Any, request: Mapping[st
 
 
 def _make_monitor(library: Library, profiles: int, report: Report) -> Any:
-    """Counts the profiles built. The builder has thousands of phases beside, most of them over at once."""
+    """Returns a monitor that counts the profiles built.
+
+    The builder has thousands of other phases, most of them short.
+    """
     base: Any = library.api.IProgressMonitor
 
     class Monitor(base):  # type: ignore[misc]
@@ -171,7 +184,7 @@ def _make_monitor(library: Library, profiles: int, report: Report) -> Any:
 
 
 def _make_writer(library: Library, file: IO[bytes]) -> Any:
-    """Takes the plan piece by piece, which spares a copy of all of it in memory."""
+    """Returns a writer that takes the plan piece by piece, which saves a copy of all of it in memory."""
     base: Any = library.api.IStreamWriter
 
     class Writer(base):  # type: ignore[misc]
@@ -190,7 +203,7 @@ def _make_writer(library: Library, file: IO[bytes]) -> Any:
 
 
 def _end_with_parent() -> None:
-    """Standard input ends when the parent does, killed or not."""
+    """Exit when standard input ends: that is when the parent has ended, killed or not."""
     sys.stdin.read()
     os._exit(1)
 
