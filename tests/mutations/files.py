@@ -201,7 +201,7 @@ FILES = (
     Mutation(
         "Claims of a GGUF header are checked before anything is allocated",
         "lengths in a GGUF are believed",
-        "vocabtrim_export/sources/gguf_header.py",
+        "vocabtrim_export/sources/gguf_reader.py",
         "if length > min(most, self.left()):",
         "if False:",
         "tests/vocabtrim_export/test_weight_files.py",
