@@ -1,6 +1,6 @@
 """The main job: a drafter, a target and text in; two bundles out, the drafter's head cut to K rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,11 +86,7 @@ def export(
     roles: list[Role] = ["drafter", "target"] if target else ["drafter"]
     names = [*roles, *settings.formats]
     check_output(output, names, settings.force)
-    kind = head_kind(drafter)
-    check_settings(settings, drafter, target, kind)
-    data = read_calibration(settings.calibration.calibration)
-    if settings.k == "auto":
-        check_auto(settings, kind, target, data)
+    data = _read_checked(settings, drafter, target)
     sources = _load(drafter, target, settings.weights_dtype, progress)
     shared = proposable_tokens(sources["drafter"], sources.get("target", sources["drafter"]))
     notes = (*_fit(sources, settings), *differing_note(shared))  # refuses before the long work, as the next line does
@@ -111,16 +107,12 @@ def export(
         with placing([output / name for name in names]) as directories:
             places = dict(zip(roles, directories, strict=False))
             pair = _write_pair(places, sources, data, counts, shared.token_ids, settings, progress)
-            selection, manifests = pair.selection, pair.manifests
             notes += pair.notes
-            vocab_map = None if selection.is_noop else selection.vocab_map
+            vocab_map = None if pair.selection.is_noop else pair.selection.vocab_map
             others = dict(zip(settings.formats, directories[len(roles) :], strict=True))
-            write_formats(others, Exported(places, manifests, sources, vocab_map), progress)
-    where = output / "target" if target else None
-    written = tuple(output / name for name in settings.formats)
-    drafter_manifest, target_manifest = manifests["drafter"], manifests.get("target")
-    notes += (*no_gain(drafter_manifest, target_manifest), *skipped_note(skipped))
-    return ExportResult(output / "drafter", where, drafter_manifest, target_manifest, selection, written, notes)
+            write_formats(others, Exported(places, pair.manifests, sources, vocab_map), progress)
+    notes += (*no_gain(pair.manifests["drafter"], pair.manifests.get("target")), *skipped_note(skipped))
+    return _result(output, pair, settings.formats, notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +122,19 @@ class _Pair:
     selection: Selection
     manifests: dict[Role, Manifest]
     notes: tuple[str, ...]
+
+
+def _result(output: Path, pair: _Pair, formats: Sequence[str], notes: tuple[str, ...]) -> ExportResult:
+    target = pair.manifests.get("target")
+    return ExportResult(
+        drafter=output / "drafter",
+        target=None if target is None else output / "target",
+        drafter_manifest=pair.manifests["drafter"],
+        target_manifest=target,
+        selection=pair.selection,
+        formats=tuple(output / name for name in formats),
+        notes=notes,
+    )
 
 
 def _write_pair(
@@ -160,6 +165,16 @@ def _write_pair(
     missing = {role: place for role, place in places.items() if role not in manifests}
     manifests |= writer.write(missing, selection, slots)
     return _Pair(selection, manifests, notes)
+
+
+def _read_checked(settings: ExportSettings, drafter: str, target: str | None) -> CalibrationInput:
+    """Returns the calibration's data, once the settings are known to fit it and the models."""
+    kind = head_kind(drafter)
+    check_settings(settings, drafter, target, kind)
+    data = read_calibration(settings.calibration.calibration)
+    if settings.k == "auto":
+        check_auto(settings, kind, target, data)
+    return data
 
 
 def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> dict[Role, Source]:

@@ -82,28 +82,38 @@ def calibrate(
     saver = Saver(checkpoint, save_seconds, counts, evidence)
     batches = Batches(corpus.documents, fresh.runs[0], settings.max_tokens)
     task = CountTask(model, tokenizer, workers, corpus, settings, batches, saver, events)
+    counts = _count(task, counts, evidence, skipped)
+    if counts.total == 0:
+        why = describe_skipped(skipped) if skipped else "give it text or prompts with content"
+        raise VocabtrimError(f"calibration on {corpus.source} counted no token: {why}")
+    for each in skipped:
+        events.on_skip(each)
+    return counts
+
+
+def _count(task: CountTask, counts: TokenCounts, evidence: Evidence | None, skipped: list[Skipped]) -> TokenCounts:
+    """Count batch after batch until there are enough tokens, and save the counts whatever ends the loop.
+
+    The documents that cannot be prompts are added to `skipped`.
+    """
+    settings, events, documents = task.settings, task.events, len(task.corpus.documents)
     with producer(task) as produce:
         try:
-            while not _is_enough(counts, settings) and (batch := batches.next(*_done(counts))):
+            while not _is_enough(counts, settings) and (batch := task.batches.next(*_done(counts))):
                 produced = produce(counts, batch)
                 skipped += produced.skipped if batch.pass_number == 0 else ()
-                held = [is_held_out(index, len(corpus.documents)) for index in batch.indices]
+                held = [is_held_out(index, documents) for index in batch.indices]
                 counts, parts = count_batch(counts, produced.tokens, held, settings.max_tokens)
                 if evidence is not None:
                     evidence.add([part for part, is_held in zip(parts, held, strict=False) if is_held])
                     if verdict := evidence.look(counts.counts, counts.held_out):
                         events.on_verdict(verdict)
                         counts = _stop(counts, settings.enough_for) if verdict.is_enough else counts
-                saver.take(counts)
+                task.saver.take(counts)
                 events.progress(counts.total, settings.max_tokens)
-            saver.finish(counts)
+            task.saver.finish(counts)
         finally:  # after Ctrl-C too
-            saver.save(counts)
-    if counts.total == 0:
-        why = describe_skipped(skipped) if skipped else "give it text or prompts with content"
-        raise VocabtrimError(f"calibration on {corpus.source} counted no token: {why}")
-    for each in skipped:
-        events.on_skip(each)
+            task.saver.save(counts)
     return counts
 
 

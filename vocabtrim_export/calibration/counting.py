@@ -180,22 +180,16 @@ def calibrate_models(
         with alone(output):
             counts.save(output)
         return counts
-    specs: dict[Role, str] = {}
-    if drafter is not None:
-        specs["drafter"] = drafter
-    if target is not None:
-        specs["target"] = target
+    pairs: tuple[tuple[Role, str | None], ...] = (("drafter", drafter), ("target", target))
+    specs = {role: spec for role, spec in pairs if spec is not None}
     how = calibration_source(settings, specs)
     if how == "text" or settings.calibration_endpoint:
         tokenizer = load_tokenizer(specs[how] if how != "text" else target or str(drafter))
+        job = CountJob(how, settings, output, len(tokenizer) // QUARTER, listener)
         with alone(output):
-            return count_data(
-                None, tokenizer, data, CountJob(how, settings, output, len(tokenizer) // QUARTER, listener)
-            )
-
-    def on_read(done: int, total: int) -> None:
-        listener.progress("load", done >> 20, total >> 20)
-
-    source = load_source(specs[how], torch.float32, on_read)
+            return count_data(None, tokenizer, data, job)
+    source = load_source(
+        specs[how], torch.float32, lambda done, total: listener.progress("load", done >> 20, total >> 20)
+    )
     with alone(output):
         return count_tokens({how: source}, data, settings, output, listener=listener)

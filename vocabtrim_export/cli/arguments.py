@@ -39,6 +39,10 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many tokens to count; auto stops when more tokens would hardly change which ones K keeps",
     )
+    _add_generation_arguments(parser)
+
+
+def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-endpoint",
         metavar="URL",

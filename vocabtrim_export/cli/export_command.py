@@ -25,6 +25,23 @@ _MODEL = "a hub id, a local model directory, a .gguf file, or a directory with a
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
+    _add_model_arguments(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where to write DIR/drafter, DIR/target and DIR/FORMAT",
+    )
+    add_format_argument(parser)
+    _add_weight_arguments(parser)
+    add_calibration_arguments(parser)
+    add_tensorrt_arguments(parser)
+    parser.add_argument("--force", action="store_true", help="replace the bundles of an earlier export in DIR")
+    add_json_argument(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drafter",
         required=True,
@@ -48,14 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in-context slots: the drafter can also propose the last M distinct tokens of the text that are not among "
         "the K (default: 0, or what --k auto chooses)",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="where to write DIR/drafter, DIR/target and DIR/FORMAT",
-    )
-    add_format_argument(parser)
+
+
+def _add_weight_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["fp32", "fp16", "bf16"], help="dtype of weights and KV cache (default: fp32; fp16 for trt)"
     )
@@ -68,10 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens that the KV caches hold (default: the model's context, at most 4096)",
     )
-    add_calibration_arguments(parser)
-    add_tensorrt_arguments(parser)
-    parser.add_argument("--force", action="store_true", help="replace the bundles of an earlier export in DIR")
-    add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -41,6 +41,27 @@ def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X.Y",
         help="compute capabilities of the GPUs to build for, such as 8.6 8.9 (rtx only; default: all from 8.0 on)",
     )
+    _add_shape_arguments(group)
+    group.add_argument(
+        "--strip-weights",
+        action="store_true",
+        help="build plans without weights, which are read from the ONNX graph when a plan is loaded",
+    )
+    group.add_argument(
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="reuse the kernel timings in FILE and add new ones (tensorrt only)",
+    )
+    group.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="build plans that TensorRT's lean runtime, a tenth of the full one's size, can run too (tensorrt only)",
+    )
+    group.add_argument("--verbose", action="store_true", help="show what TensorRT logs while it builds")
+
+
+def _add_shape_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--draft-length",
         type=int,
@@ -65,23 +86,6 @@ def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
         help="shorter texts to build for too, in tokens: a step then attends to the smallest span that holds the text "
         "instead of to --max-length",
     )
-    group.add_argument(
-        "--strip-weights",
-        action="store_true",
-        help="build plans without weights, which are read from the ONNX graph when a plan is loaded",
-    )
-    group.add_argument(
-        "--timing-cache",
-        type=Path,
-        metavar="FILE",
-        help="reuse the kernel timings in FILE and add new ones (tensorrt only)",
-    )
-    group.add_argument(
-        "--version-compatible",
-        action="store_true",
-        help="build plans that TensorRT's lean runtime, a tenth of the full one's size, can run too (tensorrt only)",
-    )
-    group.add_argument("--verbose", action="store_true", help="show what TensorRT logs while it builds")
 
 
 def tensorrt_settings(options: argparse.Namespace) -> "TensorRTSettings | None":

@@ -106,9 +106,7 @@ def trim_onnx(
     source = _open(local_path(drafter))
     model = ir.load(source.graph)
     head = find_head(model)
-    beyond = Vocabulary.of(source.tokenizer.backend_tokenizer, head.vocab).beyond
-    if beyond is not None:
-        raise VocabtrimError(f"the tokenizer of {drafter} has ids up to {beyond}, its head {head.vocab} columns")
+    _check_vocabulary(source, head.vocab, drafter)
     with reserved(output):
         counts = _count(source, data, calibration, k, output / COUNTS_NAME, progress)
         always = structural_token_ids(source.tokenizer, source.generation_config)
@@ -121,11 +119,7 @@ def trim_onnx(
             save_graph(model, fresh, "write drafter", progress)
             unproven = prove_cut(source.graph, fresh / MODEL_NAME, selection.vocab_map)
             (fresh / VOCAB_MAP_NAME).write_bytes(selection.vocab_map.to_bytes())
-            for name in _COPIED:
-                if (source.graph.parent / name).is_file():
-                    shutil.copyfile(source.graph.parent / name, fresh / name)
-            if (source.graph.parent / TEMPLATES_NAME).is_dir():
-                shutil.copytree(source.graph.parent / TEMPLATES_NAME, fresh / TEMPLATES_NAME)
+            _copy_beside(source.graph.parent, fresh)
     skipped = [each for corpus in data.corpora for each in corpus.skipped]
     notes = skipped_note(skipped)
     if unproven:
@@ -147,6 +141,12 @@ def _open(directory: Path) -> OnnxSource:
     if not getattr(tokenizer, "is_fast", False):
         raise VocabtrimError(f"{directory} has no tokenizer.json: a fast tokenizer is needed")
     return OnnxSource(graph, tokenizer, _generation_config(directory))
+
+
+def _check_vocabulary(source: OnnxSource, columns: int, drafter: str) -> None:
+    beyond = Vocabulary.of(source.tokenizer.backend_tokenizer, columns).beyond
+    if beyond is not None:
+        raise VocabtrimError(f"the tokenizer of {drafter} has ids up to {beyond}, its head {columns} columns")
 
 
 def _generation_config(directory: Path) -> GenerationConfig:
@@ -180,6 +180,15 @@ def _count(
     listener = Listener(progress)  # the caller reports skipped records
     job = CountJob(how, settings, checkpoint, rows_to_choose(k) or 1, listener)
     return count_data(None, source.tokenizer, data, job)
+
+
+def _copy_beside(source: Path, directory: Path) -> None:
+    """Copy the tokenizer and the configs that stand beside the graph."""
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    if (source / TEMPLATES_NAME).is_dir():
+        shutil.copytree(source / TEMPLATES_NAME, directory / TEMPLATES_NAME)
 
 
 def _bytes(product: ir.Node) -> int:

@@ -91,6 +91,18 @@ def _coverage(report: ExportReport) -> Section:
         ("K", *names),
         tuple(_coverage_row(k, index, curves, kept) for index, k in enumerate(ks)),
     )
+    note = (
+        "Coverage bounds how often a drafted token can be right: the drafter cannot propose what its head lacks. "
+        "At the K of this export a curve says what its map keeps; at other K, what the same counts would choose."
+    )
+    sizes = tuple(
+        f"{name}: {curve.tokens:,} tokens" + ("." if curve.documents is None else f" of {curve.documents:,} documents.")
+        for name, curve in zip(names, curves, strict=True)
+    )
+    return Section("coverage", "Coverage", (note, *sizes), (_coverage_chart(curves, names, kept),), (table,))
+
+
+def _coverage_chart(curves: Sequence[Curve], names: Sequence[str], kept: int) -> Chart:
     series = tuple(
         Series(
             name,
@@ -103,7 +115,8 @@ def _coverage(report: ExportReport) -> Section:
         f"{name} {next(p.share for p in curve.points if p.rows == kept):.2%}"
         for name, curve in zip(names, curves, strict=True)
     )
-    chart = Chart(
+    ks = [point.rows for point in curves[0].points]
+    return Chart(
         "Coverage by K",
         summary,
         "K",
@@ -114,15 +127,6 @@ def _coverage(report: ExportReport) -> Section:
         is_share=True,
         mark=(kept, f"K = {kept:,}"),
     )
-    note = (
-        "Coverage bounds how often a drafted token can be right: the drafter cannot propose what its head lacks. "
-        "At the K of this export a curve says what its map keeps; at other K, what the same counts would choose."
-    )
-    sizes = tuple(
-        f"{name}: {curve.tokens:,} tokens" + ("." if curve.documents is None else f" of {curve.documents:,} documents.")
-        for name, curve in zip(names, curves, strict=True)
-    )
-    return Section("coverage", "Coverage", (note, *sizes), (chart,), (table,))
 
 
 def _curve_name(curve: Curve, curves: Sequence[Curve]) -> str:

@@ -85,20 +85,6 @@ def composites(skeleton: PreTrainedModel, modeling: ModuleType, parts: Parts) ->
     in the graph as the model writes it.
     """
     handed_on: list[tuple[Tensor, Tensor]] = []
-    rope = parts.rope
-
-    def hand_out(
-        _hidden: Tensor,
-        position_ids: Tensor,  # noqa: ARG001
-        layer_type: str | None = None,
-    ) -> tuple[Tensor, Tensor]:  # the parameters have the names of transformers' own modules
-        assert rope is not None
-        return rope.table(layer_type)
-
-    def hand_on(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        handed_on[:] = [(cos, sin)]
-        return q, k
-
     AttentionInterface.register(ATTENTION, _attention(handed_on))
     AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
     skeleton.config._attn_implementation = ATTENTION
@@ -117,11 +103,34 @@ def composites(skeleton: PreTrainedModel, modeling: ModuleType, parts: Parts) ->
         for each in parts.experts:
             module = skeleton.get_submodule(each.name)
             stand_in(module, "forward", experts_forward(each).__get__(module))
-        if rope is not None:
-            stand_in(modeling, "apply_rotary_pos_emb", hand_on)
+        if parts.rope is not None:
+            stand_in(modeling, "apply_rotary_pos_emb", _hand_on(handed_on))
             for module in rotary_modules(skeleton):
-                stand_in(module, "forward", hand_out)
+                stand_in(module, "forward", _hand_out(parts.rope))
         yield
+
+
+def _hand_out(rope: Rope) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Returns a `forward` for rotary modules that returns whole tables."""
+
+    def hand_out(
+        _hidden: Tensor,
+        position_ids: Tensor,  # noqa: ARG001
+        layer_type: str | None = None,
+    ) -> tuple[Tensor, Tensor]:  # the parameters have the names of transformers' own modules
+        return rope.table(layer_type)
+
+    return hand_out
+
+
+def _hand_on(handed_on: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Returns an `apply_rotary_pos_emb` that puts the tables into `handed_on` and rotates nothing."""
+
+    def hand_on(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        handed_on[:] = [(cos, sin)]
+        return q, k
+
+    return hand_on
 
 
 def _linear(self: nn.Linear, x: Tensor) -> Tensor:

@@ -166,13 +166,7 @@ def _trace_skeleton(
     length = torch.export.Dim("sequence_length", min=1, max=1 << 20)
     with FakeTensorMode(), torch.no_grad():
         skeleton = type(model)._from_config(_config_of(model), dtype=dtype).eval()
-        fake_rope = parts.rope and Rope(
-            {
-                name.removeprefix("cos_"): (torch.empty(cos.shape, dtype=dtype), torch.empty(cos.shape, dtype=dtype))
-                for name, cos in parts.rope.named_buffers()
-                if name.startswith("cos_")
-            }
-        )
+        fake_rope = parts.rope and _empty_rope(parts.rope, dtype)
         example = {INPUT_IDS: torch.ones(1, 7, dtype=torch.long), POSITION_IDS: torch.arange(7)[None]}
         if HIDDEN_INPUT in inspect.signature(skeleton.forward).parameters:  # a head, which reads hidden states too
             decoder: _Decoder = _HeadDecoder(skeleton, fake_rope)
@@ -194,6 +188,17 @@ def _trace_skeleton(
             )
     assert exported is not None
     return exported.model
+
+
+def _empty_rope(rope: Rope, dtype: torch.dtype) -> Rope:
+    """Returns rotary tables of the same shapes without values."""
+    return Rope(
+        {
+            name.removeprefix("cos_"): (torch.empty(cos.shape, dtype=dtype), torch.empty(cos.shape, dtype=dtype))
+            for name, cos in rope.named_buffers()
+            if name.startswith("cos_")
+        }
+    )
 
 
 def _config_of(model: PreTrainedModel) -> PreTrainedConfig:
