@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that `calibration_settings` reads."""
-    parser.add_argument(
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
         "--calibration",
         type=Path,
         nargs="+",
@@ -26,38 +27,38 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         "NAME=PATH[:WEIGHT] are domains, which are counted separately and mixed by weight (default: Python's "
         "documentation, which is unlike most users' prompts)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--calibration-source",
         choices=["target", "drafter", "text"],
         help="what to count: the tokens that the target or the drafter generates on the prompts, or those of the text "
         "itself (default: target, or drafter if there is no target)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--calibration-tokens",
         type=calibration_tokens,
         default="auto",
         metavar="N",
         help="how many tokens to count; auto stops when more tokens would hardly change which ones K keeps",
     )
-    _add_generation_arguments(parser)
+    _add_generation_arguments(group)
 
 
-def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_generation_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--calibration-endpoint",
         metavar="URL",
         help="let a server with OpenAI's protocol (vLLM, SGLang, llama.cpp) generate, such as "
         "http://localhost:8000/v1; its key is read from the environment variable OPENAI_API_KEY",
     )
-    parser.add_argument("--calibration-model", metavar="NAME", help="the model's name on that server")
-    parser.add_argument(
+    group.add_argument("--calibration-model", metavar="NAME", help="the model's name on that server")
+    group.add_argument(
         "--temperature",
         type=float,
         default=1.0,
         help="sampling temperature of the generations that are counted; 0: greedy",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of that sampling")
-    add_template_arguments(parser)
+    group.add_argument("--seed", type=int, default=0, help="seed of that sampling")
+    add_template_arguments(group)
 
 
 def calibration_tokens(text: str) -> "int | Auto":

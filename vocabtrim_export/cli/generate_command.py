@@ -25,24 +25,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add_decoder_arguments(parser)
-    parser.add_argument("--prompt", help="the text to answer (default: read standard input)")
-    parser.add_argument(
-        "--raw", action="store_true", help="continue the prompt instead of answering it: no chat template"
-    )
-    parser.add_argument(
-        "--messages",
-        type=Path,
-        metavar="FILE",
-        help="answer a conversation instead of a prompt: a JSON list of messages, or the body of an OpenAI request, "
-        "whose tools are used too",
-    )
-    parser.add_argument(
-        "--tools", type=Path, metavar="FILE", help="a JSON list of the schemas of tools that the model may call"
-    )
-    parser.add_argument(
-        "--continue-final-message", action="store_true", help="continue the last message instead of answering it"
-    )
-    add_template_arguments(parser)
+    _add_input_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="the most tokens to generate")
     add_sampling_arguments(parser)
     parser.add_argument(
@@ -52,6 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --json: print each token's log-probability and those of the N most likely",
     )
     add_json_argument(parser)
+
+
+def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("input")
+    group.add_argument("--prompt", help="the text to answer (default: read standard input)")
+    group.add_argument(
+        "--raw", action="store_true", help="continue the prompt instead of answering it: no chat template"
+    )
+    group.add_argument(
+        "--messages",
+        type=Path,
+        metavar="FILE",
+        help="answer a conversation instead of a prompt: a JSON list of messages, or the body of an OpenAI request, "
+        "whose tools are used too",
+    )
+    group.add_argument(
+        "--tools", type=Path, metavar="FILE", help="a JSON list of the schemas of tools that the model may call"
+    )
+    group.add_argument(
+        "--continue-final-message", action="store_true", help="continue the last message instead of answering it"
+    )
+    add_template_arguments(group)
 
 
 def run(options: argparse.Namespace) -> None:

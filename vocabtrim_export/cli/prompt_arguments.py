@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vocabtrim_export.calibration.document import Skipped
 
 
-def add_template_arguments(parser: argparse.ArgumentParser) -> None:
+def add_template_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the options that `template_args` and `chat_options` read."""
     parser.add_argument(
         "--template-arg",
