@@ -7,6 +7,7 @@
 At each level so many clients ask one question after another, streamed and greedy, with prompts and lengths drawn at
 random from JOBS pairs whose texts `generate` gave before; a third of the answers is left after a few pieces. Each text,
 or what was read of it, must be `generate`'s. After each level the server's gauges must be zero; its memory is noted.
+Before, one client has a conversation of two turns, the first of which has LONG_TEXT tokens.
 With --llama-server the same clients ask llama.cpp's server instead, whose texts are not compared; its levels are added
 to FILE.json. Exits with 1 where a text differs, an answer fails or a slot does not come back.
 """
@@ -14,24 +15,22 @@ to FILE.json. Exits with 1 where a text differs, an answer fails or a slot does 
 import argparse
 import http.client
 import json
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from serve_load_servers import Served, llama_server, our_server, versions
 
 from runtime import SpeculativeDecoder
 from runtime.measure.environment import environment
 from runtime.stats import Percentiles
 
-JOBS, NEW_TOKENS, LONGEST_PROMPT = 16, (8, 16, 32, 64), 600
-PACKAGES = ("onnxruntime", "starlette", "uvicorn")
+JOBS, NEW_TOKENS, LONGEST_PROMPT, LONG_TEXT = 16, (8, 16, 32, 64), 600, 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,28 +54,8 @@ class Tally:
     first_token_seconds: list[float] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A running server.
-
-    Attributes:
-        port: Where it listens.
-        process: Its process.
-        is_ours: Its texts are compared, and it has gauges.
-    """
-
-    port: int
-    process: "subprocess.Popen[str]"
-    is_ours: bool
-
-    @property
-    def resident_mb(self) -> float:
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024 / 1e6
-
-
-def make_jobs(target: Path, drafter: Path, files: Sequence[Path], random: Random) -> list[Job]:
-    """Draw the questions and let `generate` answer them."""
+def make_jobs(target: Path, drafter: Path | None, files: Sequence[Path], random: Random) -> tuple[list[Job], str]:
+    """Draw the questions and let `generate` answer them; and make a text of LONG_TEXT tokens."""
     records = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
     prompts = [record.get("prompt") or record["turns"][0] for record in records]
     with SpeculativeDecoder.load(target, drafter) as decoder:
@@ -86,14 +65,16 @@ def make_jobs(target: Path, drafter: Path, files: Sequence[Path], random: Random
             new_tokens = NEW_TOKENS[index % len(NEW_TOKENS)]
             with decoder.fork() as fresh:
                 jobs.append(Job(prompt, new_tokens, fresh.generate(prompt, max_new_tokens=new_tokens).text))
-    return jobs
+        assert decoder.tokenizer
+        long = decoder.tokenizer.encode("\n\n".join(prompts[::-1]))[:LONG_TEXT]
+        return jobs, decoder.tokenizer.decode(long)
 
 
-def pieces(connection: http.client.HTTPConnection, job: Job) -> Iterator[str]:
+def pieces(connection: http.client.HTTPConnection, messages: list[dict[str, str]], new_tokens: int) -> Iterator[str]:
     """Ask, and yield the text as it comes."""
-    body = {"messages": [{"role": "user", "content": job.prompt}], "max_tokens": job.new_tokens, "temperature": 0}
+    body = {"messages": messages, "max_tokens": new_tokens, "temperature": 0, "stream": True}
     headers = {"Content-Type": "application/json"}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}), headers)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
     response = connection.getresponse()
     if response.status != 200:
         raise ValueError(f"status {response.status}: {response.read()[:200]!r}")
@@ -112,10 +93,10 @@ def pieces(connection: http.client.HTTPConnection, job: Job) -> Iterator[str]:
 
 def ask(served: Served, job: Job, leave_after: int | None, tally: Tally) -> None:
     """Read an answer, or its first pieces, and compare what was read."""
-    began, read = time.perf_counter(), []
+    began, read = time.perf_counter(), list[str]()
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=300)
     try:
-        for piece in pieces(connection, job):
+        for piece in pieces(connection, [{"role": "user", "content": job.prompt}], job.new_tokens):
             if not read:
                 tally.first_token_seconds.append(time.perf_counter() - began)
             read.append(piece)
@@ -166,6 +147,21 @@ def run_level(served: Served, jobs: Sequence[Job], clients: int, seconds: float)
     }
 
 
+def first_tokens_of_turns(served: Served, text: str) -> list[float]:
+    """Returns the seconds to the first token of the two turns of a conversation that begins with `text`."""
+    messages, seconds = [{"role": "user", "content": text}], []
+    for _ in range(2):
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=300)
+        began = time.perf_counter()
+        answer = pieces(connection, messages, 16)
+        first = next(answer)
+        seconds.append(time.perf_counter() - began)
+        messages += [{"role": "assistant", "content": first + "".join(answer)}]
+        messages += [{"role": "user", "content": "What else? Answer in a few words."}]
+        connection.close()
+    return seconds
+
+
 def gauges_afterwards(served: Served) -> float:
     """Workers that still generate and answers that wait, ten seconds after the last client has left."""
     for _ in range(100):
@@ -182,42 +178,6 @@ def gauges_afterwards(served: Served) -> float:
     return held
 
 
-@contextmanager
-def our_server(options: argparse.Namespace) -> Iterator[Served]:
-    """Yield `vocabtrim serve`."""
-    command = [sys.executable, "-m", "vocabtrim_export.cli.main", "serve", "--port", "0"]
-    command += ["--target", str(options.target), "--slots-in-parallel", str(options.slots)]
-    command += ["--drafter", str(options.drafter)] if options.drafter else []
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr
-        line = process.stderr.readline()
-        yield Served(int(line.rsplit(":", 1)[1].split("/")[0]), process, is_ours=True)
-        process.terminate()
-
-
-@contextmanager
-def llama_server(options: argparse.Namespace) -> Iterator[Served]:
-    """Yield llama.cpp's server."""
-    port = 18080
-    command = [str(options.llama_server), "--model", str(options.model), "--port", str(port)]
-    command += ["--parallel", str(options.slots), "--ctx-size", str(2048 * options.slots)]
-    command += ["--threads", str(environment()["cores"])]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, text=True, **quiet) as process:
-        until = time.monotonic() + 120
-        while time.monotonic() < until:
-            try:
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    break
-            except OSError:
-                pass
-            time.sleep(0.2)
-        yield Served(port, process, is_ours=False)
-        process.terminate()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, required=True)
@@ -230,28 +190,31 @@ def main() -> int:
     parser.add_argument("--model", type=Path, metavar="FILE.gguf")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    jobs = make_jobs(options.target, options.drafter, options.prompts, Random(0))
+    jobs, long_text = make_jobs(options.target, options.drafter, options.prompts, Random(0))
     name, start = ("llama.cpp server", llama_server) if options.llama_server else ("vocabtrim serve", our_server)
-    results: dict[str, Any] = {"levels": {}}
+    results: dict[str, Any] = {"servers": {}}
     if options.output.exists():
         results = json.loads(options.output.read_text())
-    results |= {"jobs": len(jobs), "slots": options.slots, "environment": environment()}
+    results |= {
+        "jobs": len(jobs),
+        "slots": options.slots,
+        "tokens_of_first_turn": LONG_TEXT,
+        "environment": environment(),
+    }
     with start(options) as served:
         run_level(served, jobs, 1, 5)  # the first answers find no warm memory
+        turns = first_tokens_of_turns(served, long_text)
         levels = [run_level(served, jobs, clients, options.seconds) for clients in options.clients]
-    results["levels"][name] = {"versions": versions(options.llama_server), "levels": levels}
+    results["servers"][name] = {
+        "versions": versions(options.llama_server),
+        "first_token_seconds_of_turns": turns,
+        "levels": levels,
+    }
+    print(name, turns)
     for level in levels:
-        print(name, json.dumps(level), flush=True)
+        print(json.dumps(level), flush=True)
     options.output.write_text(json.dumps(results, indent=2) + "\n")
     return int(any(each["failures"] or each["differing"] or each["busy_or_waiting_afterwards"] for each in levels))
-
-
-def versions(llama: Path | None) -> dict[str, str]:
-    """Returns the versions of what serves."""
-    if llama is None:
-        return {name: version(name) for name in PACKAGES}
-    told = subprocess.run([llama, "--version"], capture_output=True, text=True)
-    return {"llama.cpp": (told.stderr + told.stdout).splitlines()[0]}
 
 
 if __name__ == "__main__":
