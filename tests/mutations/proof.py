@@ -48,6 +48,22 @@ PROOF = (
         f"{TESTS} -k quantized_graph",
     ),
     Mutation(
+        "A tied embedding of a quantised graph is stored once",
+        "the embedding gets a copy of the head's blocks",
+        "vocabtrim_export/lowering/embedding.py",
+        'add_view(f"{name}.{EMBEDDING}.{part}", flat, f"{name}.{part}")',
+        'add_weight(f"{name}.{EMBEDDING}.{part}", flat)',
+        "tests/integration/test_embedding.py -k int8",
+    ),
+    Mutation(
+        "A tied float32 head multiplies with the embedding as it lies",
+        "the head gets a transposed copy",
+        "vocabtrim_export/lowering/ort_products.py",
+        "is_float32 = decoder.dtype is torch.float32",
+        "is_float32 = False",
+        "tests/integration/test_embedding.py -k none",
+    ),
+    Mutation(
         "A sliding window is proven however long it is",
         "a long window is not narrowed",
         "vocabtrim_export/proof/tokens.py",

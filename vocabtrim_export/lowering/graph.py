@@ -15,6 +15,8 @@ from vocabtrim_export.lowering.weights import Weight
 from vocabtrim_export.tracing.emit import DOMAIN
 from vocabtrim_export.tracing.trace import Traced
 
+BYTES_OF = "bytes_of"  # of an initializer's `meta`: the name of the initializer whose bytes it has
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderGraph:
@@ -58,6 +60,12 @@ class DecoderGraph:
         """Add an initializer with the values of `weight`."""
         self.weights[name] = weight
         return self.initializer(name, weight.to_ir(name))
+
+    def add_view(self, name: str, weight: Weight, of: str) -> ir.Value:
+        """Add an initializer of the same bytes as the initializer `of`, which are stored once: see `save_graph`."""
+        value = self.add_weight(name, weight)
+        value.meta[BYTES_OF] = of
+        return value
 
     def constant(self, name: str, values: Sequence[int]) -> ir.Value:
         """Add an int64 initializer."""

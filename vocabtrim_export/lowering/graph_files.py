@@ -2,21 +2,24 @@
 
 import fcntl
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from engines.bundle.read import MODEL_NAME, WEIGHTS_NAME
+from vocabtrim_export.lowering.graph import BYTES_OF, name_of
 
 HEAD_WEIGHTS_NAME = "head.onnx.data"
 _FICLONE = 0x40049409  # from linux/fs.h; the module fcntl lacks it
+_SMALL = 256  # bytes: what is not larger lies in the graph
 Progress = Callable[[str, int, int], None]
 
 
 def save_graph(model: ir.Model, directory: Path, task: str, progress: Progress) -> None:
-    """Write `model.onnx`, and its weights to `model.onnx.data`.
+    """Write `model.onnx`, and its weights to `model.onnx.data`. An initializer that is a view (see
+    `DecoderGraph.add_view`) names the bytes of the one that it is a view of.
 
     Args:
         model: The graph.
@@ -29,7 +32,42 @@ def save_graph(model: ir.Model, directory: Path, task: str, progress: Progress) 
     def report(_tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
         progress(task, info.index + 1, info.total)
 
-    ir.save(model, directory / MODEL_NAME, external_data=WEIGHTS_NAME, callback=report)
+    values = [value for value in _weights(model) if BYTES_OF not in value.meta]
+    _store(values, directory, WEIGHTS_NAME, report)
+    for value in _weights(model):
+        if BYTES_OF in value.meta:
+            value.const_value = _view(value, model.graph.initializers[value.meta[BYTES_OF]], directory)
+    ir.save(model, directory / MODEL_NAME)
+
+
+def _weights(model: ir.Model) -> list[ir.Value]:
+    """The initializers that are stored outside the graph."""
+    values = model.graph.initializers.values()
+    return [value for value in values if value.const_value is not None and value.const_value.nbytes > _SMALL]
+
+
+def _store(
+    values: Sequence[ir.Value],
+    directory: Path,
+    name: str,
+    report: Callable[[ir.TensorProtocol, ir.external_data.CallbackInfo], None] | None = None,
+) -> None:
+    """Write the values of these initializers to the file `name`, and have them name it."""
+    tensors = [value.const_value for value in values if value.const_value is not None]
+    stored = ir.external_data.convert_tensors_to_external(tensors, directory, name, callback=report)
+    for value, tensor in zip(values, stored, strict=True):
+        value.const_value = tensor
+
+
+def _view(value: ir.Value, of: ir.Value, directory: Path) -> ir.ExternalTensor:
+    tensor, stored = value.const_value, of.const_value
+    assert tensor is not None
+    assert isinstance(stored, ir.ExternalTensor)
+    assert tensor.nbytes == stored.length
+    name, shape = name_of(value), ir.Shape(tensor.shape.numpy())
+    return ir.ExternalTensor(
+        stored.location, stored.offset, stored.length, tensor.dtype, shape=shape, name=name, base_dir=directory
+    )
 
 
 def save_like(model: ir.Model, directory: Path, twin: Path, own: Collection[str]) -> None:
@@ -49,10 +87,7 @@ def save_like(model: ir.Model, directory: Path, twin: Path, own: Collection[str]
             differing.append(value)
         else:
             value.const_value = written[name].const_value
-    tensors = [value.const_value for value in differing if value.const_value is not None]
-    stored = ir.external_data.convert_tensors_to_external(tensors, directory, HEAD_WEIGHTS_NAME)
-    for value, tensor in zip(differing, stored, strict=True):
-        value.const_value = tensor
+    _store(differing, directory, HEAD_WEIGHTS_NAME)
     ir.save(model, directory / MODEL_NAME)
 
 

@@ -9,11 +9,12 @@ import onnx_ir as ir
 from engines.bundle.graph_io import PAST, SLOT_WEIGHT
 from engines.bundle.manifest import Experts
 from engines.errors import VocabtrimError
+from vocabtrim_export.lowering.embedding import GATHER_BLOCKS
 from vocabtrim_export.lowering.experts import MOE, QMOE
 from vocabtrim_export.lowering.graph import DecoderGraph
 
 # inputs of which a step reads only a few rows: an embedding or remap table, rotary tables
-_TABLES = {"Gather": (0,), "GroupQueryAttention": (7, 8), "RotaryEmbedding": (1, 2)}
+_TABLES = {"Gather": (0,), GATHER_BLOCKS: (0, 2, 3), "GroupQueryAttention": (7, 8), "RotaryEmbedding": (1, 2)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, POSITION_IDS
 from engines.bundle.vocab_map import VocabMap
+from vocabtrim_export.lowering.embedding import lower_embedding
 from vocabtrim_export.lowering.experts import lower_experts
 from vocabtrim_export.lowering.graph import DecoderGraph, name_of
 from vocabtrim_export.lowering.lm_head import (
@@ -64,6 +65,8 @@ def lower(traced: Traced, weights: Weights) -> Lowered:
     lower_attention(decoder)
     lower_experts(decoder, weights.quantization)
     head_weights = lower_products(decoder, weights.quantization)
+    if weights.quantization != "none":
+        lower_embedding(decoder)
     decoder.finish()
     for node in decoder.graph:
         node.metadata_props.clear()  # traceback lines with the paths of this machine

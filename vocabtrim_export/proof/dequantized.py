@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from vocabtrim_export.lowering.embedding import EMBEDDING, EMBEDDING_BITS
 from vocabtrim_export.lowering.experts import deinterleave, interleave, rows_first
+from vocabtrim_export.lowering.quantize import BITS
 from vocabtrim_export.lowering.tidy import packed_name
 from vocabtrim_export.tracing.experts import Experts, find_experts
 
@@ -31,7 +33,7 @@ def dequantized(
     head_rows: Mapping[nn.Module, Tensor | None],
     prefix: str = "model.",
 ) -> Iterator[list[str]]:
-    """Let each linear layer of `model` multiply with its weight from the file `graph` for the block.
+    """Let each linear layer and the embedding of `model` use their weights from the file `graph` for the block.
 
     Args:
         model: Its weights are as they were after the block. One layer's are dequantised at a time.
@@ -41,7 +43,7 @@ def dequantized(
         prefix: What the graph puts before the model's own name of a weight.
 
     Yields:
-        The linear layers whose written weights are not the model's, rounded; filled as the model runs.
+        The layers whose written weights are not the model's, rounded; filled as the model runs.
     """
     unlike: list[str] = []
     handles = []
@@ -50,6 +52,11 @@ def dequantized(
         if isinstance(module, nn.Linear | Conv1D):
             load = partial(_written, name, model, written, quantization, prefix)
             handles += _swap(name, module, load, head_rows.get(module), unlike, quantization)
+        elif isinstance(module, nn.Embedding):
+            for rows in (f"{prefix}{each}.weight.{EMBEDDING}" for each in _names(name, model)):
+                if f"{rows}.quantized" in written:
+                    load = partial(_from_blocks, written, rows, EMBEDDING_BITS)
+                    handles += _swap(name, module, load, None, unlike, "int8")
     for experts in find_experts(model):
         handles += _swap_experts(experts, model, written, quantization, prefix, unlike)
     try:
@@ -71,7 +78,7 @@ def _swap(
     before: list[tuple[nn.Parameter, nn.Parameter | None]] = []
 
     def enter(_module: nn.Module, _inputs: Any) -> None:
-        weight, bias = module.weight, module.bias
+        weight, bias = module.weight, getattr(module, "bias", None)
         before.append((weight, bias))
         transposed = isinstance(module, Conv1D)
         own = weight.data.t() if transposed else weight.data
@@ -85,7 +92,9 @@ def _swap(
             module.bias = nn.Parameter(bias.data[rows], requires_grad=False)
 
     def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        module.weight, module.bias = before.pop()
+        module.weight, bias = before.pop()
+        if bias is not None:
+            module.bias = bias
 
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
@@ -149,11 +158,7 @@ def _written(
     name: str, model: PreTrainedModel, written: Mapping[str, ir.Value], quantization: str, prefix: str
 ) -> Tensor:
     """The written weight of the linear layer `name`, [out, in]."""
-    names = [name]
-    if model.get_submodule(name) is model.get_output_embeddings():  # a tied weight has the name of either module
-        embedding = model.get_input_embeddings()
-        names += [each for each, module in model.named_modules() if module is embedding]
-    for each in names:
+    for each in _names(name, model):
         for tensor in (f"{prefix}{each}.weight.kept", f"{prefix}{each}.weight"):
             weight = _dequantize(written, tensor, quantization)
             if weight is not None:
@@ -172,24 +177,36 @@ def _written(
     return weight[start : start + packed[name].out_features]
 
 
+def _names(name: str, model: PreTrainedModel) -> list[str]:
+    """`name`, and of a head and an embedding the other's: a tied weight has the name of either module."""
+    pair = [model.get_output_embeddings(), model.get_input_embeddings()]
+    if model.get_submodule(name) not in pair:
+        return [name]
+    return [name, *(each for each, module in model.named_modules() if module in pair and each != name)]
+
+
 def _dequantize(written: Mapping[str, ir.Value], tensor: str, quantization: str) -> Tensor | None:
     """The weight [out, in] that the graph multiplies with; None where `tensor` is not in it."""
-    if f"{tensor}.quantized" in written:  # MatMulNBits: (q − zero) · scale, block by block
-        parts = (_read(written[f"{tensor}.{part}"]) for part in ("quantized", "zero_points", "scales"))
-        values, zeros, scales = parts
-        if scales.ndim == 3:  # experts have a dimension more
-            values = values.flatten(0, 1).unflatten(1, (scales.shape[2], -1))
-            zeros, scales = zeros.flatten(0, 1), scales.flatten(0, 1)
-        if quantization == "int4":
-            values, zeros = (torch.stack([x & 15, x >> 4], -1).flatten(-2) for x in (values, zeros))
-        zeros = zeros[:, : scales.shape[1]]
-        return values.float().sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1)
+    if f"{tensor}.quantized" in written:
+        return _from_blocks(written, tensor, BITS[quantization])
     if f"{tensor}.{quantization}" in written:  # DequantizeLinear: q · scale, by rows or blocks of them
         values, scales = (_read(written[f"{tensor}.{part}"]) for part in (quantization, f"{quantization}_scales"))
         by_block = values.float().unflatten(1, (1 if scales.ndim == 1 else scales.shape[1], -1))
         by_row: Tensor = by_block.mul_(scales.view(len(values), -1, 1)).flatten(1)
         return by_row
     return None
+
+
+def _from_blocks(written: Mapping[str, ir.Value], tensor: str, bits: int) -> Tensor:
+    """[out, in] of what MatMulNBits, QMoE and GatherBlockQuantized read: (q − zero) · scale, block by block."""
+    parts = (_read(written[f"{tensor}.{part}"]) for part in ("quantized", "zero_points", "scales"))
+    values, zeros, scales = parts
+    if scales.ndim == 3:  # of experts
+        values, zeros, scales = (part.flatten(0, 1) for part in (values, zeros, scales))
+    if bits == 4:
+        values, zeros = (torch.stack([x & 15, x >> 4], -1).flatten(-2) for x in (values, zeros))
+    zeros, values = zeros[:, : scales.shape[1]], values.reshape(*scales.shape, -1)
+    return values.float().sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1)
 
 
 def _read(value: ir.Value) -> Tensor:

@@ -186,12 +186,14 @@ def _check_room(shape: str, directory: Path, plans: Mapping[str, BundlePlan], mi
 
 
 def bundle_bytes(plan: BundlePlan) -> float:
-    """Returns the approximate bytes of a bundle's weights: the embedding in its dtype, head and layers as quantised."""
+    """Returns the approximate bytes of a bundle's weights."""
     model: Any = plan.source.model
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     layers = sum(p.numel() for p in model.parameters()) - embedding.numel()
     layers -= 0 if head is embedding else head.numel()
-    return float(embedding.numel() * _BYTES[plan.dtype] + layers * _bytes_of_product(plan) + head_bytes(plan))
+    is_blocks = plan.quantization != "none" and plan.dtype == "fp32"
+    row_bytes = _QUANTIZED_BYTES["int8"] if is_blocks else _BYTES[plan.dtype]
+    return float(embedding.numel() * row_bytes + layers * _bytes_of_product(plan) + head_bytes(plan))
 
 
 def head_bytes(plan: BundlePlan) -> float:
