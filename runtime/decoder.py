@@ -16,6 +16,7 @@ from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from runtime.alarm import AcceptanceAlarm
 from runtime.draft_length import DraftLength
+from runtime.json_schema import JsonSchemas
 from runtime.kept_prefix import kept_prefix
 from runtime.loop import GREEDY, decode_rounds
 from runtime.pair import Auto, check_pair, make_draft_length
@@ -68,6 +69,7 @@ class SpeculativeDecoder:
         self.drafter = drafter
         self.tokenizer = tokenizer
         self.length = make_draft_length(target, drafter, draft_length, prompt_lookup)
+        self._schemas = JsonSchemas(tokenizer, target.manifest)
         self._alarm = AcceptanceAlarm(drafter.manifest if drafter else None)
 
     @classmethod
@@ -128,7 +130,9 @@ class SpeculativeDecoder:
         if self.drafter:
             drafter = self.drafter.fork(target if self.drafter.cache is self.target.cache else None)
         length: int | Auto = "auto" if self.length.adapts else self.draft_length
-        return type(self)(target, drafter, self.tokenizer, length, self.length.lookups is not None)
+        fork = type(self)(target, drafter, self.tokenizer, length, self.length.lookups is not None)
+        fork._schemas = self._schemas
+        return fork
 
     @property
     def draft_length(self) -> int:
@@ -148,6 +152,7 @@ class SpeculativeDecoder:
         chat_template: str | None = None,
         continue_final_message: bool = False,
         logprobs: int | bool | None = None,
+        json_schema: Mapping[str, Any] | bool | None = None,
     ) -> Generation:
         """Generate to an EOS, to a stop string, to `max_new_tokens` or to the end of the context.
 
@@ -164,10 +169,13 @@ class SpeculativeDecoder:
             continue_final_message: See `ChatOptions`.
             logprobs: Return each token's log-probability under the model (see `TokenLogprob`), and those of this many
                 alternatives; True asks for no alternatives.
+            json_schema: Let the text be JSON of this schema, unless it ends at `max_new_tokens` or at a stop string: at
+                each position target and drafter choose among the tokens that can go on to such JSON. True allows any
+                JSON. It needs the extra `json`; which schemas work: docs/conversations.md.
 
         Raises:
-            VocabtrimError: The prompt is empty or leaves no room in the context, an argument is out of range, or stop
-                strings are empty or given without a tokenizer.
+            VocabtrimError: The prompt is empty or leaves no room in the context, an argument is out of range, stop
+                strings are empty or given without a tokenizer, or the schema cannot be applied.
         """
         return self.stream(
             prompt,
@@ -180,6 +188,7 @@ class SpeculativeDecoder:
             chat_template=chat_template,
             continue_final_message=continue_final_message,
             logprobs=logprobs,
+            json_schema=json_schema,
         ).finish()
 
     def stream(
@@ -195,6 +204,7 @@ class SpeculativeDecoder:
         chat_template: str | None = None,
         continue_final_message: bool = False,
         logprobs: int | bool | None = None,
+        json_schema: Mapping[str, Any] | bool | None = None,
     ) -> Stream:
         """Generate token by token: iterate over the result with `for` or `async for` (see `Stream`).
 
@@ -230,6 +240,7 @@ class SpeculativeDecoder:
             sampling=sampling,
             logprobs=logprobs,
             keep_prefix=not _must_repeat_itself(sampling),
+            constraint=None if json_schema is None else self._schemas.constraint(json_schema),
         )
         return Stream(self._watched(rounds), self.tokenizer, stop, lambda: self._alarm.collapse)
 
@@ -252,6 +263,17 @@ class SpeculativeDecoder:
         token_ids = prompt_token_ids(prompt, self.tokenizer, chat, options)
         check_prompt(token_ids, self.target, self.tokenizer)
         return token_ids
+
+    def check_json_schema(self, schema: Mapping[str, Any] | bool) -> None:
+        """Check that `generate` can apply a schema, before anything is read.
+
+        Args:
+            schema: See `generate`.
+
+        Raises:
+            VocabtrimError: It cannot.
+        """
+        self._schemas.constraint(schema)
 
     def kept_prefix(self, token_ids: Sequence[int]) -> int:
         """Returns how many of the first tokens of a prompt this decoder would not read again.

@@ -18,18 +18,26 @@ class Columns:
     """Where token ids stand in a head's logits: float32[width], column i is token i or `kept_token_ids[i]`."""
 
     def __init__(self, width: int, head_tokens: HeadTokens | None = None) -> None:
-        self.width, self._inverse = width, None if head_tokens is None else head_tokens.inverse
+        self.width, self._head_tokens = width, head_tokens
 
     def find(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The columns of those of `ids` that the head has, and which these are: bool[len(ids)]."""
-        if self._inverse is None:
+        if self._head_tokens is None:
             has = ids < self.width
             return ids[has], has
-        columns = np.full(len(ids), NOT_KEPT, np.int64)
-        known = ids < len(self._inverse)
-        columns[known] = self._inverse[ids[known]]
+        columns, inverse = np.full(len(ids), NOT_KEPT, np.int64), self._head_tokens.inverse
+        known = ids < len(inverse)
+        columns[known] = inverse[ids[known]]
         has = (columns != NOT_KEPT) & (columns < self.width)
         return columns[has], has
+
+    def spread(self, by_token: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The value of each column's token: bool[width] of bool[tokens]; false for an empty slot."""
+        if self._head_tokens is None:
+            return by_token[: self.width]
+        tokens = self._head_tokens.kept_token_ids[: self.width]
+        values: NDArray[np.bool_] = by_token[tokens] & (tokens != NOT_KEPT)
+        return values
 
 
 class LogitRules:

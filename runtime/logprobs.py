@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 class TokenLogprob:
     """What the target makes of one position: the log-softmax of its logits.
 
-    That is the model's own distribution, before penalties, temperature and the like: OpenAI's convention.
+    That is the model's own distribution, before penalties, temperature and the like: OpenAI's convention. Under a JSON
+    schema it is that of the tokens which the schema allows.
 
     Attributes:
         token_id: The token that was generated.
         logprob: Its natural logarithm of the probability.
-        top: The most likely tokens with theirs, the most likely first; of equal ones the smaller id.
+        top: The most likely tokens with theirs, the most likely first; of equal ones the smaller id. They are fewer
+            where fewer are possible.
     """
 
     token_id: int
@@ -38,9 +40,8 @@ def token_logprobs(logits: NDArray[np.float32], tokens: Sequence[int], top: int)
 def _logprob(row: NDArray[np.float32], token: int, top: int) -> TokenLogprob:
     highest = row.max()
     total = float(highest) + float(np.log(np.exp(row - highest).sum(dtype=np.float64)))
-    top = min(top, len(row))
     alternatives: list[int] = []
-    if top:
+    if top := min(top, int((row > -np.inf).sum()) if top else 0):
         least = np.partition(row, len(row) - top)[len(row) - top]
         found = np.flatnonzero(row >= least)
         alternatives = found[np.lexsort((found, -row[found]))][:top].tolist()

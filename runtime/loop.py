@@ -7,6 +7,7 @@ from time import perf_counter
 from engines.base import Accepted, Engine, StepOutput
 from engines.exclusive_use import Claim
 from engines.sampling_params import SamplingParams
+from runtime.constraint import Constraint, Masks
 from runtime.draft_length import DraftLength, FixedLength, Plan
 from runtime.drafting import TokenReader, make_reader
 from runtime.kept_prefix import note_text, restart
@@ -31,6 +32,7 @@ def decode_rounds(
     force_accepted: int | None = None,
     keep_prefix: bool = False,
     profiler: Profiler = NO_PROFILER,
+    constraint: Constraint | None = None,
 ) -> Generator[Round, None, None]:
     """Generate after a prompt, one round at a time.
 
@@ -54,17 +56,22 @@ def decode_rounds(
         keep_prefix: Do not read again what the engines' caches hold of the prompt from the generation before; otherwise
             both start empty.
         profiler: Records the phases of each round.
+        constraint: Which tokens may come next, from the first new one on; it serves this generation alone. The target's
+            distribution is then that of the allowed tokens, before the rules of `sampling`, and so are `logprobs`.
 
     Yields:
         One `Round` for each call of the target.
 
     Raises:
         VocabtrimError: Another thread's unfinished generation holds one of the engines.
-        ValueError: `force_accepted` is negative, or goes with sampling.
+        ValueError: `force_accepted` is negative, or goes with sampling or a constraint.
     """
-    if force_accepted is not None and (not sampling.is_greedy or force_accepted < 0):
-        raise ValueError("force_accepted is a number from 0 up, and goes with greedy decoding")
-    loop = _Loop(target, drafter, prompt, max_new_tokens, draft_length, sampling, logprobs, force_accepted, profiler)
+    if force_accepted is not None and (not sampling.is_greedy or constraint or force_accepted < 0):
+        raise ValueError("force_accepted is a number from 0 up, and goes with greedy decoding without a constraint")
+    masks = Masks(constraint) if constraint else None
+    loop = _Loop(
+        target, drafter, prompt, max_new_tokens, draft_length, sampling, logprobs, force_accepted, profiler, masks
+    )
     claim = Claim([engine.use for engine in (target, drafter) if engine])
     try:
         with claim, profiler.span("round", length=0):
@@ -122,8 +129,9 @@ class _Loop:
         logprobs: int | None,
         force_accepted: int | None,
         profiler: Profiler,
+        masks: Masks | None,
     ) -> None:
-        self.profiler = profiler
+        self.profiler, self.masks = profiler, masks
         self.target, self.drafter = target, drafter
         self.length = FixedLength(draft_length) if isinstance(draft_length, int) else draft_length
         self.vocab_size = target.manifest.vocab_size
@@ -132,7 +140,7 @@ class _Loop:
         # Forced runs have their full length: the EOS that they may meet is none that the target chose.
         self.stop = frozenset(target.manifest.eos_token_ids if force_accepted is None else ())
         self.greedy, self.logprobs = sampling.is_greedy, logprobs
-        self.rule = make_rule(sampling, target, drafter, prompt, force_accepted)
+        self.rule = make_rule(sampling, target, drafter, prompt, force_accepted, masks)
         self.reader = make_reader(drafter, self.vocab_size) if drafter else None
         # A drafter of the target's own weights reads the target's keys and values: nothing to prefill or to catch up
         # on, and better ones than its own. What it writes ahead, the verification overwrites.
@@ -208,7 +216,10 @@ class _Loop:
 
     def logprobs_of(self, tokens: Sequence[int], output: StepOutput) -> tuple[TokenLogprob, ...]:
         """Returns nothing where none were asked for, so that an engine need not hand its logits over."""
-        return () if self.logprobs is None else token_logprobs(output.logits, tokens, self.logprobs)
+        if self.logprobs is None:
+            return ()
+        logits = self.masks.of_last_tokens(output.logits) if self.masks else output.logits
+        return token_logprobs(logits, tokens, self.logprobs)
 
     def move(self) -> _Move:
         """Draft and verify: in one call where the engines can, else one after the other."""
@@ -223,6 +234,8 @@ class _Loop:
                 return move
         start = perf_counter()
         draft = self.usable(list(match.tokens[: min(plan.looked_up, room)]))
+        if self.masks:
+            draft = draft[: self.masks.fitting(draft)]
         looked_up, prefill_seconds = len(draft), 0.0
         self.rule.look_up(looked_up)
         if self.reader and steps > 0:

@@ -10,6 +10,7 @@ from engines.base import Accepted, Engine, StepOutput
 from engines.errors import VocabtrimError
 from engines.sampling_params import Sampling, SamplingParams
 from runtime.accept import accept_forced, accept_greedy, accept_sampled
+from runtime.constraint import ConstrainedRules, Masks
 from runtime.logit_rules import FORBIDDEN, Columns, LogitRules, make_logit_rules
 from runtime.sampling import distribution, largest_probability, sample
 
@@ -73,9 +74,10 @@ class RuledGreedy:
     runs_on_device = False
     sampling: Sampling | None = None
 
-    def __init__(self, rules: LogitRules, drafter: Engine | None, vocab_size: int) -> None:
+    def __init__(self, rules: LogitRules | ConstrainedRules, drafter: Engine | None, vocab_size: int) -> None:
         self.rules, self.columns = rules, Columns(vocab_size)
         self.head = DrafterHead(drafter, vocab_size)
+        self.proposed_from = np.zeros(0, np.float32)  # the row that `propose` has just chosen from
 
     def look_up(self, count: int) -> None:
         """Nothing: any token may be drafted."""
@@ -83,11 +85,11 @@ class RuledGreedy:
     def propose(self, draft: list[int], output: StepOutput) -> int | None:
         head = self.head
         row = self.rules.apply(output.logits[-1, : head.columns.width], draft, head.columns)
-        best = int(row.argmax())
+        self.proposed_from, best = row, int(row.argmax())
         return None if row[best] == FORBIDDEN else head.token(best)
 
-    def confidence(self, output: StepOutput) -> float:
-        return largest_probability(output.logits[-1])
+    def confidence(self, output: StepOutput) -> float:  # noqa: ARG002
+        return largest_probability(self.proposed_from)
 
     def accept(self, draft: list[int], output: StepOutput) -> Accepted:
         logits, chosen = output.logits, list[int]()
@@ -105,7 +107,11 @@ class Sampled:
     """Keeps the distribution behind each proposed token until the draft is judged."""
 
     def __init__(
-        self, params: SamplingParams, rules: LogitRules | None, drafter: Engine | None, vocab_size: int
+        self,
+        params: SamplingParams,
+        rules: LogitRules | ConstrainedRules | None,
+        drafter: Engine | None,
+        vocab_size: int,
     ) -> None:
         self.sampling = Sampling(params, np.random.default_rng(params.seed))
         self.rules, self.runs_on_device = rules, rules is None
@@ -156,7 +162,7 @@ class DrafterHead:
     def __init__(self, drafter: Engine | None, vocab_size: int) -> None:
         self.tokens = drafter.head_tokens if drafter else None
         kept = self.tokens.kept_token_ids if self.tokens else None
-        width = vocab_size
+        width = min(vocab_size, drafter.manifest.head_rows) if drafter else vocab_size
         if kept is not None:
             width = int(np.append(np.flatnonzero(kept >= vocab_size), len(kept))[0])
         self.columns = Columns(width, self.tokens)
@@ -171,16 +177,18 @@ def make_rule(
     drafter: Engine | None,
     prompt: Sequence[int],
     force_accepted: int | None = None,
+    masks: Masks | None = None,
 ) -> Rule:
     """The rule of one generation after `prompt`.
 
-    The rules on logits are those of the target's bundle, where `params` give none. Forced acceptance measures times
-    alone and applies none. Raises `VocabtrimError` for token ids that the target lacks.
+    The rules on logits are those of the target's bundle, where `params` give none; `masks` come before them. Forced
+    acceptance measures times alone and applies none. Raises `VocabtrimError` for token ids that the target lacks.
     """
     if force_accepted is not None:
         return Forced(force_accepted)
     vocab_size = target.manifest.vocab_size
-    rules = make_logit_rules(params, target.manifest, prompt)
+    logit_rules = make_logit_rules(params, target.manifest, prompt)
+    rules = ConstrainedRules(masks, logit_rules) if masks else logit_rules
     if not params.is_greedy:
         return Sampled(params, rules, drafter, vocab_size)
     return RuledGreedy(rules, drafter, vocab_size) if rules else Greedy()
@@ -190,6 +198,7 @@ def require_choice(row: NDArray[np.float32]) -> NDArray[np.float32]:
     """`row` of logits, if it leaves a token to choose. Raises `VocabtrimError`."""
     if row.max() == FORBIDDEN:
         raise VocabtrimError(
-            "the rules forbid every token: relax suppress_tokens, no_repeat_ngram_size or bad_words_ids"
+            "the rules forbid every token: relax suppress_tokens, no_repeat_ngram_size, min_new_tokens or bad_words_ids, "
+            "or the JSON schema if there is one"
         )
     return row
