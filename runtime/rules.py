@@ -198,7 +198,7 @@ def require_choice(row: NDArray[np.float32]) -> NDArray[np.float32]:
     """`row` of logits, if it leaves a token to choose. Raises `VocabtrimError`."""
     if row.max() == FORBIDDEN:
         raise VocabtrimError(
-            "the rules forbid every token: relax suppress_tokens, no_repeat_ngram_size, min_new_tokens or bad_words_ids, "
+            "the rules forbid every token: relax suppress_tokens, no_repeat_ngram_size, min_new_tokens, bad_words_ids, "
             "or the JSON schema if there is one"
         )
     return row

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.mutations.calibration import CALIBRATION
+from tests.mutations.constraints import CONSTRAINTS
 from tests.mutations.conversations import CONVERSATIONS
 from tests.mutations.decoding import DECODING
 from tests.mutations.device import DEVICE
@@ -28,7 +29,19 @@ from tests.mutations.proof import PROOF
 from tests.mutations.reports import REPORTS
 from tests.mutations.server import SERVER
 
-ALL = (*FILES, *DECODING, *LOAD, *FORMATS, *DEVICE, *CONVERSATIONS, *PROOF, *REPORTS, *SERVER, *CALIBRATION)
+ALL = (
+    *FILES,
+    *DECODING,
+    *LOAD,
+    *FORMATS,
+    *DEVICE,
+    *CONVERSATIONS,
+    *PROOF,
+    *REPORTS,
+    *SERVER,
+    *CALIBRATION,
+    *CONSTRAINTS,
+)
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "trust.md"
 MARK = "<!-- written by `make mutations` -->\n"

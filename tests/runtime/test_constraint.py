@@ -172,6 +172,7 @@ def test_greedy_output_is_the_masked_targets_own(
 
 
 def test_a_drafter_without_an_allowed_row_drafts_nothing(make_target, make_drafter):
+    """The token of its row 0 is 3: that token 0 is allowed says nothing of it."""
     rounds = list(
         decode_rounds(
             make_target(),
@@ -179,11 +180,11 @@ def test_a_drafter_without_an_allowed_row_drafts_nothing(make_target, make_draft
             [5],
             max_new_tokens=9,
             draft_length=4,
-            constraint=ByRule(lambda _: range(10, 20), VOCAB),
+            constraint=ByRule(lambda _: [0, 2], VOCAB),
         )
     )
     assert [entry.drafted for entry in rounds] == [0] * 9
-    assert {token for entry in rounds for token in entry.tokens} <= set(range(10, 20))
+    assert {token for entry in rounds for token in entry.tokens} <= {0, 2}
 
 
 def test_no_engine_drafts_or_judges_by_itself(make_target, make_drafter, monkeypatch):

@@ -35,6 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --json: print each token's log-probability and those of the N most likely",
     )
     add_json_argument(parser)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--json-schema",
+        type=Path,
+        metavar="FILE",
+        help="let the answer be JSON of the schema in this file (docs/json.md)",
+    )
+    form.add_argument("--json-object", action="store_true", help="let the answer be a JSON object, whatever it holds")
 
 
 def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +85,7 @@ def run(options: argparse.Namespace) -> None:
             template_args=template_args(options),
             chat_template=options.chat_template,
             continue_final_message=options.continue_final_message,
+            json_schema=_json_schema(options),
         )
         _show(stream, options.json)
 
@@ -89,6 +98,18 @@ def _show(stream: "Stream", as_json: bool) -> None:
     printed = print_text(stream)
     result = stream.finish()
     print(figures_line(result.stats, result.finish_reason, printed.first_token_seconds), file=sys.stderr)
+
+
+def _json_schema(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Returns the schema of the answer; None where any text will do."""
+    if options.json_object:
+        return {"type": "object"}
+    if options.json_schema is None:
+        return None
+    schema = read_json(options.json_schema, "--json-schema")
+    if not isinstance(schema, dict):
+        raise VocabtrimError(f"--json-schema {options.json_schema} holds no JSON schema: give an object")
+    return schema
 
 
 def _prompt(options: argparse.Namespace) -> tuple[Any, Any]:

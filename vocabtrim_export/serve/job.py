@@ -1,6 +1,6 @@
 """Requests of OpenAI's two generating interfaces → `Job`: token ids, and how to continue them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ from engines.errors import VocabtrimError
 from runtime import SamplingParams, SpeculativeDecoder
 from vocabtrim_export.serve.errors import ApiError
 from vocabtrim_export.serve.fields import Fields
+from vocabtrim_export.serve.response_format import read_response_format
 
 MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS = 64, 16, 20
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -33,6 +34,7 @@ class Job:
         is_chat: The request was for /v1/chat/completions.
         is_streamed: The answer comes as server-sent events.
         with_usage: A streamed answer ends with the numbers of tokens.
+        json_schema: The schema of every answer; None for text.
     """
 
     prompts: tuple[list[int], ...]
@@ -44,6 +46,7 @@ class Job:
     is_chat: bool
     is_streamed: bool
     with_usage: bool
+    json_schema: Mapping[str, Any] | None
 
 
 def read_job(body: bytes, is_chat: bool, decoder: SpeculativeDecoder, model_name: str) -> Job:
@@ -82,6 +85,7 @@ def read_job(body: bytes, is_chat: bool, decoder: SpeculativeDecoder, model_name
         is_chat=is_chat,
         is_streamed=fields.flag("stream"),
         with_usage=bool(options.get("include_usage")),
+        json_schema=read_response_format(fields, decoder),
     )
     _refuse_unsupported(fields)
     fields.ignore(_IGNORED)
@@ -172,7 +176,6 @@ def _stops(fields: Fields) -> tuple[str, ...]:
 
 def _refuse_unsupported(fields: Fields) -> None:
     """Refuse known fields that would require an answer of another form."""
-    fields.refuse("response_format", [{"type": "text"}], "answers are free text; leave it out, or ask in the prompt")
     fields.refuse("echo", [False], "the answer holds new tokens only")
     fields.refuse("best_of", [1], "give n")
     fields.refuse("suffix", [""], "text is continued, not filled in")

@@ -151,7 +151,12 @@ def _run(
     most = job.max_new_tokens or decoder.target.capacity  # to the end of the context
     try:
         with decoder.stream(
-            prompt, max_new_tokens=most, sampling=sampling, stop=job.stop or None, logprobs=job.logprobs
+            prompt,
+            max_new_tokens=most,
+            sampling=sampling,
+            stop=job.stop or None,
+            logprobs=job.logprobs,
+            json_schema=job.json_schema,
         ) as stream:
             _send_all(stream, running, send)
     except BaseException as error:  # the event loop raises it again
