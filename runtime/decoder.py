@@ -171,7 +171,7 @@ class SpeculativeDecoder:
                 alternatives; True asks for no alternatives.
             json_schema: Let the text be JSON of this schema, unless it ends at `max_new_tokens` or at a stop string: at
                 each position target and drafter choose among the tokens that can go on to such JSON. True allows any
-                JSON. It needs the extra `json`; which schemas work: docs/conversations.md.
+                JSON. It needs the extra `json`; which schemas work: docs/json.md.
 
         Raises:
             VocabtrimError: The prompt is empty or leaves no room in the context, an argument is out of range, stop

@@ -200,11 +200,6 @@ BAD = {
     "unknown role content": (b'{"messages": [{"role": "user", "content": 5}]}', 400, "content"),
     "another model": (b'{"model": "gpt-4o", "messages": []}', 404, "there is no model 'gpt-4o' here"),
     "unknown field": (b'{"messages": [{"role": "user", "content": "a"}], "min_tokens": 3}', 400, "min_tokens"),
-    "JSON mode": (
-        b'{"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}}',
-        400,
-        "response_format is not supported",
-    ),
     "a temperature": (b'{"messages": [{"role": "user", "content": "a"}], "temperature": -1}', 400, "temperature"),
     "too long": (
         json.dumps({"messages": [{"role": "user", "content": "fox " * 999}]}).encode(),
