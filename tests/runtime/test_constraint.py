@@ -147,7 +147,7 @@ def test_greedy_output_is_the_masked_targets_own(
     """share = 0: one token is possible everywhere, and what the prompt repeats mostly is not."""
     target = make_target(seed=seed, eos_bias=2.0)
     drafter = make_drafter(kept, noise, rows=48 if kept else rows)
-    drafter.seed, rule = seed, random_rule(seed, VOCAB, share)
+    drafter.seed, drafter.eos_bias, rule = seed, 2.0, random_rule(seed, VOCAB, share)
     length = AdaptiveLength(6, costs=GivenCosts(step=0.2, row=0.02)) if draft_length == "adaptive" else draft_length
     rounds = list(
         decode_rounds(
