@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.cli.combinations import refuse_stated
@@ -143,7 +143,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.random_weights:
         if options.target or options.drafter or options.baseline_drafter or options.prompts:
             raise VocabtrimError("--random-weights makes its own bundles and prompts: leave out those given")
-        unset = {"template_arg": [], "chat_template": None}
+        unset: dict[str, Any] = {"template_arg": [], "chat_template": None}
         refuse_stated(options, unset, "is for prompts of text, and --random-weights makes tokens: leave it out")
         if options.dtype == "bf16" and options.device == "cpu":
             raise VocabtrimError("ONNX Runtime has no bf16 on the CPU: use --dtype fp32, or --device cuda")

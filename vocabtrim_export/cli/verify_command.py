@@ -132,7 +132,8 @@ def _settings(options: argparse.Namespace) -> "Sequence[SamplingParams]":
     seed = options.seed or 0
     own = {name: getattr(options, name) for name in _SETTING if getattr(options, name) is not None}
     if own:
-        return (SamplingParams(**{"temperature": 1.0, "seed": seed} | own | rule_options(options)),)
+        settings: dict[str, Any] = {"temperature": 1.0, "seed": seed, **own, **rule_options(options)}
+        return (SamplingParams(**settings),)
     return [replace(params, seed=seed, **rule_options(options)) for params in SETTINGS]
 
 

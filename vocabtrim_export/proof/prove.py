@@ -70,7 +70,7 @@ def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | 
     if slots and not slots.are_the_models:
         return f"the rows of its slots are not those of the model's head, rounded to {plan.quantization}"
     try:
-        computed = run_graph(directory, fed, window, slots=slots and slots.by_call(fed))
+        computed = run_graph(directory, fed, window, slots=slots.by_call(fed) if slots else None)
     except VocabtrimError as error:
         return str(error)
     with _as_written(directory, plan) as unlike, _head_columns(plan, slots):

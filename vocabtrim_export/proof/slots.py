@@ -55,12 +55,13 @@ class FilledSlots:
         own = plan.rows_of(self.token_ids)
         self._own = head.weight.data[own].float()
         self._written = torch.from_numpy(rows.read(self.token_ids)[0])[:, : self._own.shape[1]]
-        self._bias = None if head.bias is None else head.bias.data[own].float()
+        self._bias: Any = None if head.bias is None else head.bias.data[own].float()
         self._gains = np.resize(np.array(gains, np.float32), len(self.token_ids))
         self._quantization = plan.quantization
         slots = Slots(plan.vocab_map, rows, (self._own.shape[1], plan.slots), np.dtype(np.float32))
         slots.see(self.token_ids.tolist())
-        slots.inputs[SLOT_WEIGHT][:, : len(self._gains)] *= self._gains
+        weight: NDArray[np.float32] = slots.inputs[SLOT_WEIGHT].view(np.float32)
+        weight[:, : len(self._gains)] *= self._gains
         self.filled: Mapping[str, NDArray[np.generic]] = slots.inputs
         self.emptied = {**slots.inputs, SLOT_TOKEN_IDS: np.full(plan.slots, NOT_KEPT, np.int64)}
         self.kept_token_ids, self.inverse = slots.kept_token_ids, slots.inverse
@@ -85,7 +86,7 @@ class FilledSlots:
 
         def enter(module: Any, _inputs: Any) -> None:
             before.append((module.weight, module.bias))
-            weight, bias = (None if each is None else each.data for each in before[-1])
+            weight, bias = module.weight.data, None if module.bias is None else module.bias.data
             if rows is not None:
                 weight, bias = weight[rows], None if bias is None else bias[rows]
             gained = slotted * torch.from_numpy(self._gains)[:, None]

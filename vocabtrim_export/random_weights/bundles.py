@@ -89,9 +89,9 @@ def random_bundles(settings: RandomSettings, directory: Path, progress: Progress
         twin = directory / twins[name] if name in twins else None
         with replacing([directory / name]) as (fresh,):
             write_bundle(fresh, traced[plan.source.name], plan, progress, twin)
-    target, *drafters = (directory / name for name in plans)
+    target_path, *drafters = (directory / name for name in plans)
     labels = ["full" if rows is None else f"{rows} rows" for rows in settings.drafter_rows]
-    return RandomBundles(target, dict(zip(labels, drafters, strict=True)))
+    return RandomBundles(target_path, dict(zip(labels, drafters, strict=True)))
 
 
 def _sources(settings: RandomSettings) -> tuple[Source, Source]:
