@@ -18,6 +18,7 @@ from vocabtrim_export.calibration import (
 )
 from vocabtrim_export.calibration.domains import Domain, mix
 from vocabtrim_export.calibration.endpoint import Endpoint
+from vocabtrim_export.calibration.producers import Workers
 from vocabtrim_export.calibration.sufficiency import MOST_TOKENS, Rows, Verdict
 from vocabtrim_export.lowering.graph_files import Progress
 
@@ -56,6 +57,7 @@ class CountJob:
         checkpoint: The file that is rewritten as tokens come in; an interrupted run continues from it.
         rows: The rows of the head that `auto` counts for: a number, or the share of held-out tokens to cover.
         listener: The functions to call meanwhile.
+        workers: The processes that make the tokens, if this one does not.
     """
 
     source: CalibrationSource
@@ -63,6 +65,7 @@ class CountJob:
     checkpoint: Path
     rows: Rows
     listener: Listener = NOBODY
+    workers: Workers | None = None
 
 
 def count_data(
@@ -146,7 +149,9 @@ def _count_corpus(
         listener.progress("coverage %", int(100 * verdict.coverage), 100)
 
     events = CountEvents(lambda done, total: listener.progress("calibrate", done, total), listener.on_skip, look)
-    counts = calibrate(model, tokenizer, corpus, settings, checkpoint=job.checkpoint, events=events)
+    counts = calibrate(
+        model, tokenizer, corpus, settings, checkpoint=job.checkpoint, workers=job.workers, events=events
+    )
     if is_auto:
         listener.progress("calibrate", counts.total, counts.total)
     for verdict in verdicts[-1:]:

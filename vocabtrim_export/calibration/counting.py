@@ -1,11 +1,11 @@
 """Token counts for an export: read from earlier calibrations, or counted with the right one of the loaded models."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -19,6 +19,9 @@ from vocabtrim_export.calibration.domains import Domain, read_domains
 from vocabtrim_export.calibration.sufficiency import Rows
 from vocabtrim_export.sources.precision import calibration_model
 from vocabtrim_export.sources.source import Source, load_source, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 QUARTER = 4  # a trim pays where the head keeps at most this part of the vocabulary
 
@@ -38,6 +41,7 @@ class CalibrationSettings:
         seed: Seed of the random numbers that tokens are drawn with.
         calibration_endpoint: The base URL of a server with OpenAI's protocol that generates; None: the model itself.
         calibration_model: The model's name there.
+        ray: The address of a Ray cluster that counts or generates, "" for the one of this machine; None: this process.
         chat_template: See `ChatOptions`.
         template_args: See `ChatOptions`.
     """
@@ -49,6 +53,7 @@ class CalibrationSettings:
     seed: int = 0
     calibration_endpoint: str | None = None
     calibration_model: str | None = None
+    ray: str | None = None
     chat_template: str | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -143,10 +148,34 @@ def count_tokens(
     how = calibration_source(settings, sources.keys())
     source = next(iter(sources.values())) if how == "text" else sources[how]
     job = CountJob(how, settings, checkpoint, rows or source.vocab_size // QUARTER, listener)
-    if how == "text" or settings.calibration_endpoint:
-        return count_data(None, source.tokenizer, data, job)
+    if how == "text" or settings.calibration_endpoint or settings.ray is not None:
+        return count_elsewhere(source.tokenizer, data, job, source.name)
     with calibration_model(source.model) as model:
         return count_data(model, source.tokenizer, data, job, source.digest)
+
+
+def count_elsewhere(
+    tokenizer: "PreTrainedTokenizerFast", data: CalibrationInput, job: CountJob, spec: str
+) -> TokenCounts:
+    """Count a text, or what a server or the processes of a Ray cluster generate.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        data: Text, no counts.
+        job: How to count; 0 rows stand for a quarter of the vocabulary.
+        spec: MODEL that generates on a cluster.
+
+    Raises:
+        VocabtrimError: See `calibrate` and `ray_workers`.
+    """
+    if job.settings.ray is None:
+        return count_data(None, tokenizer, data, replace(job, rows=job.rows or len(tokenizer) // QUARTER))
+    from vocabtrim_export.calibration.ray_workers import ray_workers
+
+    with ray_workers(job.settings.ray, tokenizer, None if job.source == "text" else spec) as workers:
+        vocab_size = workers.facts.rows if workers.facts else len(tokenizer)
+        job = replace(job, rows=job.rows or vocab_size // QUARTER, workers=workers)
+        return count_data(None, tokenizer, data, job, workers.digest)
 
 
 def calibrate_models(
@@ -183,13 +212,14 @@ def calibrate_models(
     pairs: tuple[tuple[Role, str | None], ...] = (("drafter", drafter), ("target", target))
     specs = {role: spec for role, spec in pairs if spec is not None}
     how = calibration_source(settings, specs)
-    if how == "text" or settings.calibration_endpoint:
-        tokenizer = load_tokenizer(specs[how] if how != "text" else target or str(drafter))
-        job = CountJob(how, settings, output, len(tokenizer) // QUARTER, listener)
+    if how == "text" or settings.calibration_endpoint or settings.ray is not None:
+        spec = specs[how] if how != "text" else target or str(drafter)
         with alone(output):
-            return count_data(None, tokenizer, data, job)
-    source = load_source(
-        specs[how], torch.float32, lambda done, total: listener.progress("load", done >> 20, total >> 20)
-    )
+            return count_elsewhere(load_tokenizer(spec), data, CountJob(how, settings, output, 0, listener), spec)
+
+    def on_read(done: int, total: int) -> None:
+        listener.progress("load", done >> 20, total >> 20)
+
+    source = load_source(specs[how], torch.float32, on_read)
     with alone(output):
         return count_tokens({how: source}, data, settings, output, listener=listener)

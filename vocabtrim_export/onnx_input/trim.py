@@ -19,8 +19,13 @@ from engines.bundle.vocabulary import Vocabulary
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
 from vocabtrim_export.calibration import CalibrationSource, TokenCounts, skipped_note
-from vocabtrim_export.calibration.counter import CountJob, Listener, count_data
-from vocabtrim_export.calibration.counting import CalibrationInput, CalibrationSettings, read_calibration
+from vocabtrim_export.calibration.counter import CountJob, Listener
+from vocabtrim_export.calibration.counting import (
+    CalibrationInput,
+    CalibrationSettings,
+    count_elsewhere,
+    read_calibration,
+)
 from vocabtrim_export.lowering.graph_files import Progress, save_graph
 from vocabtrim_export.onnx_input.cut import cut_head
 from vocabtrim_export.onnx_input.head import find_head
@@ -179,7 +184,7 @@ def _count(
     how: CalibrationSource = "target" if settings.calibration_endpoint else "text"
     listener = Listener(progress)  # the caller reports skipped records
     job = CountJob(how, settings, checkpoint, rows_to_choose(k) or 1, listener)
-    return count_data(None, source.tokenizer, data, job)
+    return count_elsewhere(source.tokenizer, data, job, "")
 
 
 def _copy_beside(source: Path, directory: Path) -> None:

@@ -1,0 +1,105 @@
+"""Calibration on a Ray cluster: the file is that of one process, whoever counts and whoever dies."""
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.calibration import ray_workers
+from vocabtrim_export.calibration.counting import CalibrationSettings, calibrate_models
+
+ray = pytest.importorskip("ray")
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+
+STORE = 80 << 20  # bytes: the least that Ray takes
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two machines of one core each, as processes of this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
+        made = cluster_utils.Cluster()
+        for _ in range(2):
+            made.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
+        yield made.address
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture
+def place(tmp_path, model, tokenizer):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    records = (json.dumps({"text": f"the fox {n} jumps over {n % 13} lazy dogs"}) for n in range(1000))
+    (tmp_path / "data.jsonl").write_text("\n".join(records))
+    return tmp_path
+
+
+def count(place, name, **settings):
+    output = place / f"{name}.safetensors"
+    settings = CalibrationSettings((str(place / "data.jsonl"),), **settings)
+    calibrate_models(None, str(place / "model"), output, settings)
+    return output.read_bytes()
+
+
+@pytest.mark.parametrize("tokens", [10_001, "auto"])
+def test_the_file_is_that_of_one_process(cluster, place, tokens):
+    settings = {"calibration_source": "text", "calibration_tokens": tokens}
+    assert count(place, "ray", **settings, ray=cluster) == count(place, "one", **settings)
+
+
+@pytest.mark.parametrize("source", ["text", "target"])
+def test_a_worker_that_is_killed_at_work_changes_nothing(cluster, place, monkeypatch, source):
+    begin, begun, processes = ray_workers._Work._begin, [], []
+
+    def begin_and_kill(work):
+        if not processes:
+            first = work.workers.actors[0]
+            processes.append(ray.get(first.__ray_call__.remote(lambda _worker: os.getpid())))
+        begin(work)
+        begun.append(work.batch.batch)
+        if len(begun) == 3:
+            os.kill(processes[0], signal.SIGKILL)
+
+    monkeypatch.setattr(ray_workers._Work, "_begin", begin_and_kill)
+    settings = {"calibration_source": source, "calibration_tokens": 10**7 if source == "text" else 9_000}
+    counts = count(place, "ray", **settings, ray=cluster)
+    monkeypatch.undo()
+    assert len(begun) > len(set(begun))  # some were given out twice
+    assert counts == count(place, "one", **settings)
+
+
+def test_a_batch_that_every_worker_dies_of_is_one_line(cluster, place, monkeypatch):
+    monkeypatch.setattr(ray_workers.TextWorker, "tokens", lambda _worker, _batch: os._exit(1))
+    monkeypatch.setattr(ray_workers, "_ATTEMPTS", 2)
+    with pytest.raises(VocabtrimError, match=r"2 Ray workers died of one batch, .*: the counts so far are kept"):
+        count(place, "ray", calibration_source="text", calibration_tokens=10**7, ray=cluster)
+
+
+def test_what_a_worker_raises_is_one_line():
+    def told(cause):
+        return str(ray_workers._one_line(ray.exceptions.RayTaskError("f", "Traceback\n…", cause)))
+
+    assert told(VocabtrimError("no model at /nowhere")) == "no model at /nowhere"
+    assert told(MemoryError("12\nGB")) == "a Ray worker failed: MemoryError: 12 GB"
+
+
+def test_an_address_that_does_not_answer_is_one_line(place, monkeypatch):
+    monkeypatch.setattr(ray_workers, "_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as gone:
+        ports = [each.getsockname()[1] for each in (silent, gone)]
+        gone.close()
+        for address, message in [
+            (f"127.0.0.1:{ports[0]}", "no Ray cluster answers there .timed out"),
+            (f"ray://127.0.0.1:{ports[1]}", "no Ray cluster answers there .*refused"),
+            ("head:port", "no Ray cluster answers there"),
+            ("head", "give the address of a Ray cluster, such as head:6379"),
+        ]:
+            with pytest.raises(VocabtrimError, match=f"--ray {address}: {message}"):
+                count(place, "ray", calibration_source="text", ray=address)
