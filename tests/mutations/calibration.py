@@ -3,9 +3,43 @@
 from tests.mutations.mutation import Mutation
 
 FORMS = "tests/vocabtrim_export/test_input_forms.py"
+RAY = "tests/vocabtrim_export/test_ray.py"
+ENDPOINT = "tests/integration/test_calibration_endpoint.py"
 HUB = "tests/vocabtrim_export/test_hub_data.py"
 
 CALIBRATION = (
+    Mutation(
+        "A batch whose Ray worker dies is counted once",
+        "it is lost",
+        "vocabtrim_export/calibration/ray_workers.py",
+        "self.workers.replace(self.actor)\n                self._begin()",
+        "return BatchTokens([])",
+        f"{RAY} -k killed",
+    ),
+    Mutation(
+        "A Ray address that does not answer is an error within seconds",
+        "Ray tries for minutes",
+        "vocabtrim_export/calibration/ray_workers.py",
+        "connection.recv(4)[3:] != _SETTINGS",
+        "False",
+        f"{RAY} -k does_not_answer",
+    ),
+    Mutation(
+        "A server's answer that is cut is asked for again",
+        "what came is counted",
+        "vocabtrim_export/calibration/endpoint.py",
+        "except (OSError, http.client.HTTPException, ValueError) as error:",
+        "except OSError as error:",
+        f"{ENDPOINT} -k cut",
+    ),
+    Mutation(
+        "Options of calibration that would be ignored are refused",
+        "those beside counts are taken",
+        "vocabtrim_export/calibration/combinations.py",
+        "if are_counts(settings.calibration):",
+        "if False:",
+        f"{ENDPOINT} -k would_be_ignored",
+    ),
     Mutation(
         "Large files are counted as small ones are",
         "a text's last part is lost",

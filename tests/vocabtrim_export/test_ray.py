@@ -15,6 +15,7 @@ from vocabtrim_export.calibration.counting import CalibrationSettings, calibrate
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
+pytestmark = pytest.mark.cluster
 STORE = 80 << 20  # bytes: the least that Ray takes
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.bundle.chat_template import ChatOptions
-from engines.errors import VocabtrimError
 from vocabtrim_export.calibration import (
     CalibrationSource,
     Corpus,
@@ -132,6 +131,8 @@ def _count_corpus(
         listener.on_skip(skipped)
     job.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     is_auto = asked.calibration_tokens == "auto"
+    url, name = asked.calibration_endpoint, asked.calibration_model
+    endpoint = Endpoint(url, name) if url and name else None
     settings = CountSettings(
         job.source,
         MOST_TOKENS if asked.calibration_tokens == "auto" else asked.calibration_tokens,
@@ -139,7 +140,7 @@ def _count_corpus(
         asked.temperature,
         chat=ChatOptions(asked.chat_template, template_args=asked.template_args),
         enough_for=job.rows if is_auto else None,
-        endpoint=_endpoint(asked, job.source),
+        endpoint=endpoint,
         model_digest=model_digest,
     )
     verdicts: list[Verdict] = []
@@ -157,17 +158,6 @@ def _count_corpus(
     for verdict in verdicts[-1:]:
         listener.on_note(str(replace(verdict, tokens=counts.total)))
     return counts
-
-
-def _endpoint(settings: "CalibrationSettings", source: CalibrationSource) -> Endpoint | None:
-    url, model = settings.calibration_endpoint, settings.calibration_model
-    if url is None and model is None:
-        return None
-    if not url or not model:
-        raise VocabtrimError("--calibration-endpoint URL and --calibration-model NAME belong together: give both")
-    if source == "text":
-        raise VocabtrimError("--calibration-source text counts a text, which no endpoint generates: leave one out")
-    return Endpoint(url, model)
 
 
 def _take_apart(checkpoint: Path, places: Mapping[str, Path]) -> None:

@@ -1,6 +1,6 @@
 """Token counts for an export: read from earlier calibrations, or counted with the right one of the loaded models."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from engines.bundle.read import Role
+from engines.bundle.tokenizer import tokenizer_digest
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import alone
 from vocabtrim_export.calibration import CalibrationSource, Corpus, TokenCounts, builtin_corpus, read_corpus
+from vocabtrim_export.calibration.combinations import are_counts, check_combination
 from vocabtrim_export.calibration.count_settings import check_counting
 from vocabtrim_export.calibration.counter import NOBODY, CountJob, Listener, count_data
 from vocabtrim_export.calibration.domains import Domain, read_domains
@@ -58,11 +60,12 @@ class CalibrationSettings:
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check every value, also where counts exist and nothing is counted. Raises `VocabtrimError`."""
+        """Check every value, and that none would be ignored. Raises `VocabtrimError`."""
         if isinstance(self.calibration, str | Path):
             raise VocabtrimError(f"calibration is {str(self.calibration)!r}: give a list of paths")
         tokens = 1 if self.calibration_tokens == "auto" else self.calibration_tokens
         check_counting(self.calibration_source or "text", tokens, self.seed, self.temperature)
+        check_combination(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +181,17 @@ def count_elsewhere(
         return count_data(None, tokenizer, data, job, workers.digest)
 
 
+def _add_up(counts: Sequence[TokenCounts], specs: Iterable[str], output: Path) -> TokenCounts:
+    """Write the sum of counts, which must be of the models' tokenizer where models are named."""
+    total = reduce(add, counts)
+    for spec in specs:
+        if tokenizer_digest(load_tokenizer(spec).backend_tokenizer) != total.tokenizer_digest:
+            raise VocabtrimError(f"the token counts were made with another tokenizer than {spec}'s: calibrate again")
+    with alone(output):
+        total.save(output)
+    return total
+
+
 def calibrate_models(
     drafter: str | None,
     target: str | None,
@@ -197,23 +211,24 @@ def calibrate_models(
         listener: The functions to call meanwhile.
 
     Raises:
-        VocabtrimError: No model is named, a model or a file cannot be read, or see `calibrate`.
+        VocabtrimError: No model is named, or one that would not be used, a model or a file cannot be read, or see
+            `calibrate`.
     """
-    if drafter is None and target is None:
+    pairs: tuple[tuple[Role, str | None], ...] = (("drafter", drafter), ("target", target))
+    specs = {role: spec for role, spec in pairs if spec is not None}
+    if not specs and not are_counts(settings.calibration):
         raise VocabtrimError("nothing to calibrate: give --target or --drafter")
     if output.suffix != ".safetensors":
         raise VocabtrimError(f"--output {output}: name the file of token counts something.safetensors")
-    data = read_calibration(settings.calibration)
-    if data.counts:
-        counts = reduce(add, data.counts)
-        with alone(output):
-            counts.save(output)
-        return counts
-    pairs: tuple[tuple[Role, str | None], ...] = (("drafter", drafter), ("target", target))
-    specs = {role: spec for role, spec in pairs if spec is not None}
+    if are_counts(settings.calibration):
+        return _add_up(read_calibration(settings.calibration).counts, specs.values(), output)
     how = calibration_source(settings, specs)
+    if len(specs) > 1:
+        unused = "drafter" if how != "drafter" else "target"
+        raise VocabtrimError(f"--{unused} would not be used, the {how}'s tokens are counted: leave it out")
+    data = read_calibration(settings.calibration)
     if how == "text" or settings.calibration_endpoint or settings.ray is not None:
-        spec = specs[how] if how != "text" else target or str(drafter)
+        (spec,) = specs.values()
         with alone(output):
             return count_elsewhere(load_tokenizer(spec), data, CountJob(how, settings, output, 0, listener), spec)
 

@@ -50,12 +50,8 @@ def _add_generation_arguments(group: argparse._ArgumentGroup) -> None:
         help="let a server with OpenAI's protocol (vLLM, SGLang, llama.cpp) generate, such as "
         "http://localhost:8000/v1; its key is read from the environment variable OPENAI_API_KEY",
     )
-<<<<<<< HEAD
     group.add_argument("--calibration-model", metavar="NAME", help="the model's name on that server")
     group.add_argument(
-=======
-    parser.add_argument("--calibration-model", metavar="NAME", help="the model's name on that server")
-    parser.add_argument(
         "--ray",
         nargs="?",
         const="",
@@ -63,8 +59,7 @@ def _add_generation_arguments(group: argparse._ArgumentGroup) -> None:
         help="count or generate on a Ray cluster, such as head:6379; without ADDRESS on the one that runs on this "
         "machine, or on all its cores. The counts are those of one process",
     )
-    parser.add_argument(
->>>>>>> a07fe6f (Calibration on a Ray cluster: actors count or generate batches, the driver counts each once)
+    group.add_argument(
         "--temperature",
         type=float,
         default=1.0,
