@@ -46,7 +46,7 @@ def new_session(
         Exception: What ONNX Runtime raises; its exceptions have no common base.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # an error is raised; it would also be printed, in colour
     # Without this, an idle engine's threads spin and take the cores from the other engine of the pair.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not fuse_dequantized:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engines.bundle.read import DRAFT_MODEL_NAME, FEATURES_NAME, MODEL_NAME
 from engines.bundle.vocab_map import VocabMap
@@ -359,3 +359,13 @@ def test_a_stored_head_beside_a_tied_flag_is_the_head(random_model, tmp_path):
     plan = BundlePlan("target", source, "fp32", "none", context_length=128)
     write_bundle(tmp_path, trace_source(plan), plan, lambda *_: None)
     assert find_difference(tmp_path, plan) is None
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_that_are_no_numbers_are_named_whatever_the_quantisation(name, random_model, export_pair):
+    directory = random_model("llama", tie_word_embeddings=False)
+    weights = load_file(directory / "model.safetensors")
+    weights[name][3, 3] = float("nan")
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VocabtrimError, match=rf"its weights of {name.removesuffix('.weight')} hold NaN"):
+        export_pair(directory, quantize="int4")

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from engines.errors import VocabtrimError
 from vocabtrim_export.lowering.embedding import EMBEDDING, EMBEDDING_BITS
 from vocabtrim_export.lowering.experts import deinterleave, interleave, rows_first
 from vocabtrim_export.lowering.quantize import BITS
 from vocabtrim_export.lowering.tidy import packed_name
+from vocabtrim_export.sources.source import Source
 from vocabtrim_export.tracing.experts import Experts, find_experts
 
 _ROWS_AT_ONCE = 4096  # an LM head is the largest tensor: a copy more of it in float32 takes gigabytes
@@ -134,6 +136,20 @@ def _swap_experts(
             setattr(module, name, parameter)
 
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+
+def unlike_weights(source: Source, name: str, quantization: str) -> str:
+    """What to say of a module whose written weights are not the model's, to end a sentence.
+
+    Raises:
+        VocabtrimError: The model's own are no numbers.
+    """
+    if not all(bool(parameter.isfinite().all()) for parameter in source.model.get_submodule(name).parameters()):
+        raise VocabtrimError(
+            f"{source.name}: its weights of {name} hold NaN or infinite numbers, they are damaged or overflow: "
+            "download them again, or try another --dtype"
+        )
+    return f"its weights of {name} are not the model's, rounded to {quantization}"
 
 
 def is_rounded(given: Tensor, own: Tensor, quantization: str) -> bool:

@@ -17,7 +17,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.proof.computed import run_products
-from vocabtrim_export.proof.dequantized import dequantized
+from vocabtrim_export.proof.dequantized import dequantized, unlike_weights
 from vocabtrim_export.sources.precision import in_float32
 
 _ROWS = 5
@@ -66,7 +66,7 @@ def _compare(graph: Path, plan: BundlePlan, module: nn.Module, size: int, heads:
     with torch.inference_mode(), in_float32(model), _as_written(graph, plan, heads) as unlike:
         wanted = module(torch.from_numpy(rows)).numpy()
     if unlike:
-        return f"its weights of {unlike[0]} are not the model's, rounded to {plan.quantization}"
+        return unlike_weights(plan.source, unlike[0], plan.quantization)
     if plan.quantization == "none" and heads and plan.head_rows is not None:
         wanted = wanted[..., plan.head_rows]
     off = deviation(computed[0], wanted)

@@ -16,7 +16,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.drafters.base import ParallelHeads
 from vocabtrim_export.proof.computed import Computed, run_graph
-from vocabtrim_export.proof.dequantized import dequantized
+from vocabtrim_export.proof.dequantized import dequantized, unlike_weights
 from vocabtrim_export.proof.expected import Rows, expected_cache, expected_outputs
 from vocabtrim_export.proof.products import fusion_difference, heads_difference
 from vocabtrim_export.proof.slots import FilledSlots, filled_slots
@@ -68,7 +68,7 @@ def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | 
     fed = calls(plan.source, plan.context_length, window)
     slots = filled_slots(directory, plan)
     if slots and not slots.are_the_models:
-        return f"the rows of its slots are not those of the model's head, rounded to {plan.quantization}"
+        return f"in its slots, {unlike_weights(plan.source, slots.head, plan.quantization)}"
     try:
         computed = run_graph(directory, fed, window, slots=slots.by_call(fed) if slots else None)
     except VocabtrimError as error:
@@ -76,7 +76,7 @@ def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | 
     with _as_written(directory, plan) as unlike, _head_columns(plan, slots):
         wanted = expected_outputs(plan.source.model, fed, window, plan.features_given)
         if unlike:
-            return f"its weights of {unlike[0]} are not the model's, rounded to {plan.quantization}"
+            return unlike_weights(plan.source, unlike[0], plan.quantization)
         if slots:
             wanted[LOGITS] = slots.with_empty(wanted[LOGITS], fed)
         elif plan.quantization == "none":

@@ -34,6 +34,7 @@ class FilledSlots:
         gains: These numbers.
 
     Attributes:
+        head: The name of the model's LM head.
         token_ids: int64[n], the tokens, in the first n slots.
         filled: The graph's inputs by name, with these tokens in its slots.
         emptied: The same with no token, but with the rows that were there.
@@ -52,6 +53,7 @@ class FilledSlots:
         stored = "none" if plan.trt else plan.quantization  # TensorRT's are stored dequantised
         rows = HeadRows(directory / HEAD_ROWS_NAME, plan.vocab_map, stored)
         head: Any = plan.source.model.get_output_embeddings()
+        self.head = next(name for name, module in plan.source.model.named_modules() if module is head)
         own = plan.rows_of(self.token_ids)
         self._own = head.weight.data[own].float()
         self._written = torch.from_numpy(rows.read(self.token_ids)[0])[:, : self._own.shape[1]]
@@ -68,8 +70,8 @@ class FilledSlots:
 
     @property
     def are_the_models(self) -> bool:
-        """Whether the written rows are the model's, rounded."""
-        return is_rounded(self._written, self._own, self._quantization)
+        """Whether the written rows of a quantised head are the model's, rounded. Of another, the logits tell."""
+        return self._quantization == "none" or is_rounded(self._written, self._own, self._quantization)
 
     def by_call(self, calls: Calls) -> list[Mapping[str, NDArray[np.generic]]]:
         """The graph's inputs for each call of a proof: slots are emptied before the last."""
