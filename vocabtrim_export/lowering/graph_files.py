@@ -18,8 +18,9 @@ Progress = Callable[[str, int, int], None]
 
 
 def save_graph(model: ir.Model, directory: Path, task: str, progress: Progress) -> None:
-    """Write `model.onnx`, and its weights to `model.onnx.data`. An initializer that is a view (see
-    `DecoderGraph.add_view`) names the bytes of the one that it is a view of.
+    """Write `model.onnx`, and its weights to `model.onnx.data`.
+
+    An initializer that is a view (see `DecoderGraph.add_view`) names the bytes of the one that it is a view of.
 
     Args:
         model: The graph.
