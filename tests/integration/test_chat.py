@@ -43,11 +43,11 @@ def chat(pair, monkeypatch, capsys):
 
 
 class Terminal:
-    """A program on a terminal of its own."""
+    """A program on a terminal of its own, which shows ASCII."""
 
     def __init__(self, *arguments):
         self._master, slave = pty.openpty()
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb", "PYTHONIOENCODING": "ascii"}
         with os.fdopen(slave, "w") as terminal:
             self.process = subprocess.Popen(
                 [sys.executable, *map(str, arguments)],
@@ -203,7 +203,11 @@ def test_ctrl_c_ends_an_answer_and_keeps_the_conversation(terminal):
 
 
 def test_ctrl_c_at_the_prompt_leaves_and_sigterm_ends_an_answer(terminal):
-    screen = terminal()
+    screen = terminal("--max-new-tokens", "9")
+    screen.type("größer\n")
+    screen.wait_for("[9 tokens, length; ")
+    screen.wait_for("\n> ", 2)
+    assert screen.shown.replace("größer", "").isascii()
     screen.type("half a line\x03")
     assert screen.process.wait(20) == 0
     screen = terminal("--logit-bias", "1=-100")
