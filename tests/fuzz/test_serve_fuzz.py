@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import sys
-import sysconfig
 import threading
 import time
 from random import Random
@@ -20,7 +19,7 @@ SEED = int(os.environ.get("VOCABTRIM_FUZZ_SEED", "0"))
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 SECRET = "canary-7b1f"
 ASK = {"prompt": "the quick", "max_tokens": 24, "temperature": 0}
-PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "ctypes.dlopen")
+PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork")
 
 
 class Watch:
@@ -28,16 +27,15 @@ class Watch:
 
     def __init__(self):
         self.is_on, self.events = False, []
-        stdlib = sysconfig.get_paths()
-        self._own = tuple(os.path.realpath(stdlib[name]) for name in ("stdlib", "purelib", "platlib"))
+        self._own = tuple(map(os.path.realpath, (sys.prefix, sys.base_prefix)))
         sys.addaudithook(self._hook)
 
     def _hook(self, event, arguments):
         if not self.is_on or (event != "open" and event not in PROCESSES):
             return
         name = str(arguments[0])
-        is_module = event == "open" and name.endswith((".py", ".pyc")) and os.path.realpath(name).startswith(self._own)
-        if not is_module:  # a module that is imported late
+        is_package = event == "open" and os.path.realpath(name).startswith(self._own)
+        if not is_package:  # one that is imported late
             self.events.append((event, name))
 
 
@@ -107,6 +105,33 @@ class Requests:
             message["tool_calls"] = self.random.choice([[call], self.value(2)])
         return message
 
+    def schema(self, depth=0):
+        """A JSON schema, or what somebody might send as one."""
+        kind = self.random.randrange(8 if depth < 4 else 5)
+        if kind < 2:
+            return {
+                "type": self.random.choice(["string", "integer", "number", "boolean", "null", "array", "object", "x"])
+            }
+        if kind == 2:
+            pattern = self.random.choice(
+                ["^[a-z]{1,9}$", "(a+)+$", "((a{1,99}){1,99}){1,99}", "(?=a)b", "[", "\\\\1", ".*"]
+            )
+            return {"type": "string", "pattern": pattern, "maxLength": self.random.choice([3, -1, 1 << 40])}
+        if kind == 3:
+            return {"$ref": self.random.choice(["#", "#/$defs/a", "http://169.254.169.254/", "file:///etc/passwd"])}
+        if kind == 4:
+            return self.random.choice(
+                [self.value(2), {"enum": self.value(2)}, {"const": self.value(2)}, {"format": "uuid"}]
+            )
+        if kind == 5:
+            count = self.random.choice([2, 1 << 31, self.value(2)])
+            return {"type": "array", "items": self.schema(depth + 1), "minItems": count, "maxItems": count}
+        if kind == 6:
+            return {self.random.choice(["anyOf", "oneOf", "allOf", "not"]): [self.schema(depth + 1) for _ in range(2)]}
+        properties = {name: self.schema(depth + 1) for name in self.random.sample(["a", "b", "c", "\u2028"], 2)}
+        closed = self.random.choice([True, False, self.value(2)])
+        return {"type": "object", "properties": properties, "required": ["a"], "additionalProperties": closed}
+
     def fields(self, path):
         """A body that is right but for some of its fields."""
         body = {"max_tokens": self.random.choice([1, 3, 40]), "stream": self.random.random() < 0.4}
@@ -118,7 +143,7 @@ class Requests:
             **{"temperature": 0.7, "top_p": 0.9, "seed": 5, "stop": ["a", "the"], "n": 3, "logprobs": True},
             **{"top_logprobs": 3, "logit_bias": {"5": -100, "7": 3}, "stream_options": {"include_usage": True}},
             **{"frequency_penalty": 1.5, "repetition_penalty": 1.2, "tools": [{"type": "function", "function": {}}]},
-            **{"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": self.value(1)}}},
+            "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": self.schema()}},
         }
         for name in self.random.sample(list(sensible), self.random.randrange(4)):
             body[name] = sensible[name]
