@@ -22,6 +22,14 @@ REPORTS = (
         f"{REPORT} -k exact",
     ),
     Mutation(
+        "A report's page never changes a bundle",
+        "it is written into DIR whatever that is",
+        "vocabtrim_export/cli/report_command.py",
+        "if is_export else Path(PAGE_NAME)",
+        "if export.is_dir() else Path(PAGE_NAME)",
+        f"{REPORT} -k beside",
+    ),
+    Mutation(
         "A report shows benches of its own bundles",
         "any bench is taken",
         "vocabtrim_export/reports/benches.py",

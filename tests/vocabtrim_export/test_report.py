@@ -18,7 +18,7 @@ from engines.bundle.tokenizer import Tokenizer
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.calibration.counting import CalibrationSettings, calibrate_models
 from vocabtrim_export.cli.main import main
-from vocabtrim_export.reports.coverage import places
+from vocabtrim_export.reports.coverage import places, wilson
 
 HOSTILE = "<script>document.title.hacked()</script><img onerror>"
 LINES = f'{HOSTILE} & the "quick" fox\nthe quick brown fox\nzebra | `quartz` *jazz* [vex](javascript:hacked)\n'
@@ -71,7 +71,7 @@ def report(place, benches, capsys, tmp_path):
     def run(*options):
         texts = ["--text", f"{HOSTILE}={place.root / 'text.jsonl'}"]
         benched = ["--bench", f"{HOSTILE}={benches[0]}", str(benches[1])]
-        page = ["--output", str(tmp_path / "page.html")]
+        page = [] if options else ["--output", str(tmp_path / "page.html")]
         assert main(["report", str(place.output), *texts, *benched, *page, *options]) == 0
         return capsys.readouterr().out
 
@@ -108,6 +108,27 @@ def test_figures_are_plain_counts(report, place):
     rows = {(bench["name"], row["mode"]): row for bench in data["benches"] for row in bench["rows"]}
     assert rows[HOSTILE, "full_drafter"]["head_rows"] == 448
     assert [each["is_exported"] for each in rows.values()].count(True) == 2
+
+
+def test_the_interval_of_counts_is_wilsons():
+    """The values are those of R's prop.test(8, 10, correct=FALSE) and of the rule of three's neighbour."""
+    assert wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-6)
+    assert wilson(10**6, 10**6)[1] == 1.0
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_a_page_lies_beside_the_bundles_and_never_within_one(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place.output, tmp_path / "out")
+    assert main(["report", "out"]) == 0
+    assert (tmp_path / "out" / "report.html").is_file()
+    before = sorted(path.name for path in (tmp_path / "out" / "drafter").iterdir())
+    assert main(["report", "out/drafter"]) == 0
+    assert (tmp_path / "report.html").is_file()
+    assert sorted(path.name for path in (tmp_path / "out" / "drafter").iterdir()) == before
+    assert main(["report", "nowhere"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_curves_are_exact_at_the_exports_own_k():

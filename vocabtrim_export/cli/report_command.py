@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the token counts that chose the kept tokens (default: token_counts.safetensors in DIR, if it is there)",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"the page to write (default: {PAGE_NAME} in this directory)"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"the page to write (default: {PAGE_NAME} in DIR, or in the current directory where DIR is one bundle)",
     )
     form = parser.add_mutually_exclusive_group()
     add_json_argument(form)
@@ -53,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.json or options.markdown:
         refuse_stated(options, {"output": None}, "is for the page, and --json and --markdown print: leave it out")
-    page: Path = options.output or Path(PAGE_NAME)
+    page: Path = options.output or _default_page(options.export)
     if not page.absolute().parent.is_dir() or page.is_dir():
         raise VocabtrimError(f"--output {page}: name a file in a directory that exists")
     report = make_report(ReportInputs(options.export, options.counts, tuple(options.bench), tuple(options.text)))
@@ -68,3 +71,11 @@ def run(options: argparse.Namespace) -> None:
 
         write_whole(page, to_html(report).encode())
         print(f"{page}: open it in a browser")
+
+
+def _default_page(export: Path) -> Path:
+    """Returns the page beside the bundles that it describes; never within a bundle, which holds only its own files."""
+    from engines.bundle.read import MANIFEST_NAME
+
+    is_export = export.is_dir() and not (export / MANIFEST_NAME).exists()
+    return export / PAGE_NAME if is_export else Path(PAGE_NAME)

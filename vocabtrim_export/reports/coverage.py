@@ -1,5 +1,6 @@
 """The share of some text that a head of K rows covers, for every K."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 _RESAMPLES = 1_000
 _QUANTILES = 0.025, 0.975
+_DEVIATIONS = 1.959964  # of a normal distribution, within which 95% of it lies
 _OCTAVES = 7  # doublings of K that a curve shows below the full vocabulary
 
 
@@ -19,7 +21,8 @@ class Point:
     Attributes:
         rows: K.
         share: The share of the tokens that the head keeps.
-        low: The lower end of the share's 95% bootstrap interval, over documents; None where documents are not known.
+        low: The lower end of the share's 95% interval: over documents by bootstrap where they are known, else
+            Wilson's, which takes the tokens as independent and is too narrow; None where there is no interval.
         high: The upper end.
     """
 
@@ -73,13 +76,26 @@ def places(kept: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int6
 
 
 def curve_of_counts(domain: str, counts: NDArray[np.int64], place: NDArray[np.int64], rows: Sequence[int]) -> Curve:
-    """Returns the coverage of counted tokens, int64[vocabulary], whose documents are not known."""
+    """Returns the coverage of counted tokens, int64[vocabulary], whose documents are not known.
+
+    Its intervals are Wilson's. The tokens of a document are alike, so that they are narrower than those over documents.
+    """
     by_place = np.zeros_like(counts)
     by_place[place] = counts
     covered = np.concatenate([[0], np.cumsum(by_place)])
     total = int(counts.sum())
-    points = tuple(Point(k, int(covered[k]) / max(1, total)) for k in rows)
+    points = tuple(Point(k, int(covered[k]) / max(1, total), *wilson(int(covered[k]), total)) for k in rows)
     return Curve(domain, "calibration", total, None, points)
+
+
+def wilson(hits: int, total: int) -> tuple[float, float]:
+    """Returns Wilson's 95% interval of a share, of `hits` among `total` independent trials; 0 to 1 of none."""
+    if not total:
+        return 0.0, 1.0
+    share, square = hits / total, _DEVIATIONS**2 / total
+    middle = share + square / 2
+    half = math.sqrt(square * (share * (1 - share) + square / 4))
+    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
 
 
 def curve_of_documents(

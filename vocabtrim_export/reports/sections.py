@@ -87,13 +87,15 @@ def _coverage(report: ExportReport) -> Section:
     names = [_curve_name(curve, curves) for curve in curves]
     ks = [point.rows for point in curves[0].points]
     table = Table(
-        "Share of tokens that a head of K rows keeps, with a 95% interval where documents are known",
+        "Share of tokens that a head of K rows keeps, with its 95% interval",
         ("K", *names),
         tuple(_coverage_row(k, index, curves, kept) for index, k in enumerate(ks)),
     )
     note = (
         "Coverage bounds how often a drafted token can be right: the drafter cannot propose what its head lacks. "
-        "At the K of this export a curve says what its map keeps; at other K, what the same counts would choose."
+        "At the K of this export a curve says what its map keeps; at other K, what the same counts would choose. "
+        "Intervals of a text are over its documents. Counts do not keep documents apart: intervals of the calibration "
+        "take each token by itself, and are too narrow."
     )
     sizes = tuple(
         f"{name}: {curve.tokens:,} tokens" + ("." if curve.documents is None else f" of {curve.documents:,} documents.")
