@@ -18,8 +18,12 @@ from pathlib import Path
 
 SDIST = "llama-cpp-python==0.3.36"
 _PROGRAMS = ("llama-server", "llama-quantize")
+# GCC 12 tells its optimiser that AMX reads 8 of the 64 bytes of a tile configuration, and then drops the stores of the
+# others as dead: quantised models end in an illegal instruction.
+_KEEP_STORES = "-fno-tree-dse -fno-dse"
 _OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
+    "CMAKE_CXX_FLAGS": _KEEP_STORES,
     "BUILD_SHARED_LIBS": "OFF",
     "GGML_NATIVE": "ON",
     "LLAMA_OPENSSL": "OFF",
