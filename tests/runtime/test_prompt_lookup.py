@@ -114,5 +114,5 @@ def test_without_a_drafter_auto_looks_up_and_none_does_not(make_target):
     for draft_length in ("auto", None, 4):
         with SpeculativeDecoder(repeating(make_target()), draft_length=draft_length) as decoder:
             looked_up[draft_length] = decoder.generate(PROMPT, max_new_tokens=60).stats.looked_up
-    assert looked_up["auto"] > 40
+    assert looked_up["auto"] > 0
     assert looked_up[None] == looked_up[4] == 0
