@@ -11,7 +11,7 @@ from pathlib import Path
 
 CONTEXT = 2048  # tokens
 THREADS = 2
-_PATIENCE = 120  # seconds, for the model to load
+_PATIENCE = 600  # seconds, for the model to load
 
 
 class LlamaServer:
