@@ -87,7 +87,7 @@ def _check_slots(settings: ExportSettings, kind: str) -> None:
 
 
 def slots_refused(settings: ExportSettings, kind: str) -> str | None:
-    """Why this export cannot have slots; None where it can."""
+    """Returns why this export cannot have slots; None where it can."""
     graphs = [name for name in settings.formats if FORMATS[name].needs_graph]
     if graphs:
         return f"--format {graphs[0]} cannot hold --slots: only bundles of --format onnx and --format trt can"

@@ -118,12 +118,12 @@ def _count(task: CountTask, counts: TokenCounts, evidence: Evidence | None, skip
 
 
 def _done(counts: TokenCounts) -> tuple[int, int]:
-    """Documents and tokens counted."""
+    """Returns the documents and the tokens counted so far."""
     return counts.runs[0].documents_done, counts.runs[0].tokens
 
 
 def _is_enough(counts: TokenCounts, settings: CountSettings) -> bool:
-    """Whether `auto` stopped the counting, now or in an earlier run."""
+    """Returns whether `auto` stopped the counting, now or in an earlier run."""
     return counts.runs[0].enough_for == str(settings.enough_for)
 
 
@@ -165,7 +165,7 @@ def _fresh_counts(
 
 
 def _describe(chat: ChatOptions) -> str:
-    """The chat template's name and arguments as JSON; "" for the tokenizer's own template without arguments."""
+    """Returns the chat template's name and arguments as JSON; "" for the tokenizer's own template without arguments."""
     if chat.template is None and not chat.template_args:
         return ""
     return json.dumps({"template": chat.template, "arguments": plain_data(chat.template_args)}, sort_keys=True)

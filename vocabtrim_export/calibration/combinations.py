@@ -1,4 +1,4 @@
-"""Settings of a calibration that have no effect beside others: refused before any file is read."""
+"""Settings of a calibration that would be ignored beside others; they are refused before any file is read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ _OPTIONS = {"template_args": "template_arg"}
 
 
 def are_counts(names: Sequence[str | Path]) -> bool:
-    """Whether the files hold token counts: all of them, by their names."""
+    """Returns whether the files hold token counts: all of them, by their names."""
     return bool(names) and all(str(name).endswith(".safetensors") and "=" not in str(name) for name in names)
 
 

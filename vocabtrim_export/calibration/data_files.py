@@ -106,7 +106,7 @@ def _refuse(begin: bytes, suffix: str, path: Path) -> None:
 
 
 def _as_utf8(stream: io.BufferedReader, path: Path) -> io.BufferedReader:
-    """The stream behind a byte-order mark, converted where the mark says UTF-16 or UTF-32."""
+    """Returns the stream behind a byte-order mark, converted where the mark says UTF-16 or UTF-32."""
     begin = stream.peek(4)[:4]
     if begin.startswith(codecs.BOM_UTF8):
         stream.read(len(codecs.BOM_UTF8))

@@ -1,4 +1,4 @@
-"""Documents kept in memory while they are few, and in a temporary file once they are many."""
+"""Documents, in memory while they are few, and in a temporary file once they are many."""
 
 import json
 import tempfile

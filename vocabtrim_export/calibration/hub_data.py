@@ -23,10 +23,10 @@ _MESSAGE = 300  # characters of another library's error
 
 @dataclass(frozen=True, slots=True)
 class HubData:
-    """What `hf://…` names.
+    """A data set of the hub, from `hf://…`.
 
     Attributes:
-        name: It as the user gave it.
+        name: The argument as the user gave it.
         repository: The data set, "openai/gsm8k".
         columns: The columns that are read, by the field of a record that each stands for; empty: those whose names are
             fields.
@@ -46,7 +46,7 @@ class HubData:
 
 
 def is_hub_data(name: str | Path) -> bool:
-    """Whether the argument names a data set of the hub. A `Path` has lost the second slash of "hf://"."""
+    """Returns whether the argument names a data set of the hub. A `Path` has lost the second slash of "hf://"."""
     return re.match("hf:/", str(name)) is not None
 
 
@@ -158,7 +158,7 @@ def _check_columns(data: HubData, columns: list[str]) -> None:
 
 
 def _may_be_read(data: HubData, column: str, features: Mapping[str, Any]) -> bool:
-    """Whether a column is asked for, or can hold text: images and sounds are not fetched."""
+    """Returns whether a column is asked for, or can hold text: images and sounds are not fetched."""
     if data.columns:
         return column in data.columns.values()
     feature = features[column]

@@ -9,25 +9,25 @@ from vocabtrim_export.calibration.generations import BatchTokens
 
 
 class Pending(Protocol):
-    """A batch that a worker is at."""
+    """A batch whose tokens a worker is making."""
 
     def result(self) -> BatchTokens:
-        """Wait for the tokens. Raises what the worker raised."""
+        """Wait for the tokens. An error of the worker is raised here."""
 
     def cancel(self) -> object:
-        """Drop the work: nobody waits for it."""
+        """Drop the work, whose result is no longer needed."""
 
 
 class Lookahead:
-    """Gives the tokens of one batch after another, while workers are at the batches that probably follow.
+    """Returns the tokens of one batch after another, while workers make those of the batches that probably follow.
 
     Which batch follows depends on what was counted before it, so that a guess can be wrong: then its work is dropped,
-    and no token of it is counted. Every batch that is asked for gives its tokens once.
+    and none of its tokens is counted. Every batch that is requested yields its tokens once.
 
     Args:
         batches: The batches of the corpus.
         submit: Gives a batch to a worker.
-        ahead: The batches that workers are at besides the one that is asked for.
+        ahead: The number of batches that workers make besides the requested one.
     """
 
     def __init__(self, batches: Batches, submit: Callable[[Batch], Pending], ahead: int) -> None:

@@ -1,4 +1,4 @@
-"""`ModelFacts`: what a calibration must know of the model that generates, wherever that is."""
+"""`ModelFacts`: the facts about a generating model that a calibration needs, in whatever process the model is."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a calibration must know of the model that generates.
+    """The facts about a generating model that a calibration needs.
 
     Attributes:
         rows: Rows of its head, padding included.
-        context: Tokens that it can read at most; None where its config does not say.
+        context: The most tokens that it can read; None where its config does not state it.
         dtype: The dtype that it samples in, "bfloat16".
     """
 

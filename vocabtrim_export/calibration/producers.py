@@ -1,4 +1,4 @@
-"""What makes the tokens of batches: threads that encode text, a model, a server, or workers elsewhere."""
+"""The sources of a batch's tokens: threads that encode text, a model, a server, or workers elsewhere."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

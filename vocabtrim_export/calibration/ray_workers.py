@@ -110,7 +110,7 @@ class RayWorkers:
 
 
 class _Work:
-    """A batch that an actor is at."""
+    """A batch whose tokens an actor is making."""
 
     def __init__(self, workers: RayWorkers, batch: BatchDocuments) -> None:
         self.workers, self.batch = workers, batch
@@ -244,7 +244,7 @@ def _check_answers(address: str) -> None:
 
 
 def _one_line(error: Any) -> VocabtrimError:
-    """What a worker raised, without its traceback."""
+    """Returns a worker's error without its traceback."""
     cause = error.cause
     if isinstance(cause, VocabtrimError):
         return VocabtrimError(str(cause))

@@ -64,7 +64,7 @@ class Saver:
 
 
 def resume(checkpoint: Path, fresh: TokenCounts) -> TokenCounts:
-    """The counts in the file, once they prove to come from the same settings as `fresh`."""
+    """Returns the counts in the file, once they prove to come from the same settings as `fresh`."""
     saved, wanted = TokenCounts.load(checkpoint), fresh.runs[0]
     if len(saved.runs) != 1:
         raise VocabtrimError(f"{checkpoint} is a sum of calibrations, which cannot be continued: name another file")

@@ -1,4 +1,4 @@
-"""Text, JSON lines, JSON and CSV read record by record: of a large file a part at a time is in memory."""
+"""Text, JSON lines, JSON and CSV read record by record; of a large file only a part is in memory at a time."""
 
 import codecs
 import csv
@@ -190,7 +190,7 @@ def _items(chunks: Iterator[str], path: Path) -> Records:
 
 
 def _listed(value: object, where: str, container: str) -> Records:
-    """The records of a JSON value: its items where it is a list of records, otherwise itself."""
+    """Yield the records of a JSON value, which are the items of a list of records, otherwise the value itself."""
     if not isinstance(value, list) or _is_conversation(value) or (where == container and not _holds_objects(value)):
         yield where, value
         return
@@ -199,7 +199,7 @@ def _listed(value: object, where: str, container: str) -> Records:
 
 
 def _is_conversation(records: list[object]) -> bool:
-    """Whether a list holds the messages of one conversation, in OpenAI's form or ShareGPT's, and no records."""
+    """Returns whether a list holds the messages of one conversation, in OpenAI's form or ShareGPT's, and no records."""
     return bool(records) and all(isinstance(each, dict) and ("role" in each or "from" in each) for each in records)
 
 

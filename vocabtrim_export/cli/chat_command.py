@@ -146,7 +146,10 @@ def _answer_lines(conversation: Conversation) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """A first Ctrl-C within the block sets a flag, so that the round ends and the caches stay; a second one raises."""
+    """Let a first Ctrl-C within the block set a flag, so that the round ends and the caches stay.
+
+    A second one raises `KeyboardInterrupt`.
+    """
     stopped = Event()
 
     def stop(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Options that have no effect beside others: refused, so that nobody believes that they did something."""
+"""Options that would have no effect beside others: they are refused, so that nobody relies on them."""
 
 import argparse
 from collections.abc import Mapping
@@ -11,13 +11,21 @@ _OF_SAMPLING = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": None}
 
 
 def check_drafter_options(options: argparse.Namespace) -> None:
-    """Refuse options of a drafter where there is none. Raises `VocabtrimError`."""
+    """Refuse options of a drafter where there is none.
+
+    Raises:
+        VocabtrimError: Such an option was given.
+    """
     if options.drafter is None:
         refuse_stated(options, _OF_A_DRAFTER, "is for a drafter: give --drafter as well")
 
 
 def check_sampling_options(options: argparse.Namespace) -> None:
-    """Refuse options of sampling where decoding is greedy. Raises `VocabtrimError`."""
+    """Refuse options of sampling where decoding is greedy.
+
+    Raises:
+        VocabtrimError: Such an option was given.
+    """
     if options.temperature == 0:
         refuse_stated(options, _OF_SAMPLING, "changes nothing in greedy decoding: give a --temperature as well")
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Printed:
-    """What was printed of a generation.
+    """A printed generation.
 
     Attributes:
         text: The text.

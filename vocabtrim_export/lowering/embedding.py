@@ -18,7 +18,7 @@ EMBEDDING = "rows"  # stands in the names of an embedding's blocks
 
 
 def lower_embedding(decoder: DecoderGraph) -> None:
-    """Gather of the rows of the tokens → GatherBlockQuantized, in a float32 graph whose head is lowered already.
+    """Lower the Gather of the tokens' rows to GatherBlockQuantized, in a float32 graph whose head is lowered already.
 
     Embeddings in float16 and bfloat16 stay as they are: such graphs are for GPUs, where this operator was never run. So
     do embeddings whose rows blocks do not divide.
@@ -40,7 +40,7 @@ def lower_embedding(decoder: DecoderGraph) -> None:
 
 
 def _stored(decoder: DecoderGraph, name: str, part: str, weight: Weight) -> ir.Value:
-    """A part of the blocks, [vocab, …]: a view of the head's part where a head multiplies with the same blocks."""
+    """Returns a part of the blocks, [vocab, …]; it is a view of the head's part where a head reads the same blocks."""
     flat = weight.reshaped((weight.shape[0], math.prod(weight.shape[1:])))
     head = decoder.weights.get(f"{name}.{part}")
     if head is not None and decoder.weights[f"{name}.quantized"].shape[-1] == BLOCK:  # bytes: 8 bits a number

@@ -42,7 +42,7 @@ def save_graph(model: ir.Model, directory: Path, task: str, progress: Progress) 
 
 
 def _weights(model: ir.Model) -> list[ir.Value]:
-    """The initializers that are stored outside the graph."""
+    """Returns the initializers that are stored outside the graph."""
     values = model.graph.initializers.values()
     return [value for value in values if value.const_value is not None and value.const_value.nbytes > _SMALL]
 

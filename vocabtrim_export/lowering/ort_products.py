@@ -42,11 +42,7 @@ def lower_products(decoder: DecoderGraph, quantization: Quantization) -> list[st
 
 
 def _is_shared(decoder: DecoderGraph, product: ir.Node) -> bool:
-    """Whether a product reads a float32 weight [out, in] that another node reads as well, as a tied embedding is.
-
-    ONNX Runtime's CPU multiplies with such a weight as it lies as fast as with a transposed copy, bit for bit the same,
-    but only in float32.
-    """
+    """Returns whether another node reads a product's float32 weight [out, in] as well, as with a tied embedding."""
     weight = product.inputs[1]
     assert weight is not None
     is_float32 = decoder.dtype is torch.float32

@@ -155,7 +155,7 @@ def _empty_slots(shapes: Mapping[str, list[int]]) -> dict[str, Rows]:
 
 
 def run_products(graph: Path, name: str, rows: NDArray[np.float32]) -> list[Rows]:
-    """The outputs of a graph without a KV cache, in float32, for `rows`, [1, S, size], as the input `name`."""
+    """Returns the outputs of a graph without a KV cache, in float32, for `rows`, [1, S, size], as the input `name`."""
     with proof_session(graph, None) as session:
         return _run(session, {name: rows})
 

@@ -139,7 +139,7 @@ def _swap_experts(
 
 
 def unlike_weights(source: Source, name: str, quantization: str) -> str:
-    """What to say of a module whose written weights are not the model's, to end a sentence.
+    """Returns what to say of a module whose written weights are not the model's, to end a sentence.
 
     Raises:
         VocabtrimError: The model's own are no numbers.
@@ -173,7 +173,7 @@ def _part_errors(given: Tensor, own: Tensor) -> Tensor:
 def _written(
     name: str, model: PreTrainedModel, written: Mapping[str, ir.Value], quantization: str, prefix: str
 ) -> Tensor:
-    """The written weight of the linear layer `name`, [out, in]."""
+    """Returns the written weight of the linear layer `name`, [out, in]."""
     for each in _names(name, model):
         for tensor in (f"{prefix}{each}.weight.kept", f"{prefix}{each}.weight"):
             weight = _dequantize(written, tensor, quantization)
@@ -194,7 +194,7 @@ def _written(
 
 
 def _names(name: str, model: PreTrainedModel) -> list[str]:
-    """`name`, and of a head and an embedding the other's: a tied weight has the name of either module."""
+    """Returns `name`, and for a head or an embedding the other's name too: a tied weight has either module's name."""
     pair = [model.get_output_embeddings(), model.get_input_embeddings()]
     if model.get_submodule(name) not in pair:
         return [name]
@@ -202,7 +202,7 @@ def _names(name: str, model: PreTrainedModel) -> list[str]:
 
 
 def _dequantize(written: Mapping[str, ir.Value], tensor: str, quantization: str) -> Tensor | None:
-    """The weight [out, in] that the graph multiplies with; None where `tensor` is not in it."""
+    """Returns the weight [out, in] that the graph multiplies with; None where `tensor` is not in it."""
     if f"{tensor}.quantized" in written:
         return _from_blocks(written, tensor, BITS[quantization])
     if f"{tensor}.{quantization}" in written:  # DequantizeLinear: q · scale, by rows or blocks of them
@@ -214,7 +214,7 @@ def _dequantize(written: Mapping[str, ir.Value], tensor: str, quantization: str)
 
 
 def _from_blocks(written: Mapping[str, ir.Value], tensor: str, bits: int) -> Tensor:
-    """[out, in] of what MatMulNBits, QMoE and GatherBlockQuantized read: (q − zero) · scale, block by block."""
+    """Returns [out, in] from the blocks of MatMulNBits, QMoE and GatherBlockQuantized, (q − zero) · scale."""
     parts = (_read(written[f"{tensor}.{part}"]) for part in ("quantized", "zero_points", "scales"))
     values, zeros, scales = parts
     if scales.ndim == 3:  # of experts

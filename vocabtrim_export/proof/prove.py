@@ -139,7 +139,7 @@ def _first_difference(
 
 
 def _are_equal(computed: Computed, wanted: Mapping[str, Rows], plan: BundlePlan, columns: int) -> bool:
-    """Whether these columns of the logits are what is wanted, to rounding."""
+    """Returns whether these columns of the logits are what is wanted, to rounding."""
     return deviation(computed.outputs[LOGITS][:, :columns], wanted[LOGITS][:, :columns]) <= TOLERANCE[plan.dtype]
 
 

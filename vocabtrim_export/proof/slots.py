@@ -1,4 +1,4 @@
-"""In-context slots as a proof fills them, and what the model gives for the tokens in them."""
+"""In-context slots that a proof fills, and the model's logits for the tokens in them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,14 +74,16 @@ class FilledSlots:
         return self._quantization == "none" or is_rounded(self._written, self._own, self._quantization)
 
     def by_call(self, calls: Calls) -> list[Mapping[str, NDArray[np.generic]]]:
-        """The graph's inputs for each call of a proof: slots are emptied before the last."""
+        """Returns the graph's inputs for each call of a proof: slots are emptied before the last."""
         return [*[self.filled] * (len(calls.lengths) - 1), self.emptied]
 
     @contextmanager
     def as_columns(self, head: nn.Module, rows: torch.Tensor | None) -> Iterator[None]:
-        """Within the block the model's LM head has these rows of its own, int64[K], and one for each token in a slot.
+        """Give the model's LM head only some of its own rows, and one for each token in a slot, for the block.
 
-        None for rows: all that the head then has.
+        Args:
+            head: The LM head.
+            rows: int64[K], the rows; None: all that the head then has.
         """
         before: list[tuple[Any, Any]] = []
         slotted = self._own if self._quantization == "none" else self._written
@@ -108,7 +110,10 @@ class FilledSlots:
                 handle.remove()
 
     def with_empty(self, logits: NDArray[np.float32], calls: Calls) -> NDArray[np.float32]:
-        """What a graph gives by call, where the model gives `logits`, [S, K + n]: empty slots have logits of -inf."""
+        """Returns the model's `logits`, [S, K + n], as the graph must compute them by call.
+
+        Those of empty slots are -inf.
+        """
         filled = len(self.token_ids)
         empty = len(self.kept_token_ids) - logits.shape[1]
         every = np.pad(logits, ((0, 0), (0, empty)), constant_values=-np.inf)
@@ -117,5 +122,5 @@ class FilledSlots:
 
 
 def filled_slots(directory: Path, plan: BundlePlan) -> FilledSlots | None:
-    """The slots of a bundle, filled; None where it has none."""
+    """Returns the slots of a bundle, filled; None where it has none."""
     return FilledSlots(directory, plan) if plan.slots else None

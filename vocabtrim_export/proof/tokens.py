@@ -50,7 +50,7 @@ class Calls:
 
 
 def window_of(model: PreTrainedModel, context_length: int, narrow: bool) -> Window | None:
-    """The sliding window that a KV cache of `context_length` tokens reaches past; None where there is none."""
+    """Returns the sliding window that a KV cache of `context_length` tokens reaches past; None where there is none."""
     size = getattr(model.config.get_text_config(), "sliding_window", None)
     if not isinstance(size, int) or not 0 < size < context_length:
         return None
@@ -74,7 +74,7 @@ def calls(source: Source, context_length: int, window: Window | None) -> Calls:
 
 
 def _expert_tokens(model: PreTrainedModel) -> int:
-    """The tokens that pick nearly all experts of each layer; 0 for a dense model."""
+    """Returns the tokens that pick nearly all experts of each layer; 0 for a dense model."""
     picked = max(1, getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1)
     most = max((len(module.gate_up_proj) for _, module in expert_modules(model)), default=0)
     return _PICKS * most // picked
