@@ -104,6 +104,25 @@ def test_rewinding_restores_the_state(schemas, backend):
     assert constraint.fitting([ids[0], ids[0], *ids]) == 1
 
 
+@pytest.mark.parametrize("name", [*LANGUAGES, "object"])
+def test_a_mask_depends_on_the_text_alone(name, schemas):
+    """Not on what was tried and taken back before it: a fresh constraint after the same text has the same mask."""
+    schema, rng = (LANGUAGES | {"object": ({"type": "object"}, [])})[name][0], np.random.default_rng(0)
+    constraint, text = schemas.constraint(schema), []
+    for _ in range(150):
+        if text and rng.random() < 0.4:
+            count = int(rng.integers(1, len(text) + 1))
+            constraint.rewind(count)
+            del text[len(text) - count :]
+        fresh = schemas.constraint(schema)
+        for token in text:
+            fresh.advance(token)
+        mask = constraint.allowed()
+        np.testing.assert_array_equal(mask, fresh.allowed())
+        text.append(int(rng.choice(np.flatnonzero(mask))))
+        constraint.advance(text[-1])
+
+
 SCHEMAS = {
     "person": {
         "type": "object",
