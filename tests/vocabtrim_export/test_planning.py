@@ -133,7 +133,8 @@ def test_what_auto_cannot_do_is_said(random_model, count_file, tmp_path, options
     text = tmp_path / "one.txt"
     text.write_text("a few words", "utf-8")
     data = count_file(random_model("llama")) if options.get("counts") else text
-    settings = ExportSettings("auto", dtype=options.get("dtype"), calibration=CalibrationSettings((data,), "text", 100))
+    calibration = CalibrationSettings((data,)) if options.get("counts") else CalibrationSettings((data,), "text", 100)
+    settings = ExportSettings("auto", dtype=options.get("dtype"), calibration=calibration)
     with pytest.raises(VocabtrimError, match=message):
         export(model, options.get("target", model), tmp_path / "out", settings)
     assert not (tmp_path / "out" / "drafter").exists()
