@@ -7,25 +7,29 @@ MODEL drafts for itself. --target: its bundle in fp32; --drafter: the same in in
 --quantize-drafter int4`); --drafter-alone: the target of an export with `--quantize int4`, which generates by itself.
 Calibration reads the first prompts of each file, all files as one corpus, and the test the last ones. Acceptance is
 replayed along the target's own greedy text, see `vocabtrim_export.planning.replay`. Writes STEM.json and STEM.md.
+
+What is done is kept in the directory STEM.work: a run that is stopped goes on from there when it is started again with
+the same options. Remove the directory to start anew.
 """
 
 import argparse
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
 
-from engines import load_engine
+from engines import Engine, VocabtrimError, load_engine
 from engines.bundle.tokenizer import Tokenizer
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.measure.environment import environment
 from vocabtrim_export.calibration import (
+    CalibrationRun,
     Corpus,
     CountEvents,
     CountSettings,
@@ -85,9 +89,11 @@ def main() -> None:
     options = parse()
     source = load_source(options.model, torch.float32)
     files = dict(named(text) for text in options.prompts)
-    texts = test_texts(options, files)
+    work = options.output.with_suffix(".work")
+    work.mkdir(parents=True, exist_ok=True)
+    texts = test_texts(options, files, work)
     corpus = calibration_corpus(files, options.calibration_prompts)
-    counted = [*model_counts(options, source, corpus), *drafter_counts(options, corpus, source)]
+    counted = [*model_counts(options, source, corpus, work), *drafter_counts(options, corpus, source, work)]
     always = structural_token_ids(source.tokenizer, source.model.generation_config)
     rows = trimmed_rows(Counted("full head", 0, 0.0, empty(source)), source.vocab_size, texts, frozenset())
     for each in counted:
@@ -116,9 +122,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--calibration-prompts", type=int, default=56, help="first prompts of each file to count on")
     parser.add_argument("--test-prompts", type=int, default=12, help="last prompts of each file to test on")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 4000, 16000], help="tokens to count")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 4000, 8000], help="tokens to count")
     parser.add_argument("--k", type=int, nargs="+", default=[4096, 8192, 16384])
-    parser.add_argument("--most", type=int, default=48000, help="tokens at which `auto` stops at the latest")
+    parser.add_argument("--most", type=int, default=16000, help="tokens at which `auto` stops at the latest")
     parser.add_argument("--output", type=Path, required=True, metavar="STEM")
     return parser.parse_args()
 
@@ -144,68 +150,108 @@ def with_answers(path: Path) -> list[Document]:
     ]
 
 
-def test_texts(options: argparse.Namespace, files: dict[str, Path]) -> list[Text]:
+def test_texts(options: argparse.Namespace, files: dict[str, Path], work: Path) -> list[Text]:
     """The target's greedy continuations of the test prompts, and what the full drafter prefers at each token."""
-    with ExitStack() as stack:
+    place = work / "texts.jsonl"
+    done = [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+    tokenizer = Tokenizer.load(options.target)
+    prompts = [
+        (name, encode_document(tokenizer, document))
+        for name, path in files.items()
+        for document in read_corpus([path]).documents[-options.test_prompts :]
+    ]
+    with ExitStack() as stack, place.open("a") as file:
         target = stack.enter_context(load_engine(options.target))
         drafter = stack.enter_context(load_engine(options.drafter, "cpu", target))
-        tokenizer = Tokenizer.load(options.target)
-        prompts = [
-            (name, encode_document(tokenizer, document))
-            for name, path in files.items()
-            for document in read_corpus([path]).documents[-options.test_prompts :]
-        ]
-        return replayed_texts(
-            prompts, target, drafter, lambda done, total: print(f"text {done} of {total}", flush=True)
+        for prompt in prompts[len(done) :]:
+            done.append(replayed(prompt, target, drafter))
+            file.write(json.dumps(done[-1]) + "\n")
+            file.flush()
+            print(f"text {len(done)} of {len(prompts)}", flush=True)
+    return [
+        Text(
+            each["domain"],
+            each["prompt"],
+            np.array(each["tokens"], np.int64),
+            [None if ids is None else np.array(ids, np.int64) for ids in each["preferred"]],
         )
+        for each in done
+        if each
+    ]
 
 
-def model_counts(options: argparse.Namespace, source: Source, corpus: Corpus) -> Iterator[Counted]:
+def replayed(prompt: tuple[str, list[int]], target: Engine, drafter: Engine) -> dict[str, Any] | None:
+    """One text as JSON data; None where the target ends its answer at once."""
+    try:
+        (text,) = replayed_texts([prompt], target, drafter, lambda _done, _total: None)
+    except VocabtrimError:
+        return None
+    preferred = [None if ids is None else ids.tolist() for ids in text.preferred]
+    return {"domain": text.domain, "prompt": text.prompt, "tokens": text.tokens.tolist(), "preferred": preferred}
+
+
+def finished(work: Path, source: str, tokens: int) -> Counted | None:
+    """What an earlier run counted."""
+    place = work / f"{source}-{tokens}.safetensors"
+    if not place.exists():
+        return None
+    counts, seconds = TokenCounts.load(place), json.loads(place.with_suffix(".json").read_text())
+    return Counted(source, counts.total, seconds, counts)
+
+
+def finish(work: Path, tokens: int, counted: Counted) -> Counted:
+    place = work / f"{counted.source}-{tokens}.safetensors"
+    place.with_suffix(".json").write_text(json.dumps(counted.seconds))
+    counted.counts.save(place)
+    print(f"{counted.source}: {counted.tokens} tokens in {counted.seconds:.0f} s", flush=True)
+    return counted
+
+
+def model_counts(options: argparse.Namespace, source: Source, corpus: Corpus, work: Path) -> Iterator[Counted]:
     """Count the text itself, and what the target generates: at each number of tokens, and until `auto` stops."""
-    with calibration_model(source.model) as model, tempfile.TemporaryDirectory() as place:
+    jobs = [("text", tokens, CountSettings("text", tokens)) for tokens in options.tokens]
+    jobs += [("target", tokens, CountSettings("target", tokens)) for tokens in options.tokens]
+    jobs += [("auto", options.most, CountSettings("target", options.most, enough_for=options.k[0]))]
+    events = CountEvents(on_verdict=lambda verdict: print(verdict, flush=True))
+    with calibration_model(source.model) as model:
+        before: dict[str, float] = {}
+        for name, tokens, settings in jobs:
+            counted, began = finished(work, name, tokens), perf_counter()
+            if counted is None:  # each goes on from the one before, an interrupted one from where it was
+                checkpoint = work / f"{name}.safetensors"
+                counts = calibrate(model, source.tokenizer, corpus, settings, checkpoint=checkpoint, events=events)
+                seconds = before.get(name, 0.0) + perf_counter() - began
+                counted = finish(work, tokens, Counted(name, counts.total, seconds, counts))
+            before[name] = counted.seconds
+            yield counted
 
-        def count(name: str, settings: CountSettings) -> Counted:
-            events = CountEvents(on_verdict=lambda verdict: print(verdict, flush=True))
-            checkpoint = Path(place) / f"{name}.safetensors"
-            counts = calibrate(model, source.tokenizer, corpus, settings, checkpoint=checkpoint, events=events)
-            return timed(name, began, counts)
 
-        began = perf_counter()
-        for tokens in options.tokens:  # each goes on from the one before
-            yield count("text", CountSettings("text", tokens))
-        began = perf_counter()
-        for tokens in options.tokens:
-            yield count("target", CountSettings("target", tokens))
-        began = perf_counter()
-        yield count("auto", CountSettings("target", options.most, enough_for=options.k[0]))
-
-
-def drafter_counts(options: argparse.Namespace, corpus: Corpus, source: Source) -> Iterator[Counted]:
+def drafter_counts(options: argparse.Namespace, corpus: Corpus, source: Source, work: Path) -> Iterator[Counted]:
     """Count what the quantised model samples at temperature 1, by the product's own engine."""
-    tokenizer = Tokenizer.load(options.drafter_alone)
-    sums, left = np.zeros((2, source.vocab_size), np.int64), list(options.tokens)
     order = np.random.default_rng(0).permutation(len(corpus.documents)).tolist()
-    began = perf_counter()
+    sums, turn, seconds = np.zeros((2, source.vocab_size), np.int64), 0, 0.0
+    place = work / "drafter.npz"
+    if place.exists():
+        with np.load(place) as saved:
+            sums, turn, seconds = saved["sums"], int(saved["turn"]), float(saved["seconds"])
+    began = perf_counter() - seconds
     with load_engine(options.drafter_alone) as engine:
-        decoder = SpeculativeDecoder(engine, tokenizer=tokenizer)
-        for turn in range(sum(options.tokens)):
-            if not left:
-                return
-            index = order[turn % len(order)]
-            prompt = encode_document(tokenizer, corpus.documents[index])[-128:]
-            sampling = SamplingParams(temperature=1.0, seed=turn)
-            ids = decoder.generate(prompt, max_new_tokens=NEW_TOKENS, sampling=sampling).token_ids
-            ids = ids[: left[0] - int(sums.sum())]
-            sums[int(is_held_out(index, len(order)))] += np.bincount(ids, minlength=source.vocab_size)
-            if sums.sum() == left[0]:
-                left.pop(0)
-                yield timed("drafter", began, TokenCounts(sums[0], sums[1], source.tokenizer_digest, ()))
-
-
-def timed(name: str, began: float, counts: TokenCounts) -> Counted:
-    seconds = perf_counter() - began
-    print(f"{name}: {counts.total} tokens in {seconds:.0f} s", flush=True)
-    return Counted(name, counts.total, seconds, counts)
+        decoder = SpeculativeDecoder(engine, tokenizer=Tokenizer.load(options.drafter_alone))
+        for tokens in options.tokens:
+            counted = finished(work, "drafter", tokens)
+            while counted is None and sums.sum() < tokens:
+                index = order[turn % len(order)]
+                prompt = encode_document(decoder.tokenizer, corpus.documents[index])[-128:]
+                sampling = SamplingParams(temperature=1.0, seed=turn)
+                ids = decoder.generate(prompt, max_new_tokens=NEW_TOKENS, sampling=sampling).token_ids
+                sums[int(is_held_out(index, len(order)))] += np.bincount(ids, minlength=source.vocab_size)
+                turn += 1
+                np.savez(place, sums=sums, turn=turn, seconds=perf_counter() - began)
+            if counted is None:
+                run = CalibrationRun("drafter", corpus.digest, 0, tokens=int(sums.sum()))
+                counts = TokenCounts(sums[0], sums[1], source.tokenizer_digest, (run,))
+                counted = finish(work, tokens, Counted("drafter", counts.total, perf_counter() - began, counts))
+            yield counted
 
 
 def empty(source: Source) -> TokenCounts:

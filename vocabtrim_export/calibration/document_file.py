@@ -4,7 +4,6 @@ import json
 import tempfile
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from itertools import chain, islice
 from typing import overload
 
@@ -27,7 +26,9 @@ class DocumentFile(Sequence[Document]):
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the object
         ends, lengths = array("q", [0]), array("q")
         for document in documents:
-            self._file.write(json.dumps(asdict(document)).encode())
+            prompt = [(message.role, message.content) for message in document.prompt]
+            fields = (document.text, prompt, document.where, document.parts, document.answers)
+            self._file.write(json.dumps(fields).encode())
             ends.append(self._file.tell())
             lengths.append(document.prompt_length)
         self._ends: NDArray[np.int64] = np.array(ends, np.int64)
@@ -46,10 +47,8 @@ class DocumentFile(Sequence[Document]):
         number = range(len(self))[index]
         begin, end = self._ends[number : number + 2].tolist()
         self._file.seek(begin)
-        fields = json.loads(self._file.read(end - begin))
-        messages = tuple(Message(**message) for message in fields["prompt"])
-        parts, answers = tuple(fields["parts"]), tuple(fields["answers"])
-        return Document(fields["text"], messages, fields["where"], parts, answers)
+        text, prompt, where, parts, answers = json.loads(self._file.read(end - begin))
+        return Document(text, tuple(Message(*each) for each in prompt), where, tuple(parts), tuple(answers))
 
 
 def kept(documents: Iterable[Document]) -> Sequence[Document]:
