@@ -109,7 +109,7 @@ PROOF = (
         "vocabtrim_export/proof/slots.py",
         'return self._quantization == "none" or is_rounded(self._written, self._own, self._quantization)',
         "return True",
-        f"{SLOTS} -k int8",
+        f"{SLOTS} -k gemma2",
     ),
     Mutation(
         "Wrong slots are caught by the export itself",
