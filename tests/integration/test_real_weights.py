@@ -63,7 +63,7 @@ def test_greedy_output_is_that_of_transformers(bundles):
         check_rules(decoder, model, decoder.encode(MORE_QUESTIONS[0]))
 
 
-def test_answers_under_a_schema_are_the_masked_targets_and_valid(bundles):
+def test_an_answer_under_a_schema_is_the_masked_targets_and_valid(bundles):
     pytest.importorskip("llguidance")
     jsonschema = pytest.importorskip("jsonschema")
     texts = {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 1, "maxItems": 3}
@@ -79,14 +79,14 @@ def test_answers_under_a_schema_are_the_masked_targets_and_valid(bundles):
         SpeculativeDecoder.load(bundles / "target", bundles / "drafter") as pair,
         SpeculativeDecoder.load(bundles / "target") as alone,
     ):
-        for question in ("Describe the river Rhine as JSON with name, length_km and countries.", QUESTIONS[1]):
-            answer, expected = (
-                decoder.generate(question, max_new_tokens=100, json_schema=schema) for decoder in (pair, alone)
-            )
-            assert answer.token_ids == expected.token_ids
-            assert answer.finish_reason == "stop"
-            jsonschema.validate(json.loads(answer.text), schema)
-            assert answer.stats.block_efficiency > 1.5
+        question = "Describe the river Rhine as JSON with name, length_km and countries."
+        answer, expected = (
+            decoder.generate(question, max_new_tokens=100, json_schema=schema) for decoder in (pair, alone)
+        )
+        assert answer.token_ids == expected.token_ids
+        assert answer.finish_reason == "stop"
+        jsonschema.validate(json.loads(answer.text), schema)
+        assert answer.stats.block_efficiency > 1.5
 
 
 def test_the_target_as_its_own_drafter_accepts_everything(bundles):
