@@ -131,7 +131,7 @@ def plain_greedy(engine, prompt, new, rule):
     return text[len(prompt) :], laws
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     kept=st.none() | st.sets(st.integers(0, 47), min_size=1),

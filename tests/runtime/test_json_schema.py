@@ -104,12 +104,12 @@ def test_rewinding_restores_the_state(schemas, backend):
     assert constraint.fitting([ids[0], ids[0], *ids]) == 1
 
 
-@pytest.mark.parametrize("name", [*LANGUAGES, "object"])
+@pytest.mark.parametrize("name", ["strings", "object"])
 def test_a_mask_depends_on_the_text_alone(name, schemas):
     """Not on what was tried and taken back before it: a fresh constraint after the same text has the same mask."""
     schema, rng = (LANGUAGES | {"object": ({"type": "object"}, [])})[name][0], np.random.default_rng(0)
     constraint, text = schemas.constraint(schema), []
-    for _ in range(150):
+    for _ in range(100):
         if text and rng.random() < 0.4:
             count = int(rng.integers(1, len(text) + 1))
             constraint.rewind(count)
