@@ -6,7 +6,7 @@ python benchmarks/calibration_table.py --model MODEL --target DIR --drafter DIR 
 MODEL drafts for itself. --target: its bundle in fp32; --drafter: the same in int4 with its full head (`--k 1000000
 --quantize-drafter int4`); --drafter-alone: the target of an export with `--quantize int4`, which generates by itself.
 Calibration reads the first prompts of each file, all files as one corpus, and the test the last ones. Acceptance is
-replayed along the target's own greedy text, see `vocabtrim_export.planning.replay`. Writes STEM.json and STEM.md.
+replayed along the target's own greedy text, see `vocabtrim_export.head_choice.replay`. Writes STEM.json and STEM.md.
 
 What is done is kept in the directory STEM.work: a run that is stopped goes on from there when it is started again with
 the same options. Remove the directory to start anew.
@@ -41,8 +41,8 @@ from vocabtrim_export.calibration import (
 )
 from vocabtrim_export.calibration.counts import is_held_out
 from vocabtrim_export.calibration.prompts import encode_document
-from vocabtrim_export.planning.replay import NEVER_KEPT, Text, right_tokens, rounds_of
-from vocabtrim_export.planning.texts import replayed_texts
+from vocabtrim_export.head_choice.replay import NEVER_KEPT, Text, right_tokens, rounds_of
+from vocabtrim_export.head_choice.texts import replayed_texts
 from vocabtrim_export.selection import kept_order, structural_token_ids
 from vocabtrim_export.sources.precision import calibration_model
 from vocabtrim_export.sources.source import Source, load_source
@@ -212,7 +212,7 @@ def model_counts(options: argparse.Namespace, source: Source, corpus: Corpus, wo
     jobs = [("text", tokens, CountSettings("text", tokens)) for tokens in options.tokens]
     jobs += [("target", tokens, CountSettings("target", tokens)) for tokens in options.tokens]
     jobs += [("auto", options.most, CountSettings("target", options.most, enough_for=options.k[0]))]
-    events = CountEvents(on_verdict=lambda verdict: print(verdict, flush=True))
+    events = CountEvents(on_look=lambda look: print(look, flush=True))
     with calibration_model(source.model) as model:
         before: dict[str, float] = {}
         for name, tokens, settings in jobs:

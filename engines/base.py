@@ -18,8 +18,10 @@ from engines.sampling_params import Sampling
 from engines.slots import Slots
 
 MAX_KEEP = 256
+# The tokens that a drafter has not read after a round, at most: the last one that it drafted, and the target's own.
+MOST_UNREAD = 2
 
-Device = Literal["cpu", "cuda"]
+DeviceName = Literal["cpu", "cuda"]
 Neighbour = Callable[[], "Engine | None"]  # waits for an engine that is loaded at the same time
 
 
@@ -109,7 +111,7 @@ class Engine(ABC):
         slots: The in-context slots of a drafter's head; None where it has none.
     """
 
-    device: Device = "cpu"
+    device: DeviceName = "cpu"
 
     def __init__(self, manifest: Manifest, vocab_map: VocabMap | None, tokenizer_file: Path | None = None) -> None:
         self.manifest = manifest

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.base import Device, Engine, Neighbour
+from engines.base import DeviceName, Engine, Neighbour
 from engines.bundle.read import opened_bundle
 from engines.errors import VocabtrimError
 from engines.generation_rules import UNSUPPORTED_NOTE
@@ -34,7 +34,7 @@ class Backend:
 
 
 # (device, whether the bundle is one of `--format trt`) → its backend. A new backend is a folder and a line here.
-BACKENDS: Mapping[tuple[Device, bool], Backend] = {
+BACKENDS: Mapping[tuple[DeviceName, bool], Backend] = {
     ("cpu", False): Backend("ONNX Runtime", "engines.ort.load", "onnxruntime"),
     ("cpu", True): Backend("ONNX Runtime", "engines.trt.load_reference", "onnxruntime"),
     ("cuda", False): Backend("ONNX Runtime", "engines.ort_cuda.load", "'vocabtrim-export[cuda]'"),

@@ -20,7 +20,7 @@ _PLAIN_EVERY = 256  # rounds after which a plain one is measured again
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RoundPlan:
     """What one round drafts.
 
     Attributes:
@@ -55,7 +55,7 @@ class DraftLength(Protocol):
     @property
     def lookups(self) -> Shares | None: ...
 
-    def begin(self, chances: Sequence[float] = ()) -> Plan:
+    def begin(self, chances: Sequence[float] = ()) -> RoundPlan:
         """Plan the next round. chances: see `Match`; empty where nothing was looked up."""
 
     def goes_on(self, confidence: float) -> bool:
@@ -78,8 +78,8 @@ class FixedLength:
     adapts = is_stepwise = False
     lookups = None
 
-    def begin(self, chances: Sequence[float] = ()) -> Plan:  # noqa: ARG002
-        return Plan(0, self.longest)
+    def begin(self, chances: Sequence[float] = ()) -> RoundPlan:  # noqa: ARG002
+        return RoundPlan(0, self.longest)
 
     def goes_on(self, confidence: float) -> bool:  # noqa: ARG002
         return True
@@ -91,7 +91,7 @@ class FixedLength:
         return self
 
 
-class _Rate:
+class _TokenRate:
     """Tokens per second of the last rounds: `memory` of them, older ones fade."""
 
     def __init__(self, memory: float) -> None:
@@ -143,27 +143,27 @@ class AdaptiveLength:
         self.lookups = Shares(LOOKUP_PRIORS) if prompt_lookup else None
         self._costs = MeasuredCosts() if costs is None else costs
         self._is_right, self._next_is_right = _confidences(), _confidences()
-        self._loop, self._drafted = _Rate(_LOOP_MEMORY), _Rate(_DRAFTED_MEMORY)
+        self._loop, self._drafted = _TokenRate(_LOOP_MEMORY), _TokenRate(_DRAFTED_MEMORY)
         self._bins: list[int] = []  # of the draft at hand
         self._chance = 1.0  # that all of it is accepted
         self._wait, self._left = _FIRST_WAIT, 0
         self._rounds, self._is_lookup = 0, False
 
-    def begin(self, chances: Sequence[float] = ()) -> Plan:
+    def begin(self, chances: Sequence[float] = ()) -> RoundPlan:
         self._bins, self._chance = [], 1.0
         self._rounds += 1
         pays = self._pays()
         looked_up, gain = self._looked_up(chances)
         self._is_lookup = looked_up > 0 and gain > (self._drafter_gain() if pays else 0.0)
         if self._is_lookup:
-            return Plan(looked_up, 0)
+            return RoundPlan(looked_up, 0)
         if pays:
             self._left = 0
-            return Plan(0, 0 if self._must_measure_plain() else self._most_drafted())
+            return RoundPlan(0, 0 if self._must_measure_plain() else self._most_drafted())
         if self._left == 0:
             self._left = self._wait
         self._left -= 1
-        return Plan(0, 0 if self._left else self._most_drafted(), pays=False)
+        return RoundPlan(0, 0 if self._left else self._most_drafted(), pays=False)
 
     def goes_on(self, confidence: float) -> bool:
         index = bisect(_EDGES, confidence)

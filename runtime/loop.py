@@ -8,7 +8,7 @@ from engines.base import Accepted, Engine, StepOutput
 from engines.exclusive_use import Claim
 from engines.sampling_params import SamplingParams
 from runtime.constraint import Constraint, Masks
-from runtime.draft_length import DraftLength, FixedLength, Plan
+from runtime.draft_length import DraftLength, FixedLength, RoundPlan
 from runtime.drafting import TokenReader, make_reader
 from runtime.kept_prefix import note_text, restart
 from runtime.logprobs import TokenLogprob, token_logprobs
@@ -225,7 +225,7 @@ class _Loop:
         """Draft and verify: in one call where the engines can, else one after the other."""
         room = self.room()
         match = self.lookup.match() if self.lookup and room > 0 else NO_MATCH
-        plan = self.length.begin(match.chances) if room > 0 else Plan(0, 0)
+        plan = self.length.begin(match.chances) if room > 0 else RoundPlan(0, 0)
         steps = min(plan.drafted, room)
         if self.reader and steps > 0:
             if self.one_cache:

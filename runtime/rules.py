@@ -58,7 +58,7 @@ class Greedy:
         return accept_greedy(draft, output.token_ids)
 
 
-class Forced(Greedy):
+class ForcedAcceptance(Greedy):
     """Proposes as `Greedy` does and accepts the same number each time."""
 
     def __init__(self, count: int) -> None:
@@ -185,7 +185,7 @@ def make_rule(
     acceptance measures times alone and applies none. Raises `VocabtrimError` for token ids that the target lacks.
     """
     if force_accepted is not None:
-        return Forced(force_accepted)
+        return ForcedAcceptance(force_accepted)
     vocab_size = target.manifest.vocab_size
     logit_rules = make_logit_rules(params, target.manifest, prompt)
     rules = ConstrainedRules(masks, logit_rules) if masks else logit_rules

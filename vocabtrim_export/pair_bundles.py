@@ -14,7 +14,7 @@ from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.calibration.moments import head_run, input_moments
 from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.drafters.source import HeadSource
-from vocabtrim_export.lowering.graph_files import Progress
+from vocabtrim_export.progress import Progress
 from vocabtrim_export.proof.proven import trace_source, write_proven
 from vocabtrim_export.selection import Coverage, Selection, select_vocab, structural_token_ids
 from vocabtrim_export.settings import ExportSettings

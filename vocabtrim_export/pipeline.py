@@ -20,9 +20,9 @@ from vocabtrim_export.drafters.source import find_head
 from vocabtrim_export.formats import write_formats
 from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.generation_rules import rule_notes
-from vocabtrim_export.lowering.graph_files import Progress
+from vocabtrim_export.head_choice.head import choose_head
 from vocabtrim_export.pair_bundles import PairWriter, select
-from vocabtrim_export.planning.head import choose_head
+from vocabtrim_export.progress import Progress
 from vocabtrim_export.selection import Selection, rows_to_choose
 from vocabtrim_export.settings import ExportSettings, check_auto, check_settings
 from vocabtrim_export.sources.head_kinds import head_kind

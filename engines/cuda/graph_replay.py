@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from engines.cuda.runtime import Stream
+from engines.cuda.runtime import CudaStream
 
 
 class Replayed:
@@ -15,7 +15,7 @@ class Replayed:
     """
 
     def __init__(
-        self, stream: Stream, enqueue: Callable[[], bool], is_capturable: Callable[[], bool], warm_up: int = 1
+        self, stream: CudaStream, enqueue: Callable[[], bool], is_capturable: Callable[[], bool], warm_up: int = 1
     ) -> None:
         self._stream, self._enqueue, self._is_capturable = stream, enqueue, is_capturable
         self._until_capture = warm_up

@@ -69,7 +69,7 @@ def has_device() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class Gpu:
     """A GPU.
 
     Attributes:
@@ -81,7 +81,7 @@ class Device:
     compute_capability: str
 
 
-def current_device() -> Device:
+def current_gpu() -> Gpu:
     """Returns the GPU that calls of this thread go to.
 
     Raises:
@@ -89,17 +89,17 @@ def current_device() -> Device:
     """
     cuda = runtime()
     properties = check(cuda.cudaGetDeviceProperties(check(cuda.cudaGetDevice())))
-    return Device(properties.name.split(b"\0")[0].decode(), f"{properties.major}.{properties.minor}")
+    return Gpu(properties.name.split(b"\0")[0].decode(), f"{properties.major}.{properties.minor}")
 
 
 def environment() -> dict[str, str]:
     """Returns the name and versions that a report lists of the GPU that calls of this thread go to."""
-    device = current_device()
+    gpu = current_gpu()
     versions = {"cuda_driver": runtime().cudaDriverGetVersion(), "cuda_runtime": runtime().cudaRuntimeGetVersion()}
     named = {name: check(version) for name, version in versions.items()}
     return {
-        "gpu": device.name,
-        "compute_capability": device.compute_capability,
+        "gpu": gpu.name,
+        "compute_capability": gpu.compute_capability,
         **{name: f"{version // 1000}.{version % 1000 // 10}" for name, version in named.items()},
     }
 
@@ -146,7 +146,7 @@ def allocate_pinned(size: int) -> PinnedMemory:
     return PinnedMemory(int(check(runtime().cudaMallocHost(size), asked=size)), size)
 
 
-class Stream:
+class CudaStream:
     """A queue of work for the GPU, run in order. It and the default stream do not wait for each other."""
 
     def __init__(self) -> None:
@@ -248,7 +248,7 @@ def copy_bandwidth(buffer_bytes: int = 1 << 29, repeats: int = 20) -> float:
     Reading alone is about as fast: an H100 that copied at 2,990 GB/s summed up a tensor at 3,090.
     """
     with ExitStack() as owned:
-        stream = Stream()
+        stream = CudaStream()
         owned.callback(stream.destroy)
         memory = [allocate_device(buffer_bytes) for _ in range(2)]
         for each in memory:

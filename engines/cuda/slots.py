@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from engines.bundle.graph_io import SLOT_BIAS, SLOT_TOKEN_IDS, SLOT_WEIGHT
 from engines.bundle.head_rows import HeadRows
 from engines.bundle.vocab_map import VocabMap
-from engines.cuda.runtime import Stream
+from engines.cuda.runtime import CudaStream
 from engines.slots import Slots
 
 
@@ -26,7 +26,7 @@ class DeviceSlots(Slots):
         rows: HeadRows,
         shape: tuple[int, int],
         dtype: np.dtype[np.generic],
-        stream: Stream,
+        stream: CudaStream,
         allocate: Callable[[int], int],
     ) -> None:
         """shape, dtype: see `Slots`. allocate: returns the address of as many bytes on the GPU, which the caller owns.

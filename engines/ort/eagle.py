@@ -33,7 +33,7 @@ class FeatureEngine(OnnxRuntimeEngine):
 
     def fork(self, share_cache_with: Engine | None = None) -> Engine:
         shared = share_cache_with if isinstance(share_cache_with, OnnxRuntimeEngine) else None
-        return FeatureEngine(self._source, self._session, shared)
+        return FeatureEngine(self._bundle, self._session, shared)
 
     def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
         assert isinstance(step, HostStep)
@@ -78,7 +78,7 @@ class EagleEngine(OnnxRuntimeEngine):
         return super().feed(token_ids, keep)
 
     def fork(self, share_cache_with: Engine | None = None) -> Engine:  # noqa: ARG002  (it shares with nobody)
-        return EagleEngine(self._source, self._session, self._fuse)
+        return EagleEngine(self._bundle, self._session, self._fuse)
 
     def _release(self) -> None:
         super()._release()

@@ -65,7 +65,7 @@ class OnnxRuntimeEngine(Engine):
         self, bundle: Bundle, session: ort.InferenceSession, shared: "OnnxRuntimeEngine | None" = None
     ) -> None:
         super().__init__(bundle.manifest, bundle.vocab_map, bundle.tokenizer_file)
-        self._source, self._session = bundle, session
+        self._bundle, self._session = bundle, session
         self._caches: dict[str, ort.OrtValue] = dict(shared._caches) if shared else self._allocate_caches()
         self.cache = shared.cache if shared else self.cache
         is_quantized_target = bundle.manifest.role == "target" and bundle.manifest.quantization != "none"
@@ -125,7 +125,7 @@ class OnnxRuntimeEngine(Engine):
         if self.device != "cpu":
             return super().fork(share_cache_with)
         shared = share_cache_with if isinstance(share_cache_with, OnnxRuntimeEngine) else None
-        return OnnxRuntimeEngine(self._source, self._session, shared)
+        return OnnxRuntimeEngine(self._bundle, self._session, shared)
 
     def environment(self) -> dict[str, str]:
         return {"onnxruntime": ort.__version__}
@@ -206,7 +206,7 @@ class OnnxRuntimeEngine(Engine):
             VocabtrimError: They are not those of the manifest.
         """
         inputs = {value.name: value for value in self._session.get_inputs()}
-        rows = open_head_rows(self._source, {name: value.shape for name, value in inputs.items()}, self._head_rows)
+        rows = open_head_rows(self._bundle, {name: value.shape for name, value in inputs.items()}, self._head_rows)
         if rows is None or self.vocab_map is None:
             return None
         hidden, count = inputs[SLOT_WEIGHT].shape

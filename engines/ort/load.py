@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engines.base import Device, Engine, Neighbour
+from engines.base import DeviceName, Engine, Neighbour
 from engines.bundle.read import FEATURES_NAME, MODEL_NAME, Bundle
 from engines.errors import VocabtrimError
 from engines.ort.eagle import EagleEngine, FeatureEngine
@@ -33,7 +33,7 @@ def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> Engine:
     return engine(bundle, session, cache_owner(bundle, neighbour(), "cpu"))
 
 
-def cache_owner(bundle: Bundle, neighbour: Engine | None, device: Device) -> OnnxRuntimeEngine | None:
+def cache_owner(bundle: Bundle, neighbour: Engine | None, device: DeviceName) -> OnnxRuntimeEngine | None:
     """Returns `neighbour` if it runs on ONNX Runtime on this device and its KV cache can serve `bundle` too."""
     if not isinstance(neighbour, OnnxRuntimeEngine) or neighbour.device != device:
         return None

@@ -22,7 +22,7 @@ class MedusaEngine(Engine):
 
     def __init__(self, bundle: Bundle, session: ort.InferenceSession) -> None:
         super().__init__(bundle.manifest, bundle.vocab_map, bundle.tokenizer_file)
-        self._source, self._session = bundle, session
+        self._bundle, self._session = bundle, session
         self.features_read = bundle.manifest.feature_size
         self._dtype = numpy_dtype(session.get_inputs()[0].type)
         (heads,) = (output.shape[1] for output in session.get_outputs() if output.name == LOGITS)
@@ -50,7 +50,7 @@ class MedusaEngine(Engine):
         return self._next()
 
     def fork(self, share_cache_with: Engine | None = None) -> Engine:  # noqa: ARG002  (there is none)
-        return MedusaEngine(self._source, self._session)
+        return MedusaEngine(self._bundle, self._session)
 
     def environment(self) -> dict[str, str]:
         return {"onnxruntime": ort.__version__}

@@ -1,4 +1,4 @@
-"""`CudaRun`: one run of a session at fixed addresses of the device."""
+"""`BoundModel`: one run of a session at fixed addresses of the device."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -36,7 +36,7 @@ class Work(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class BoundSession:
     """A session bound to everything that it reads and writes."""
 
     session: ort.InferenceSession
@@ -49,7 +49,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class CudaRun(Run):
+class BoundModel(BoundSession):
     """A bound run of a model.
 
     Attributes:
@@ -58,7 +58,7 @@ class CudaRun(Run):
         logits_type: ONNX Runtime's name for their type, such as "tensor(float16)".
     """
 
-    stream: cuda.Stream
+    stream: cuda.CudaStream
     logits: ort.OrtValue
     logits_type: str
 

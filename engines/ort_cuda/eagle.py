@@ -7,13 +7,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import MAX_KEEP, Device, Engine, Speculation, StepOutput
+from engines.base import MAX_KEEP, DeviceName, Engine, Speculation, StepOutput
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT, INPUT_IDS
 from engines.bundle.read import Bundle
 from engines.cuda import runtime as cuda
 from engines.ort.eagle import require_last_row, require_rows
 from engines.ort.step import Step
-from engines.ort_cuda.binding import CudaRun, Place, Run, Work, run_options
+from engines.ort_cuda.binding import BoundModel, BoundSession, Place, Work, run_options
 from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
 from engines.ort_cuda.provider import can_be_captured
 from engines.ort_cuda.rows import DeviceRows, RowCopy, allocate_rows
@@ -30,9 +30,9 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
         self,
         bundle: Bundle,
         session: ort.InferenceSession,
-        stream: cuda.Stream,
+        stream: cuda.CudaStream,
         shared: OnnxRuntimeCudaEngine | None = None,
-        device: Device = "cuda",
+        device: DeviceName = "cuda",
     ) -> None:
         super().__init__(bundle, session, stream, shared, device)
         self.features_given = bundle.manifest.feature_size
@@ -75,8 +75,8 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
         """Whether `features` starts with those of token number `first`, and the cache ends `count` tokens after it."""
         return self._given_from == first and first + count == self.length
 
-    def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
-        run = super().bind_run(places, token_ids)
+    def bind_model(self, places: Mapping[str, Place], token_ids: Place) -> BoundModel:
+        run = super().bind_model(places, token_ids)
         rows = self.features.place(0, places[INPUT_IDS].shape[-1])
         run.binding.bind_output(FEATURES_OUTPUT, self.device, 0, *rows)
         return run
@@ -109,8 +109,8 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         bundle: Bundle,
         session: ort.InferenceSession,
         fuse: ort.InferenceSession | None,
-        stream: cuda.Stream,
-        device: Device = "cuda",
+        stream: cuda.CudaStream,
+        device: DeviceName = "cuda",
     ) -> None:
         self._fuse = fuse
         super().__init__(bundle, session, stream, device=device)
@@ -163,15 +163,15 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         at = unread + step - 1  # the row after the one before
         return {HIDDEN_INPUT: self._made.place(at - 1, 1), HIDDEN_OUTPUT: self._made.place(at, 1)}
 
-    def _bind_fuse(self, fuse: ort.InferenceSession, features: Place, count: int) -> Run:
+    def _bind_fuse(self, fuse: ort.InferenceSession, features: Place, count: int) -> BoundSession:
         """Bind the graph that makes the hidden states of `count` rows from `features`, [1, count, features_read]."""
         binding = fuse.io_binding()
         binding.bind_input(FEATURES_OUTPUT, self.device, 0, *features)
         binding.bind_output(HIDDEN_INPUT, self.device, 0, *self._hidden_rows.place(0, count))
-        return Run(fuse, binding, run_options())
+        return BoundSession(fuse, binding, run_options())
 
-    def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
-        run = super().bind_run(places, token_ids)
+    def bind_model(self, places: Mapping[str, Place], token_ids: Place) -> BoundModel:
+        run = super().bind_model(places, token_ids)
         hidden = {**self._fused_places(places[INPUT_IDS].shape[-1]), **places}
         run.binding.bind_input(HIDDEN_INPUT, self.device, 0, *hidden[HIDDEN_INPUT])
         run.binding.bind_output(HIDDEN_OUTPUT, self.device, 0, *hidden[HIDDEN_OUTPUT])

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import Device, Engine, Speculation, StepOutput
+from engines.base import MOST_UNREAD, DeviceName, Engine, Speculation, StepOutput
 from engines.bundle.graph_io import INPUT_IDS, LOGITS, POSITION_IDS, SEQLENS_K, SLOT_TOKEN_IDS, TOKEN_IDS
 from engines.bundle.head_rows import HeadRows
 from engines.bundle.read import Bundle
@@ -20,7 +20,7 @@ from engines.cuda.slots import DeviceSlots
 from engines.ort.engine import OnnxRuntimeEngine
 from engines.ort.session import new_session, numpy_dtype
 from engines.ort.step import Step
-from engines.ort_cuda.binding import CudaRun, Place, Work, element_type, run_options
+from engines.ort_cuda.binding import BoundModel, Place, Work, element_type, run_options
 from engines.ort_cuda.pair import PairRounds
 from engines.ort_cuda.provider import can_be_captured, explain_out_of_memory, open_cuda_graph
 from engines.sampling_params import Sampling
@@ -28,7 +28,6 @@ from engines.sampling_params import Sampling
 _ALIGNED = cuda.ALIGNMENT // 8  # int64 values from one input of a step to the next
 # The first run loads kernels and fills the arena; by the second it has planned its memory and allocated that.
 _WARM_UP = 2
-_UNREAD = 2  # tokens that a drafter is behind by at most, once it has read the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +37,8 @@ class DeviceStep(Step):
     work: the copy of the inputs, the run, and the copy of the tokens.
     """
 
-    stream: cuda.Stream
-    cuda_run: CudaRun
+    stream: cuda.CudaStream
+    bound_model: BoundModel
     work: Replayed
 
     def run(self, end: int) -> None:  # noqa: ARG002
@@ -48,7 +47,7 @@ class DeviceStep(Step):
         self.stream.synchronize()
 
     def read_logits(self) -> NDArray[np.float32]:
-        return self.cuda_run.read_logits()
+        return self.bound_model.read_logits()
 
 
 class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
@@ -74,9 +73,9 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         self,
         bundle: Bundle,
         session: ort.InferenceSession,
-        stream: cuda.Stream,
+        stream: cuda.CudaStream,
         shared: "OnnxRuntimeCudaEngine | None" = None,
-        device: Device = "cuda",
+        device: DeviceName = "cuda",
     ) -> None:
         self.device, self.stream, self._bundle = device, stream, bundle
         self.rounds = PairRounds(self)  # that this engine drafts in
@@ -139,7 +138,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     def catch_up(self, token_ids: Sequence[int] | NDArray[np.int64]) -> Sequence[int] | NDArray[np.int64]:
         """Read so many of these tokens that a round can take the rest, which are returned: after rounds in which this
         drafter drafted nothing they may be many."""
-        if len(token_ids) <= _UNREAD:
+        if len(token_ids) <= MOST_UNREAD:
             return token_ids
         self.feed(token_ids[:-1])
         return token_ids[-1:]
@@ -170,7 +169,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         """Allocate memory on the device, uninitialised. element: a NumPy dtype, or a number of ONNX's."""
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, element, self.device, 0)
 
-    def bind_run(self, places: Mapping[str, Place], token_ids: Place) -> CudaRun:
+    def bind_model(self, places: Mapping[str, Place], token_ids: Place) -> BoundModel:
         """Bind a run of the session that reads `places`, by input name, and writes `token_ids`, int64[1, keep]."""
         keep = token_ids.shape[-1]
         binding = self._bind_common(keep)
@@ -180,7 +179,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         logits = self.allocate((1, keep, self._head_rows), element_type(self.logits_type))
         binding.bind_output(TOKEN_IDS, self.device, 0, *token_ids)
         binding.bind_ortvalue_output(LOGITS, logits)
-        return CudaRun(self._session, binding, run_options(), self.stream, logits, self.logits_type)
+        return BoundModel(self._session, binding, run_options(), self.stream, logits, self.logits_type)
 
     def replayed(self, enqueue: Callable[[], None], others: Sequence["OnnxRuntimeCudaEngine"] = ()) -> Replayed:
         """Make `enqueue` a CUDA graph, if the models of this engine and of `others` can be part of one."""
@@ -206,7 +205,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             POSITION_IDS: place(np.int64, (1, length), section),
             SEQLENS_K: place(np.int32, (1,), seqlens),
         }
-        run = self.bind_run(places, place(np.int64, (1, keep), tokens))
+        run = self.bind_model(places, place(np.int64, (1, keep), tokens))
 
         def enqueue() -> None:
             there, here = memory.data_ptr(), host.ctypes.data

@@ -47,9 +47,9 @@ def _check(bundle: Bundle, profile: Path | None) -> None:
         raise VocabtrimError(f"{bundle.path} holds Medusa heads, which run on the CPU only so far: use device 'cpu'")
 
 
-def make_stream() -> cuda.Stream:
+def make_stream() -> cuda.CudaStream:
     """Make a stream that is destroyed after its last user: engines share it and close in any order."""
-    stream = cuda.Stream()
+    stream = cuda.CudaStream()
     # Not at exit: sessions that nobody closed are still there then.
     weakref.finalize(stream, cuda.runtime().cudaStreamDestroy, stream.address).atexit = False
     return stream

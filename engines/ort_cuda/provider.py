@@ -34,7 +34,7 @@ def require_provider() -> tuple[str, ...]:
 
 
 def open_cuda_session(
-    bundle: Bundle, stream: cuda.Stream, missing: tuple[str, ...] = (), name: str = MODEL_NAME
+    bundle: Bundle, stream: cuda.CudaStream, missing: tuple[str, ...] = (), name: str = MODEL_NAME
 ) -> ort.InferenceSession:
     """Open a session on `stream`, for CUDA graphs if every node of the model can be in one.
 
@@ -70,7 +70,7 @@ def open_cuda_session(
     return session
 
 
-def open_cuda_graph(model: bytes, stream: cuda.Stream) -> ort.InferenceSession:
+def open_cuda_graph(model: bytes, stream: cuda.CudaStream) -> ort.InferenceSession:
     """Open a small model on `stream`; all of its nodes can be in a CUDA graph."""
     return _open(model, stream, cuda_graphs=True)
 
@@ -81,7 +81,7 @@ def can_be_captured(session: ort.InferenceSession) -> bool:
     return options.get("enable_cuda_graph") == "1"
 
 
-def _open(model: Path | bytes, stream: cuda.Stream, cuda_graphs: bool) -> ort.InferenceSession:
+def _open(model: Path | bytes, stream: cuda.CudaStream, cuda_graphs: bool) -> ort.InferenceSession:
     options = {
         "device_id": "0",
         "user_compute_stream": str(stream.address),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from engines.base import Accepted, Speculation, StepOutput
 from engines.bundle.graph_io import INPUT_IDS, POSITION_IDS, SEQLENS_K
 from engines.errors import VocabtrimError
-from engines.ort_cuda.binding import Place, Run, Work
+from engines.ort_cuda.binding import BoundSession, Place, Work
 from engines.ort_cuda.graphs.sampling import NO_TOKEN
 from engines.sampling_params import Sampling
 
@@ -92,13 +92,13 @@ class CudaRound:
         for i in range(draft_length):
             first, count = (unread + i - 1, 1) if i else (0, unread)
             places = reads(i, first, first, count) | drafter.beside_tokens(i, unread)
-            step = drafter.bind_run(places, self._place(at.drafted + i, np.int64, (1, 1)))
+            step = drafter.bind_model(places, self._place(at.drafted + i, np.int64, (1, 1)))
             self._draft.append(step)
             if sampler:
                 self._draft += sampler.propose(i, step.logits, self._address(at.chances), self._address(at.drafted + i))
         places = reads(draft_length, unread - 1 + drafter.lag, unread - 1, draft_length + 1)
-        self._verify = target.bind_run(places, self._place(at.verified, np.int64, (1, draft_length + 1)))
-        self._judge: list[Run] = []
+        self._verify = target.bind_model(places, self._place(at.verified, np.int64, (1, draft_length + 1)))
+        self._judge: list[BoundSession] = []
         if sampler:
             drafted, verdict = self._address(at.drafted), self._address(at.verdict)
             self._judge = sampler.judge(self._verify.logits, self._address(at.chances), drafted, verdict)

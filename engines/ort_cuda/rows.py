@@ -20,7 +20,7 @@ class DeviceRows:
 
     memory: ort.OrtValue
     onnx_type: str
-    stream: cuda.Stream
+    stream: cuda.CudaStream
 
     @property
     def count(self) -> int:

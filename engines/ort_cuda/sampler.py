@@ -11,7 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from engines.bundle.graph_io import LOGITS, SLOT_TOKEN_IDS, TOKEN_IDS
-from engines.ort_cuda.binding import Place, Run, run_options
+from engines.ort_cuda.binding import BoundSession, Place, run_options
 from engines.ort_cuda.graphs.acceptance import sampled_acceptance
 from engines.ort_cuda.graphs.sampling import draw_graph, warp_graph
 from engines.sampling_params import Sampling
@@ -80,7 +80,7 @@ class DeviceSampler:
         floats[first:last:2] = uniforms[:steps]
         floats[last:][: steps + 1] = uniforms[steps:]
 
-    def propose(self, step: int, logits: ort.OrtValue, chances: int, token: int) -> list[Run]:
+    def propose(self, step: int, logits: ort.OrtValue, chances: int, token: int) -> list[BoundSession]:
         """Returns the work that draws drafted token number `step`.
 
         Args:
@@ -98,7 +98,7 @@ class DeviceSampler:
             self._bind(self._draw, {"probabilities": q, "uniform": uniform, **self._slot_tokens}, {TOKEN_IDS: drawn}),
         ]
 
-    def judge(self, logits: ort.OrtValue, chances: int, drafted: int, verdict: int) -> list[Run]:
+    def judge(self, logits: ort.OrtValue, chances: int, drafted: int, verdict: int) -> list[BoundSession]:
         """Returns the work that decides which drafted tokens stay.
 
         Args:
@@ -115,7 +115,7 @@ class DeviceSampler:
         p = Place(np.float32, tuple(self._p.shape()), self._p.data_ptr())
         return [self._warp(self._warp_verified, logits, chances, p), self._bind(self._accept, inputs, outputs)]
 
-    def _warp(self, session: ort.InferenceSession, logits: ort.OrtValue, chances: int, written: Place) -> Run:
+    def _warp(self, session: ort.InferenceSession, logits: ort.OrtValue, chances: int, written: Place) -> BoundSession:
         inputs: dict[str, Place | ort.OrtValue] = {
             LOGITS: logits,
             "temperature": Place(np.float32, (1,), chances),
@@ -126,7 +126,7 @@ class DeviceSampler:
             inputs["min_p"] = Place(np.float32, (1,), chances + 16)
         return self._bind(session, inputs, {"probabilities": written})
 
-    def _bind(self, session: ort.InferenceSession, inputs: _Bound, outputs: Mapping[str, Place]) -> Run:
+    def _bind(self, session: ort.InferenceSession, inputs: _Bound, outputs: Mapping[str, Place]) -> BoundSession:
         binding = session.io_binding()
         for name, value in inputs.items():
             if isinstance(value, Place):
@@ -135,4 +135,4 @@ class DeviceSampler:
                 binding.bind_ortvalue_input(name, value)
         for name, place in outputs.items():
             binding.bind_output(name, self._device, 0, *place)
-        return Run(session, binding, self._options)
+        return BoundSession(session, binding, self._options)

@@ -31,7 +31,7 @@ class KVCache:
     memory: cuda.DeviceMemory
 
     @classmethod
-    def allocate(cls, library: Library, engine: Any, stream: cuda.Stream) -> "KVCache":
+    def allocate(cls, library: Library, engine: Any, stream: cuda.CudaStream) -> "KVCache":
         """Allocate the cache of an ICudaEngine.
 
         Raises:
@@ -56,7 +56,7 @@ class Shared:
 
     library: Library
     log: Log
-    stream: cuda.Stream
+    stream: cuda.CudaStream
     activation: cuda.DeviceMemory
 
 

@@ -6,11 +6,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import MAX_KEEP, ContextFull, Device, Engine, StepOutput
+from engines.base import MAX_KEEP, MOST_UNREAD, ContextFull, DeviceName, Engine, StepOutput
 from engines.bundle.read import Bundle, Profile, TensorRT
 from engines.slots import Slots
-
-DRAFT_TOKENS = 2  # a drafter lacks at most two tokens after a round: the last it drafted and the target's
 
 
 class Executor(Protocol):
@@ -18,7 +16,7 @@ class Executor(Protocol):
     `Engine`'s.
     """
 
-    device: Device
+    device: DeviceName
     slots: Slots | None
 
     def environment(self) -> dict[str, str]: ...
@@ -42,7 +40,7 @@ class Executor(Protocol):
         """
 
     def draft(self, span: int, input_ids: NDArray[np.int64], position_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Write DRAFT_TOKENS tokens from slot `position_ids[0]` on, draft after them, and write all drafted tokens but
+        """Write MOST_UNREAD tokens from slot `position_ids[0]` on, draft after them, and write all drafted tokens but
         the last.
 
         Everything that the tokens see must be within the first `span` slots.
@@ -148,17 +146,17 @@ class StaticEngine(Engine):
         return StepOutput(output.token_ids[:kept], lambda: output.logits[:kept])
 
     def draft(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64] | None:
-        again = DRAFT_TOKENS - len(token_ids)  # tokens fed before, whose keys and values are computed anew
+        again = MOST_UNREAD - len(token_ids)  # tokens fed before, whose keys and values are computed anew
         begin, steps = self.length - again, self.unrolled
         end = self.length + len(token_ids) + steps - 1
         if not steps or again < 0 or begin < 0 or end > self.capacity:
             return None
-        self._tokens[self.length : begin + DRAFT_TOKENS] = token_ids
-        positions = np.arange(begin, begin + DRAFT_TOKENS)
+        self._tokens[self.length : begin + MOST_UNREAD] = token_ids
+        positions = np.arange(begin, begin + MOST_UNREAD)
         drafted = self._executor.draft(
-            self._span(begin + DRAFT_TOKENS), self._tokens[begin : begin + DRAFT_TOKENS], positions
+            self._span(begin + MOST_UNREAD), self._tokens[begin : begin + MOST_UNREAD], positions
         )
-        self._tokens[begin + DRAFT_TOKENS : end] = drafted[:-1]
+        self._tokens[begin + MOST_UNREAD : end] = drafted[:-1]
         self.length = end
         return drafted
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Device, StepOutput
+from engines.base import DeviceName, StepOutput
 from engines.bundle.graph_io import (
     ATTENDED_SLOTS,
     INPUT_IDS,
@@ -38,19 +38,19 @@ class TensorRTExecutor(Executor):
         VocabtrimError: The library, its version or the GPU is not what the plans were built for.
     """
 
-    device: Device = "cuda"
+    device: DeviceName = "cuda"
 
     def __init__(self, bundle: Bundle, write: Callable[[str], None] | None = None) -> None:
         plans = bundle.manifest.tensorrt
         if plans is None or plans.flavor == "none":
             raise VocabtrimError(f"{bundle.path} holds no TensorRT plans: export it with --format trt")
         library = load_library(plans.flavor, to_run=True)
-        check_plans(plans, library.version, cuda.current_device().compute_capability, str(bundle.path))
+        check_plans(plans, library.version, cuda.current_gpu().compute_capability, str(bundle.path))
         self._plans = plans
         self._bound: dict[tuple[Which, int], BoundProfile] = {}
         log = make_log(library, write)
         with ExitStack() as owned:
-            stream = cuda.Stream()
+            stream = cuda.CudaStream()
             owned.callback(stream.destroy)
             self._runtime = library.api.Runtime(log)  # must outlive its engines
             self._engines = _open(bundle, plans, library, self._runtime, log)
@@ -87,7 +87,7 @@ class TensorRTExecutor(Executor):
         return StepOutput(bound.run(), bound.read_logits)
 
     def draft(self, span: int, input_ids: NDArray[np.int64], position_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """input_ids, position_ids: int64[DRAFT_TOKENS]. Returns int64[γ]."""
+        """input_ids, position_ids: int64[MOST_UNREAD]. Returns int64[γ]."""
         if not self._plans.draft_length:
             raise ValueError("the bundle has no draft.engine")
         bound = self._profile("draft", self._plans.spans.index(span))

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
 
-Flavor = Literal["tensorrt", "rtx"]
+LibraryName = Literal["tensorrt", "rtx"]
 NAMES: dict[str, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
 _EXTRAS: dict[str, str] = {"tensorrt": "[trt]", "rtx": "[trt-rtx]"}
 _MODULES: dict[str, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -33,7 +33,7 @@ class Library:
             own version only.
     """
 
-    flavor: Flavor
+    flavor: LibraryName
     version: str
     api: Any
     lean: bool = False
@@ -56,7 +56,7 @@ def load_library(flavor: Literal["auto", "tensorrt", "rtx"], *, to_run: bool = F
     Raises:
         VocabtrimError: It is not installed, or it is and does not load.
     """
-    order: tuple[Flavor, ...] = ("rtx", "tensorrt") if flavor == "auto" else (flavor,)
+    order: tuple[LibraryName, ...] = ("rtx", "tensorrt") if flavor == "auto" else (flavor,)
     if flavor == "auto" and cuda.has_device():
         order = ("tensorrt", "rtx")
     for name in order:
@@ -71,7 +71,7 @@ def load_library(flavor: Literal["auto", "tensorrt", "rtx"], *, to_run: bool = F
     raise VocabtrimError(f"{missing} {verb} not installed: pip install {extras}")
 
 
-def _load(flavor: Flavor, lean: bool = False) -> Library | None:
+def _load(flavor: LibraryName, lean: bool = False) -> Library | None:
     module = _LEAN_MODULE if lean else _MODULES[flavor]
     try:
         api = importlib.import_module(module)

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import Device, StepOutput
+from engines.base import DeviceName, StepOutput
 from engines.bundle.graph_io import (
     ATTENDED_SLOTS,
     INPUT_IDS,
@@ -30,7 +30,7 @@ class ReferenceExecutor:
         VocabtrimError: ONNX Runtime has no CPU kernel for a graph (bf16).
     """
 
-    device: Device = "cpu"
+    device: DeviceName = "cpu"
 
     def __init__(self, bundle: Bundle) -> None:
         plans = bundle.manifest.tensorrt

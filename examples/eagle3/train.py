@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 @dataclass(slots=True)
-class Progress:
+class TrainingState:
     """What is done, earlier runs included. seconds: of training. tokens: read, padding not counted."""
 
     step: int = 0
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     head = head_from_target(target)
     optimizer = torch.optim.AdamW(head.parameters(), options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     state = options.work / STATE
-    progress = restore(head, optimizer, state) if state.exists() else Progress()
+    progress = restore(head, optimizer, state) if state.exists() else TrainingState()
     options.output.mkdir(parents=True, exist_ok=True)
     trim_log(options.output / LOG, progress.step)
     train(head, target, corpus, optimizer, progress, options)
@@ -71,7 +71,7 @@ def train(
     target: Target,
     corpus: Corpus,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: TrainingState,
     options: argparse.Namespace,
 ) -> None:
     """Until the minutes or the steps are spent. Writes the log, checkpoints and the head."""
@@ -111,7 +111,7 @@ def train(
     checkpoint(head, target, optimizer, progress, options)
 
 
-def learning_rate(progress: Progress, options: argparse.Namespace) -> float:
+def learning_rate(progress: TrainingState, options: argparse.Namespace) -> float:
     """Linear warm-up, then linearly to zero with the larger share spent: of the time or of the steps."""
     spent = max(progress.step / options.steps, progress.seconds / (60 * options.minutes))
     return options.learning_rate * min(1.0, (progress.step + 1) / options.warmup) * max(0.0, 1 - spent)
@@ -143,7 +143,7 @@ def checkpoint(
     head: Eagle3Head,
     target: Target,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: TrainingState,
     options: argparse.Namespace,
 ) -> None:
     """The head for users, and all that a later run needs."""
@@ -156,7 +156,7 @@ def checkpoint(
     replace(options.work / STATE, lambda path: save_file(tensors, path, metadata))
 
 
-def restore(head: Eagle3Head, optimizer: torch.optim.Optimizer, path: Path) -> Progress:
+def restore(head: Eagle3Head, optimizer: torch.optim.Optimizer, path: Path) -> TrainingState:
     """Head and optimizer as `checkpoint` left them."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -166,7 +166,7 @@ def restore(head: Eagle3Head, optimizer: torch.optim.Optimizer, path: Path) -> P
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = tensors[f"{key}.{name}"]
             optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-    return Progress(int(metadata["step"]), int(metadata["tokens"]), float(metadata["seconds"]))
+    return TrainingState(int(metadata["step"]), int(metadata["tokens"]), float(metadata["seconds"]))
 
 
 def trim_log(path: Path, step: int) -> None:

@@ -6,7 +6,7 @@ from time import perf_counter
 
 import numpy as np
 
-from engines.base import Device, Engine
+from engines.base import DeviceName, Engine
 from engines.cuda import runtime as cuda
 from runtime.measure.environment import usable_cores
 
@@ -37,7 +37,7 @@ def read_bandwidth(threads: int | None = None, buffer_bytes: int = BUFFER_BYTES,
     return best
 
 
-def bandwidths(engines: Iterable[Engine], given: float | None = None) -> dict[Device, float]:
+def bandwidths(engines: Iterable[Engine], given: float | None = None) -> dict[DeviceName, float]:
     """The bytes/s of main memory or of the GPU's, by the devices that `engines` are on. given: a value instead of
     measuring.
     """

@@ -20,7 +20,7 @@ from runtime.measure.timing import Way, measure
 from runtime.pair import Auto, check_pair, make_draft_length, resolve_draft_length
 
 TARGET_ONLY = "target_only"
-Forced: TypeAlias = int | Literal["all"] | None
+ForceAccepted: TypeAlias = int | Literal["all"] | None
 
 
 def bench(
@@ -31,7 +31,7 @@ def bench(
     max_new_tokens: int = 128,
     draft_length: int | Auto | None = None,
     repeats: int = 3,
-    force_accepted: Forced = None,
+    force_accepted: ForceAccepted = None,
     sampling: SamplingParams = GREEDY,
     bandwidth: float | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -64,7 +64,7 @@ def bench(
     is_forced = force_accepted is not None
     lengths = {mode: _draft_length(target, drafter, draft_length, is_forced) for mode, drafter in modes.items()}
     length = [*lengths.values()][-1]
-    forced = resolve_forced(force_accepted, length)
+    forced = resolve_force_accepted(force_accepted, length)
     ways = {
         mode: Way(drafter, lengths[mode], token_ids, max_new_tokens, forced, sampling)
         for mode, drafter in modes.items()
@@ -123,7 +123,7 @@ def measured_on(target: Engine, drafters: Mapping[str, Engine]) -> dict[str, Any
     return environment() | target.environment() | made_by | {"bundles": bundles}
 
 
-def resolve_forced(force_accepted: Forced, length: DraftLength) -> int | None:
+def resolve_force_accepted(force_accepted: ForceAccepted, length: DraftLength) -> int | None:
     """The accepted tokens that are forced in drafts of `length`.
 
     Raises:

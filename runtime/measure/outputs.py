@@ -9,7 +9,7 @@ from engines.base import Engine
 from engines.sampling_params import SamplingParams
 from runtime.logit_rules import make_logit_rules, ruled_rows
 from runtime.loop import GREEDY
-from runtime.measure.timing import Run
+from runtime.measure.timing import TimedGeneration
 from runtime.verification.differences import Difference, difference_at, tolerance
 from runtime.verification.teacher_forcing import GivenText, stepped_logits
 
@@ -30,8 +30,8 @@ class OutputDifference(Difference):
 def output_differences(
     target: Engine,
     prompts: Sequence[Sequence[int]],
-    runs: Sequence[Sequence[Run]],
-    baseline: Sequence[Sequence[Run]],
+    runs: Sequence[Sequence[TimedGeneration]],
+    baseline: Sequence[Sequence[TimedGeneration]],
     sampling: SamplingParams = GREEDY,
 ) -> tuple[OutputDifference, ...]:
     """Where the tokens of `runs` are not those of `baseline`, target-only decoding; both by prompt, then by repeat.

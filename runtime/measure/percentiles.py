@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from runtime.measure.timing import Run
+from runtime.measure.timing import TimedGeneration
 from runtime.round import Round
 from runtime.stats import Percentiles
 
 
 def call_percentiles(
-    runs: Sequence[Run], engine: Literal["target", "drafter"], tokens: int | None
+    runs: Sequence[TimedGeneration], engine: Literal["target", "drafter"], tokens: int | None
 ) -> Percentiles | None:
     """Milliseconds of an engine's calls. Prefills are left out, however short they are.
 
@@ -25,7 +25,7 @@ def call_percentiles(
     return Percentiles.of(feed.seconds * 1e3 for feed in feeds if tokens in (None, feed.tokens))
 
 
-def round_percentiles(runs: Sequence[Run], length: int | None) -> Percentiles | None:
+def round_percentiles(runs: Sequence[TimedGeneration], length: int | None) -> Percentiles | None:
     """Milliseconds of rounds that drafted `length` tokens, or of all rounds where `length` is None.
 
     The round in which a drafter reads the prompt is left out.
@@ -33,13 +33,13 @@ def round_percentiles(runs: Sequence[Run], length: int | None) -> Percentiles | 
     return Percentiles.of(entry.seconds * 1e3 for entry in _full_rounds(runs, length))
 
 
-def host_percentiles(runs: Sequence[Run], length: int | None) -> Percentiles | None:
+def host_percentiles(runs: Sequence[TimedGeneration], length: int | None) -> Percentiles | None:
     """Milliseconds of the same rounds that are spent neither drafting nor verifying."""
     rounds = _full_rounds(runs, length)
     return Percentiles.of(1e3 * (entry.seconds - entry.draft_seconds - entry.verify_seconds) for entry in rounds)
 
 
-def draft_percentiles(runs: Sequence[Run], length: int) -> Percentiles | None:
+def draft_percentiles(runs: Sequence[TimedGeneration], length: int) -> Percentiles | None:
     """Milliseconds that a draft of `length` tokens takes per token.
 
     They include what a drafter with a KV cache of its own reads first.
@@ -47,7 +47,7 @@ def draft_percentiles(runs: Sequence[Run], length: int) -> Percentiles | None:
     return Percentiles.of(entry.draft_seconds * 1e3 / length for entry in _full_rounds(runs, length))
 
 
-def _full_rounds(runs: Sequence[Run], length: int | None) -> list[Round]:
+def _full_rounds(runs: Sequence[TimedGeneration], length: int | None) -> list[Round]:
     """Returns the rounds that drafted `length` tokens, or all where drafts have no fixed length."""
     rounds = [entry for run in runs for entry in run.rounds if not entry.is_prefill and not entry.prefill_seconds]
     return [entry for entry in rounds if length in (None, entry.drafted)]

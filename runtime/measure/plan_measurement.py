@@ -10,7 +10,7 @@ from runtime.measure.bench import TARGET_ONLY, measured_on
 from runtime.measure.percentiles import call_percentiles, draft_percentiles, round_percentiles
 from runtime.measure.planner import DrafterTimes, Plan, RoundTimes, expected_block_efficiency, plan
 from runtime.measure.sweep import Prompts, SweepSettings, check_settings, encoded_at
-from runtime.measure.timing import Run, Way, measure
+from runtime.measure.timing import TimedGeneration, Way, measure
 from runtime.stats import Percentiles, summarize
 
 _ROUNDS = 10  # that time each γ, in each repeat
@@ -80,7 +80,7 @@ def _label(name: str, draft_length: int) -> str:
     return f"{name} γ={draft_length}"
 
 
-def _acceptance(runs: Sequence[Sequence[Run]]) -> tuple[float, ...]:
+def _acceptance(runs: Sequence[Sequence[TimedGeneration]]) -> tuple[float, ...]:
     return summarize(entry for repeats in runs for run in repeats for entry in run.rounds).acceptance
 
 
@@ -92,7 +92,7 @@ def _timed_way(drafter: Engine, draft_length: int, prompt: Sequence[int], accept
 
 
 def _drafter_times(
-    name: str, drafter: Engine, acceptance: tuple[float, ...], runs: Mapping[int, Sequence[Run]]
+    name: str, drafter: Engine, acceptance: tuple[float, ...], runs: Mapping[int, Sequence[TimedGeneration]]
 ) -> DrafterTimes:
     rounds = tuple(
         RoundTimes(

@@ -44,7 +44,7 @@ class DrafterTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class PlanCandidate:
     """What to expect of a drafter at one γ, without prefills. speedup: over the target alone."""
 
     drafter: str
@@ -67,13 +67,13 @@ class Plan:
         reasons: What holds the gain back, one sentence each; empty where nothing stands out.
     """
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[PlanCandidate, ...]
     target_tokens_per_second: float
     trimming_gain: float | None
     reasons: tuple[str, ...]
 
     @property
-    def best(self) -> Candidate:
+    def best(self) -> PlanCandidate:
         return self.candidates[0]
 
     @property
@@ -119,9 +119,9 @@ def expected_block_efficiency(acceptance: Sequence[float], draft_length: int) ->
     return 1 + sum(acceptance[:draft_length])
 
 
-def _candidate(target_step_ms: float, drafter: DrafterTimes, times: RoundTimes) -> Candidate:
+def _candidate(target_step_ms: float, drafter: DrafterTimes, times: RoundTimes) -> PlanCandidate:
     tau = expected_block_efficiency(drafter.acceptance, times.draft_length)
-    return Candidate(
+    return PlanCandidate(
         drafter.name,
         drafter.head_rows,
         drafter.is_trimmed,
@@ -132,7 +132,7 @@ def _candidate(target_step_ms: float, drafter: DrafterTimes, times: RoundTimes) 
     )
 
 
-def _trimming_gain(candidates: Sequence[Candidate]) -> float | None:
+def _trimming_gain(candidates: Sequence[PlanCandidate]) -> float | None:
     """candidates: the fastest first."""
     trimmed = next((c for c in candidates if c.is_trimmed), None)
     full = next((c for c in candidates if not c.is_trimmed), None)

@@ -12,10 +12,10 @@ from runtime.draft_length import DraftLength
 from runtime.loop import GREEDY
 from runtime.measure.outputs import OutputDifference
 from runtime.measure.percentiles import call_percentiles, draft_percentiles, host_percentiles, round_percentiles
-from runtime.measure.timing import Run
+from runtime.measure.timing import TimedGeneration
 from runtime.stats import Percentiles, latency_speedup, mbsu, round_tokens_per_second, summarize
 
-Runs = Sequence[Sequence[Run]]  # of one mode: by prompt, then by repeat
+Runs = Sequence[Sequence[TimedGeneration]]  # of one mode: by prompt, then by repeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ def mode_report(
 
 
 def _times(
-    runs: Sequence[Run], target_step: Percentiles | None, tau: float, fixed: int | None, drafted: float
+    runs: Sequence[TimedGeneration], target_step: Percentiles | None, tau: float, fixed: int | None, drafted: float
 ) -> dict[str, Any]:
     """The fields of `ModeReport` that follow from the times of calls and rounds.
 
@@ -219,19 +219,19 @@ def step_bytes_at(manifest: Manifest, context: float) -> float:
     return manifest.weight_bytes_per_step + manifest.kv_bytes_per_token * context
 
 
-def _flat(runs: Runs) -> list[Run]:
+def _flat(runs: Runs) -> list[TimedGeneration]:
     return [run for repeats in runs for run in repeats]
 
 
-def _all(run: Run) -> tuple[int, float]:
+def _all(run: TimedGeneration) -> tuple[int, float]:
     return len(run.tokens), run.seconds
 
 
-def _decoding(run: Run) -> tuple[int, float]:
+def _decoding(run: TimedGeneration) -> tuple[int, float]:
     return run.decoded, run.decode_seconds
 
 
-def _rate(runs: Runs, of: Callable[[Run], tuple[int, float]]) -> float:
+def _rate(runs: Runs, of: Callable[[TimedGeneration], tuple[int, float]]) -> float:
     """Tokens/s; of each prompt the median of the repeats. 0 where nothing was decoded."""
     seconds = sum(median(of(run)[1] for run in repeats) for repeats in runs)
     return _ratio(sum(of(repeats[0])[0] for repeats in runs), seconds)

@@ -12,7 +12,7 @@ from runtime.decoder import SpeculativeDecoder
 from runtime.draft_length import FixedLength
 from runtime.loop import GREEDY
 from runtime.measure.bandwidth import bandwidths
-from runtime.measure.bench import TARGET_ONLY, Forced, check_greedy, measured_on, resolve_forced
+from runtime.measure.bench import TARGET_ONLY, ForceAccepted, check_greedy, measured_on, resolve_force_accepted
 from runtime.measure.outputs import output_differences
 from runtime.measure.report import ModeReport, mode_report
 from runtime.measure.timing import Way, measure
@@ -38,7 +38,7 @@ class SweepSettings:
     contexts: tuple[int, ...] = ()
     max_new_tokens: int = 128
     repeats: int = 3
-    force_accepted: Forced = None
+    force_accepted: ForceAccepted = None
     sampling: SamplingParams = GREEDY
 
 
@@ -141,7 +141,7 @@ def sweep(
             max(length, 1),
             encoded[context],
             settings.max_new_tokens,
-            resolve_forced(settings.force_accepted, FixedLength(length)) if length else (0 if forced else None),
+            resolve_force_accepted(settings.force_accepted, FixedLength(length)) if length else (0 if forced else None),
             settings.sampling,
         )
         for name, length, context in keys
@@ -175,7 +175,7 @@ def check_settings(
             check_pair(target, drafter)
             lengths.add(resolve_draft_length(target, drafter, length))
     for length in lengths:
-        resolve_forced(settings.force_accepted, FixedLength(length))
+        resolve_force_accepted(settings.force_accepted, FixedLength(length))
     _check_contexts((target, *drafters.values()), settings)
     return tuple(sorted(lengths))
 

@@ -34,7 +34,7 @@ class Feed(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TimedGeneration:
     """One generation.
 
     Attributes:
@@ -165,7 +165,7 @@ def timed_run(
     draft_length: int | DraftLength,
     force_accepted: int | None = None,
     sampling: SamplingParams = GREEDY,
-) -> Run:
+) -> TimedGeneration:
     """Generate as `decode_rounds` does."""
     timed_target = TimedEngine(target)
     timed_drafter = None if drafter is None else TimedEngine(drafter)
@@ -182,12 +182,14 @@ def timed_run(
         )
     )
     seconds = perf_counter() - start
-    return Run(rounds, tuple(timed_target.feeds), tuple(timed_drafter.feeds) if timed_drafter else (), seconds)
+    return TimedGeneration(
+        rounds, tuple(timed_target.feeds), tuple(timed_drafter.feeds) if timed_drafter else (), seconds
+    )
 
 
 def measure(
     target: Engine, ways: Mapping[str, Way], repeats: int, progress: Callable[[int, int], None] | None = None
-) -> dict[str, list[list[Run]]]:
+) -> dict[str, list[list[TimedGeneration]]]:
     """Time several ways of decoding the same prompts, after a warm-up.
 
     The ways take turns on each prompt, and in which comes first: a machine that slows down slows all of them.
@@ -206,7 +208,7 @@ def measure(
         tokens = max(_WARM_UP_TOKENS, _WARM_UP_ROUNDS * (longest + 1))
         _run(target, replace(way, max_new_tokens=min(way.max_new_tokens, tokens)), 0)
     prompts = len(next(iter(ways.values())).prompts)
-    runs: dict[str, list[list[Run]]] = {name: [[] for _ in range(prompts)] for name in ways}
+    runs: dict[str, list[list[TimedGeneration]]] = {name: [[] for _ in range(prompts)] for name in ways}
     names, done = list(ways), 0
     for repeat in range(repeats):
         for index in range(prompts):
@@ -219,7 +221,7 @@ def measure(
     return runs
 
 
-def _run(target: Engine, way: Way, prompt: int) -> Run:
+def _run(target: Engine, way: Way, prompt: int) -> TimedGeneration:
     tokens = way.prompts[prompt]
     limits = way.max_new_tokens, way.draft_length, way.force_accepted
     return timed_run(target, way.drafter, tokens, *limits, way.sampling)

@@ -20,7 +20,7 @@ from runtime.logit_rules import LogitRules, make_logit_rules, ruled_rows
 from runtime.loop import GREEDY
 from runtime.stream import Generation
 from runtime.verification.differences import EPSILON, Difference, Verdict, difference_at, differences
-from runtime.verification.teacher_forcing import GivenText, Predict, forced_logits, stepped_logits
+from runtime.verification.teacher_forcing import GivenText, Predict, stepped_logits, teacher_forced_logits
 
 # Between calls on one token and on many, in float32, the logit that was off most was off by 18 epsilons for SmolLM2 and
 # by 38 for random weights in 2 layers. Where inputs are rounded to 8 bits in between, it is off by 350,000 and more.
@@ -148,7 +148,7 @@ def _verify_one(
     tokens = result.token_ids
     rules = make_logit_rules(sampling, target.manifest, prompt)
     text = GivenText(prompt, tokens)
-    own = forced_logits(target, text)
+    own = teacher_forced_logits(target, text)
     rows = own if predict is None else predict(text)
     target_only, step_deviation = _step_by_step(target, text, own, rules)
     return PromptReport(

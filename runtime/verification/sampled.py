@@ -26,7 +26,7 @@ from runtime.logit_rules import make_logit_rules, ruled_rows
 from runtime.pair import Auto, resolve_draft_length
 from runtime.sampling import distribution
 from runtime.verification import chi_square
-from runtime.verification.teacher_forcing import GivenText, forced_drafts, forced_logits
+from runtime.verification.teacher_forcing import GivenText, teacher_forced_drafts, teacher_forced_logits
 
 ALPHA = 1e-3  # the chance of a false alarm, all settings together
 POWER = 0.99
@@ -196,8 +196,8 @@ def _points(
         tokens = drafting.generate(prompt, max_new_tokens=_NEW_TOKENS, sampling=drawn).token_ids
         rules = make_logit_rules(params, decoder.target.manifest, prompt)
         text = GivenText(prompt, tokens)
-        rows = ruled_rows(forced_logits(decoder.target, text), tokens, rules)
-        drafts = forced_drafts(decoder.target, drafter, text)
+        rows = ruled_rows(teacher_forced_logits(decoder.target, text), tokens, rules)
+        drafts = teacher_forced_drafts(decoder.target, drafter, text)
         theirs = ruled_rows(drafts, tokens, rules, first=1) if len(drafts) else drafts
         for index, (token, row, their_row) in enumerate(zip(tokens[1:], rows[1:], theirs, strict=True)):
             p = distribution(row[None], params)[0]

@@ -32,7 +32,7 @@ class GivenText:
 Predict: TypeAlias = Callable[[GivenText], NDArray[np.float32]]
 
 
-def forced_logits(engine: Engine, text: GivenText) -> NDArray[np.float32]:
+def teacher_forced_logits(engine: Engine, text: GivenText) -> NDArray[np.float32]:
     """Compute an engine's logits along a text, in as few calls as its `max_keep` allows.
 
     The engine's cache is emptied first.
@@ -43,7 +43,7 @@ def forced_logits(engine: Engine, text: GivenText) -> NDArray[np.float32]:
     return np.concatenate([*_blocks(engine, text)])
 
 
-def forced_drafts(target: Engine, drafter: Engine, text: GivenText) -> NDArray[np.float32]:
+def teacher_forced_drafts(target: Engine, drafter: Engine, text: GivenText) -> NDArray[np.float32]:
     """Compute a drafter's logits along a text. The caches of both engines are emptied first.
 
     Args:
@@ -68,7 +68,7 @@ def forced_drafts(target: Engine, drafter: Engine, text: GivenText) -> NDArray[n
 
 
 def stepped_logits(engine: Engine, text: GivenText) -> Iterator[NDArray[np.float32]]:
-    """Compute the rows of `forced_logits` with one call for each token, as the engine alone generates.
+    """Compute the rows of `teacher_forced_logits` with one call for each token, as the engine alone generates.
 
     The engine's cache is emptied first.
 

@@ -21,7 +21,7 @@ from engines.ort.session import open_session
 from engines.ort_cuda import load as cuda_load
 from engines.ort_cuda import pair as cuda_pair
 from engines.ort_cuda import provider as cuda_provider
-from engines.ort_cuda.binding import CudaRun, element_type
+from engines.ort_cuda.binding import BoundModel, element_type
 from engines.ort_cuda.engine import DeviceStep, OnnxRuntimeCudaEngine
 from engines.ort_cuda.load import make_stream
 from engines.ort_cuda.round import CudaRound
@@ -39,7 +39,7 @@ PROMPT = [5, 17, 200, 33]
 
 
 class HostStream:
-    """`engines.cuda.runtime.Stream` where the device's memory is the host's. copies, columns: bytes of each."""
+    """`engines.cuda.runtime.CudaStream` where the device's memory is the host's. copies, columns: bytes of each."""
 
     address = 4711
 
@@ -159,7 +159,7 @@ def test_bfloat16_logits_reach_the_host_as_float32():
     wanted = np.array([[1.0, -2.5, 0.15625]], np.float32)
     bits = (wanted.view(np.uint32) >> 16).astype(np.uint16)
     ctypes.memmove(value.data_ptr(), bits.ctypes.data, bits.nbytes)
-    run = CudaRun(None, None, None, HostStream(), value, "tensor(bfloat16)")
+    run = BoundModel(None, None, None, HostStream(), value, "tensor(bfloat16)")
     np.testing.assert_array_equal(run.read_logits(), wanted)
 
 
@@ -390,7 +390,7 @@ def test_work_is_captured_once_libraries_have_loaded():
 
 def test_a_stream_goes_with_its_last_user(monkeypatch):
     destroyed = []
-    monkeypatch.setattr(cuda, "Stream", HostStream)
+    monkeypatch.setattr(cuda, "CudaStream", HostStream)
     monkeypatch.setattr(cuda, "runtime", lambda: SimpleNamespace(cudaStreamDestroy=destroyed.append))
     first = make_stream()
     second = first
@@ -410,9 +410,9 @@ def simulated(monkeypatch):
         def allocate(self, shape, element):
             return ort.OrtValue.ortvalue_from_shape_and_type(shape, element, "cpu", 0)
 
-        def bind_run(self, places, token_ids):
+        def bind_model(self, places, token_ids):
             self.device = "cpu"
-            run = super().bind_run(places, token_ids)
+            run = super().bind_model(places, token_ids)
             self.device = "cuda"
             return run
 

@@ -262,7 +262,7 @@ def test_cuda_errors_that_a_user_can_mend_are_one_line():
 
 
 @pytest.mark.skipif(cuda.has_device(), reason="there is a GPU here, so that CUDA does not fail")
-@pytest.mark.parametrize("call", [cuda.current_device, cuda.Stream, lambda: cuda.allocate_device(8)])
+@pytest.mark.parametrize("call", [cuda.current_gpu, cuda.CudaStream, lambda: cuda.allocate_device(8)])
 def test_without_a_gpu_every_way_in_says_so(call):
     with pytest.raises(VocabtrimError, match="CUDA cannot be used"):
         call()
@@ -271,7 +271,7 @@ def test_without_a_gpu_every_way_in_says_so(call):
 def test_missing_cuda_bindings_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     with pytest.raises(VocabtrimError, match=r"CUDA bindings are missing .* pip install cuda-bindings"):
-        cuda.current_device()
+        cuda.current_gpu()
     assert not cuda.has_device()
 
 
@@ -527,7 +527,7 @@ def gpu(monkeypatch):
     """A simulated GPU: gpu.cuda, gpu.engines, and gpu.open() → the executor of a bundle of PLANS."""
     fake = FakeCuda()
     monkeypatch.setattr(cuda, "runtime", lambda: fake)
-    monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device("a fake", "8.6"))
+    monkeypatch.setattr(cuda, "current_gpu", lambda: cuda.Gpu("a fake", "8.6"))
     past = {"past_key_values.0.key": (1, 2, 16, 4)}
     model = [
         past

@@ -13,9 +13,9 @@ LLAMA = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 
 
 @pytest.fixture(scope="session")
-def gpu() -> cuda.Device:
+def gpu() -> cuda.Gpu:
     try:
-        device = cuda.current_device()
+        device = cuda.current_gpu()
         library = load_library("auto")
     except VocabtrimError as error:
         pytest.skip(f"{NEEDS}: {error}")

@@ -34,7 +34,7 @@ STEPS = [(24, 1), (1, 1), (1, 1), (1, 1), (5, 5), (5, 5), (5, 5), (3, 3), (40, 4
 def onnxruntime_cuda():
     """Skips where there is none."""
     try:
-        cuda.current_device()
+        cuda.current_gpu()
         require_provider()
     except VocabtrimError as error:
         pytest.skip(f"{NEEDS}: {error}")

@@ -212,7 +212,7 @@ def test_a_draft_step_takes_what_the_memory_bandwidth_allows(build):
 
 def bandwidth(size: int = 1 << 28, repeats: int = 20) -> float:
     """Bytes a second that the GPU reads and writes while it copies its own memory."""
-    stream = cuda.Stream()
+    stream = cuda.CudaStream()
     memory = [cuda.allocate_device(size) for _ in range(2)]
     try:
         for count in (2, repeats):

@@ -286,18 +286,18 @@ DECODING = (
     Mutation(
         "`--k auto` replays what the head and the slots hold",
         "preferred tokens are looked for in the head alone",
-        "vocabtrim_export/planning/replay.py",
+        "vocabtrim_export/head_choice/replay.py",
         "row_of[other] < k or int(other) in recent",
         "row_of[other] < k",
-        "tests/vocabtrim_export/test_planning.py -k replay",
+        "tests/vocabtrim_export/test_head_choice.py -k replay",
     ),
     Mutation(
         "`--k auto` trims no head that would be slower on a file of prompts",
         "only the mean counts",
-        "vocabtrim_export/planning/choose.py",
+        "vocabtrim_export/head_choice/choose.py",
         "all(a.speedup >= _NOT_BELOW * b.speedup for a, b in pairs)",
         "True",
-        "tests/vocabtrim_export/test_planning.py -k full_head_stays",
+        "tests/vocabtrim_export/test_head_choice.py -k full_head_stays",
     ),
     Mutation(
         "On the CPU drafts are as long as they are worth unless a number is given",

@@ -11,7 +11,7 @@ from runtime.measure.bench import bench
 from runtime.measure.outputs import output_differences
 from runtime.measure.report import mode_report
 from runtime.measure.sweep import SweepSettings, sweep
-from runtime.measure.timing import Feed, Run
+from runtime.measure.timing import Feed, TimedGeneration
 from runtime.round import Round
 from runtime.stats import summarize
 
@@ -102,7 +102,7 @@ def test_a_near_tie_is_listed_and_is_no_difference(gap, verdict, rules, make_tar
     target.feed = feed
 
     def run(tokens):
-        return [Run((Round(tuple(tokens), True, 0, 0, 0, 0, 0, 1, "length"),), (), (), 1.0)]
+        return [TimedGeneration((Round(tuple(tokens), True, 0, 0, 0, 0, 0, 1, "length"),), (), (), 1.0)]
 
     alone = list(SpeculativeDecoder(target).generate(start, max_new_tokens=8).token_ids)
     second = [token for token in range(5, 24) if token not in [*start, *alone[:3]]][1]
@@ -139,7 +139,7 @@ def test_steps_are_timed_by_their_kind_and_runs_by_their_median(make_target, mak
     def run(seconds, *, target, drafter=()):
         first = Round((0,), True, 0, 0, 0, 0, 0, 1, None)
         rest = Round((0, 0, 0), False, 2, 2, 0, 0, 0, 1, "length")
-        return Run((first, rest), (Feed(2, 1, 100.0), *target), drafter, seconds)
+        return TimedGeneration((first, rest), (Feed(2, 1, 100.0), *target), drafter, seconds)
 
     alone = [[run(2.0, target=[Feed(1, 1, 0.2)]), run(4.0, target=[Feed(1, 1, 0.4)])]] * 2
     feeds = {"target": [Feed(3, 3, 0.5), Feed(2, 2, 9.0)], "drafter": (Feed(3, 1, 9.0), Feed(1, 1, 0.1))}

@@ -7,7 +7,7 @@ from engines.sampling_params import SamplingParams
 from runtime import latency_speedup
 from runtime.loop import decode_rounds
 from runtime.measure.bench import bench
-from runtime.measure.timing import Run
+from runtime.measure.timing import TimedGeneration
 from runtime.round import Round
 from runtime.stats import Percentiles, round_tokens_per_second
 
@@ -91,7 +91,7 @@ def test_decoding_is_timed_without_the_prefills():
     first = Round((0,), True, 0, 0, 5.0, 0.0, 0.0, 5.0, None)
     second = Round((0, 0, 0), False, 2, 2, 3.0, 0.5, 0.5, 4.5, None)
     third = Round((0, 0), False, 2, 1, 0.0, 0.5, 0.5, 1.5, "length")
-    run = Run((first, second, third), (), (), 12.0)
+    run = TimedGeneration((first, second, third), (), (), 12.0)
     assert (run.decoded, run.decode_seconds) == (5, 3.0)
 
 

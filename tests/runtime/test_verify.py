@@ -11,7 +11,7 @@ from runtime import SamplingParams, SpeculativeDecoder
 from runtime.accept import Accepted, accept_greedy
 from runtime.verification.differences import differences, tolerance
 from runtime.verification.greedy import verify
-from runtime.verification.teacher_forcing import GivenText, forced_logits, stepped_logits
+from runtime.verification.teacher_forcing import GivenText, stepped_logits, teacher_forced_logits
 
 PROMPTS = [[5, 6, 7], [9]]
 
@@ -30,7 +30,7 @@ def test_forced_logits_are_those_after_each_prefix(make_target, max_keep, prompt
     engine.feed([1, 2, 3])
     expected = np.stack([engine.logits([*prompt, *tokens[:i]]) for i in range(new)])
     text = GivenText(prompt, tokens)
-    np.testing.assert_array_equal(forced_logits(engine, text), expected)
+    np.testing.assert_array_equal(teacher_forced_logits(engine, text), expected)
     engine.fed.clear()
     np.testing.assert_array_equal([row.copy() for row in stepped_logits(engine, text)], expected)
     assert engine.fed == [len(prompt)] + [1] * (new - 1)
@@ -53,7 +53,7 @@ def test_the_distance_of_a_references_logits_is_stated_in_roundings(decoder):
     """One logit of each row off by 2⁻²⁰ of the row's largest: 8 epsilons of float32."""
 
     def predict(text):
-        rows = forced_logits(decoder.target, text)
+        rows = teacher_forced_logits(decoder.target, text)
         rows[:, 2] += 2**-20 * np.abs(rows).max(axis=1)
         return rows
 
@@ -92,7 +92,7 @@ def test_one_wrong_token_does_not_spoil_the_rest(decoder):
     before = decoder.generate(PROMPTS[0], max_new_tokens=10).token_ids
     start = [*PROMPTS[0], *before, 40]
     tokens = (*before, 40, *decoder.generate(start, max_new_tokens=10).token_ids)
-    (found,) = differences(forced_logits(engine, GivenText(PROMPTS[0], tokens)), tokens, engine.manifest)
+    (found,) = differences(teacher_forced_logits(engine, GivenText(PROMPTS[0], tokens)), tokens, engine.manifest)
     assert (found.position, found.found) == (10, 40)
 
 

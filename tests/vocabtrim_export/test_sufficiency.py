@@ -27,11 +27,11 @@ def corpus(tokenizer, spread):
 def test_auto_stops_where_the_kept_tokens_no_longer_change(tokenizer):
     totals = []
     for spread in (0, 1):
-        verdicts = []
-        settings, events = CountSettings("text", MOST, enough_for=64), CountEvents(on_verdict=verdicts.append)
+        looks = []
+        settings, events = CountSettings("text", MOST, enough_for=64), CountEvents(on_look=looks.append)
         counts = calibrate(None, tokenizer, corpus(tokenizer, spread), settings, events=events)
-        assert [verdict.is_enough for verdict in verdicts] == [False] * (len(verdicts) - 1) + [True]
-        last, order = verdicts[-1], np.argsort(-counts.counts, kind="stable")[:64]
+        assert [look.is_enough for look in looks] == [False] * (len(looks) - 1) + [True]
+        last, order = looks[-1], np.argsort(-counts.counts, kind="stable")[:64]
         assert last.low <= last.coverage <= last.high
         assert last.coverage == counts.held_out[order].sum() / counts.held_out.sum()
         totals.append(counts.total)
@@ -71,10 +71,10 @@ def test_the_interval_is_over_documents_and_not_over_tokens():
     evidence.add([np.full(100, document % 4) for document in range(40)])
     held_out = np.bincount(np.concatenate(evidence.held_out), minlength=VOCAB)
     assert evidence.look(counts, held_out) is None
-    verdict = Evidence(2, VOCAB, evidence.tensors()).look(2 * counts, held_out)
-    assert verdict.coverage == 0.5
-    assert 0.25 < verdict.high - verdict.low < 0.4  # 2 · 1.96 · sqrt(0.25 / 40) = 0.31; over tokens it would be 0.03
-    assert not verdict.is_enough
+    look = Evidence(2, VOCAB, evidence.tensors()).look(2 * counts, held_out)
+    assert look.coverage == 0.5
+    assert 0.25 < look.high - look.low < 0.4  # 2 · 1.96 · sqrt(0.25 / 40) = 0.31; over tokens it would be 0.03
+    assert not look.is_enough
 
 
 def test_a_share_is_the_fewest_rows_that_cover_it():

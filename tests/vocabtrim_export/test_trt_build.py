@@ -266,7 +266,7 @@ def test_full_disk_is_the_disks_error(rtx, graph, tmp_path):
 
 @pytest.mark.skipif(not cuda.has_device(), reason="TensorRT-RTX strips weights only where there is a GPU")
 def test_stripped_plan_is_smaller_by_the_weights(rtx, graph, tmp_path):
-    here = BuildOptions((cuda.current_device().compute_capability,))
+    here = BuildOptions((cuda.current_gpu().compute_capability,))
     whole = build_plan(rtx, graph, tmp_path / "whole", [SIZES], here)
     options = BuildOptions(here.compute_capabilities, strip_weights=True)
     stripped = build_plan(rtx, graph, tmp_path / "stripped", [SIZES], options)
@@ -326,7 +326,7 @@ def test_tensorrt_needs_the_gpu_it_builds_for(monkeypatch):
         target_capabilities(FULL, BuildOptions())
     assert "there is none here" in one_line(error)
     monkeypatch.setattr(cuda, "has_device", lambda: True)
-    monkeypatch.setattr(cuda, "current_device", lambda: cuda.Device("H100", "9.0"))
+    monkeypatch.setattr(cuda, "current_gpu", lambda: cuda.Gpu("H100", "9.0"))
     assert target_capabilities(FULL, BuildOptions()) == target_capabilities(FULL, BuildOptions(("9.0",))) == ("9.0",)
     with pytest.raises(VocabtrimError, match=r"H100 of compute capability 9\.0, not for 8\.6"):
         target_capabilities(FULL, BuildOptions(("9.0", "8.6")))

@@ -35,10 +35,11 @@ from engines.generation_rules import GenerationRules
 from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.drafters.source import HeadSource
 from vocabtrim_export.generation_rules import generation_rules
-from vocabtrim_export.lowering.graph_files import Progress, clone_file, save_graph, save_like, save_small, stamp_graph
+from vocabtrim_export.lowering.graph_files import clone_file, save_graph, save_like, save_small, stamp_graph
 from vocabtrim_export.lowering.lowered import Lowered
 from vocabtrim_export.lowering.pipeline import Weights, lower, lower_features, lower_slot_rows
 from vocabtrim_export.lowering.quantize import Quantization
+from vocabtrim_export.progress import Progress
 from vocabtrim_export.sources.source import DTYPES, Source
 from vocabtrim_export.tracing.trace import Traced
 from vocabtrim_export.trt.bundle import write_tensorrt

@@ -21,9 +21,9 @@ from vocabtrim_export.calibration.document import Skipped, describe_skipped
 from vocabtrim_export.calibration.endpoint import BATCH
 from vocabtrim_export.calibration.model_facts import ModelFacts
 from vocabtrim_export.calibration.partial_batch import SECONDS
-from vocabtrim_export.calibration.producers import CountTask, Workers, producer
+from vocabtrim_export.calibration.producers import CountTask, CountWorkers, producer
 from vocabtrim_export.calibration.saving import Saver, resume
-from vocabtrim_export.calibration.sufficiency import Evidence, Rows
+from vocabtrim_export.calibration.sufficiency import Evidence, HeadSize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -40,7 +40,7 @@ def calibrate(
     *,
     checkpoint: Path | None = None,
     save_seconds: float = SECONDS,
-    workers: Workers | None = None,
+    workers: CountWorkers | None = None,
     events: CountEvents = NO_EVENTS,
 ) -> TokenCounts:
     """Count the tokens that a model generates on a corpus, or the tokens of the corpus itself.
@@ -106,9 +106,9 @@ def _count(task: CountTask, counts: TokenCounts, evidence: Evidence | None, skip
                 counts, parts = count_batch(counts, produced.tokens, held, settings.max_tokens)
                 if evidence is not None:
                     evidence.add([part for part, is_held in zip(parts, held, strict=False) if is_held])
-                    if verdict := evidence.look(counts.counts, counts.held_out):
-                        events.on_verdict(verdict)
-                        counts = _stop(counts, settings.enough_for) if verdict.is_enough else counts
+                    if sufficiency := evidence.look(counts.counts, counts.held_out):
+                        events.on_look(sufficiency)
+                        counts = _stop(counts, settings.enough_for) if sufficiency.is_enough else counts
                 task.saver.take(counts)
                 events.progress(counts.total, settings.max_tokens)
             task.saver.finish(counts)
@@ -127,12 +127,12 @@ def _is_enough(counts: TokenCounts, settings: CountSettings) -> bool:
     return counts.runs[0].enough_for == str(settings.enough_for)
 
 
-def _evidence(rows: Rows, counts: TokenCounts, checkpoint: Path | None) -> Evidence:
+def _evidence(rows: HeadSize, counts: TokenCounts, checkpoint: Path | None) -> Evidence:
     saved = read_working(checkpoint) if checkpoint is not None and checkpoint.exists() else {}
     return Evidence(rows, counts.full_vocab, saved)
 
 
-def _stop(counts: TokenCounts, rows: Rows | None) -> TokenCounts:
+def _stop(counts: TokenCounts, rows: HeadSize | None) -> TokenCounts:
     """Returns the same counts, marked as enough for these rows."""
     return replace(counts, runs=(replace(counts.runs[0], enough_for=str(rows)),))
 

@@ -9,7 +9,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.batches import BatchLimits
 from vocabtrim_export.calibration.document import Skipped
 from vocabtrim_export.calibration.endpoint import Endpoint
-from vocabtrim_export.calibration.sufficiency import Rows, Verdict
+from vocabtrim_export.calibration.sufficiency import HeadSize, Sufficiency
 
 CalibrationSource = Literal["drafter", "target", "text"]
 
@@ -42,7 +42,7 @@ class CountSettings:
     temperature: float = 1.0
     limits: BatchLimits | None = None
     chat: ChatOptions = field(default_factory=ChatOptions)
-    enough_for: Rows | None = None
+    enough_for: HeadSize | None = None
     endpoint: Endpoint | None = None
     model_digest: str = ""
 
@@ -74,12 +74,12 @@ class CountEvents:
     Attributes:
         progress: Called with (tokens so far, max_tokens) as tokens come in.
         on_skip: Called at the end for each document that cannot be a prompt of this model.
-        on_verdict: Called with each look at whether the tokens are enough; the last look is the one that stopped.
+        on_look: Called with each look at whether the tokens are enough; the last look is the one that stopped.
     """
 
     progress: Callable[[int, int], None] = lambda _done, _total: None
     on_skip: Callable[[Skipped], None] = lambda _skipped: None
-    on_verdict: Callable[[Verdict], None] = lambda _verdict: None
+    on_look: Callable[[Sufficiency], None] = lambda _sufficiency: None
 
 
 NO_EVENTS = CountEvents()

@@ -18,8 +18,8 @@ from vocabtrim_export.calibration import (
 from vocabtrim_export.calibration.domains import Domain, mix
 from vocabtrim_export.calibration.endpoint import Endpoint
 from vocabtrim_export.calibration.producers import Workers
-from vocabtrim_export.calibration.sufficiency import MOST_TOKENS, Rows, Verdict
-from vocabtrim_export.lowering.graph_files import Progress
+from vocabtrim_export.calibration.sufficiency import MOST_TOKENS, HeadSize, Sufficiency
+from vocabtrim_export.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -62,7 +62,7 @@ class CountJob:
     source: CalibrationSource
     settings: "CalibrationSettings"
     checkpoint: Path
-    rows: Rows
+    rows: HeadSize
     listener: Listener = NOBODY
     workers: Workers | None = None
 
@@ -143,11 +143,11 @@ def _count_corpus(
         endpoint=endpoint,
         model_digest=model_digest,
     )
-    verdicts: list[Verdict] = []
+    looks: list[Sufficiency] = []
 
-    def look(verdict: Verdict) -> None:
-        verdicts.append(verdict)
-        listener.progress("coverage %", int(100 * verdict.coverage), 100)
+    def look(sufficiency: Sufficiency) -> None:
+        looks.append(sufficiency)
+        listener.progress("coverage %", int(100 * sufficiency.coverage), 100)
 
     events = CountEvents(lambda done, total: listener.progress("calibrate", done, total), listener.on_skip, look)
     counts = calibrate(
@@ -155,8 +155,8 @@ def _count_corpus(
     )
     if is_auto:
         listener.progress("calibrate", counts.total, counts.total)
-    for verdict in verdicts[-1:]:
-        listener.on_note(str(replace(verdict, tokens=counts.total)))
+    for sufficiency in looks[-1:]:
+        listener.on_note(str(replace(sufficiency, tokens=counts.total)))
     return counts
 
 

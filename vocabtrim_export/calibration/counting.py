@@ -18,7 +18,7 @@ from vocabtrim_export.calibration.combinations import are_counts, check_combinat
 from vocabtrim_export.calibration.count_settings import check_counting
 from vocabtrim_export.calibration.counter import NOBODY, CountJob, Listener, count_data
 from vocabtrim_export.calibration.domains import Domain, read_domains
-from vocabtrim_export.calibration.sufficiency import Rows
+from vocabtrim_export.calibration.sufficiency import HeadSize
 from vocabtrim_export.sources.precision import calibration_model
 from vocabtrim_export.sources.source import Source, load_source, load_tokenizer
 
@@ -126,7 +126,7 @@ def count_tokens(
     data: CalibrationInput,
     settings: CalibrationSettings,
     checkpoint: Path,
-    rows: Rows | None = None,
+    rows: HeadSize | None = None,
     listener: Listener = NOBODY,
 ) -> TokenCounts:
     """Add up earlier counts, or calibrate.

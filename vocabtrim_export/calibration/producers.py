@@ -30,7 +30,7 @@ _TEXT_AHEAD = 2  # the library encodes a batch on all cores; two more keep these
 Produce = Callable[[TokenCounts, Batch], BatchTokens]
 
 
-class Workers(Protocol):
+class CountWorkers(Protocol):
     """Processes elsewhere that make the tokens of batches."""
 
     @property
@@ -62,7 +62,7 @@ class CountTask:
 
     model: "PreTrainedModel | None"
     tokenizer: "PreTrainedTokenizerFast"
-    workers: Workers | None
+    workers: CountWorkers | None
     corpus: Corpus
     settings: CountSettings
     batches: Batches

@@ -17,11 +17,11 @@ _COUNTS = "halfway"
 _TOKENS, _ENDS = "held_out_tokens", "held_out_ends"
 
 # Rows of the head: a number, or the share of the held-out tokens that they are to cover.
-Rows = int | float
+HeadSize = int | float
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Sufficiency:
     """The result of a look at the counts.
 
     Attributes:
@@ -69,7 +69,7 @@ class Evidence:
         full_vocab: The number of tokens.
     """
 
-    def __init__(self, rows: Rows, full_vocab: int, saved: Mapping[str, NDArray[np.int64]]) -> None:
+    def __init__(self, rows: HeadSize, full_vocab: int, saved: Mapping[str, NDArray[np.int64]]) -> None:
         self.rows = rows
         self.halfway = np.array(saved.get(_COUNTS, np.zeros(full_vocab)), np.int64)
         ids, ends = (saved.get(name, np.empty(0, np.int64)) for name in (_TOKENS, _ENDS))
@@ -85,7 +85,7 @@ class Evidence:
         """Add the tokens of held-out documents."""
         self.held_out += [np.asarray(document, np.int64) for document in tokens if len(document)]
 
-    def look(self, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> Verdict | None:
+    def look(self, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> Sufficiency | None:
         """Compare the halves of the counts, where they doubled since the last look; None before that."""
         total, before = int(counts.sum()), int(self.halfway.sum())
         if total < max(FIRST_LOOK, 2 * before):
@@ -95,7 +95,7 @@ class Evidence:
             return None
         return self._judge(counts, halfway, held_out)
 
-    def _judge(self, counts: NDArray[np.int64], first: NDArray[np.int64], held_out: NDArray[np.int64]) -> Verdict:
+    def _judge(self, counts: NDArray[np.int64], first: NDArray[np.int64], held_out: NDArray[np.int64]) -> Sufficiency:
         rows = rows_of(self.rows, counts, held_out)
         kept = _kept(counts, rows)
         hits = np.array([np.count_nonzero(kept[document]) for document in self.held_out])
@@ -105,10 +105,12 @@ class Evidence:
         whole = max(1, int(held_out.sum()))
         halves = tuple(int(held_out[_kept(half, rows)].sum()) / whole for half in (first, counts - first))
         total = int(counts.sum() + held_out.sum())
-        return Verdict(total, rows, int(held_out[kept].sum()) / whole, float(low), float(high), (halves[0], halves[1]))
+        return Sufficiency(
+            total, rows, int(held_out[kept].sum()) / whole, float(low), float(high), (halves[0], halves[1])
+        )
 
 
-def rows_of(rows: Rows, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> int:
+def rows_of(rows: HeadSize, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> int:
     """Returns a number of rows: the one in `rows`, or the fewest rows that cover that share of the held-out tokens."""
     if isinstance(rows, int):
         return min(rows, len(counts))
@@ -116,7 +118,7 @@ def rows_of(rows: Rows, counts: NDArray[np.int64], held_out: NDArray[np.int64]) 
     return min(int(np.searchsorted(covered, rows * covered[-1])) + 1, len(counts))
 
 
-def coverage(rows: Rows, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> float:
+def coverage(rows: HeadSize, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> float:
     """Returns the share of the held-out tokens that the rows chosen by `counts` cover."""
     return int(held_out[_kept(counts, rows_of(rows, counts, held_out))].sum()) / max(1, int(held_out.sum()))
 

@@ -30,12 +30,12 @@ from vocabtrim_export.cli.prompt_arguments import (
 
 if TYPE_CHECKING:
     from engines import Engine
-    from runtime.measure.bench import Forced
+    from runtime.measure.bench import ForceAccepted
     from runtime.measure.plan_measurement import PlanReport
     from runtime.measure.report import BenchReport
     from runtime.measure.sweep import SweepReport, SweepSettings
     from vocabtrim_export.calibration import Corpus
-    from vocabtrim_export.lowering.graph_files import Progress
+    from vocabtrim_export.progress import Progress
 
 DEFAULT_PROMPTS = 8
 RANDOM_PROMPT_TOKENS = 128
@@ -150,7 +150,7 @@ def _settings(options: argparse.Namespace, target: "Engine") -> "SweepSettings":
     lengths = options.draft_length
     if options.plan and not lengths:
         lengths = tuple(length for length in PLAN_DRAFT_LENGTHS if length < target.max_keep)
-    forced: Forced = options.force_accepted
+    forced: ForceAccepted = options.force_accepted
     if options.random_weights and forced is None:
         forced = "all"
     sizes = tuple(lengths), tuple(options.context), options.max_new_tokens, options.repeats

@@ -10,7 +10,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.cli.combinations import refuse_stated
 
 if TYPE_CHECKING:
-    from runtime.measure.bench import Forced
+    from runtime.measure.bench import ForceAccepted
 
 PLAN_DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8)
 RANDOM_SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "smollm2-135m", "tiny")
@@ -42,7 +42,7 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(values)))
 
 
-def forced(text: str) -> "Forced":
+def force_accepted(text: str) -> "ForceAccepted":
     """Parse a number from 0 up, or "all"."""
     if text == "all":
         return "all"
@@ -80,7 +80,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--force-accepted",
-        type=forced,
+        type=force_accepted,
         metavar="N",
         help="accept N tokens of each draft (or all) whatever the target says: this measures latency apart from the "
         "drafter's quality; the output means nothing",

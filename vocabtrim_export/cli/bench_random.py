@@ -10,7 +10,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.cli.bench_options import Bundles
 
 if TYPE_CHECKING:
-    from vocabtrim_export.lowering.graph_files import Progress
+    from vocabtrim_export.progress import Progress
 
 
 def random_bundles(options: argparse.Namespace, stack: ExitStack, progress: "Progress") -> Bundles:

@@ -1,18 +1,19 @@
 """Progress for people: bars on a terminal, plain lines elsewhere. All of it on standard error."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-Report = Callable[[str, int, int], None]
+from vocabtrim_export.progress import Progress
+
 # The units of tasks whose speed is shown, by the first word of their names.
 RATES = {"calibrate": "tokens", "load": "MB"}
 _SECONDS_BETWEEN_LINES = 15.0
 
 
 @contextmanager
-def progress_reporter(rates: dict[str, str] | None = None) -> Iterator[Report]:
+def progress_reporter(rates: dict[str, str] | None = None) -> Iterator[Progress]:
     """Yield `report(task, done, total)`.
 
     Args:
@@ -26,32 +27,33 @@ def progress_reporter(rates: dict[str, str] | None = None) -> Iterator[Report]:
 
 
 @contextmanager
-def _bars(rates: dict[str, str]) -> Iterator[Report]:
+def _bars(rates: dict[str, str]) -> Iterator[Progress]:
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
-        rate = _Rate(rates)
+        speed = _Speed(rates)
 
         def report(task: str, done: int, total: int) -> None:
             if task not in tasks:
                 tasks[task] = bars.add_task(task, note="")
-            bars.update(tasks[task], completed=done, total=total, note=f"{done}/{total}{rate(task, done, total)}")
+            bars.update(tasks[task], completed=done, total=total, note=f"{done}/{total}{speed(task, done, total)}")
 
         yield report
 
 
-def _lines(rates: dict[str, str]) -> Report:
+def _lines(rates: dict[str, str]) -> Progress:
     """Print a line for a task at its first report, then every 15 seconds, and when it is done."""
     last: dict[str, float] = {}
     complete: set[str] = set()
-    rate = _Rate(rates)
+    speed = _Speed(rates)
 
     def report(task: str, done: int, total: int) -> None:
         now = monotonic()
-        note = rate(task, done, total)
+        note = speed(task, done, total)
         finished = done >= total and task not in complete
         if finished:
             complete.add(task)
@@ -62,7 +64,7 @@ def _lines(rates: dict[str, str]) -> Report:
     return report
 
 
-class _Rate:
+class _Speed:
     """A task's speed since its first report, so that an earlier run's work does not count, and the remaining time."""
 
     def __init__(self, units: dict[str, str]) -> None:

@@ -75,7 +75,7 @@ class _MLP(nn.Module):
         return out
 
 
-class _Layer(nn.Module):
+class _EagleLayer(nn.Module):
     def __init__(self, config: EagleConfig) -> None:
         super().__init__()
         self.norm_before_residual = config.norm_before_residual
@@ -105,7 +105,7 @@ class EagleHead(FeatureHead):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.fc = _linear(config, "fc", config.feature_size, config.hidden_size)
-        self.midlayer = _Layer(config)
+        self.midlayer = _EagleLayer(config)
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.lm_head = nn.Linear(config.hidden_size, config.head_rows, bias=False)

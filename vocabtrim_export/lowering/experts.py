@@ -22,7 +22,7 @@ _LEAST_WEIGHT = 1e-30  # stands for a router's weight of 0, which has no logarit
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class _ExpertLayer:
     """One Experts composite.
 
     Attributes:
@@ -70,7 +70,7 @@ def lower_experts(decoder: DecoderGraph, quantization: Quantization) -> None:
         decoder.replace(node, [], [out])
 
 
-def _layer(decoder: DecoderGraph, node: ir.Node) -> _Layer:
+def _layer(decoder: DecoderGraph, node: ir.Node) -> _ExpertLayer:
     numbers = attributes(node)
     transposed, interleaved = bool(numbers["transposed"]), bool(numbers["interleaved"])
     up, down = (name_of(value) for value in node.inputs[3:5])
@@ -92,7 +92,7 @@ def _layer(decoder: DecoderGraph, node: ir.Node) -> _Layer:
         _out_in(decoder.weights[up], transposed, not interleaved),
         _out_in(decoder.weights[down], transposed),
     )
-    return _Layer(up.rpartition(".")[0], first, second, (up_bias, down_bias), options)
+    return _ExpertLayer(up.rpartition(".")[0], first, second, (up_bias, down_bias), options)
 
 
 def _out_in(weight: Weight, transposed: bool, by_halves: bool = False) -> Weight:
@@ -139,14 +139,14 @@ def _cast(nodes: Nodes, value: ir.Value | None, dtype: ir.DataType) -> ir.Value 
     return value if nodes.decoder.ir_dtype == ir.DataType.FLOAT else nodes("Cast", value, to=int(dtype))
 
 
-def _dense(nodes: Nodes, layer: _Layer, x: ir.Value | None, route: ir.Value) -> ir.Value:
+def _dense(nodes: Nodes, layer: _ExpertLayer, x: ir.Value | None, route: ir.Value) -> ir.Value:
     decoder, (up_bias, down_bias) = nodes.decoder, _biases(nodes, layer)
     up = decoder.add_weight(f"{layer.name}.up", layer.up)
     down = decoder.add_weight(f"{layer.name}.down", layer.down)
     return nodes.contrib(MOE, x, route, up, up_bias, down, down_bias, **layer.options)
 
 
-def _quantized(nodes: Nodes, layer: _Layer, x: ir.Value | None, route: ir.Value, bits: int) -> ir.Value:
+def _quantized(nodes: Nodes, layer: _ExpertLayer, x: ir.Value | None, route: ir.Value, bits: int) -> ir.Value:
     decoder, (up_bias, down_bias) = nodes.decoder, _biases(nodes, layer)
     up, down = (
         [decoder.add_weight(f"{layer.name}.{name}.{part}", weight) for part, weight in _blocks(layer, dense, bits)]
@@ -159,11 +159,11 @@ def _quantized(nodes: Nodes, layer: _Layer, x: ir.Value | None, route: ir.Value,
     return nodes.contrib(QMOE, *inputs, **layer.options, **how)
 
 
-def _biases(nodes: Nodes, layer: _Layer) -> list[ir.Value | None]:
+def _biases(nodes: Nodes, layer: _ExpertLayer) -> list[ir.Value | None]:
     return [None if name is None else nodes.decoder.graph.initializers[name] for name in layer.biases]
 
 
-def _blocks(layer: _Layer, dense: Weight, bits: int) -> list[tuple[str, Weight]]:
+def _blocks(layer: _ExpertLayer, dense: Weight, bits: int) -> list[tuple[str, Weight]]:
     """Returns the parts `quantized`, `scales` and `zero_points` of [experts, out, in], each [experts, out, …]."""
     experts, rows, size = dense.shape
     if size % BLOCK:

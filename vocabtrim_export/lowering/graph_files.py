@@ -10,11 +10,11 @@ import onnx_ir as ir
 
 from engines.bundle.read import MODEL_NAME, WEIGHTS_NAME
 from vocabtrim_export.lowering.graph import BYTES_OF, name_of
+from vocabtrim_export.progress import Progress
 
 HEAD_WEIGHTS_NAME = "head.onnx.data"
 _FICLONE = 0x40049409  # from linux/fs.h; the module fcntl lacks it
 _SMALL = 256  # bytes: what is not larger lies in the graph
-Progress = Callable[[str, int, int], None]
 
 
 def save_graph(model: ir.Model, directory: Path, task: str, progress: Progress) -> None:

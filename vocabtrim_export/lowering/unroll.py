@@ -2,8 +2,8 @@
 
 import onnx_ir as ir
 
+from engines.base import MOST_UNREAD
 from engines.bundle.graph_io import INPUT_IDS, POSITION_IDS, TOKEN_IDS
-from engines.trt.engine import DRAFT_TOKENS
 from vocabtrim_export.lowering.graph import DecoderGraph
 from vocabtrim_export.lowering.nodes import Nodes
 
@@ -11,7 +11,7 @@ from vocabtrim_export.lowering.nodes import Nodes
 def unroll(decoder: DecoderGraph, steps: int) -> list[ir.Value]:
     """Repeat the graph of composites `steps` times. Its outputs become token_ids: int64[1, steps].
 
-    The first step reads DRAFT_TOKENS tokens: what a drafter may lack after a round. A caller that lacks one feeds the
+    The first step reads MOST_UNREAD tokens: what a drafter may lack after a round. A caller that lacks one feeds the
     one before it again, which computes the same keys and values anew.
 
     Returns:
@@ -19,14 +19,14 @@ def unroll(decoder: DecoderGraph, steps: int) -> list[ir.Value]:
     """
     graph = decoder.graph
     ids, positions = (next(x for x in graph.inputs if x.name == name) for name in (INPUT_IDS, POSITION_IDS))
-    ids.shape = positions.shape = ir.Shape([1, DRAFT_TOKENS])
+    ids.shape = positions.shape = ir.Shape([1, MOST_UNREAD])
     body, (_, top) = list(graph), tuple(graph.outputs)
     graph.outputs.clear()
     top.name = "first_token_id"
     end = ir.node("Identity", [top])  # an anchor after all steps
     graph.append(end)
     nodes = Nodes(decoder, end)
-    last = nodes("Slice", positions, nodes.ints(-1), nodes.ints(DRAFT_TOKENS), nodes.ints(1))
+    last = nodes("Slice", positions, nodes.ints(-1), nodes.ints(MOST_UNREAD), nodes.ints(1))
     chosen, all_positions = [top], [positions]
     for step in range(1, steps):
         all_positions.append(nodes("Add", last, nodes.ints(step)))

@@ -26,10 +26,11 @@ from vocabtrim_export.calibration.counting import (
     count_elsewhere,
     read_calibration,
 )
-from vocabtrim_export.lowering.graph_files import Progress, save_graph
+from vocabtrim_export.lowering.graph_files import save_graph
 from vocabtrim_export.onnx_input.cut import cut_head
 from vocabtrim_export.onnx_input.head import find_head
 from vocabtrim_export.onnx_input.prove import prove_cut
+from vocabtrim_export.progress import Progress
 from vocabtrim_export.selection import (
     Coverage,
     Selection,

@@ -36,7 +36,7 @@ from vocabtrim_export.proof.tokens import Calls, Window
 _FLOAT32 = 1  # accuracy_level of MatMulNBits: its inputs are not rounded to 8 bits
 
 
-Rows = NDArray[np.generic]
+Array = NDArray[np.generic]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class Computed:
         cache: By name, past_key_values.N.key|value: [kv_heads, S, head_dim].
     """
 
-    outputs: Mapping[str, Rows]
-    cache: Mapping[str, Rows]
+    outputs: Mapping[str, Array]
+    cache: Mapping[str, Array]
 
 
 class Decoding:
@@ -65,7 +65,7 @@ class Decoding:
         shapes = {value.name: value.shape for value in session.get_inputs() if value.name.startswith(PAST)}
         self._dtypes = {value.name: numpy_dtype(value.type) for value in session.get_inputs()}
         self.capacity = next((shape[2] for shape in shapes.values() if isinstance(shape[2], int)), None)
-        self.cache: Mapping[str, Rows] = {
+        self.cache: Mapping[str, Array] = {
             name: np.zeros((1, shape[1], self.capacity or 0, shape[3]), self._dtypes[name])
             for name, shape in shapes.items()
         }
@@ -75,8 +75,8 @@ class Decoding:
         self,
         token_ids: NDArray[np.int64],
         hidden: NDArray[np.float32] | None = None,
-        slots: Mapping[str, Rows] | None = None,
-    ) -> dict[str, Rows]:
+        slots: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
         """Run the graph on more tokens.
 
         Args:
@@ -88,7 +88,7 @@ class Decoding:
             The outputs without their batch dimension, [S, …] those for each token.
         """
         begin, self.length = self.length, self.length + len(token_ids)
-        inputs: dict[str, Rows] = {
+        inputs: dict[str, Array] = {
             INPUT_IDS: token_ids[None],
             POSITION_IDS: np.arange(begin, self.length)[None],
             KEEP: np.array([len(token_ids)]),
@@ -114,7 +114,7 @@ def run_graph(
     calls: Calls,
     window: Window | None,
     as_written: bool = False,
-    slots: Sequence[Mapping[str, Rows]] | None = None,
+    slots: Sequence[Mapping[str, Array]] | None = None,
 ) -> Computed:
     """Run `model.onnx` on the tokens.
 
@@ -131,7 +131,7 @@ def run_graph(
     path = directory / MODEL_NAME
     with nullcontext(open_session(path)) if as_written else proof_session(path, window) as session:
         decoding = Decoding(session)
-        rows: list[dict[str, Rows]] = []
+        rows: list[dict[str, Array]] = []
         for call, length in enumerate(calls.lengths):
             begin, end = decoding.length, decoding.length + length
             hidden = None if calls.hidden is None else calls.hidden[begin:end]
@@ -140,13 +140,13 @@ def run_graph(
     return Computed(joined, {name: value[0, :, : len(calls)] for name, value in decoding.cache.items()})
 
 
-def _empty_slots(shapes: Mapping[str, list[int]]) -> dict[str, Rows]:
+def _empty_slots(shapes: Mapping[str, list[int]]) -> dict[str, Array]:
     """Returns the inputs of empty in-context slots; none for a graph without slots.
 
     Args:
         shapes: The shapes of all inputs of the graph.
     """
-    inputs: dict[str, Rows] = {
+    inputs: dict[str, Array] = {
         name: np.zeros(shapes[name], np.float32) for name in (SLOT_WEIGHT, SLOT_BIAS) if name in shapes
     }
     if SLOT_TOKEN_IDS in shapes:
@@ -154,7 +154,7 @@ def _empty_slots(shapes: Mapping[str, list[int]]) -> dict[str, Rows]:
     return inputs
 
 
-def run_products(graph: Path, name: str, rows: NDArray[np.float32]) -> list[Rows]:
+def run_products(graph: Path, name: str, rows: NDArray[np.float32]) -> list[Array]:
     """Returns the outputs of a graph without a KV cache, in float32, for `rows`, [1, S, size], as the input `name`."""
     with proof_session(graph, None) as session:
         return _run(session, {name: rows})
@@ -183,11 +183,11 @@ def proof_session(graph: Path, window: Window | None) -> Iterator[ort.InferenceS
         path.unlink()
 
 
-def _run(session: ort.InferenceSession, inputs: Mapping[str, Rows]) -> list[Rows]:
+def _run(session: ort.InferenceSession, inputs: Mapping[str, Array]) -> list[Array]:
     options = ort.RunOptions()
     options.log_severity_level = 4  # what it would print is raised
     try:
-        outputs: list[Rows] = session.run(None, dict(inputs), options)
+        outputs: list[Array] = session.run(None, dict(inputs), options)
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise VocabtrimError(f"ONNX Runtime cannot run it: {reason(error)}") from error
     return outputs

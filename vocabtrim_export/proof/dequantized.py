@@ -19,7 +19,7 @@ from vocabtrim_export.lowering.experts import deinterleave, interleave, rows_fir
 from vocabtrim_export.lowering.quantize import BITS
 from vocabtrim_export.lowering.tidy import packed_name
 from vocabtrim_export.sources.source import Source
-from vocabtrim_export.tracing.experts import Experts, find_experts
+from vocabtrim_export.tracing.experts import ExpertModule, find_experts
 
 _ROWS_AT_ONCE = 4096  # an LM head is the largest tensor: a copy more of it in float32 takes gigabytes
 # Largest root mean square error of a row, as a share of the row's own: what rounding to 4 or 8 bits in blocks never
@@ -102,7 +102,7 @@ def _swap(
 
 
 def _swap_experts(
-    experts: Experts,
+    experts: ExpertModule,
     model: PreTrainedModel,
     written: Mapping[str, ir.Value],
     quantization: str,

@@ -22,13 +22,13 @@ from vocabtrim_export.tracing.trace import layer_inputs
 
 _WINDOWED = "vocabtrim_windowed"
 
-Rows = NDArray[np.float32]
+FloatArray = NDArray[np.float32]
 
 
 @torch.inference_mode()
 def expected_outputs(
     model: PreTrainedModel, calls: Calls, window: Window | None, feature_layers: Sequence[int]
-) -> dict[str, Rows]:
+) -> dict[str, FloatArray]:
     """Run `model` on the tokens in one forward pass.
 
     Returns:
@@ -45,7 +45,7 @@ def expected_outputs(
 
 
 @torch.inference_mode()
-def expected_cache(model: PreTrainedModel, calls: Calls, window: Window | None) -> list[Mapping[str, Rows]]:
+def expected_cache(model: PreTrainedModel, calls: Calls, window: Window | None) -> list[Mapping[str, FloatArray]]:
     """Returns the key and value of each layer, [kv_heads, S, head_dim] each.
 
     A layer with a window has those of the last tokens only.

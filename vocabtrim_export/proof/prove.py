@@ -17,7 +17,7 @@ from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.drafters.base import ParallelHeads
 from vocabtrim_export.proof.computed import Computed, run_graph
 from vocabtrim_export.proof.dequantized import dequantized, unlike_weights
-from vocabtrim_export.proof.expected import Rows, expected_cache, expected_outputs
+from vocabtrim_export.proof.expected import FloatArray, expected_cache, expected_outputs
 from vocabtrim_export.proof.products import fusion_difference, heads_difference
 from vocabtrim_export.proof.slots import FilledSlots, filled_slots
 from vocabtrim_export.proof.tokens import Calls, Window, calls, window_of
@@ -115,7 +115,7 @@ def _first_difference(
     fed: Calls,
     window: Window | None,
     computed: Computed,
-    wanted: Mapping[str, Rows],
+    wanted: Mapping[str, FloatArray],
     slots: FilledSlots | None,
 ) -> str | None:
     logits = wanted[LOGITS]
@@ -138,7 +138,7 @@ def _first_difference(
     return None
 
 
-def _are_equal(computed: Computed, wanted: Mapping[str, Rows], plan: BundlePlan, columns: int) -> bool:
+def _are_equal(computed: Computed, wanted: Mapping[str, FloatArray], plan: BundlePlan, columns: int) -> bool:
     """Returns whether these columns of the logits are what is wanted, to rounding."""
     return deviation(computed.outputs[LOGITS][:, :columns], wanted[LOGITS][:, :columns]) <= TOLERANCE[plan.dtype]
 

@@ -8,7 +8,7 @@ from engines.bundle.read import PLAN_NAME, Manifest
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan, add_file, write_bundle
 from vocabtrim_export.drafters.base import ParallelHeads
-from vocabtrim_export.lowering.graph_files import Progress
+from vocabtrim_export.progress import Progress
 from vocabtrim_export.proof.plan_expected import expected_logits
 from vocabtrim_export.proof.prove import find_difference
 from vocabtrim_export.sources.source import DTYPES

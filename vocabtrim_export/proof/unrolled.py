@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.base import MOST_UNREAD
 from engines.bundle.graph_io import LOGITS, TOKEN_IDS
 from engines.bundle.read import DRAFT_MODEL_NAME, MODEL_NAME
 from engines.deviation import TOLERANCE
 from engines.errors import VocabtrimError
-from engines.trt.engine import DRAFT_TOKENS
 from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.proof.computed import Decoding, proof_session
 from vocabtrim_export.proof.slots import filled_slots
@@ -27,14 +27,14 @@ def unrolled_difference(directory: Path, plan: BundlePlan) -> str | None:
         decoding = Decoding(session)
         slots = filled_slots(directory, plan)
         filled = slots.filled if slots else None
-        decoding.feed(text[:-DRAFT_TOKENS], slots=filled)
+        decoding.feed(text[:-MOST_UNREAD], slots=filled)
         cache = decoding.cache
-        outputs = decoding.feed(text[-DRAFT_TOKENS:], slots=filled)
+        outputs = decoding.feed(text[-MOST_UNREAD:], slots=filled)
         try:
             with proof_session(directory / DRAFT_MODEL_NAME, None) as unrolled:
                 drafting = Decoding(unrolled)
-                drafting.cache, drafting.length = cache, len(text) - DRAFT_TOKENS
-                drafted = drafting.feed(text[-DRAFT_TOKENS:], slots=filled)[TOKEN_IDS].astype(np.int64)
+                drafting.cache, drafting.length = cache, len(text) - MOST_UNREAD
+                drafted = drafting.feed(text[-MOST_UNREAD:], slots=filled)[TOKEN_IDS].astype(np.int64)
         except VocabtrimError as error:
             return f"in {DRAFT_MODEL_NAME}, {error}"
         head_tokens = slots or plan.vocab_map

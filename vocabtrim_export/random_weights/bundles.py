@@ -13,8 +13,8 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import replacing
 from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
 from vocabtrim_export.drafters.source import HeadSource
-from vocabtrim_export.lowering.graph_files import Progress
 from vocabtrim_export.lowering.quantize import Quantization
+from vocabtrim_export.progress import Progress
 from vocabtrim_export.random_weights.models import HEAD_SHAPES, SHAPES, random_head, random_source
 from vocabtrim_export.sources.rotation import context_length
 from vocabtrim_export.sources.source import DTYPES, Source

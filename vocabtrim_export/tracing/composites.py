@@ -14,7 +14,7 @@ decoder's meaning and never has to recognise it in primitive operators:
     Experts(x, index, weights,             x: [S, hidden]; index: int64[S, k], the experts that a router picked for
             gate_up, down,                 each token, and their weights: [S, k]; gate_up: [experts, 2·size, hidden];
             gate_up_bias?, down_bias?)     down: [experts, hidden, size]; attributes num_experts, k, and those of
-                                           `tracing.experts.Experts`
+                                           `tracing.experts.ExpertModule`
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.pytorch_utils import Conv1D
 
 from vocabtrim_export.tracing.emit import emit
-from vocabtrim_export.tracing.experts import Experts, experts_forward
+from vocabtrim_export.tracing.experts import ExpertModule, experts_forward
 
 ATTENTION = "vocabtrim_composite"
 
@@ -67,7 +67,7 @@ class Parts:
     """
 
     norms: list[Norm]
-    experts: list[Experts]
+    experts: list[ExpertModule]
     rope: Rope | None
 
 

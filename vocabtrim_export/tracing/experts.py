@@ -23,7 +23,7 @@ _SIZES = (1.0, 10.0, 100.0)  # the sizes of these numbers: a limit is larger tha
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class ExpertModule:
     """A module that computes down · gated(gate_up · x + bias) + bias for the experts that a router picked.
 
     With g and u for the halves of gate_up's output, G = min(g, limit) and U = clamp(u, −limit, limit), gated is `G ·
@@ -53,13 +53,13 @@ def expert_modules(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def find_experts(model: PreTrainedModel) -> list[Experts]:
+def find_experts(model: PreTrainedModel) -> list[ExpertModule]:
     """Returns the modules of experts whose gate is a known one. No weights are read."""
     return [experts for name, module in expert_modules(model) if (experts := as_experts(name, module))]
 
 
-def as_experts(name: str, module: Any) -> Experts | None:
-    """Returns the computation of a module of experts; None where `Experts` does not describe it."""
+def as_experts(name: str, module: Any) -> ExpertModule | None:
+    """Returns the computation of a module of experts; None where `ExpertModule` does not describe it."""
     if not module.has_gate or module.has_post_expert_norm:
         return None
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +72,7 @@ def as_experts(name: str, module: Any) -> Experts | None:
     forms = itertools.product((False, True), (1.0, *numbers), (0.0, 1.0), (0.0, *numbers))
     for interleaved, alpha, beta, limit in forms:
         if torch.allclose(expected, _gated(probe, interleaved, alpha, beta, limit), rtol=1e-4, atol=1e-5):
-            return Experts(name, interleaved, bool(module.is_transposed), alpha, beta, limit)
+            return ExpertModule(name, interleaved, bool(module.is_transposed), alpha, beta, limit)
     return None
 
 
@@ -83,7 +83,7 @@ def _gated(x: Tensor, interleaved: bool, alpha: float, beta: float, limit: float
     return g * torch.sigmoid(alpha * g) * (u + beta)
 
 
-def experts_forward(experts: Experts) -> Callable[..., Tensor]:
+def experts_forward(experts: ExpertModule) -> Callable[..., Tensor]:
     """Returns a `forward` for the module that `experts` describes, which emits the composite Experts."""
 
     def forward(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:

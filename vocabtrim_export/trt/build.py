@@ -157,7 +157,7 @@ def _this_gpu(library: Library, asked: Sequence[str]) -> tuple[str, ...]:
             f"{library.name} builds on the GPU that it builds for, and there is none here: "
             "take --trt-flavor rtx, or a machine with an NVIDIA GPU"
         )
-    device = cuda.current_device()
+    device = cuda.current_gpu()
     if others := [capability for capability in asked if capability != device.compute_capability]:
         raise VocabtrimError(
             f"{library.name} builds for this machine's {device.name} of compute capability "

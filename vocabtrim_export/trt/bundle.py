@@ -8,10 +8,11 @@ from pathlib import Path
 from engines.bundle.read import DRAFT_MODEL_NAME, DRAFT_PLAN_NAME, MODEL_NAME, PLAN_NAME, Role, TensorRT
 from engines.errors import VocabtrimError
 from engines.trt.library import Library, load_library
-from vocabtrim_export.lowering.graph_files import Progress, save_graph, save_sharing_weights
+from vocabtrim_export.lowering.graph_files import save_graph, save_sharing_weights
 from vocabtrim_export.lowering.lowered import Lowered
 from vocabtrim_export.lowering.pipeline import Weights, lower_standard, lower_unrolled
 from vocabtrim_export.lowering.standard_operators import CacheForm
+from vocabtrim_export.progress import Progress
 from vocabtrim_export.tracing.trace import Traced
 from vocabtrim_export.trt.build import BuildOptions, build_plan, target_capabilities
 from vocabtrim_export.trt.network import DRAFT_NETWORK_NAME, NETWORK_NAME

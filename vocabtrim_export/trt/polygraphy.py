@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from engines.base import MOST_UNREAD
 from engines.bundle.read import Manifest
 from engines.errors import VocabtrimError
-from engines.trt.engine import DRAFT_TOKENS
 
 LOADER_NAME = "polygraphy_inputs.py"
 
@@ -135,7 +135,7 @@ def write_loader(directory: Path, manifest: Manifest, prompt_ids: Sequence[int],
             f"the prompt for {LOADER_NAME} must be token ids below {manifest.vocab_size}, at least one"
         )
     path = directory / LOADER_NAME
-    numbers = {"@PROMPT@": _wrapped(prompt_ids), "@UNROLLED@": DRAFT_TOKENS, "@HIDDEN@": hidden_size}
+    numbers = {"@PROMPT@": _wrapped(prompt_ids), "@UNROLLED@": MOST_UNREAD, "@HIDDEN@": hidden_size}
     script = _SCRIPT
     for name, number in numbers.items():
         script = script.replace(name, str(number))

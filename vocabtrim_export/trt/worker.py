@@ -19,7 +19,7 @@ from vocabtrim_export.trt.build import member_name
 from vocabtrim_export.trt.messages import build_error, parse_error
 from vocabtrim_export.trt.network import Network, describe_network, parse_kernels
 
-Report = Callable[..., None]
+SendReport = Callable[..., None]
 _PROFILES_PHASE = "Computing profile costs"  # the builder's name for compiling the kernels, one profile after the other
 
 
@@ -42,7 +42,7 @@ def main() -> None:
             report("oserror", arguments=[error.errno, error.strerror, error.filename])
 
 
-def build(request: Mapping[str, Any], report: Report) -> dict[str, Any]:
+def build(request: Mapping[str, Any], report: SendReport) -> dict[str, Any]:
     """Parse, configure and build one plan; see `build_plan` for the content of `request`."""
     lines: list[str] = []
 
@@ -156,7 +156,7 @@ def _configure(library: Library, builder: Any, network: Any, request: Mapping[st
     return config
 
 
-def _make_monitor(library: Library, profiles: int, report: Report) -> Any:
+def _make_monitor(library: Library, profiles: int, report: SendReport) -> Any:
     """Returns a monitor that counts the profiles built.
 
     The builder has thousands of other phases, most of them short.

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.planning.choose import choose
-from vocabtrim_export.planning.replay import NEVER_KEPT, Text, preferred, right_tokens, rounds_of
-from vocabtrim_export.planning.steps import StepTimes
+from vocabtrim_export.head_choice.choose import choose
+from vocabtrim_export.head_choice.replay import NEVER_KEPT, Text, preferred, right_tokens, rounds_of
+from vocabtrim_export.head_choice.steps import StepTimes
 
 VOCAB = 40
 

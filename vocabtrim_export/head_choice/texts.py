@@ -18,7 +18,7 @@ from vocabtrim_export.calibration.counting import CalibrationSettings
 from vocabtrim_export.calibration.counts import is_held_out
 from vocabtrim_export.calibration.document import Document
 from vocabtrim_export.calibration.prompts import encode_document
-from vocabtrim_export.planning.replay import Text, preferred
+from vocabtrim_export.head_choice.replay import Text, preferred
 
 _PER_DOMAIN, _MOST = 3, 12  # texts
 _PROMPT_TOKENS, _NEW_TOKENS = 256, 48

@@ -7,8 +7,8 @@ from statistics import harmonic_mean
 import numpy as np
 from numpy.typing import NDArray
 
-from vocabtrim_export.planning.replay import NEVER_KEPT, Text, right_tokens, rounds_of
-from vocabtrim_export.planning.steps import StepTimes
+from vocabtrim_export.head_choice.replay import NEVER_KEPT, Text, right_tokens, rounds_of
+from vocabtrim_export.head_choice.steps import StepTimes
 
 SLOTS = 512  # tried in addition to none
 _SMALLEST_K = 2048
@@ -39,7 +39,7 @@ class Expected:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class HeadCandidate:
     """One K and number of slots.
 
     Attributes:
@@ -68,9 +68,9 @@ class Choice:
         candidates: All candidates, the fastest first.
     """
 
-    best: Candidate
-    full: Candidate
-    candidates: tuple[Candidate, ...]
+    best: HeadCandidate
+    full: HeadCandidate
+    candidates: tuple[HeadCandidate, ...]
 
     def reasons(self) -> tuple[str, ...]:
         """Returns one line for the choice, and one for each domain, first those that the trim helps least."""
@@ -114,20 +114,20 @@ def choose(
     return Choice(next(each for each in candidates if _pays(each, full)), full, tuple(candidates))
 
 
-def _pays(candidate: Candidate, full: Candidate) -> bool:
+def _pays(candidate: HeadCandidate, full: HeadCandidate) -> bool:
     pairs = zip(candidate.domains, full.domains, strict=True)
     return candidate.speedup >= full.speedup and all(a.speedup >= _NOT_BELOW * b.speedup for a, b in pairs)
 
 
 def _candidate(
     texts: Sequence[Text], row_of: NDArray[np.int64], times: StepTimes, rows: int, k: int, slots: int
-) -> Candidate:
+) -> HeadCandidate:
     step = times.draft(rows - k, slots)
     domains = []
     for domain in dict.fromkeys(text.domain for text in texts):
         right = [right_tokens(text, row_of, k, slots) for text in texts if text.domain == domain]
         domains.append(_expected(domain, right, step, times))
-    return Candidate(k, slots, tuple(domains))
+    return HeadCandidate(k, slots, tuple(domains))
 
 
 def _expected(domain: str, right: Sequence[NDArray[np.bool_]], step: float, times: StepTimes) -> Expected:

@@ -11,11 +11,11 @@ from engines import load_engine
 from engines.bundle.read import Manifest, Role
 from vocabtrim_export.calibration import TokenCounts
 from vocabtrim_export.calibration.counting import CalibrationInput
-from vocabtrim_export.lowering.graph_files import Progress
+from vocabtrim_export.head_choice.choose import SLOTS, Choice, choose
+from vocabtrim_export.head_choice.steps import measure_steps
+from vocabtrim_export.head_choice.texts import held_out_prompts, replayed_texts
 from vocabtrim_export.pair_bundles import PairWriter, always_kept, select
-from vocabtrim_export.planning.choose import SLOTS, Choice, choose
-from vocabtrim_export.planning.steps import measure_steps
-from vocabtrim_export.planning.texts import held_out_prompts, replayed_texts
+from vocabtrim_export.progress import Progress
 from vocabtrim_export.selection import kept_order
 from vocabtrim_export.settings import ExportSettings, slots_refused
 from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
