@@ -1,4 +1,4 @@
-"""`Engine`: a loaded decoder with its own KV cache, whatever runs it."""
+"""`Engine`: the interface of a loaded decoder with a KV cache, for every library and device."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -273,7 +273,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _release(self) -> None:
-        """Release what `close` is to release. A second call does nothing."""
+        """Release the model and the cache. A second call does nothing."""
 
     def __enter__(self) -> Self:
         return self

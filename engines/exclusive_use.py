@@ -1,4 +1,4 @@
-"""One generation at a time uses an engine, because its KV cache holds one text."""
+"""An engine serves one generation at a time, because its KV cache holds one text."""
 
 from collections.abc import Sequence
 from threading import Lock, Thread, current_thread

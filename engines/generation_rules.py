@@ -1,4 +1,4 @@
-"""`GenerationRules`: what a model's generation config does to its logits, as a bundle keeps it."""
+"""`GenerationRules`: the rules of a model's generation config that change logits, as a bundle stores them."""
 
 from dataclasses import dataclass, fields
 
@@ -12,9 +12,9 @@ UNSUPPORTED_NOTE = "not applied, although the model's generation config has it"
 
 @dataclass(frozen=True, slots=True)
 class GenerationRules:
-    """The rules that change the next token's logits; the defaults change nothing. Semantics as in transformers.
+    """The rules that change the next token's logits, with the meaning that they have in transformers.
 
-    Raises `VocabtrimError` for a value out of range.
+    The defaults change nothing.
 
     Attributes:
         repetition_penalty: Divides the positive logits, multiplies the negative ones, of every token that the prompt
@@ -26,6 +26,9 @@ class GenerationRules:
         suppress_tokens: Tokens that are never chosen.
         begin_suppress_tokens: Tokens that are never chosen as the first new one.
         unsupported: Rules of the generation config that are not applied, each as "name=value".
+
+    Raises:
+        VocabtrimError: A value is out of range.
     """
 
     repetition_penalty: float = 1.0

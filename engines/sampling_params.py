@@ -1,4 +1,4 @@
-"""`SamplingParams`: how a token is chosen, on the host as on a device."""
+"""`SamplingParams`: how a token is chosen, on the host and on a device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,9 +20,8 @@ MIN_TEMPERATURE = 1e-5  # below it float32 logits divide to infinity
 class SamplingParams:
     """How the next token is chosen: the rules on its logits, then temperature, top-k, top-p and min-p.
 
-    The rules apply to greedy decoding as well. Their order, and that of the last four, is transformers'. Where a rule
-    is None, the model's generation config decides, as the target's bundle holds it.
-    Raises `VocabtrimError` for a value out of range.
+    The rules apply to greedy decoding as well. All are applied in transformers' order. Where a rule is None, the
+    model's generation config decides, which the target's bundle holds.
 
     Attributes:
         temperature: 0 is greedy; top_k, top_p, min_p and seed then have no effect.
@@ -37,6 +36,9 @@ class SamplingParams:
         no_repeat_ngram_size: See `GenerationRules`; 0 allows repetitions.
         suppress_tokens: Token ids that are never chosen.
         min_new_tokens: New tokens before which no EOS is chosen; replaces the config's `min_length` as well.
+
+    Raises:
+        VocabtrimError: A value is out of range.
     """
 
     temperature: float = 0.0
@@ -130,7 +132,7 @@ def _token_id(name: str, token: Any) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The parameters of a generation that is not greedy, with its one random generator."""
+    """The parameters of a generation that samples, and its random generator."""
 
     params: SamplingParams
     rng: np.random.Generator

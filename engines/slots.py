@@ -1,4 +1,4 @@
-"""`Slots`: which tokens stand in the in-context slots of a drafter's head."""
+"""`Slots`: the tokens in the in-context slots of a drafter's head."""
 
 from collections.abc import Mapping, Sequence
 
@@ -40,7 +40,7 @@ def open_head_rows(bundle: Bundle, inputs: Mapping[str, Sequence[int | str]], co
 
 
 class Slots:
-    """The M in-context slots of a head: columns for tokens that it lacks. The least recently seen token leaves.
+    """The M in-context slots of a head: columns for tokens that it lacks. A new token replaces the least recent one.
 
     Attributes:
         kept_token_ids: int64[K + M], the token of each column of the logits, `NOT_KEPT` for an empty slot. It changes
@@ -99,7 +99,9 @@ class Slots:
     def _free(self, count: int, used: int) -> list[int]:
         """Returns `count` slots, and empties the least recently seen ones where too few are free.
 
-        `used` is the number of slots that hold a token although `_slot_of` lacks them just now.
+        Args:
+            count: The number of slots to return.
+            used: The number of slots that hold a token but are missing from `_slot_of` at the moment.
         """
         taken = len(self._slot_of) + used
         slots = list(range(taken, min(taken + count, self._count)))  # they are first taken in order

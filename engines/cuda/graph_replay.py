@@ -1,4 +1,4 @@
-"""`Replayed`: work for a GPU that is the same every time, run as one CUDA graph."""
+"""`Replayed`: GPU work that is the same at every run, launched as one CUDA graph."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +7,16 @@ from engines.cuda.runtime import CudaStream
 
 
 class Replayed:
-    """Work that `enqueue` puts on `stream`, at the same addresses every time.
+    """Work that uses the same addresses at every run.
 
-    The first `warm_up` runs launch kernel by kernel, because libraries load and allocate when first used, which no
-    graph can hold. The next run captures a CUDA graph, if `is_capturable` then allows it, and later runs launch that.
-    `enqueue` returns False where it failed.
+    The first `warm_up` runs launch kernel by kernel, because libraries load and allocate when first used, which a CUDA
+    graph cannot hold. The next run captures a graph, if `is_capturable` then returns True, and later runs launch it.
+
+    Args:
+        stream: The stream that the work is queued on.
+        enqueue: Queues the work; returns False if that failed.
+        is_capturable: Returns whether the work can be captured.
+        warm_up: The number of runs before the capture.
     """
 
     def __init__(

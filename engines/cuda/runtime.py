@@ -106,13 +106,13 @@ def environment() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Memory of the GPU, to be freed once by its owner; `allocate_device` makes it."""
+    """Memory of the GPU, which its owner frees once. `allocate_device` makes it."""
 
     address: int
     size: int
 
     def free(self) -> None:
-        # Unchecked: it fails only after a call that has failed before, and said what is wrong.
+        # The result is not checked: freeing fails only after another call has failed, and that one has raised.
         runtime().cudaFree(self.address)
 
 
@@ -124,7 +124,7 @@ def allocate_device(size: int) -> DeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class PinnedMemory:
-    """Page-locked memory of the host, to be freed once by its owner; `allocate_pinned` makes it.
+    """Page-locked memory of the host, which its owner frees once. `allocate_pinned` makes it.
 
     A copy in a CUDA graph runs without waiting for the host only with page-locked memory.
     """
@@ -184,11 +184,11 @@ class CudaStream:
         check(runtime().cudaStreamSynchronize(self._handle))
 
     def event(self) -> Any:
-        """Make a point in time for `record`; the caller hands it to `discard_event` once."""
+        """Returns a new event for `record`. The caller passes it to `discard_event` once."""
         return check(runtime().cudaEventCreate())
 
     def record(self, event: Any) -> None:
-        """Queue noting the time when all work before it is done. In a CUDA graph it does so at every launch."""
+        """Queue recording the time at which all earlier work is done. In a CUDA graph every launch records it."""
         cuda = runtime()
         flags = cuda.cudaEventRecordExternal if self._is_capturing else cuda.cudaEventRecordDefault
         check(cuda.cudaEventRecordWithFlags(event, self._handle, flags))
@@ -205,8 +205,8 @@ class CudaStream:
         """Capture what `enqueue` queues as a graph for `launch`; nothing runs yet.
 
         Returns:
-            The graph, or None if `enqueue` returns False or does what a graph cannot hold; the stream is then as
-                before.
+            The graph; None if `enqueue` returns False or does what a graph cannot hold. The stream can be used in
+            either case.
         """
         cuda = runtime()
         # Thread-local: another thread's engine may allocate meanwhile.
@@ -220,7 +220,7 @@ class CudaStream:
         self._is_capturing = False
         error, graph = cuda.cudaStreamEndCapture(self._handle)
         if error.value or not complete:
-            cuda.cudaGetLastError()  # else the next call that asks for the last error takes it for its own
+            cuda.cudaGetLastError()  # clears the error: the next call that asks for the last one would report it
             if not error.value:
                 check(cuda.cudaGraphDestroy(graph))
             return None

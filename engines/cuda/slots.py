@@ -15,9 +15,11 @@ from engines.slots import Slots
 class DeviceSlots(Slots):
     """Slots with a copy of their inputs on a GPU, at addresses that never change, so that CUDA graphs stay valid.
 
-    A change is queued on `stream` at once, and so is done before what is queued later. A token that enters costs a copy
-    of its column, [hidden] numbers, and one of the M token ids; steps copy nothing.
-    addresses: of the inputs by name.
+    A change is queued on the stream at once, so it is done before whatever is queued later. A token that enters costs a
+    copy of its column, [hidden] numbers, and one of the M token ids; steps copy nothing.
+
+    Attributes:
+        addresses: The GPU addresses of the graph's inputs, by name.
     """
 
     def __init__(
@@ -29,9 +31,18 @@ class DeviceSlots(Slots):
         stream: CudaStream,
         allocate: Callable[[int], int],
     ) -> None:
-        """shape, dtype: see `Slots`. allocate: returns the address of as many bytes on the GPU, which the caller owns.
+        """Make empty slots.
 
-        Raises `VocabtrimError` where the GPU has no room.
+        Args:
+            vocab_map: See `Slots`.
+            rows: See `Slots`.
+            shape: See `Slots`.
+            dtype: See `Slots`.
+            stream: The stream that copies are queued on.
+            allocate: Takes a number of bytes and returns the address of that much GPU memory, which the caller owns.
+
+        Raises:
+            VocabtrimError: The GPU has no room.
         """
         super().__init__(vocab_map, rows, shape, dtype)
         self._stream = stream
@@ -47,10 +58,10 @@ class DeviceSlots(Slots):
         super()._write(token_ids, slots)
         size = self._weight.itemsize
         hidden, pitch = self._weight.shape[0], self._weight.strides[0]
-        for columns in np.split(slots, np.flatnonzero(np.diff(slots) != 1) + 1):  # neighbours are one copy
+        for columns in np.split(slots, np.flatnonzero(np.diff(slots) != 1) + 1):  # adjacent columns are one copy
             offset = size * int(columns[0])
-            there, here = self.addresses[SLOT_WEIGHT] + offset, self._weight.ctypes.data + offset
-            self._stream.copy_columns(there, here, pitch, size * len(columns), hidden)
+            target, source = self.addresses[SLOT_WEIGHT] + offset, self._weight.ctypes.data + offset
+            self._stream.copy_columns(target, source, pitch, size * len(columns), hidden)
         if SLOT_BIAS in self.addresses:
             self._copy(SLOT_BIAS)
         self._copy(SLOT_TOKEN_IDS)

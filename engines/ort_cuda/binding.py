@@ -1,4 +1,4 @@
-"""`BoundModel`: one run of a session at fixed addresses of the device."""
+"""`BoundModel`: a session whose inputs and outputs are bound to fixed addresses of the device."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +15,7 @@ _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such dtype
 
 
 class Place(NamedTuple):
-    """Where an input is read or an output written.
+    """The memory that an input is read from or an output is written to.
 
     Attributes:
         dtype: See `element_type`.
@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 class Work(Protocol):
-    """Something that the device can do."""
+    """Work for the device."""
 
     def enqueue(self) -> None:
         """Put it on the stream and do not wait for it."""
@@ -37,7 +37,7 @@ class Work(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BoundSession:
-    """A session bound to everything that it reads and writes."""
+    """A session with a binding of all of its inputs and outputs."""
 
     session: ort.InferenceSession
     binding: ort.IOBinding
@@ -50,11 +50,11 @@ class BoundSession:
 
 @dataclass(frozen=True, slots=True)
 class BoundModel(BoundSession):
-    """A bound run of a model.
+    """A bound session on a decoder, whose logits stay on the device.
 
     Attributes:
         stream: The session's stream.
-        logits: [1, keep, head_rows], on the device.
+        logits: [1, keep, head_rows].
         logits_type: ONNX Runtime's name for their type, such as "tensor(float16)".
     """
 
@@ -82,5 +82,9 @@ def run_options() -> ort.RunOptions:
 
 
 def element_type(onnx_type: str) -> Any:
-    """Returns what `OrtValue` takes for a type that ONNX Runtime calls, for example, "tensor(float16)"."""
+    """Returns the element type that `OrtValue` takes.
+
+    Args:
+        onnx_type: ONNX Runtime's name of the type, such as "tensor(float16)".
+    """
     return _BFLOAT16 if onnx_type == "tensor(bfloat16)" else numpy_dtype(onnx_type)

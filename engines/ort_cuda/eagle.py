@@ -148,7 +148,7 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         return (given.onnx_type, given.size) == (read.onnx_type, read.size)
 
     def catch_up(self, token_ids: Sequence[int] | NDArray[np.int64]) -> Sequence[int] | NDArray[np.int64]:
-        """Nothing is read: without features the head cannot."""
+        """Returns all tokens: a head cannot read them without features."""
         return token_ids
 
     def prepare(self, target: OnnxRuntimeCudaEngine, unread: int) -> list[Work]:

@@ -32,9 +32,12 @@ _WARM_UP = 2
 
 @dataclass(frozen=True, slots=True)
 class DeviceStep(Step):
-    """A step whose arrays are copied to the device and back; only `token_ids` is copied back.
+    """A step whose inputs are copied to the device. Only `token_ids` is copied back.
 
-    work: the copy of the inputs, the run, and the copy of the tokens.
+    Attributes:
+        stream: The stream of the session.
+        bound_model: The session, bound to the device's memory.
+        work: The copy of the inputs, the run, and the copy of the tokens.
     """
 
     stream: cuda.CudaStream
@@ -42,7 +45,7 @@ class DeviceStep(Step):
     work: Replayed
 
     def run(self, end: int) -> None:  # noqa: ARG002
-        # `end` is of no use: a CUDA graph would freeze it, see `OnnxRuntimeCudaEngine`
+        # `end` is not used: a CUDA graph would freeze it, see `OnnxRuntimeCudaEngine`
         self.work.run()
         self.stream.synchronize()
 
@@ -136,15 +139,20 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         return True
 
     def catch_up(self, token_ids: Sequence[int] | NDArray[np.int64]) -> Sequence[int] | NDArray[np.int64]:
-        """Read so many of these tokens that a round can take the rest, which are returned: after rounds in which this
-        drafter drafted nothing they may be many."""
+        """Feed all but the last of these tokens if they are more than a round can take.
+
+        There may be many of them after rounds in which this drafter drafted nothing.
+
+        Returns:
+            The tokens that are left to feed.
+        """
         if len(token_ids) <= MOST_UNREAD:
             return token_ids
         self.feed(token_ids[:-1])
         return token_ids[-1:]
 
     def prepare(self, target: "OnnxRuntimeCudaEngine", unread: int) -> list[Work]:  # noqa: ARG002
-        """Returns what a round runs before this drafter's first step."""
+        """Returns the work of a round that precedes this drafter's first step."""
         return []
 
     def beside_tokens(self, step: int, unread: int) -> dict[str, Place]:  # noqa: ARG002
@@ -166,7 +174,12 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         self._slot_memory.clear()
 
     def allocate(self, shape: tuple[int, ...], element: Any) -> ort.OrtValue:
-        """Allocate memory on the device, uninitialised. element: a NumPy dtype, or a number of ONNX's."""
+        """Allocate uninitialised memory on the device.
+
+        Args:
+            shape: The shape of the tensor.
+            element: A NumPy dtype, or ONNX's number of one that NumPy lacks.
+        """
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, element, self.device, 0)
 
     def bind_model(self, places: Mapping[str, Place], token_ids: Place) -> BoundModel:

@@ -20,10 +20,12 @@ _KEPT_ROUNDS = 64
 
 
 class PairRounds:
-    """Runs whole rounds of a target and one drafter on the device, and keeps what they need by their shapes.
+    """Runs whole rounds of a target and one drafter on the device, and keeps the rounds by their shapes.
 
-    kept: the rounds, the one that was used last at the end.
-    samplers: what chooses the tokens of sampled rounds; rounds of several numbers of unread tokens share one.
+    Attributes:
+        kept: The rounds, the most recently used one at the end.
+        samplers: The samplers of the rounds that sample. Rounds that differ in the number of unread tokens alone share
+            one.
     """
 
     def __init__(self, drafter: "OnnxRuntimeCudaEngine") -> None:
@@ -52,7 +54,7 @@ class PairRounds:
             sampling: How to draw tokens; None takes the most likely ones.
 
         Returns:
-            What was drafted and verified, or None where this pair, draft or context cannot run as one round.
+            The draft and its verification; None where this pair, draft or context cannot run as one round.
         """
         drafter = self._drafter
         # A token that the target lacks must not reach its embedding.
@@ -84,7 +86,7 @@ class PairRounds:
         sampler = self._sampler(target, draft_length, sampling.params) if sampling else None
         key = target, unread, sampler or draft_length
         kept_round = self.kept.pop(key, None) or CudaRound(target, self._drafter, unread, draft_length, sampler)
-        self.kept[key] = kept_round  # behind those that were not used since
+        self.kept[key] = kept_round  # moves it to the end
         if len(self.kept) > _KEPT_ROUNDS:
             self.kept.pop(next(iter(self.kept))).close()
             used = {choice for _, _, choice in self.kept}

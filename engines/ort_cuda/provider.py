@@ -15,7 +15,7 @@ from engines.ort.session import new_session, reason
 
 PROVIDER = "CUDAExecutionProvider"
 _OUT_OF_MEMORY = re.compile(r"out of memory|OUT_OF_MEMORY|Failed to allocate memory|bad allocation|ALLOC_FAILED")
-_NO_CAPTURE = "graph capture feature"  # in what a session says that has nodes elsewhere than on CUDA
+_NO_CAPTURE = "graph capture feature"  # in the error of a session that has nodes elsewhere than on CUDA
 
 
 def require_provider() -> tuple[str, ...]:
@@ -65,7 +65,7 @@ def open_cuda_session(
     except Exception as error:  # onnxruntime's exceptions have no common base
         explain_out_of_memory(error, bundle)
         raise VocabtrimError(f"ONNX Runtime cannot open {path} on CUDA: {reason(error)}") from error
-    if PROVIDER not in session.get_providers():  # it falls back to the CPU in silence
+    if PROVIDER not in session.get_providers():  # ONNX Runtime falls back to the CPU without an error
         raise VocabtrimError(why_no_provider(missing))
     return session
 
@@ -93,19 +93,27 @@ def _open(model: Path | bytes, stream: cuda.CudaStream, cuda_graphs: bool) -> or
 
 
 def preload_libraries() -> tuple[str, ...]:
-    """Load CUDA's and cuDNN's libraries from NVIDIA's wheels or the system; the names of those that do not load."""
+    """Load CUDA's and cuDNN's libraries from NVIDIA's wheels or the system.
+
+    Returns:
+        The names of those that do not load.
+    """
     preload = getattr(ort, "preload_dlls", None)
     if preload is None:  # before ONNX Runtime 1.21
         return ()
-    said = io.StringIO()
-    with redirect_stdout(said):
+    printed = io.StringIO()
+    with redirect_stdout(printed):
         preload()
-    # A library may fail from one place and load from the next; what fails in both is said twice.
-    return tuple(dict.fromkeys(re.findall(r"Failed to load (?:\S*/)?([^\s/:]+):", said.getvalue())))
+    # Each library is tried in two places, so one that loads from neither is named twice.
+    return tuple(dict.fromkeys(re.findall(r"Failed to load (?:\S*/)?([^\s/:]+):", printed.getvalue())))
 
 
 def why_no_provider(missing: tuple[str, ...] = ()) -> str:
-    """Returns why there is no CUDAExecutionProvider, and what to do. missing: see `require_provider`."""
+    """Returns why there is no CUDAExecutionProvider, and what to do about it.
+
+    Args:
+        missing: The names of the libraries that do not load.
+    """
     home = Path(ort.__file__).parent / "capi"
     libraries = list(home.glob("*onnxruntime_providers_cuda.*"))
     if not libraries:

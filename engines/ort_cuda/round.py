@@ -45,7 +45,7 @@ def make_layout(unread: int, draft_length: int, lag: int, chances: int) -> Layou
         unread: Tokens that the drafter has not read.
         draft_length: γ.
         lag: The drafter's `lag`.
-        chances: Values that sampling needs.
+        chances: The number of values of 8 bytes that sampling needs.
     """
     positions = draft_length + 1
     first = positions + lag + unread + draft_length
@@ -81,7 +81,7 @@ class CudaRound:
         self._events = [target.stream.event() for _ in range(3)]
 
         def reads(step: int, position: int, token: int, count: int) -> dict[str, Place]:
-            """position, token: of the first one read, counted from the drafter's first."""
+            """Returns the inputs of a step that reads `count` tokens from number `token` on."""
             return {
                 SEQLENS_K: self._place(step, np.int32, (1,)),
                 POSITION_IDS: self._place(at.positions + position, np.int64, (1, count)),

@@ -16,7 +16,13 @@ from engines.ort_cuda.provider import explain_out_of_memory
 
 @dataclass(frozen=True, slots=True)
 class DeviceRows:
-    """Hidden states on the device, one a row, at an address that never changes. onnx_type: the type of a number."""
+    """Hidden states on the device, one a row, at an address that never changes.
+
+    Attributes:
+        memory: [1, count, size].
+        onnx_type: ONNX Runtime's name of the elements' type, such as "tensor(float16)".
+        stream: The stream that copies are queued on.
+    """
 
     memory: ort.OrtValue
     onnx_type: str
@@ -33,12 +39,12 @@ class DeviceRows:
         return int(self.memory.shape()[2])
 
     def place(self, first: int, count: int) -> Place:
-        """Where `count` rows from row `first` on are: [1, count, size]."""
+        """Returns the place of `count` rows from row `first` on, [1, count, size]."""
         address = self.memory.data_ptr() + first * self._bytes(1)
         return Place(element_type(self.onnx_type), (1, count, self.size), address)
 
     def read(self, count: int) -> NDArray[np.float32]:
-        """float32[count, size]: the first rows, copied to the host. Waits for what is queued."""
+        """Returns the first rows, float32[count, size], copied to the host. Waits for the queued work."""
         stored = np.empty((count, self.size), numpy_dtype(self.onnx_type))
         self.stream.copy(stored.ctypes.data, self.memory.data_ptr(), stored.nbytes)
         self.stream.synchronize()

@@ -1,4 +1,4 @@
-"""Which drafted tokens stay in a sampled round: `runtime.accept.accept_sampled` as a small ONNX graph on the device.
+"""The acceptance of a sampled round: `runtime.accept.accept_sampled` as a small ONNX graph for the device.
 
 It runs between the target's verification and the next draft (`engines.ort_cuda.sampler`), on probabilities that
 `engines.ort_cuda.graphs.sampling` makes of the logits (temperature, top-k, top-p, min-p). It has no state, no weights
@@ -25,21 +25,29 @@ _END = (1 << 31) - 1
 
 
 def sampled_acceptance(vocab: int, kept_token_ids: NDArray[np.int64] | None = None, slots: int = 0) -> ir.Model:
-    """Keep or replace drafted tokens so that what comes out is distributed as the target alone would have it.
+    """Returns a graph that keeps or replaces drafted tokens so that the output has the target's distribution.
 
     Leviathan et al. 2023, arXiv 2211.17192, algorithm 1: token i stays while u_i < p_i(token) / q_i(token); the next
-    one is drawn from the positive part of p − q at the first rejected, or from p after all of them.
-    The same rule, with the same treatment of the edges, as `runtime.accept.accept_sampled`, in float32: a uniform has
-    24 bits, and a point that lies within about 1e-6 of two tokens' border may fall to either.
+    token is drawn from the positive part of p − q at the first rejected position, or from p if all tokens stay. The
+    rule and its edge cases are those of `runtime.accept.accept_sampled`, in float32: a uniform number has 24 bits, and
+    one within about 1e-6 of the border between two tokens may give either.
 
-    slots: the number of columns of q behind its first K, whose tokens are the input slot_token_ids int64[slots], -1 for
-    an empty slot, whose q is 0. No token stands in both parts.
-    vocab: columns of p. kept_token_ids: int64[K], ascending, the token of each column of q; others have q = 0. None:
-    column i is token i, and K = vocab.
-    Inputs: draft_ids int64[1, γ], γ of at least 1, token i drawn from row i of q;
-        p float32[γ + 1, vocab], the target's distributions before and after each drafted token;
-        q float32[γ, K + slots], the drafter's; uniforms float32[γ + 1] in [0, 1), the last one for the next token.
-    Outputs: accepted int64[1]; next_token int64[1], `NO_TOKEN` where a number that it hangs on is not finite.
+    Inputs of the graph:
+        draft_ids: int64[1, γ], γ ≥ 1; token i was drawn from row i of q.
+        p: float32[γ + 1, vocab], the target's distributions before each drafted token and after the last.
+        q: float32[γ, K + slots], the drafter's distributions.
+        uniforms: float32[γ + 1], in [0, 1); the last one draws the next token.
+        slot_token_ids: int64[slots], the tokens of the last columns of q; -1 for an empty slot, whose q is 0. The graph
+            has this input only with slots.
+    Outputs of the graph:
+        accepted: int64[1].
+        next_token: int64[1], `NO_TOKEN` where a number that it depends on is not finite.
+
+    Args:
+        vocab: Columns of p.
+        kept_token_ids: int64[K], ascending, the tokens of the first K columns of q; other tokens have q = 0. None:
+            column i is token i, and K = vocab.
+        slots: The columns of q behind the first K. No token is in both parts.
     """
     graph = GraphBuilder("sampled_acceptance")
     kept = np.arange(vocab) if kept_token_ids is None else VocabMap(kept_token_ids, vocab).kept_token_ids
@@ -62,9 +70,10 @@ def sampled_acceptance(vocab: int, kept_token_ids: NDArray[np.int64] | None = No
 
 
 class _Columns:
-    """Tokens as columns of q, by one table int64[vocab]: a token's column, or their number for a token that has none.
+    """Finds the column of q that belongs to a token.
 
-    Tokens of slots are not in the table.
+    The table int64[vocab] holds the column of each kept token, and the number of columns for any other token. Tokens in
+    slots are not in the table.
     """
 
     def __init__(self, graph: GraphBuilder, vocab: int, kept: NDArray[np.int64], slots: int) -> None:
@@ -77,7 +86,7 @@ class _Columns:
             self.table = graph.constant("q_columns", table)
 
     def drafted(self, q: ir.Value, tokens: ir.Value) -> ir.Value:
-        """q_i(token i), float32[γ]."""
+        """Returns q_i(token i), float32[γ]."""
         graph = self.graph
         if self.table is None:
             return _entries(graph, q, tokens, self.count)
@@ -86,44 +95,50 @@ class _Columns:
             is_slot, at = self._slot_columns(self.slot_tokens, tokens)
             column = graph.op("Where", is_slot, at, column)
         (last,) = graph.ints([self.count - 1])
-        found = _entries(graph, q, graph.op("Min", column, last), self.count)
-        return graph.op("Where", graph.op("Greater", column, last), graph.floats(0), found)
+        entries = _entries(graph, q, graph.op("Min", column, last), self.count)
+        return graph.op("Where", graph.op("Greater", column, last), graph.floats(0), entries)
 
     def spread(self, row: ir.Value) -> ir.Value:
-        """One row of q, float32[1, K], over all tokens: float32[vocab]. A gather, as it may be read in any order."""
+        """Returns one row of q, float32[1, K + slots], as float32[vocab], one value for each token."""
         graph = self.graph
         flat = graph.reshape(row, self.count)
         if self.table is None:
             return flat
-        found = graph.op("Gather", graph.op("Concat", flat, graph.floats(0), axis=0), self.table, axis=0)
-        return self._with_slots(flat, found)
+        kept = graph.op("Gather", graph.op("Concat", flat, graph.floats(0), axis=0), self.table, axis=0)
+        return self._with_slots(flat, kept)
 
     def _slot_columns(self, slot_tokens: ir.Value, tokens: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Which of int64[γ] tokens stand in slots, bool[γ], and the columns of these."""
+        """Returns which of `tokens`, int64[γ], are in slots, bool[γ], and the columns of those, int64[γ]."""
         graph = self.graph
         matches = graph.op("Cast", graph.op("Equal", graph.reshape(tokens, -1, 1), slot_tokens), to=INT64)
         numbers = graph.constant("slot_columns", np.arange(self.kept, self.count))
         is_slot = graph.op("Greater", graph.reshape(graph.total(matches, 1), -1), *graph.ints([0]))
         return is_slot, graph.reshape(graph.total(graph.op("Mul", matches, numbers), 1), -1)
 
-    def _with_slots(self, flat: ir.Value, found: ir.Value) -> ir.Value:
-        """`found`, float32[vocab], with what `flat`, a row of q, holds for the tokens of slots. Empty slots are written
-        behind the vocabulary, and cut."""
+    def _with_slots(self, flat: ir.Value, kept: ir.Value) -> ir.Value:
+        """Add the values of the tokens in slots. Empty slots are written behind the vocabulary, and cut.
+
+        Args:
+            flat: float32[K + slots], a row of q.
+            kept: float32[vocab], the values of the kept tokens.
+        """
         graph = self.graph
         if self.slot_tokens is None:
-            return found
-        zero, kept, vocab, end = graph.ints([0], [self.kept], [self.vocab], [_END])
+            return kept
+        zero, first, vocab, end = graph.ints([0], [self.kept], [self.vocab], [_END])
         at = graph.op("Where", graph.op("Less", self.slot_tokens, zero), vocab, self.slot_tokens)
-        values = graph.op("Slice", flat, kept, end)
-        wider = graph.op("Concat", found, graph.floats(0), axis=0)
+        values = graph.op("Slice", flat, first, end)
+        wider = graph.op("Concat", kept, graph.floats(0), axis=0)
         return graph.op("Slice", graph.op("ScatterElements", wider, at, values, axis=0), zero, vocab)
 
 
 def _replacement(
     graph: GraphBuilder, columns: _Columns, p: ir.Value, q: ir.Value, accepted: ir.Value, stays: ir.Value
 ) -> ir.Value:
-    """What the next token is drawn from, float32[vocab], not normalised: the positive part of p − q at the first
-    rejected position, or p after a wholly accepted draft."""
+    """Returns the weights that the next token is drawn from, float32[vocab], not normalised.
+
+    They are the positive part of p − q at the first rejected position, or p after a wholly accepted draft.
+    """
     rejected = graph.op("ReduceMax", graph.op("Cast", graph.op("Not", stays), to=INT64), keepdims=1)
     # the first rejected position's row of q; the last row, times zero, where there is none
     row = graph.op("Gather", q, graph.op("Sub", graph.op("Add", accepted, rejected), *graph.ints([1])), axis=0)
@@ -137,7 +152,7 @@ def _replacement(
 
 
 def _leading(graph: GraphBuilder, flags: ir.Value) -> ir.Value:
-    """How many of `flags`, bool[γ], are true before the first that is not: int64[1]."""
+    """Returns the number of leading true values of `flags`, bool[γ], as int64[1]."""
     failed = graph.op("Cast", graph.op("Not", flags), to=INT64)
     so_far = graph.op("CumSum", failed, graph.axis(0))
     intact = graph.op("Cast", graph.op("Equal", so_far, *graph.ints([0])), to=INT64)
@@ -145,7 +160,7 @@ def _leading(graph: GraphBuilder, flags: ir.Value) -> ir.Value:
 
 
 def _entries(graph: GraphBuilder, table: ir.Value, columns: ir.Value, width: int) -> ir.Value:
-    """`table[i, columns[i]]`, [γ], of a table [γ or more, width]: read where it lies, which a Slice would copy."""
+    """Returns `table[i, columns[i]]`, [γ], of a table [γ or more, width], without copying rows as a Slice would."""
     widths = graph.op("Add", graph.op("Mul", columns, *graph.ints([0])), *graph.ints([width]))
     starts = graph.op("CumSum", widths, graph.axis(0), exclusive=1)
     flat = graph.reshape(table, -1)

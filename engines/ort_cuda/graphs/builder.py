@@ -13,7 +13,7 @@ INT64, FLOAT = int(ir.DataType.INT64), int(ir.DataType.FLOAT)  # as an attribute
 
 
 class GraphBuilder:
-    """A graph under construction: `op("Op", inputs…, attribute=…)` appends a node and gives its one output."""
+    """A graph under construction: `op("Op", inputs…, attribute=…)` appends a node and returns its one output."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -29,17 +29,17 @@ class GraphBuilder:
         return self._inputs[-1]
 
     def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        """An initializer; one of this name that is there already is given back."""
+        """Returns the initializer `name`, which the first call with that name makes."""
         if name not in self._constants:
             self._constants[name] = self._tape.initializer(ir.Tensor(array, name=name), name=name)
         return self._constants[name]
 
     def ints(self, *vectors: list[int]) -> list[ir.Value]:
-        """Constant int64 vectors, one for each list."""
+        """Returns constant int64 vectors, one for each list."""
         return [self.constant("ints_" + "_".join(map(str, v)), np.array(v, np.int64)) for v in vectors]
 
     def axis(self, axis: int) -> ir.Value:
-        """The constant that CumSum takes for an axis."""
+        """Returns the constant that CumSum takes for an axis."""
         return self.constant(f"axis_{axis}", np.array(axis, np.int64))
 
     def floats(self, *values: float) -> ir.Value:
@@ -49,13 +49,13 @@ class GraphBuilder:
         return self.op("Reshape", value, *self.ints([*shape]))
 
     def highest(self, value: ir.Value, count: int) -> ir.Value:
-        """The `count` highest of each row of [rows, columns], the highest first."""
+        """Returns the `count` highest values of each row of [rows, columns], the highest first."""
         attributes = {"axis": 1, "largest": 1, "sorted": 1}
         values, _ = self._tape.op_multi_out("TopK", [value, *self.ints([count])], attributes, num_outputs=2)
         return values
 
     def total(self, value: ir.Value, axis: int) -> ir.Value:
-        """The sum along an axis, which stays with size 1."""
+        """Returns the sum along an axis, which stays with size 1."""
         return self.op("ReduceSum", value, *self.ints([axis]), keepdims=1)
 
     def blocks(self, value: ir.Value, size: int) -> tuple[ir.Value, int, int]:
@@ -71,7 +71,11 @@ class GraphBuilder:
         return self.reshape(value, -1, count, width), count, width
 
     def finish(self, outputs: Mapping[str, tuple[ir.Value, ir.DataType, list[int | str]]]) -> ir.Model:
-        """Returns the model with these outputs: value, dtype and shape by name."""
+        """Returns the finished model.
+
+        Args:
+            outputs: The value, dtype and shape of each output, by its name.
+        """
         for name, (value, dtype, shape) in outputs.items():
             value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         graph = ir.Graph(

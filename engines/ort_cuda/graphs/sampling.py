@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from engines.bundle.graph_io import LOGITS, SLOT_TOKEN_IDS, TOKEN_IDS, TOKEN_TABLE
 from engines.ort_cuda.graphs.builder import FLOAT, INT64, GraphBuilder
 
-NO_TOKEN = -1  # what is drawn where the weights do not add up to a positive number
+NO_TOKEN = -1  # stands for a token where the weights do not add up to a positive number
 
 
 def warp_graph(size: int, logits_type: ir.DataType, top_k: int, has_top_p: bool, has_min_p: bool) -> ir.Model:
-    """A graph that computes the probabilities of `runtime.sampling.distribution` from logits.
+    """Returns a graph that computes the probabilities of `runtime.sampling.distribution` from logits.
 
     Its inputs are logits [1, rows, size]; temperature float32[1], above 0; top_p float32[1], with `has_top_p`; and
     min_p float32[1], above 0, with `has_min_p`. Its output is probabilities float32[rows, size], all NaN in a row whose
@@ -56,7 +56,7 @@ def warp_graph(size: int, logits_type: ir.DataType, top_k: int, has_top_p: bool,
 
 
 def draw_graph(size: int, kept_token_ids: NDArray[np.int64] | None, slots: int = 0) -> ir.Model:
-    """A graph that draws a token from a row of probabilities.
+    """Returns a graph that draws a token from a row of probabilities.
 
     Its inputs are probabilities float32[1, size]; uniform float32[1] in [0, 1); and, with slots, slot_token_ids
     int64[slots]. Its output is token_ids int64[1, 1].
@@ -80,10 +80,16 @@ def draw_graph(size: int, kept_token_ids: NDArray[np.int64] | None, slots: int =
 
 
 def draw(graph: GraphBuilder, weights: ir.Value, size: int, uniform: ir.Value) -> ir.Value:
-    """The first index, int64[1], at which the running sum of `weights`, float32[1, size], passes uniform times their
-    sum.
+    """Draw an index in proportion to weights: the first at which their running sum passes `uniform` times their sum.
 
-    It is NO_TOKEN where the sum is NaN or not positive, and never an entry whose weight is 0.
+    Args:
+        graph: The graph to append to.
+        weights: float32[1, size].
+        size: The number of weights.
+        uniform: float32[1], in [0, 1).
+
+    Returns:
+        The index, int64[1]; NO_TOKEN where the sum is NaN or not positive. The weight at the index is never 0.
     """
     blocks, count, width = graph.blocks(weights, size)
     blocks = graph.reshape(blocks, count, width)
@@ -94,8 +100,8 @@ def draw(graph: GraphBuilder, weights: ir.Value, size: int, uniform: ir.Value) -
     before = graph.op("Gather", graph.op("Concat", graph.floats(0), running, axis=0), block, axis=0)
     inside = graph.reshape(graph.op("Gather", blocks, block, axis=0), width)
     index = _passed(graph, *_running_sum(graph, inside, width), graph.op("Sub", point, before))
-    found = graph.op("Add", graph.op("Mul", block, *graph.ints([width])), index)
-    return graph.op("Where", graph.op("Greater", whole, graph.floats(0)), found, *graph.ints([NO_TOKEN]))
+    drawn = graph.op("Add", graph.op("Mul", block, *graph.ints([width])), index)
+    return graph.op("Where", graph.op("Greater", whole, graph.floats(0)), drawn, *graph.ints([NO_TOKEN]))
 
 
 def _running_sum(graph: GraphBuilder, weights: ir.Value, size: int) -> tuple[ir.Value, ir.Value]:
@@ -105,9 +111,9 @@ def _running_sum(graph: GraphBuilder, weights: ir.Value, size: int) -> tuple[ir.
 
 
 def _passed(graph: GraphBuilder, running: ir.Value, whole: ir.Value, point: ir.Value) -> ir.Value:
-    """How many of the running sums do not pass `point`, int64[1]: the index of the first that does.
+    """Returns the index of the first running sum that passes `point`, int64[1].
 
-    Sums taken in another order may round the point to the whole sum or beyond: it is kept just below the whole.
+    Sums in another order may round the point to the whole sum or beyond, so it is limited to just below the whole.
     """
     below = graph.op("Min", point, graph.op("Mul", whole, graph.floats(1 - 2**-24)))
     passed = graph.op("LessOrEqual", running, below)  # nowhere, if they are NaN
@@ -115,19 +121,27 @@ def _passed(graph: GraphBuilder, running: ir.Value, whole: ir.Value, point: ir.V
 
 
 def _without(graph: GraphBuilder, scores: ir.Value, dropped: ir.Value) -> ir.Value:
-    """`scores` with −∞ where `dropped`. NaN is never dropped, so that it reaches the output."""
+    """Returns `scores` with −∞ where `dropped` is true. NaN is never dropped, so that it reaches the output."""
     return graph.op("Where", dropped, graph.floats(-np.inf), scores)
 
 
 def _outside_top_p(graph: GraphBuilder, scores: ir.Value, descending: ir.Value, size: int, top_p: ir.Value) -> ir.Value:
-    """Where scores, [rows, size], are not among the fewest that hold `top_p` of the weight. descending: sorted ones."""
+    """Returns bool[rows, size]: which scores are not among the fewest that hold `top_p` of the weight.
+
+    Args:
+        graph: The graph to append to.
+        scores: float32[rows, size].
+        descending: `scores`, each row sorted, the highest first.
+        size: The number of columns.
+        top_p: float32[1].
+    """
     weights = graph.op("Softmax", descending, axis=1)
     wanted = graph.op("Mul", top_p, graph.total(weights, 1))
-    inside = graph.op("Less", _running(graph, weights, size), wanted)  # the first one always
+    inside = graph.op("Less", _running(graph, weights, size), wanted)  # true for the first score at least
     count = graph.total(graph.op("Cast", inside, to=FLOAT), 1)
     last = graph.op("Sub", graph.op("Cast", count, to=INT64), *graph.ints([1]))
     lowest = graph.op("GatherElements", descending, last, axis=1)
-    # of equal ones the first: as many as the count leaves room for
+    # of equal scores, the first ones are kept: as many as the count leaves room for
     above = graph.total(graph.op("Cast", graph.op("Greater", scores, lowest), to=FLOAT), 1)
     ties = graph.op("Equal", scores, lowest)
     before = _running(graph, graph.op("Cast", ties, to=FLOAT), size)
@@ -136,7 +150,7 @@ def _outside_top_p(graph: GraphBuilder, scores: ir.Value, descending: ir.Value, 
 
 
 def _running(graph: GraphBuilder, values: ir.Value, size: int) -> ir.Value:
-    """The exclusive running sum along each row of [rows, size]."""
+    """Returns the exclusive running sum along each row of [rows, size]."""
     blocks, count, width = graph.blocks(values, size)
     inside = graph.op("CumSum", blocks, graph.axis(2), exclusive=1)
     before = graph.op("CumSum", graph.total(blocks, 2), graph.axis(1), exclusive=1)
