@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from runtime.draft_length import AdaptiveLength, Plan
+from runtime.draft_length import AdaptiveLength, RoundPlan
 from runtime.round_costs import Costs
 
 
@@ -14,10 +14,10 @@ class LookupLength(AdaptiveLength):
 
     is_stepwise = False
 
-    def begin(self, chances: Sequence[float] = ()) -> Plan:
+    def begin(self, chances: Sequence[float] = ()) -> RoundPlan:
         looked_up, _ = self._looked_up(chances)
         self._is_lookup = looked_up > 0
-        return Plan(looked_up, 0)
+        return RoundPlan(looked_up, 0)
 
     def afresh(self, costs: Costs) -> "LookupLength":
         return LookupLength(self.longest, costs=costs)
