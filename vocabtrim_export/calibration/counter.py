@@ -17,7 +17,7 @@ from vocabtrim_export.calibration import (
 )
 from vocabtrim_export.calibration.domains import Domain, mix
 from vocabtrim_export.calibration.endpoint import Endpoint
-from vocabtrim_export.calibration.producers import Workers
+from vocabtrim_export.calibration.producers import CountWorkers
 from vocabtrim_export.calibration.sufficiency import MOST_TOKENS, HeadSize, Sufficiency
 from vocabtrim_export.progress import Progress
 
@@ -64,7 +64,7 @@ class CountJob:
     checkpoint: Path
     rows: HeadSize
     listener: Listener = NOBODY
-    workers: Workers | None = None
+    workers: CountWorkers | None = None
 
 
 def count_data(
