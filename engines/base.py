@@ -159,6 +159,22 @@ class Engine(ABC):
             ContextFull: The tokens do not fit; the cache is unchanged.
         """
 
+    def check_feed(self, count: int, keep: int) -> None:
+        """Check the arguments of a `feed`.
+
+        Args:
+            count: The tokens to feed.
+            keep: The last positions to predict after.
+
+        Raises:
+            ContextFull: The tokens do not fit into the cache.
+            ValueError: `keep` is not between 1 and both `count` and MAX_KEEP.
+        """
+        if not 1 <= keep <= min(count, MAX_KEEP):
+            raise ValueError(f"cannot keep {keep} of {count} positions (at most {MAX_KEEP})")
+        if self.length + count > self.capacity:
+            raise ContextFull(f"{self.length} + {count} tokens, the cache holds {self.capacity}")
+
     def feed_features(
         self,
         token_ids: Sequence[int] | NDArray[np.int64],  # noqa: ARG002

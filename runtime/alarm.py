@@ -46,7 +46,11 @@ class Collapse:
 
 
 class AcceptanceAlarm:
-    """Watches rounds, of one generation after the other. collapse: the first one there was."""
+    """Watches the rounds of one generation after the other.
+
+    Attributes:
+        collapse: The first collapse; None while there is none.
+    """
 
     def __init__(self, drafter: Manifest | None) -> None:
         self.collapse: Collapse | None = None
@@ -54,7 +58,7 @@ class AcceptanceAlarm:
         self._rounds = self._accepted = 0
 
     def observe(self, entry: Round) -> Collapse | None:
-        """`collapse` when this round shows it, which happens once."""
+        """Returns the collapse if this round shows it, which happens once; else None."""
         if not entry.drafted or entry.looked_up or self.collapse:
             return None
         self._rounds += 1
@@ -67,7 +71,7 @@ class AcceptanceAlarm:
 
 
 def find_collapse(rounds: Iterable[Round], drafter: Manifest) -> Collapse | None:
-    """The first of `rounds`, if there is one."""
+    """Returns the first collapse in `rounds`; None where there is none."""
     alarm = AcceptanceAlarm(drafter)
     return next(filter(None, map(alarm.observe, rounds)), None)
 

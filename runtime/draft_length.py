@@ -38,9 +38,11 @@ class RoundPlan:
 class DraftLength(Protocol):
     """Decides how long drafts are.
 
-    longest: no draft is longer. adapts: lengths change from round to round. is_stepwise: drafts are made token by
-    token, and `goes_on` is asked after each.
-    lookups: how often looked-up tokens were right, see `PromptLookup`; None where nothing is looked up.
+    Attributes:
+        longest: The length of the longest draft, in tokens.
+        adapts: Lengths change from round to round.
+        is_stepwise: Drafts are made token by token, and `goes_on` is asked after each.
+        lookups: The shares of looked-up tokens that were right, see `PromptLookup`; None where nothing is looked up.
     """
 
     @property
@@ -56,18 +58,36 @@ class DraftLength(Protocol):
     def lookups(self) -> Shares | None: ...
 
     def begin(self, chances: Sequence[float] = ()) -> RoundPlan:
-        """Plan the next round. chances: see `Match`; empty where nothing was looked up."""
+        """Plan the next round.
+
+        Args:
+            chances: See `Match`; empty where nothing was looked up.
+        """
 
     def goes_on(self, confidence: float) -> bool:
-        """Whether to draft one more token. confidence: the drafter's probability of its most likely token, for the
-        token that was drafted last."""
+        """Whether to draft one more token.
+
+        Args:
+            confidence: The drafter's probability of its most likely token, at the token that was drafted last.
+        """
 
     def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
-        """Take in a round as it was planned: tokens drafted and accepted, by whichever way, and seconds of drafting, of
-        verifying and of all of it."""
+        """Learn from a round that was planned.
+
+        Args:
+            drafted: Drafted tokens, looked-up ones included.
+            accepted: Those of them that were accepted.
+            draft_seconds: Time of drafting.
+            verify_seconds: Time of the verification.
+            seconds: Time of the whole round.
+        """
 
     def afresh(self, costs: Costs) -> "DraftLength":
-        """The same rule before the first round, by given costs."""
+        """Returns a length by the same rule that has learnt nothing.
+
+        Args:
+            costs: The costs of a round's parts.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +112,7 @@ class FixedLength:
 
 
 class _TokenRate:
-    """Tokens per second of the last rounds: `memory` of them, older ones fade."""
+    """The tokens per second of about the last `memory` rounds; older ones fade."""
 
     def __init__(self, memory: float) -> None:
         self._keep = 1 - 1 / memory
@@ -110,7 +130,7 @@ class _TokenRate:
 
     @property
     def mean(self) -> tuple[float, float]:
-        """Tokens and seconds of a round, of which there was one."""
+        """The mean tokens and seconds of a round. There was at least one round."""
         return self._tokens / self._rounds, self._seconds / self._rounds
 
 
@@ -138,7 +158,13 @@ class AdaptiveLength:
     adapts = is_stepwise = True
 
     def __init__(self, longest: int, prompt_lookup: bool = True, costs: Costs | None = None) -> None:
-        """longest: the most tokens of a draft. costs: of a round's parts; None measures them."""
+        """Make a length that has learnt nothing.
+
+        Args:
+            longest: The most tokens of a draft.
+            prompt_lookup: Whether looked-up tokens are drafted too.
+            costs: The costs of a round's parts; None measures them.
+        """
         self.longest = longest
         self.lookups = Shares(LOOKUP_PRIORS) if prompt_lookup else None
         self._costs = MeasuredCosts() if costs is None else costs
@@ -197,14 +223,14 @@ class AdaptiveLength:
         return self.longest
 
     def _learn(self, drafted: int, accepted: int) -> None:  # noqa: ARG002
-        """Take in how far a draft of the drafter's was right."""
+        """Learn how many tokens of the drafter's draft were right."""
         for i, index in enumerate(self._bins[: accepted + 1]):
             self._is_right.count(index, i < accepted)
             if i > 0:
                 self._next_is_right.count(self._bins[i - 1], i < accepted)
 
     def _looked_up(self, chances: Sequence[float]) -> tuple[int, float]:
-        """How many tokens of a match are worth verifying, and the tokens that they gain beyond what their time would.
+        """Returns how many tokens of a match are worth verifying, and the tokens gained beyond their time's worth.
 
         Each further token is less likely than the one before, so the first that is not worth it ends them.
         """
@@ -217,7 +243,7 @@ class AdaptiveLength:
         return min(len(chances), self.longest), gain
 
     def _drafter_gain(self) -> float:
-        """The tokens that a round of the drafter's gains beyond what its time would."""
+        """Returns the tokens that a round with the drafter's draft gains beyond its time's worth."""
         tokens, seconds = self._drafted.mean if self._drafted.value else (_PRIOR_TOKENS, self._costs.round(1, 1))
         return tokens - 1 - self._rate() * (seconds - self._costs.round(0, 0))
 

@@ -24,7 +24,13 @@ class TieredLength(AdaptiveLength):
     is_stepwise = False
 
     def __init__(self, tiers: tuple[int, ...], prompt_lookup: bool = True, costs: Costs | None = None) -> None:
-        """tiers: numbers of tokens, ascending. costs: see `AdaptiveLength`."""
+        """Make a length that has learnt nothing.
+
+        Args:
+            tiers: Numbers of tokens, ascending.
+            prompt_lookup: See `AdaptiveLength`.
+            costs: See `AdaptiveLength`.
+        """
         super().__init__(tiers[-1], prompt_lookup, costs)
         self.tiers = tiers
         self._shares, self._outcome = Shares(_PRIORS), _SOME
@@ -40,7 +46,7 @@ class TieredLength(AdaptiveLength):
         return max(self.tiers, key=lambda tier: self._expected(tier) - rate * self._costs.round(tier, tier))
 
     def _expected(self, tier: int) -> float:
-        """Accepted tokens of a draft of `tier` tokens."""
+        """Returns the expected number of accepted tokens of a draft of `tier` tokens."""
         shares = (self._shares[self._bin(position)] for position in range(tier))
         return float(sum(accumulate(shares, mul)))
 
@@ -54,7 +60,7 @@ class TieredLength(AdaptiveLength):
 
 
 def tiers_up_to(most: int, unrolled: int = 0) -> tuple[int, ...]:
-    """The tiers of a pair.
+    """Returns the tiers of a pair.
 
     Args:
         most: The tokens that the target verifies at most.

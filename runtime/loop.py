@@ -250,9 +250,15 @@ class _Loop:
         return _Move(draft, output, *times, None, looked_up, not plan.pays)
 
     def speculate(self, reader: TokenReader, room: int, is_paused: bool) -> _Move | None:
-        """Draft and verify in one call for both engines; None where they cannot, or the drafter may lack the prompt.
+        """Draft and verify in one call for both engines.
 
-        is_paused: see `Round`.
+        Args:
+            reader: The drafter's reader.
+            room: The number of tokens to draft.
+            is_paused: See `Round`.
+
+        Returns:
+            The draft and its verification; None where the engines cannot do this, or the drafter may lack the prompt.
         """
         if not self.has_drafted or not self.rule.runs_on_device or self.length.is_stepwise:
             return None

@@ -16,7 +16,9 @@ LOOKUP_PRIORS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 0.9)  # of right tokens in each 
 class Match:
     """An earlier place of the text's last tokens.
 
-    tokens: what followed there. chances: the running share of such tokens that were right, where all before were.
+    Attributes:
+        tokens: The tokens that followed there.
+        chances: For each of them, the running share of such tokens that were right where all before them were.
     """
 
     tokens: tuple[int, ...]
@@ -49,14 +51,14 @@ class PromptLookup:
         self._length, self._tokens = self._find()
 
     def match(self) -> Match:
-        """The match of the text as it is; NO_MATCH where its last two tokens are new."""
+        """Returns the match of the text as it is; NO_MATCH where its last two tokens are new."""
         if not self._tokens:
             return NO_MATCH
         bins = (_bin(self._length + i) for i in range(len(self._tokens)))
         return Match(self._tokens, tuple(self._shares[index] for index in bins))
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """The text goes on with `tokens`."""
+        """Append `tokens` to the text."""
         tokens = list(tokens)
         for i, (looked_up, token) in enumerate(zip(self._tokens, tokens, strict=False)):
             self._shares.count(_bin(self._length + i), looked_up == token)
@@ -74,7 +76,7 @@ class PromptLookup:
             text.append(token)
 
     def _find(self) -> tuple[int, tuple[int, ...]]:
-        """The length of the match and what followed."""
+        """Returns the length of the match and the tokens that followed."""
         text = self._text
         for size in _SIZES:
             after = self._after.get(tuple(text[-size:])) if size <= len(text) else None

@@ -1,4 +1,4 @@
-"""What the parts of a round cost: measured while the loop runs, or given."""
+"""The costs of a round's parts: measured while the loop runs, or given."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -20,22 +20,40 @@ class Costs(Protocol):
 
     @property
     def next_row(self) -> float:
-        """One more token to verify."""
+        """The cost of one more token to verify."""
 
     @property
     def next_drafted(self) -> float:
-        """One more token to draft and to verify."""
+        """The cost of one more token to draft and to verify."""
 
     def observe(self, drafted: int, verified: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
-        """Take in what a round took that verified so many tokens, of which the drafter drafted so many."""
+        """Learn from the times of a round.
+
+        Args:
+            drafted: Tokens that the drafter drafted.
+            verified: Tokens that were verified, looked-up ones included.
+            draft_seconds: Time of drafting.
+            verify_seconds: Time of the verification.
+            seconds: Time of the whole round.
+        """
 
     def round(self, drafted: int, verified: int) -> float:
-        """A round that verifies so many tokens, of which the drafter drafts so many."""
+        """Returns the cost of a round.
+
+        Args:
+            drafted: Tokens that the drafter drafts.
+            verified: Tokens that are verified, looked-up ones included.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class GivenCosts:
-    """Costs as shares of a round without a draft. step: of a drafted token. row: of a further row to verify."""
+    """Costs as shares of a round without a draft.
+
+    Attributes:
+        step: The cost of a drafted token.
+        row: The cost of a further row to verify.
+    """
 
     step: float
     row: float
@@ -50,7 +68,7 @@ class GivenCosts:
         return self.step + self.row
 
     def observe(self, drafted: int, verified: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
-        """Nothing: they are given."""
+        """Do nothing: the costs are given."""
 
     def round(self, drafted: int, verified: int) -> float:
         return 1 + drafted * self.step + verified * self.row
@@ -108,7 +126,7 @@ class MeasuredCosts:
         return self._step.median if len(self._step) else _STEP * (self._base + self._slope)
 
     def _fit(self) -> None:
-        """A line through the medians by least squares, that the assumed slope draws to itself while there are few."""
+        """Fit a line to the medians by least squares. While they are few, the assumed slope weighs more."""
         several = {rows: each for rows, each in self._verify.items() if rows > 1} or self._verify
         weight = sum(len(each) for each in several.values())
         rows = sum(len(each) * n for n, each in several.items()) / weight

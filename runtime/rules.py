@@ -27,16 +27,21 @@ class Rule(Protocol):
         """The parameters with which a device can do both by itself; None where it takes the most likely tokens."""
 
     def propose(self, draft: list[int], output: StepOutput) -> int | None:
-        """The drafter's next token after the text and `draft`; None where it has none that may be chosen."""
+        """Returns the drafter's next token after the text and `draft`; None where no token may be chosen."""
 
     def look_up(self, count: int) -> None:
-        """The draft begins with `count` tokens that were looked up: no distribution stands behind them."""
+        """Note that the draft begins with `count` looked-up tokens, which were not drawn from a distribution."""
 
     def confidence(self, output: StepOutput) -> float:
-        """The drafter's probability of its most likely token, where `propose` has just chosen one."""
+        """Returns the drafter's probability of its most likely token, after `propose` has chosen one."""
 
     def accept(self, draft: list[int], output: StepOutput) -> Accepted:
-        """The target's verdict; with an empty `draft`, its next token. The text then goes on with what stays."""
+        """Accept a draft, and append what stays to the text.
+
+        Args:
+            draft: The drafted tokens; an empty draft only asks for the target's next token.
+            output: The target's output, with keep = len(draft) + 1.
+        """
 
 
 class Greedy:
@@ -195,7 +200,11 @@ def make_rule(
 
 
 def require_choice(row: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`row` of logits, if it leaves a token to choose. Raises `VocabtrimError`."""
+    """Returns `row`, the logits of a position, if a token can be chosen.
+
+    Raises:
+        VocabtrimError: The rules forbid every token.
+    """
     if row.max() == FORBIDDEN:
         raise VocabtrimError(
             "the rules forbid every token: relax suppress_tokens, no_repeat_ngram_size, min_new_tokens, bad_words_ids, "

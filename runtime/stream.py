@@ -187,10 +187,11 @@ def _decode(stream: TextStream | None, token_id: int, is_last: bool) -> str:
 
 
 def _next_token(stream: "ref[Stream]") -> Token | None:
-    """The next token, or None at the end.
+    """Returns the next token; None at the end.
 
-    stream: a weak reference, because the worker keeps its arguments for a moment after the result is out, and a stream
-    that is dropped then must free its decoder at once.
+    Args:
+        stream: A weak reference, because the worker keeps its arguments for a moment after it returns, and a stream
+            that is dropped then must free its decoder at once.
     """
     held = stream()
     return None if held is None else next(held, None)

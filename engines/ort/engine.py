@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import MAX_KEEP, ContextFull, Engine, StepOutput
+from engines.base import MAX_KEEP, Engine, StepOutput
 from engines.bundle.graph_io import (
     FEATURES_OUTPUT,
     HIDDEN_INPUT,
@@ -92,10 +92,7 @@ class OnnxRuntimeEngine(Engine):
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         self.use.check_open()
         ids = np.asarray(token_ids, np.int64)
-        if not 1 <= keep <= min(len(ids), CHUNK):
-            raise ValueError(f"cannot keep {keep} of {len(ids)} positions (at most {CHUNK})")
-        if self.length + len(ids) > self.capacity:
-            raise ContextFull(f"{self.length} + {len(ids)} tokens, the cache holds {self.capacity}")
+        self.check_feed(len(ids), keep)
         while len(ids) > CHUNK:
             # what follows the chunk must hold all the kept positions
             cut = min(CHUNK, len(ids) - keep)

@@ -10,15 +10,13 @@ from engines.ort.engine import OnnxRuntimeEngine
 from engines.ort.medusa import MedusaEngine
 from engines.ort.profiled import load_profiled
 from engines.ort.session import open_session
+from engines.refusals import refuse_bf16
 
 
 def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> Engine:
     """Load a bundle of `--format onnx`; see `engines.load.load_engine`."""
     manifest = bundle.manifest
-    if manifest.dtype == "bf16":
-        raise VocabtrimError(
-            f"{bundle.path} is a bf16 bundle, which ONNX Runtime cannot run on the CPU: export it as fp32"
-        )
+    refuse_bf16(bundle)
     if profile and manifest.interface == "parallel-heads":
         raise VocabtrimError("the operators of Medusa heads are not profiled yet: leave --profile out")
     if profile:

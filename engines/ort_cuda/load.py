@@ -11,6 +11,7 @@ from engines.ort.load import cache_owner
 from engines.ort_cuda.eagle import CudaEagleEngine, CudaFeatureEngine
 from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
 from engines.ort_cuda.provider import open_cuda_session, require_provider
+from engines.refusals import refuse_profile
 
 
 def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> OnnxRuntimeCudaEngine:
@@ -41,8 +42,7 @@ def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> OnnxRunt
 
 
 def _check(bundle: Bundle, profile: Path | None) -> None:
-    if profile:
-        raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
+    refuse_profile(profile)
     if bundle.manifest.interface == "parallel-heads":
         raise VocabtrimError(f"{bundle.path} holds Medusa heads, which run on the CPU only so far: use device 'cpu'")
 

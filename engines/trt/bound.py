@@ -52,7 +52,14 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What all profiles of an executor use in turn. activation: working memory for the largest of them."""
+    """What all profiles of an executor share.
+
+    Attributes:
+        library: The library that runs the plans.
+        log: Its logger.
+        stream: The stream that all work is queued on.
+        activation: Working memory, enough for the largest profile; one profile uses it at a time.
+    """
 
     library: Library
     log: Log
@@ -62,8 +69,14 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class _Buffers:
-    """inputs: all but those that stay on the GPU, in one block, so that one copy moves them.
-    logits: None where a plan has none.
+    """The buffers of one profile.
+
+    Attributes:
+        inputs_host: All inputs but those that stay on the GPU, in one block, so that one copy moves them.
+        inputs_device: The same block on the GPU.
+        tokens_host: The token ids, copied from `tokens_device`.
+        tokens_device: The token ids that the plan writes.
+        logits: The logits that the plan writes; None where it has none.
     """
 
     inputs_host: cuda.PinnedMemory
@@ -77,9 +90,16 @@ class BoundProfile:
     """An execution context on one optimization profile.
 
     The first `run` launches kernel by kernel, as libraries load them when first used; the second captures the copy of
-    the inputs, the kernels and the copy of the tokens into a CUDA graph, which stands for all of them from then on.
-    inputs: name → int64 array, flat, of page-locked memory, to write before `run`.
-    addresses: of the inputs that stay on the GPU, the KV cache and in-context slots, by name.
+    the inputs, the kernels and the copy of the tokens into a CUDA graph, which later runs launch.
+
+    Attributes:
+        inputs: Flat int64 arrays of page-locked memory by the names of inputs. The caller writes them before `run`.
+
+    Args:
+        shared: What all profiles share.
+        engine: The ICudaEngine.
+        index: The number of the optimization profile.
+        addresses: The addresses of the inputs that stay on the GPU, the KV cache and in-context slots, by name.
     """
 
     def __init__(self, shared: Shared, engine: Any, index: int, addresses: Mapping[str, int]) -> None:
@@ -89,7 +109,7 @@ class BoundProfile:
         self._work = Replayed(shared.stream, self._enqueue, self._is_capturable)
         with ExitStack() as owned:
             self._buffers = self._bind(owned, addresses)
-            # After the profile and the shapes, for which it is.
+            # Its size depends on the profile and the shapes, so it is set after them.
             self._context.set_device_memory(shared.activation.address, shared.activation.size)
             self._owned = owned.pop_all()
 
@@ -101,7 +121,7 @@ class BoundProfile:
     def run(self) -> NDArray[np.int64]:
         """Compute with what `inputs` hold and wait for it. Returns token_ids, flat: int64[n]."""
         stream, log = self._shared.stream, self._shared.log
-        log.clear()  # of what a vain attempt at a graph said
+        log.clear()  # drops the errors of a failed attempt to capture a graph
         if not self._work.run():
             raise RuntimeError(f"{self._shared.library.name} failed to run a plan: {log.reason()}")
         stream.synchronize()
@@ -109,7 +129,7 @@ class BoundProfile:
         return tokens.view(0, tokens.size // 8).copy()
 
     def read_logits(self) -> NDArray[np.float32]:
-        """float32[keep, head_rows] of the last `run`."""
+        """Returns the logits of the last `run`, float32[keep, head_rows]."""
         if self._context is None or self._buffers.logits is None:
             raise RuntimeError("no logits: they are valid until the next feed, and no draft has any")
         _, *shape = self._context.get_tensor_shape(LOGITS)
@@ -126,7 +146,7 @@ class BoundProfile:
         self._owned.close()
 
     def _make_context(self, index: int) -> Any:
-        """An execution context whose profile and input shapes are set."""
+        """Returns an execution context whose profile and input shapes are set."""
         shared, engine = self._shared, self._engine
         shared.log.clear()
         context = create_context(shared.library, engine)

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import MAX_KEEP, MOST_UNREAD, ContextFull, DeviceName, Engine, StepOutput
+from engines.base import MOST_UNREAD, DeviceName, Engine, StepOutput
 from engines.bundle.read import Bundle, Profile, TensorRT
 from engines.slots import Slots
 
@@ -108,10 +108,7 @@ class StaticEngine(Engine):
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         ids = np.asarray(token_ids, np.int64)
-        if not 1 <= keep <= min(len(ids), MAX_KEEP):
-            raise ValueError(f"cannot keep {keep} of {len(ids)} positions (at most {MAX_KEEP})")
-        if self.length + len(ids) > self.capacity:
-            raise ContextFull(f"{self.length} + {len(ids)} tokens, the cache holds {self.capacity}")
+        self.check_feed(len(ids), keep)
         span = self._span(self.length + len(ids) + self._padding)
         profiles = [profile for profile in self._plans.profiles if profile.span == span]
         calls = plan_calls(profiles, len(ids), keep, self._plans.spans[-1] - self.length)

@@ -79,7 +79,7 @@ class TensorRTExecutor(Executor):
         position_ids: NDArray[np.int64],
         logits_positions: NDArray[np.int64],
     ) -> StepOutput:
-        """input_ids, position_ids: int64[profile.tokens]."""
+        """Run one profile of `model.engine`; see `Executor.step`."""
         bound = self._profile("model", self._plans.profiles.index(profile))
         bound.inputs[INPUT_IDS][:] = input_ids.reshape(-1)
         bound.inputs[POSITION_IDS][:] = position_ids.reshape(-1)
@@ -87,7 +87,7 @@ class TensorRTExecutor(Executor):
         return StepOutput(bound.run(), bound.read_logits)
 
     def draft(self, span: int, input_ids: NDArray[np.int64], position_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """input_ids, position_ids: int64[MOST_UNREAD]. Returns int64[γ]."""
+        """Run `draft.engine`; see `Executor.draft`."""
         if not self._plans.draft_length:
             raise ValueError("the bundle has no draft.engine")
         bound = self._profile("draft", self._plans.spans.index(span))
@@ -99,7 +99,7 @@ class TensorRTExecutor(Executor):
         self._owned.close()
 
     def _profile(self, which: Which, index: int) -> BoundProfile:
-        """The profile, bound when first used."""
+        """Returns the profile, which is bound when it is first used."""
         bound = self._bound.get((which, index))
         if bound is None:
             bound = BoundProfile(self._shared, self._engines[which], index, self._addresses)
@@ -109,7 +109,7 @@ class TensorRTExecutor(Executor):
         return bound
 
     def _open_slots(self, bundle: Bundle, owned: ExitStack) -> DeviceSlots | None:
-        """The slots of the plans, in memory that `owned` frees."""
+        """Returns the slots of the plans, in memory that `owned` frees; None where they have none."""
         engine, library, stream = self._engines["model"], self._shared.library, self._shared.stream
         names = tensor_names(library, engine, inputs=True)
         shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
@@ -134,7 +134,7 @@ class TensorRTExecutor(Executor):
 
 
 def _open(bundle: Bundle, plans: TensorRT, library: Library, runtime: Any, log: Log) -> dict[Which, Any]:
-    """The ICudaEngines of a bundle."""
+    """Returns the ICudaEngines of a bundle."""
     files: dict[Which, tuple[str, str]] = {"model": (PLAN_NAME, MODEL_NAME)}
     if plans.draft_length:
         files["draft"] = DRAFT_PLAN_NAME, DRAFT_MODEL_NAME

@@ -120,7 +120,12 @@ class Log:
         self._write = write
 
     def log(self, severity: Any, message: str) -> None:
-        """Called by the library. severity: ILogger.Severity."""
+        """Take a message; the library calls this.
+
+        Args:
+            severity: ILogger.Severity.
+            message: The text.
+        """
         if _NOISE.search(message):
             return
         if int(severity) <= 2:  # 0 and 1 are errors, 2 is a warning
@@ -131,7 +136,7 @@ class Log:
             self._write(f"[{severity.name.lower()}] {message}")
 
     def reason(self) -> str:
-        """The first error since the last `clear`, in one line; later errors follow from it."""
+        """Returns the first error since the last `clear`, in one line; later errors follow from it."""
         return one_line(self.errors[0]) if self.errors else "it gave no reason"
 
     def clear(self) -> None:
@@ -140,8 +145,11 @@ class Log:
 
 
 def make_log(library: Library, write: Callable[[str], None] | None = None) -> Log:
-    """Make a logger for all use of `library`; it must outlive it. write: called with every line, as `--verbose` shows
-    them.
+    """Returns a logger for `library`, which must outlive every object that is made with it.
+
+    Args:
+        library: The library.
+        write: Called with every line, which `--verbose` shows.
     """
     base = library.api.ILogger
 
@@ -153,5 +161,5 @@ def make_log(library: Library, write: Callable[[str], None] | None = None) -> Lo
 
 
 def one_line(text: str) -> str:
-    """At most 300 characters of `text`, without line breaks."""
+    """Returns `text` without line breaks, cut to 300 characters."""
     return " ".join(text.split())[:300]

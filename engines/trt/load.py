@@ -5,6 +5,7 @@ from pathlib import Path
 from engines.base import Engine, Neighbour
 from engines.bundle.read import Bundle
 from engines.errors import VocabtrimError
+from engines.refusals import refuse_profile
 from engines.trt.engine import StaticEngine
 from engines.trt.executor import TensorRTExecutor
 from engines.trt.plan_proof import prove_plan
@@ -13,8 +14,7 @@ from engines.trt.plan_proof import prove_plan
 def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> Engine:  # noqa: ARG001  (it shares nothing)
     """Load a bundle of `--format trt`, whose plan proves itself first; see `engines.load.load_engine`."""
     plans = bundle.manifest.tensorrt
-    if profile:
-        raise VocabtrimError("operators are profiled on the CPU, and in bundles of --format onnx: use those")
+    refuse_profile(profile)
     if plans is None or plans.flavor == "none":
         raise VocabtrimError(f"{bundle.path} holds no TensorRT plan: export it with --format trt, or use device 'cpu'")
     engine = StaticEngine(bundle, TensorRTExecutor(bundle))

@@ -63,8 +63,13 @@ class ExpectedLogits:
 
 @dataclass(frozen=True, slots=True)
 class PlanProof:
-    """A proof that was done. plans: the files' digests. environment: library, driver and GPU. largest_difference: of a
-    logit, as a share of the logits' standard deviation."""
+    """A proof that was done.
+
+    Attributes:
+        plans: The digests of the plans' files, by their names.
+        environment: The library, the driver and the GPU.
+        largest_difference: The largest difference of a logit, as a share of the logits' standard deviation.
+    """
 
     plans: Mapping[str, str]
     environment: Mapping[str, str]
@@ -72,7 +77,7 @@ class PlanProof:
 
 
 def kept_positions(length: int) -> int:
-    """How many of the last positions of a call of `length` tokens are compared."""
+    """Returns how many of the last positions of a call of `length` tokens are compared."""
     return min(length, _KEPT)
 
 
@@ -120,7 +125,7 @@ def _plans(bundle: Bundle) -> list[str]:
 
 
 def _proof_at(place: Path) -> PlanProof | None:
-    """The proof that lies there; None where there is none, or something else."""
+    """Returns the proof in a file; None where there is no valid one."""
     try:
         proof: PlanProof = decode(PlanProof, read(place), str(place))
     except VocabtrimError:

@@ -38,8 +38,11 @@ def read_bandwidth(threads: int | None = None, buffer_bytes: int = BUFFER_BYTES,
 
 
 def bandwidths(engines: Iterable[Engine], given: float | None = None) -> dict[DeviceName, float]:
-    """The bytes/s of main memory or of the GPU's, by the devices that `engines` are on. given: a value instead of
-    measuring.
+    """Returns the bytes/s that the memory of each device delivers.
+
+    Args:
+        engines: The engines whose devices are measured.
+        given: The value to return instead of measuring.
     """
     devices = {engine.device for engine in engines}
     return {

@@ -93,7 +93,11 @@ def bench(
 def _draft_length(
     target: Engine, drafter: Engine | None, draft_length: int | Auto | None, is_forced: bool
 ) -> DraftLength:
-    """How long a mode's drafts are; fixed by default where acceptance is forced. Refuses engines of different pairs."""
+    """Returns the draft length of a mode, by default a fixed one where acceptance is forced.
+
+    Raises:
+        VocabtrimError: The two engines do not belong together.
+    """
     check_pair(target, drafter)
     if is_forced and draft_length != "auto":
         return FixedLength(resolve_draft_length(target, drafter, draft_length))
@@ -101,7 +105,11 @@ def _draft_length(
 
 
 def check_greedy(sampling: SamplingParams) -> None:
-    """Raise `ValueError` for sampling: its outputs differ from run to run, so that none could be compared."""
+    """Check that a bench can compare outputs, which differ from run to run where tokens are sampled.
+
+    Raises:
+        ValueError: `sampling` is not greedy.
+    """
     if not sampling.is_greedy:
         raise ValueError("a bench decodes greedily: give rules on logits alone")
 
@@ -124,7 +132,7 @@ def measured_on(target: Engine, drafters: Mapping[str, Engine]) -> dict[str, Any
 
 
 def resolve_force_accepted(force_accepted: ForceAccepted, length: DraftLength) -> int | None:
-    """The accepted tokens that are forced in drafts of `length`.
+    """Returns the number of tokens that each round is forced to accept; None where acceptance is not forced.
 
     Raises:
         VocabtrimError: More tokens are to be accepted than are drafted, or drafts have no fixed length.

@@ -18,7 +18,16 @@ _ROUNDS = 10  # that time each γ, in each repeat
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """A plan and what it was made from. target_step_ms: a whole round of the target alone, in ms."""
+    """A plan and the measurements that it was made from.
+
+    Attributes:
+        plan: The plan.
+        target_step_ms: The time of a whole round of the target alone, in ms.
+        drafters: The measured times of each drafter.
+        prompts: The number of prompts.
+        settings: What was measured.
+        environment: See `BenchReport`.
+    """
 
     plan: Plan
     target_step_ms: float
@@ -85,7 +94,7 @@ def _acceptance(runs: Sequence[Sequence[TimedGeneration]]) -> tuple[float, ...]:
 
 
 def _timed_way(drafter: Engine, draft_length: int, prompt: Sequence[int], acceptance: Sequence[float]) -> Way:
-    """A few full rounds that accept what is to be expected: what a drafter must catch up on depends on it."""
+    """Returns a mode of a few full rounds that accept the expected number of tokens, on which catching up depends."""
     accepted = min(round(expected_block_efficiency(acceptance, draft_length) - 1), draft_length)
     room = drafter.capacity - len(prompt)
     return Way(drafter, draft_length, [prompt], min(_ROUNDS * (accepted + 1) + draft_length, room), accepted)

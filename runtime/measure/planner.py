@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# Above these a reason is worth telling. They change no choice.
+# Thresholds of the reasons that a plan states. They change no choice.
 _COMPUTE_BOUND = 0.5  # of a step: what each further verified token costs
 _SMALL_HEAD = 0.25  # of the bytes of a draft step
 _LOW_ACCEPTANCE = 0.5  # of the first drafted tokens
@@ -45,7 +45,17 @@ class DrafterTimes:
 
 @dataclass(frozen=True, slots=True)
 class PlanCandidate:
-    """What to expect of a drafter at one γ, without prefills. speedup: over the target alone."""
+    """The expected speed of a drafter at one γ, without prefills.
+
+    Attributes:
+        drafter: The drafter's name.
+        head_rows: The rows of its LM head.
+        is_trimmed: Its head is trimmed.
+        draft_length: γ.
+        block_efficiency: Tokens per round.
+        tokens_per_second: Tokens per second.
+        speedup: Over the target alone.
+    """
 
     drafter: str
     head_rows: int
@@ -133,7 +143,11 @@ def _candidate(target_step_ms: float, drafter: DrafterTimes, times: RoundTimes) 
 
 
 def _trimming_gain(candidates: Sequence[PlanCandidate]) -> float | None:
-    """candidates: the fastest first."""
+    """Returns the best trimmed drafter's speed over the best full one's; None where either is missing.
+
+    Args:
+        candidates: All candidates, the fastest first.
+    """
     trimmed = next((c for c in candidates if c.is_trimmed), None)
     full = next((c for c in candidates if not c.is_trimmed), None)
     return trimmed.tokens_per_second / full.tokens_per_second if trimmed and full else None
@@ -162,7 +176,7 @@ def _against_speculation(target_step_ms: float, drafter: DrafterTimes, times: Ro
 
 
 def _against_trimming(drafters: Sequence[DrafterTimes], gain: float | None) -> list[str]:
-    """Why a trim gains little or loses; nothing where there is nothing to compare."""
+    """Returns the reasons why a trim gains little or loses; none where there is nothing to compare."""
     full = [drafter for drafter in drafters if not drafter.is_trimmed]
     trimmed = [drafter for drafter in drafters if drafter.is_trimmed]
     reasons = []

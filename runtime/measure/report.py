@@ -1,4 +1,4 @@
-"""What the runs of a bench say about each mode."""
+"""The report of a bench: figures of each mode."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -182,9 +182,14 @@ def mode_report(
 def _times(
     runs: Sequence[TimedGeneration], target_step: Percentiles | None, tau: float, fixed: int | None, drafted: float
 ) -> dict[str, Any]:
-    """The fields of `ModeReport` that follow from the times of calls and rounds.
+    """Returns the fields of `ModeReport` that follow from the times of calls and rounds.
 
-    fixed: γ, 0 for the target alone, None where it adapts. drafted: tokens drafted a round.
+    Args:
+        runs: The runs of the mode.
+        target_step: The times of a step of the target alone.
+        tau: The block efficiency.
+        fixed: γ; 0 for the target alone, None where it adapts.
+        drafted: Tokens drafted per round.
     """
     length = drafted if fixed is None else fixed
     draft, verify = (

@@ -70,10 +70,15 @@ class TimedGeneration:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way of decoding some prompts. drafter: None for the target alone. force_accepted: see `decode_rounds`.
+    """One way of decoding some prompts.
 
-    sampling: greedy, with rules on logits.
-    draft_length: γ, or what decides it; an adaptive one keeps what it learns from one generation to the next.
+    Attributes:
+        drafter: The drafter; None for the target alone.
+        draft_length: γ, or what decides it; an adaptive one keeps what it learns from one generation to the next.
+        prompts: Token ids of each prompt.
+        max_new_tokens: The most tokens to generate for a prompt.
+        force_accepted: See `decode_rounds`.
+        sampling: Greedy, with rules on logits.
     """
 
     drafter: Engine | None

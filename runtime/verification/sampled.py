@@ -89,7 +89,12 @@ class SettingReport:
 
 @dataclass(frozen=True, slots=True)
 class SamplingReport:
-    """All settings. Bonferroni: each is tested at ALPHA over their number. draft_length: the longest γ."""
+    """The tests of all settings. Each is tested at ALPHA over their number (Bonferroni).
+
+    Attributes:
+        settings: The test of each setting.
+        draft_length: The longest γ.
+    """
 
     settings: tuple[SettingReport, ...]
     draft_length: int
@@ -99,13 +104,19 @@ class SamplingReport:
         return all(setting.passed for setting in self.settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for `json.dumps`."""
+        """Returns plain data for `json.dumps`."""
         return asdict(self) | {"settings": [each.to_dict() for each in self.settings], "passed": self.passed}
 
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """One token. at: where in [0, 1] it fell in either order. missed: the target's mass on what the drafter lacks."""
+    """One tested token.
+
+    Attributes:
+        at: Its points in [0, 1], in the order by q/p and in that by p.
+        missed: The probability that the target gives to tokens which the drafter lacks.
+        impossible: The target gives it probability zero.
+    """
 
     at: tuple[float, float]
     missed: float
