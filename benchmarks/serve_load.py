@@ -15,6 +15,7 @@ to FILE.json. Exits with 1 where a text differs, an answer fails or a slot does 
 import argparse
 import http.client
 import json
+import os
 import sys
 import threading
 import time
@@ -30,7 +31,7 @@ from runtime import SpeculativeDecoder
 from runtime.measure.environment import environment
 from runtime.stats import Percentiles
 
-JOBS, NEW_TOKENS, LONGEST_PROMPT, LONG_TEXT = 16, (8, 16, 32, 64), 600, 1500
+JOBS, LONGEST_PROMPT, LONG_TEXT = 16, 600, 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +55,16 @@ class Tally:
     first_token_seconds: list[float] = field(default_factory=list)
 
 
-def make_jobs(target: Path, drafter: Path | None, files: Sequence[Path], random: Random) -> tuple[list[Job], str]:
+def make_jobs(options: argparse.Namespace) -> tuple[list[Job], str]:
     """Draw the questions and let `generate` answer them; and make a text of LONG_TEXT tokens."""
-    records = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+    random = Random(0)
+    records = [json.loads(line) for file in options.prompts for line in file.read_text("utf-8").splitlines()]
     prompts = [record.get("prompt") or record["turns"][0] for record in records]
-    with SpeculativeDecoder.load(target, drafter) as decoder:
+    with SpeculativeDecoder.load(options.target, options.drafter) as decoder:
         fitting = [prompt for prompt in prompts if len(decoder.encode(prompt)) <= LONGEST_PROMPT]
         jobs = []
         for index, prompt in enumerate(random.sample(fitting, min(JOBS, len(fitting)))):
-            new_tokens = NEW_TOKENS[index % len(NEW_TOKENS)]
+            new_tokens = options.new_tokens[index % len(options.new_tokens)]
             with decoder.fork() as fresh:
                 jobs.append(Job(prompt, new_tokens, fresh.generate(prompt, max_new_tokens=new_tokens).text))
         assert decoder.tokenizer
@@ -144,6 +146,7 @@ def run_level(served: Served, jobs: Sequence[Job], clients: int, seconds: float)
         "first_token_seconds": asdict(first) if first else None,
         "resident_mb": [before, served.resident_mb],
         "busy_or_waiting_afterwards": gauges_afterwards(served) if served.is_ours else None,
+        "load_average": os.getloadavg()[0],  # far above the cores: others computed too, and times mean little
     }
 
 
@@ -185,12 +188,13 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, nargs="+", required=True)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--new-tokens", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--llama-server", type=Path, metavar="PROGRAM")
     parser.add_argument("--model", type=Path, metavar="FILE.gguf")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    jobs, long_text = make_jobs(options.target, options.drafter, options.prompts, Random(0))
+    jobs, long_text = make_jobs(options)
     name, start = ("llama.cpp server", llama_server) if options.llama_server else ("vocabtrim serve", our_server)
     results: dict[str, Any] = {"servers": {}}
     if options.output.exists():
