@@ -4,6 +4,7 @@ from tests.mutations.mutation import Mutation
 
 SERVE = "tests/integration/test_serve.py"
 FAULTS = "tests/integration/test_serve_faults.py"
+LOAD = "tests/integration/test_serve_load.py"
 CHAT = "tests/integration/test_chat.py"
 
 SERVER = (
@@ -110,5 +111,13 @@ SERVER = (
         "lambda: workers.waiting",
         "lambda: workers.admitted - workers.busy",
         f"{FAULTS} -k slow",
+    ),
+    Mutation(
+        "No request's text is ever in another's",
+        "workers share a decoder",
+        "vocabtrim_export/serve/workers.py",
+        "Worker(decoder.fork())",
+        "Worker(decoder)",
+        f"{LOAD} -k load",
     ),
 )
