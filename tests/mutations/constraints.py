@@ -113,4 +113,12 @@ CONSTRAINTS = (
         "if False:",
         f"{SCHEMA} -k enum",
     ),
+    Mutation(
+        "A server's text is that of generate",
+        "a schema is checked and not applied",
+        "vocabtrim_export/serve/workers.py",
+        "json_schema=job.json_schema",
+        "json_schema=None",
+        "tests/integration/test_response_format.py -k answer",
+    ),
 )
