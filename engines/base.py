@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -14,6 +13,7 @@ from engines.bundle.read import Manifest
 from engines.bundle.vocab_map import HeadTokens, VocabMap
 from engines.errors import VocabtrimError
 from engines.exclusive_use import ExclusiveUse
+from engines.outputs import Speculation, StepOutput
 from engines.sampling_params import Sampling
 from engines.slots import Slots
 
@@ -23,69 +23,6 @@ MOST_UNREAD = 2
 
 DeviceName = Literal["cpu", "cuda"]
 Neighbour = Callable[[], "Engine | None"]  # waits for an engine that is loaded at the same time
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What the last `keep` fed positions predict. All arrays are valid until the engine's next `feed` or `draft`.
-
-    Attributes:
-        token_ids: int64[keep], the most likely next token of each position, as full-vocabulary ids.
-        read_logits: See `logits`.
-        read_features: See `features`; None where the engine gives none.
-    """
-
-    token_ids: NDArray[np.int64]
-    read_logits: Callable[[], NDArray[np.float32]]
-    read_features: Callable[[], NDArray[np.float32]] | None = None
-
-    @property
-    def logits(self) -> NDArray[np.float32]:
-        """float32[keep, columns]; column `i` of a trimmed drafter is token `Engine.head_tokens.kept_token_ids[i]`.
-
-        Copied from where the engine runs when asked for: greedy decoding never needs them.
-        """
-        return self.read_logits()
-
-    @property
-    def features(self) -> NDArray[np.float32]:
-        """float32[fed, features_given]: the hidden states of every position of the call, for a drafter to read."""
-        if self.read_features is None:
-            raise ValueError("this engine gives no features")
-        return self.read_features()
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """The outcome of a verification.
-
-    Attributes:
-        count: How many of the first drafted tokens are accepted.
-        next_token: The target's own token, which follows them.
-    """
-
-    count: int
-    next_token: int
-
-
-@dataclass(frozen=True, slots=True)
-class Speculation:
-    """A draft and its verification, both computed in one piece of work for the device.
-
-    Attributes:
-        drafted: int64[γ].
-        verified: What the target's `feed` would give for the last token before the draft and all of the draft, with
-            keep = γ + 1.
-        draft_seconds: The time of drafting, by the device's clock.
-        verify_seconds: The time of the verification, by the device's clock.
-        accepted: The outcome for a sampled draft; None for a greedy one, whose outcome follows from `verified`.
-    """
-
-    drafted: NDArray[np.int64]
-    verified: StepOutput
-    draft_seconds: float
-    verify_seconds: float
-    accepted: Accepted | None = None
 
 
 class Engine(ABC):

@@ -4,7 +4,7 @@ The modules of `runtime.measure` measure it (bench, sweep, plan_measurement, ban
 `runtime.verification` compare its output with the target's own (greedy, sampled).
 """
 
-from engines.base import Accepted
+from engines.outputs import Accepted
 from engines.sampling_params import SamplingParams
 from runtime.accept import accept_forced, accept_greedy, accept_sampled
 from runtime.alarm import Collapse

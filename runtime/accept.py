@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Accepted
 from engines.bundle.vocab_map import NOT_KEPT, HeadTokens
 from engines.errors import VocabtrimError
+from engines.outputs import Accepted
 from runtime.sampling import sample
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine, StepOutput
+from engines.base import Engine
+from engines.outputs import StepOutput
 
 
 class TokenReader:

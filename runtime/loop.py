@@ -4,8 +4,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from engines.base import Accepted, Engine, StepOutput
+from engines.base import Engine
 from engines.exclusive_use import Claim
+from engines.outputs import Accepted, StepOutput
 from engines.sampling_params import SamplingParams
 from runtime.constraint import Constraint, Masks
 from runtime.draft_length import DraftLength, FixedLength, RoundPlan

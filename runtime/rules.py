@@ -6,8 +6,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Accepted, Engine, StepOutput
+from engines.base import Engine
 from engines.errors import VocabtrimError
+from engines.outputs import Accepted, StepOutput
 from engines.sampling_params import Sampling, SamplingParams
 from runtime.accept import accept_forced, accept_greedy, accept_sampled
 from runtime.constraint import ConstrainedRules, Masks

@@ -21,13 +21,10 @@ from engines.bundle.manifest import (
     VOCAB_MAP_NAME,
     WEIGHTS_NAME,
     FileDigest,
-    Flavor,
     Manifest,
-    Phase,
-    Profile,
     Role,
-    TensorRT,
 )
+from engines.bundle.plans import Flavor, Phase, Profile, TensorRT
 from engines.bundle.tokenizer import TOKENIZER_NAME
 from engines.bundle.typed_json import MAX_BYTES
 from engines.bundle.vocab_map import VocabMap

@@ -6,11 +6,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import Engine, StepOutput
+from engines.base import Engine
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
 from engines.bundle.read import Bundle
 from engines.ort.engine import OnnxRuntimeEngine
 from engines.ort.step import HostStep, Step
+from engines.outputs import StepOutput
 
 
 class FeatureEngine(OnnxRuntimeEngine):

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import MAX_KEEP, Engine, StepOutput
+from engines.base import MAX_KEEP, Engine
 from engines.bundle.graph_io import (
     FEATURES_OUTPUT,
     HIDDEN_INPUT,
@@ -28,6 +28,7 @@ from engines.bundle.vocab_map import VocabMap
 from engines.ort.key_tiles import KeyTiles
 from engines.ort.session import numpy_dtype, share
 from engines.ort.step import HostStep, Step
+from engines.outputs import StepOutput
 from engines.slots import Slots, open_head_rows
 
 CHUNK = MAX_KEEP

@@ -6,10 +6,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import ContextFull, Engine, StepOutput
+from engines.base import ContextFull, Engine
 from engines.bundle.graph_io import FEATURES_OUTPUT, LOGITS, TOKEN_IDS
 from engines.bundle.read import Bundle
 from engines.ort.session import numpy_dtype
+from engines.outputs import StepOutput
 
 
 class MedusaEngine(Engine):

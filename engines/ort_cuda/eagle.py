@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import MAX_KEEP, DeviceName, Engine, Speculation, StepOutput
+from engines.base import MAX_KEEP, DeviceName, Engine
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT, INPUT_IDS
 from engines.bundle.read import Bundle
 from engines.cuda import runtime as cuda
@@ -17,6 +17,7 @@ from engines.ort_cuda.binding import BoundModel, BoundSession, Place, Work, run_
 from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
 from engines.ort_cuda.provider import can_be_captured
 from engines.ort_cuda.rows import DeviceRows, RowCopy, allocate_rows
+from engines.outputs import Speculation, StepOutput
 from engines.sampling_params import Sampling
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import MOST_UNREAD, DeviceName, Engine, Speculation, StepOutput
+from engines.base import MOST_UNREAD, DeviceName, Engine
 from engines.bundle.graph_io import INPUT_IDS, LOGITS, POSITION_IDS, SEQLENS_K, SLOT_TOKEN_IDS, TOKEN_IDS
 from engines.bundle.head_rows import HeadRows
 from engines.bundle.read import Bundle
@@ -23,6 +23,7 @@ from engines.ort.step import Step
 from engines.ort_cuda.binding import BoundModel, Place, Work, element_type, run_options
 from engines.ort_cuda.pair import PairRounds
 from engines.ort_cuda.provider import can_be_captured, explain_out_of_memory, open_cuda_graph
+from engines.outputs import Speculation, StepOutput
 from engines.sampling_params import Sampling
 
 _ALIGNED = cuda.ALIGNMENT // 8  # int64 values from one input of a step to the next

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Speculation
 from engines.ort_cuda.round import CudaRound
 from engines.ort_cuda.sampler import DeviceSampler
+from engines.outputs import Speculation
 from engines.sampling_params import Sampling, SamplingParams
 
 if TYPE_CHECKING:

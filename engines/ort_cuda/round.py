@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Accepted, Speculation, StepOutput
 from engines.bundle.graph_io import INPUT_IDS, POSITION_IDS, SEQLENS_K
 from engines.errors import VocabtrimError
 from engines.ort_cuda.binding import BoundSession, Place, Work
 from engines.ort_cuda.graphs.sampling import NO_TOKEN
+from engines.outputs import Accepted, Speculation, StepOutput
 from engines.sampling_params import Sampling
 
 if TYPE_CHECKING:

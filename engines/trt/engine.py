@@ -6,8 +6,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import MOST_UNREAD, DeviceName, Engine, StepOutput
+from engines.base import MOST_UNREAD, DeviceName, Engine
 from engines.bundle.read import Bundle, Profile, TensorRT
+from engines.outputs import StepOutput
 from engines.slots import Slots
 
 

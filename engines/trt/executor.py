@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import DeviceName, StepOutput
+from engines.base import DeviceName
 from engines.bundle.graph_io import (
     ATTENDED_SLOTS,
     INPUT_IDS,
@@ -20,6 +20,7 @@ from engines.bundle.read import DRAFT_MODEL_NAME, DRAFT_PLAN_NAME, MODEL_NAME, P
 from engines.cuda import runtime as cuda
 from engines.cuda.slots import DeviceSlots
 from engines.errors import VocabtrimError
+from engines.outputs import StepOutput
 from engines.slots import open_head_rows
 from engines.trt.bound import BoundProfile, KVCache, Shared
 from engines.trt.engine import Executor

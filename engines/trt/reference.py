@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import DeviceName, StepOutput
+from engines.base import DeviceName
 from engines.bundle.graph_io import (
     ATTENDED_SLOTS,
     INPUT_IDS,
@@ -20,6 +20,7 @@ from engines.bundle.graph_io import (
 )
 from engines.bundle.read import DRAFT_MODEL_NAME, MODEL_NAME, Bundle, Profile
 from engines.ort.session import numpy_dtype, open_session, share
+from engines.outputs import StepOutput
 from engines.slots import Slots, open_head_rows
 
 

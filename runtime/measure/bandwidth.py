@@ -7,7 +7,7 @@ from time import perf_counter
 import numpy as np
 
 from engines.base import DeviceName, Engine
-from engines.cuda import runtime as cuda
+from engines.cuda.bandwidth import copy_bandwidth
 from runtime.measure.environment import usable_cores
 
 BUFFER_BYTES = 1 << 29  # beyond the last-level cache of large servers
@@ -45,6 +45,4 @@ def bandwidths(engines: Iterable[Engine], given: float | None = None) -> dict[De
         given: The value to return instead of measuring.
     """
     devices = {engine.device for engine in engines}
-    return {
-        device: given or (cuda.copy_bandwidth() if device == "cuda" else read_bandwidth()) for device in sorted(devices)
-    }
+    return {device: given or (copy_bandwidth() if device == "cuda" else read_bandwidth()) for device in sorted(devices)}

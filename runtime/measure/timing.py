@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine, Speculation, StepOutput
+from engines.base import Engine
 from engines.bundle.vocab_map import HeadTokens
+from engines.outputs import Speculation, StepOutput
 from engines.sampling_params import Sampling, SamplingParams
 from runtime.draft_length import DraftLength
 from runtime.loop import GREEDY, decode_rounds

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from engines.base import StepOutput
 from engines.bundle.read import Bundle, Profile, TensorRT
 from engines.bundle.vocab_map import VocabMap
 from engines.cuda import runtime as cuda
 from engines.errors import VocabtrimError
+from engines.outputs import StepOutput
 from engines.trt import executor
 from engines.trt.bound import to_float32
 from engines.trt.library import Library, create_context, create_network, load_library, make_log

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from engines import VocabtrimError, load_engine, read_bundle
-from engines.base import StepOutput
 from engines.bundle.graph_io import SLOT_WEIGHT
 from engines.bundle.read import PLAN_NAME
 from engines.ort.session import share
+from engines.outputs import StepOutput
 from engines.trt.engine import StaticEngine
 from engines.trt.plan_proof import PROOF_NAME, prove_plan
 from engines.trt.reference import ReferenceExecutor

@@ -7,9 +7,10 @@ import pytest
 
 import runtime.loop
 import runtime.measure.timing
-from engines.base import ContextFull, Engine, StepOutput
+from engines.base import ContextFull, Engine
 from engines.bundle.read import Manifest
 from engines.bundle.vocab_map import VocabMap
+from engines.outputs import StepOutput
 
 VOCAB = 48
 EOS = 1
