@@ -8,14 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from engines.arguments import whole_number
 from engines.base import Engine
 from engines.bundle.chat_template import ChatOptions
 from engines.bundle.tokenizer import TOKENIZER_NAME, Tokenizer
-from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from runtime.alarm import AcceptanceAlarm
 from runtime.draft_length import DraftLength
+from runtime.generation_arguments import check_sampling, require_logprobs, require_new_tokens
 from runtime.json_schema import JsonSchemas
 from runtime.kept_prefix import kept_prefix
 from runtime.loop import GREEDY, decode_rounds
@@ -211,16 +210,8 @@ class SpeculativeDecoder:
         The arguments and errors are those of `generate`.
         """
         self.target.use.check_open()
-        max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
-        if max_new_tokens < 1:
-            raise VocabtrimError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
-        if isinstance(logprobs, bool):
-            logprobs = 0 if logprobs else None
-        if logprobs is not None and (logprobs := whole_number("logprobs", logprobs)) < 0:
-            raise VocabtrimError(f"logprobs is {logprobs}: give the number of alternatives, or 0 for none")
-        if not isinstance(sampling, SamplingParams):
-            raise VocabtrimError(f"sampling is {sampling!r}: give SamplingParams(...), or leave it out to be greedy")
-        sampling.check_token_ids(self.target.manifest.vocab_size)
+        max_new_tokens, logprobs = require_new_tokens(max_new_tokens), require_logprobs(logprobs)
+        check_sampling(sampling, self.target.manifest.vocab_size)
         if stop:
             require_tokenizer(self.tokenizer)
         token_ids = self.encode(
