@@ -17,14 +17,6 @@ CALIBRATION = (
         f"{RAY} -k killed",
     ),
     Mutation(
-        "A Ray address that does not answer is an error within seconds",
-        "Ray tries for minutes",
-        "vocabtrim_export/calibration/ray_workers.py",
-        "connection.recv(4)[3:] != _SETTINGS",
-        "False",
-        f"{RAY} -k does_not_answer",
-    ),
-    Mutation(
         "A server's answer that is cut is asked for again",
         "what came is counted",
         "vocabtrim_export/calibration/endpoint.py",
