@@ -14,7 +14,7 @@ import pytest
 
 httpx = pytest.importorskip("httpx")
 helper = pytest.importorskip("tests.serving")
-SECONDS = float(os.environ.get("VOCABTRIM_FUZZ_SECONDS", "15"))
+SECONDS = float(os.environ.get("VOCABTRIM_FUZZ_SECONDS", "10"))
 SEED = int(os.environ.get("VOCABTRIM_FUZZ_SEED", "0"))
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 SECRET = "canary-7b1f"

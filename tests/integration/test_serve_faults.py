@@ -82,7 +82,10 @@ def test_requests_that_wait_are_counted(server, monkeypatch):
     monkeypatch.setattr(Stream, "__next__", lambda stream: time.sleep(0.02) or step(stream))  # as a large model is
     with httpx.Client(headers=helper.HEADERS, timeout=20) as client:
         url = f"{server.url}/v1/completions"
-        asks = [threading.Thread(target=client.post, args=[url], kwargs={"json": ASK}) for _ in range(2)]
+        asks = [
+            threading.Thread(target=client.post, args=[url], kwargs={"json": ASK | {"max_tokens": 20}})
+            for _ in range(2)
+        ]
         for thread in asks:
             thread.start()
         while server.workers.waiting < 1:

@@ -12,7 +12,7 @@ import pytest
 from runtime import SamplingParams, SpeculativeDecoder
 
 helper = pytest.importorskip("tests.serving")
-SECONDS = float(os.environ.get("VOCABTRIM_LOAD_SECONDS", "3"))
+SECONDS = float(os.environ.get("VOCABTRIM_LOAD_SECONDS", "2"))
 CLIENTS = 16
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "the", "system", "of", "tokens"]
 MOST_GROWTH = 16 << 20  # bytes, over the second half
