@@ -47,9 +47,10 @@ def ask(decoder):
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tiny/v1/") as client:
                 return await client.post(path, json={"model": "tiny", **body})
 
-        return asyncio.run(post())
+        return runner.run(post())
 
-    yield send
+    with asyncio.Runner() as runner:  # one event loop, which still gives a worker back after its answer
+        yield send
     served.workers.close()
 
 
