@@ -201,9 +201,9 @@ def test_past_the_end_of_its_context_a_head_is_silent(pair):
 def test_a_head_that_was_silent_reads_what_it_missed(pair, monkeypatch):
     room, asked = _Loop.room, []
 
-    def sometimes(loop, drafter):
-        asked.append(drafter)
-        return room(loop, drafter) if len(asked) % 5 > 2 else 0
+    def sometimes(loop):
+        asked.append(loop)
+        return room(loop) if len(asked) % 5 > 2 else 0
 
     monkeypatch.setattr(_Loop, "room", sometimes)
     with on_host(pair) as host, on_device(pair) as (target, head, _):
