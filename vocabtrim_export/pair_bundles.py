@@ -18,7 +18,7 @@ from vocabtrim_export.progress import Progress
 from vocabtrim_export.proof.proven import trace_source, write_proven
 from vocabtrim_export.selection import Coverage, Selection, select_vocab, structural_token_ids
 from vocabtrim_export.settings import ExportSettings
-from vocabtrim_export.sources.precision import calibration_model
+from vocabtrim_export.sources.precision import calibration_dtype, running_in
 from vocabtrim_export.sources.rotation import context_length
 from vocabtrim_export.sources.source import Source
 from vocabtrim_export.tracing.trace import Traced
@@ -80,10 +80,12 @@ class PairWriter:
 
 
 def _moments(source: Source, sources: Mapping[Role, Source]) -> dict[str, Tensor]:
-    with calibration_model(source.model) as model:
+    model, dtype = source.model, calibration_dtype()
+    with running_in(model, dtype):
         if not isinstance(source, HeadSource) or not isinstance(model, FeatureHead | ParallelHeads):
             return input_moments(model, source.tokenizer)
-        with calibration_model(sources["target"].model) as target:
+        target = sources["target"].model
+        with running_in(target, dtype):
             return input_moments(model, source.tokenizer, head_run(model, target, source.feature_layers))
 
 

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from engines.bundle.read import Manifest, Role
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.notes import no_gain
-from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
+from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, existing_parent, placing, reserved
+from vocabtrim_export.bundles.size import bundle_bytes
 from vocabtrim_export.calibration import Skipped, TokenCounts, skipped_note
 from vocabtrim_export.calibration.counter import Listener
 from vocabtrim_export.calibration.counting import CalibrationInput, count_tokens, read_calibration
 from vocabtrim_export.calibration.domains import domains_note
 from vocabtrim_export.drafters.shared_tokens import differing_note, proposable_tokens
-from vocabtrim_export.drafters.source import find_head
+from vocabtrim_export.drafters.source import HeadSource, find_head
 from vocabtrim_export.formats import write_formats
 from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.generation_rules import rule_notes
@@ -26,6 +27,7 @@ from vocabtrim_export.progress import Progress
 from vocabtrim_export.selection import Selection, rows_to_choose
 from vocabtrim_export.settings import ExportSettings, check_auto, check_settings
 from vocabtrim_export.sources.head_kinds import head_kind
+from vocabtrim_export.sources.mapped import check_room
 from vocabtrim_export.sources.paths import model_text
 from vocabtrim_export.sources.refusals import check_tensorrt
 from vocabtrim_export.sources.rotation import context_length, fix_long_tables
@@ -87,8 +89,9 @@ def export(
     names = [*roles, *settings.formats]
     check_output(output, names, settings.force)
     data = _read_checked(settings, drafter, target)
-    sources = _load(drafter, target, settings.weights_dtype, progress)
+    sources = _load(drafter, target, settings.weights_dtype, existing_parent(output), progress)
     shared = proposable_tokens(sources["drafter"], sources.get("target", sources["drafter"]))
+    _check_disk(output, sources, settings)
     notes = (*_fit(sources, settings), *differing_note(shared))  # refuses before the long work, as the next line does
     notes += tuple(rule_notes(sources["target"].model.generation_config, settings.formats)) if target else ()
     skipped: list[Skipped] = []
@@ -177,19 +180,35 @@ def _read_checked(settings: ExportSettings, drafter: str, target: str | None) ->
     return data
 
 
-def _load(drafter: str, target: str | None, dtype: str, progress: Progress) -> dict[Role, Source]:
-    def read(role: Role, spec: str) -> Source:
-        return load_source(spec, DTYPES[dtype], lambda done, total: progress(f"load {role}", done >> 20, total >> 20))
+def _load(drafter: str, target: str | None, dtype: str, scratch: Path, progress: Progress) -> dict[Role, Source]:
+    def read(role: Role, spec: str, scratch: Path | None = scratch) -> Source:
+        def report(done: int, total: int) -> None:
+            progress(f"load {role}", done >> 20, total >> 20)
+
+        return load_source(spec, DTYPES[dtype], report, scratch)
 
     if target and (kind := head_kind(drafter)):
         load_head = find_head(kind, drafter, target)
-        source = read("target", target)
+        source = read("target", target, None)  # a head gets its target's dtype
         decoder_layers(source.model)  # refuses before the long work
         return {"drafter": load_head(source), "target": source}
     sources: dict[Role, Source] = {"drafter": read("drafter", drafter)}
     if target:
         sources["target"] = sources["drafter"] if target == drafter else read("target", target)
     return sources
+
+
+def _check_disk(output: Path, sources: Mapping[Role, Source], settings: ExportSettings) -> None:
+    """Refuse, before the long work, bundles that the disk has no room for; a head's are small and not counted."""
+    needed = 0.0
+    for role, source in sources.items():
+        quantization = settings.quantize if role == "target" else settings.quantize_drafter or settings.quantize
+        rows = None
+        if role == "drafter":
+            rows = min(settings.k, source.vocab_size) if isinstance(settings.k, int) else 0
+        if not isinstance(source, HeadSource):
+            needed += bundle_bytes(source.model, settings.weights_dtype, quantization, rows)
+    check_room(existing_parent(output), needed, "the export")
 
 
 def _fit(sources: Mapping[Role, Source], settings: ExportSettings) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ def new_session(
     providers: Sequence[Any] = ("CPUExecutionProvider",),
     profile_prefix: Path | None = None,
     fuse_dequantized: bool = True,
+    prepack: bool = True,
 ) -> ort.InferenceSession:
     """Open a session with a thread pool of its own, which changes nothing for the other sessions of the process.
 
@@ -41,6 +42,8 @@ def new_session(
         profile_prefix: The prefix of the file to write a profile to; None for no profile.
         fuse_dequantized: Whether ONNX Runtime may fuse products with `DequantizeLinear` behind their weights into
             kernels that round activations to 8 bits.
+        prepack: Whether ONNX Runtime may copy weights into the layouts of its kernels. Without, they stay in the mapped
+            file, and products are slower.
 
     Raises:
         Exception: What ONNX Runtime raises; its exceptions have no common base.
@@ -51,6 +54,8 @@ def new_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not fuse_dequantized:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if profile_prefix:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
@@ -63,19 +68,22 @@ def new_session(
     return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
 
 
-def open_session(path: Path, profile_prefix: Path | None = None, fuse_dequantized: bool = True) -> ort.InferenceSession:
+def open_session(
+    path: Path, profile_prefix: Path | None = None, fuse_dequantized: bool = True, prepack: bool = True
+) -> ort.InferenceSession:
     """Open a session on the CPU.
 
     Args:
         path: The ONNX file.
         profile_prefix: See `new_session`.
         fuse_dequantized: See `new_session`.
+        prepack: See `new_session`.
 
     Raises:
         VocabtrimError: ONNX Runtime cannot open the file.
     """
     try:
-        return new_session(path, profile_prefix=profile_prefix, fuse_dequantized=fuse_dequantized)
+        return new_session(path, profile_prefix=profile_prefix, fuse_dequantized=fuse_dequantized, prepack=prepack)
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise VocabtrimError(f"ONNX Runtime cannot open {path} on the CPU: {reason(error)}") from error
 

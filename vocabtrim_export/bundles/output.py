@@ -47,6 +47,11 @@ def _check_place(output: Path) -> None:
             raise VocabtrimError(f"{output} is inside the bundle {parent}: choose another --output")
 
 
+def existing_parent(path: Path) -> Path:
+    """Returns `path`, or the nearest directory above it that exists."""
+    return next(each for each in (path, *path.absolute().parents) if each.is_dir())
+
+
 @contextmanager
 def reserved(directory: Path) -> Iterator[None]:
     """Create `directory` and keep other runs out of it for the block. What a killed run left there is cleared first.

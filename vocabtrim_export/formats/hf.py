@@ -16,7 +16,8 @@ from torch import Tensor
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from vocabtrim_export.formats.exported import Exported, copy_tokenizer
-from vocabtrim_export.sources.source import Source
+from vocabtrim_export.sources.precision import held_in
+from vocabtrim_export.sources.source import DTYPES, Source
 
 _MODULE = "modeling_trimmed"
 _CODE = '''"""{base} whose LM head has {rows} of {vocab} rows. Written by vocabtrim-export."""
@@ -53,6 +54,11 @@ def write(exported: Exported, directory: Path) -> None:
     The weights are unquantised, in the export's dtype.
     """
     source = exported.sources["drafter"]
+    with held_in(source.model, DTYPES[exported.manifests["drafter"].dtype]):
+        _write_model(exported, source, directory)
+
+
+def _write_model(exported: Exported, source: Source, directory: Path) -> None:
     if exported.vocab_map is None:
         source.model.save_pretrained(directory)
     else:

@@ -1,14 +1,13 @@
 """Weight-only quantisation: Linear and Head composites → MatMul, or MatMulNBits with int4 or int8 blocks."""
 
-from functools import cache
-
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from vocabtrim_export.lowering.graph import DecoderGraph, name_of
 from vocabtrim_export.lowering.nodes import CONTRIB
 from vocabtrim_export.lowering.quantize import BITS, BLOCK, Quantization, quantize_blocks
-from vocabtrim_export.lowering.weights import Weight
+from vocabtrim_export.lowering.weights import Parts, Weight
 
 
 def lower_products(decoder: DecoderGraph, quantization: Quantization) -> list[str]:
@@ -55,11 +54,16 @@ def quantized_parts(dense: Weight, bits: int) -> dict[str, Weight]:
     They are computed when they are written, so that graphs that share this weight compute nothing.
     """
     rows, count = dense.shape[0], -(-dense.shape[1] // BLOCK)
-    compute = cache(lambda: quantize_blocks(dense.load(), bits, dense.moments if bits == 4 else None))
+
+    def compute() -> tuple[Tensor, ...]:
+        blocks = quantize_blocks(dense.load(), bits, dense.moments if bits == 4 else None)
+        return blocks.packed, blocks.scales, blocks.zero_points
+
+    parts = Parts(compute)
     return {
-        "quantized": Weight((rows, count, BLOCK * bits // 8), torch.uint8, lambda: compute().packed),
-        "scales": Weight((rows, count), dense.dtype, lambda: compute().scales),
-        "zero_points": Weight((rows, -(-count * bits // 8)), torch.uint8, lambda: compute().zero_points),
+        "quantized": Weight((rows, count, BLOCK * bits // 8), torch.uint8, lambda: parts.take(0)),
+        "scales": Weight((rows, count), dense.dtype, lambda: parts.take(1)),
+        "zero_points": Weight((rows, -(-count * bits // 8)), torch.uint8, lambda: parts.take(2)),
     }
 
 

@@ -1,7 +1,5 @@
 """Lowers products to standard operators: MatMul, with DequantizeLinear for quantised weights."""
 
-from functools import cache
-
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -19,7 +17,7 @@ from vocabtrim_export.lowering.quantize import (
     product_error,
     rows_in_cache,
 )
-from vocabtrim_export.lowering.weights import Weight
+from vocabtrim_export.lowering.weights import Parts, Weight
 
 _FP8_MAX = 448.0  # the largest float8_e4m3fn
 _INT4_TOP = 7
@@ -77,20 +75,20 @@ def _quantized(nodes: Nodes, name: str, dense: Weight, quantization: Quantizatio
     rows, size = dense.shape
     values, scales = f"{name}.{quantization}", f"{name}.{quantization}_scales"
     if quantization != "int4":
-        compute = cache(lambda: quantize_rows(dense.load(), quantization))
+        parts = Parts(lambda: quantize_rows(dense.load(), quantization))
         dtype = torch.int8 if quantization == "int8" else torch.float8_e4m3fn
-        weight = nodes.decoder.add_weight(values, Weight(dense.shape, dtype, lambda: compute()[0]))
-        scale = nodes.decoder.add_weight(scales, Weight((rows,), dense.dtype, lambda: compute()[1]))
+        weight = nodes.decoder.add_weight(values, Weight(dense.shape, dtype, lambda: parts.take(0)))
+        scale = nodes.decoder.add_weight(scales, Weight((rows,), dense.dtype, lambda: parts.take(1)))
         return nodes("DequantizeLinear", weight, scale, axis=0), [values, scales]
     if size % BLOCK:
         raise VocabtrimError(f"{name} has {size} inputs, which int4 blocks of {BLOCK} do not divide: use int8")
     block = _block(size)
-    compute = cache(lambda: quantize_int4(dense.load(), block, dense.moments))
+    parts = Parts(lambda: quantize_int4(dense.load(), block, dense.moments))
     packed = ir.LazyTensor(
-        lambda: _int4_tensor(compute()[0], values), ir.DataType.INT4, ir.Shape(dense.shape), name=values
+        lambda: _int4_tensor(parts.take(0), values), ir.DataType.INT4, ir.Shape(dense.shape), name=values
     )
     weight = nodes.decoder.initializer(values, packed)
-    scale = nodes.decoder.add_weight(scales, Weight((rows, size // block), dense.dtype, lambda: compute()[1]))
+    scale = nodes.decoder.add_weight(scales, Weight((rows, size // block), dense.dtype, lambda: parts.take(1)))
     return nodes("DequantizeLinear", weight, scale, axis=1, block_size=block), [values, scales]
 
 

@@ -54,6 +54,23 @@ class Weight:
         )
 
 
+class Parts:
+    """The tensors that one computation gives: computed when one is taken that is not held, each held until it is taken.
+
+    A graph that is written takes all parts of a weight one after another, and then holds none of them.
+    """
+
+    def __init__(self, compute: Callable[[], Sequence[Tensor]]) -> None:
+        self._compute = compute
+        self._held: dict[int, Tensor] = {}
+
+    def take(self, index: int) -> Tensor:
+        """Returns the part at this index."""
+        if index not in self._held:
+            self._held = dict(enumerate(self._compute()))
+        return self._held.pop(index)
+
+
 def concatenate(weights: Sequence[Weight]) -> Weight:
     """Returns the rows of `weights`, one after another; all are multiplied with the same inputs."""
     first = weights[0]

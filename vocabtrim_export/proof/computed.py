@@ -178,7 +178,7 @@ def proof_session(graph: Path, window: Window | None) -> Iterator[ort.InferenceS
     path = graph.with_name(f"{graph.stem}.proof.onnx")  # beside the weights, which it names
     path.write_bytes(model.SerializeToString())
     try:
-        yield open_session(path, fuse_dequantized=False)
+        yield open_session(path, fuse_dequantized=False, prepack=False)
     finally:
         path.unlink()
 

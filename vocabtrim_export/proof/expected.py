@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_OUTPUT, LOGITS
 from vocabtrim_export.drafters.base import FeatureHead
 from vocabtrim_export.proof.tokens import Calls, Window
-from vocabtrim_export.sources.precision import in_float32
+from vocabtrim_export.sources.precision import running_in
 from vocabtrim_export.tracing.composites import rotary_modules
 from vocabtrim_export.tracing.trace import layer_inputs
 
@@ -27,14 +27,14 @@ FloatArray = NDArray[np.float32]
 
 @torch.inference_mode()
 def expected_outputs(
-    model: PreTrainedModel, calls: Calls, window: Window | None, feature_layers: Sequence[int]
+    model: PreTrainedModel, dtype: torch.dtype, calls: Calls, window: Window | None, feature_layers: Sequence[int]
 ) -> dict[str, FloatArray]:
-    """Run `model` on the tokens in one forward pass.
+    """Run `model` on the tokens in one forward pass, as a graph in `dtype` does.
 
     Returns:
         logits[S, vocab], with `feature_layers` features[S, layers·hidden], and of a head next_hidden[S, hidden].
     """
-    with _as_proven(model, window), layer_inputs(model, feature_layers) as entered:
+    with _as_proven(model, dtype, window), layer_inputs(model, feature_layers) as entered:
         computed = _forward(model, calls)
         outputs = {LOGITS: computed.logits[0].numpy()}
         if isinstance(model, FeatureHead):
@@ -45,12 +45,14 @@ def expected_outputs(
 
 
 @torch.inference_mode()
-def expected_cache(model: PreTrainedModel, calls: Calls, window: Window | None) -> list[Mapping[str, FloatArray]]:
+def expected_cache(
+    model: PreTrainedModel, dtype: torch.dtype, calls: Calls, window: Window | None
+) -> list[Mapping[str, FloatArray]]:
     """Returns the key and value of each layer, [kv_heads, S, head_dim] each.
 
     A layer with a window has those of the last tokens only.
     """
-    with _as_proven(model, window):
+    with _as_proven(model, dtype, window):
         cache: Any = getattr(_forward(model, calls, use_cache=True), "past_key_values", None)
     layers = getattr(cache, "layers", ())
     return [{"value": layer.values[0].numpy(), "key": layer.keys[0].numpy()} for layer in layers]
@@ -68,16 +70,15 @@ def _forward(model: PreTrainedModel, calls: Calls, use_cache: bool = False) -> A
 
 
 @contextmanager
-def _as_proven(model: PreTrainedModel, window: Window | None) -> Iterator[None]:
-    """Hold `model` in float32, but for cosines and sines, which the model and its graph round to its dtype."""
-    dtype = model.dtype
+def _as_proven(model: PreTrainedModel, dtype: torch.dtype, window: Window | None) -> Iterator[None]:
+    """Hold `model` in float32, but for cosines and sines, which its graph rounds to `dtype`."""
 
     def rounded(_module: nn.Module, _inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(output.to(dtype).float() for output in outputs)
 
     handles = [module.register_forward_hook(rounded) for module in rotary_modules(model)]
     try:
-        with in_float32(model), _narrowed(model, window):
+        with running_in(model, torch.float32), _narrowed(model, window):
             yield
     finally:
         for handle in handles:

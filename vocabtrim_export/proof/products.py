@@ -18,7 +18,7 @@ from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.proof.computed import run_products
 from vocabtrim_export.proof.dequantized import dequantized, unlike_weights
-from vocabtrim_export.sources.precision import in_float32
+from vocabtrim_export.sources.precision import running_in
 
 _ROWS = 5
 Heads = Mapping[nn.Module, Tensor | None]
@@ -63,7 +63,7 @@ def _compare(graph: Path, plan: BundlePlan, module: nn.Module, size: int, heads:
     except VocabtrimError as error:
         return str(error)
     model = plan.source.model
-    with torch.inference_mode(), in_float32(model), _as_written(graph, plan, heads) as unlike:
+    with torch.inference_mode(), running_in(model, torch.float32), _as_written(graph, plan, heads) as unlike:
         wanted = module(torch.from_numpy(rows)).numpy()
     if unlike:
         return unlike_weights(plan.source, unlike[0], plan.quantization)

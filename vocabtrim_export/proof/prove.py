@@ -22,6 +22,7 @@ from vocabtrim_export.proof.products import fusion_difference, heads_difference
 from vocabtrim_export.proof.slots import FilledSlots, filled_slots
 from vocabtrim_export.proof.tokens import Calls, Window, calls, window_of
 from vocabtrim_export.proof.unrolled import unrolled_difference
+from vocabtrim_export.sources.source import DTYPES
 
 
 def find_difference(directory: Path, plan: BundlePlan) -> str | None:
@@ -74,7 +75,7 @@ def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | 
     except VocabtrimError as error:
         return str(error)
     with _as_written(directory, plan) as unlike, _head_columns(plan, slots):
-        wanted = expected_outputs(plan.source.model, fed, window, plan.features_given)
+        wanted = expected_outputs(plan.source.model, DTYPES[plan.dtype], fed, window, plan.features_given)
         if unlike:
             return unlike_weights(plan.source, unlike[0], plan.quantization)
         if slots:
@@ -149,7 +150,7 @@ def _where(plan: BundlePlan, fed: Calls, window: Window | None, computed: Comput
     Returns:
         None for a model with another kind of cache.
     """
-    layers = expected_cache(plan.source.model, fed, window)
+    layers = expected_cache(plan.source.model, DTYPES[plan.dtype], fed, window)
     if not layers or len(layers) * 2 != len(computed.cache):
         return None
     for index, layer in enumerate(layers):

@@ -5,12 +5,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from engines.bundle.read import Role, read_bundle
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import replacing
+from vocabtrim_export.bundles.size import bundle_bytes
 from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
 from vocabtrim_export.drafters.source import HeadSource
 from vocabtrim_export.lowering.quantize import Quantization
@@ -19,9 +19,6 @@ from vocabtrim_export.random_weights.models import HEAD_SHAPES, SHAPES, random_h
 from vocabtrim_export.sources.rotation import context_length
 from vocabtrim_export.sources.source import DTYPES, Source
 from vocabtrim_export.tracing.trace import Traced, trace
-
-_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
-_QUANTIZED_BYTES = {"int8": 1.16, "int4": 0.67}  # a weight, with a scale and a zero point for each block of 32, fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +170,8 @@ def _check_room(shape: str, directory: Path, plans: Mapping[str, BundlePlan], mi
         VocabtrimError: They cannot.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    disk = sum(bundle_bytes(plans[name]) for name in missing)
-    memory = sum(bundle_bytes(plan) for plan in plans.values())
+    disk = sum(_bytes(plans[name]) for name in missing)
+    memory = sum(_bytes(plan) for plan in plans.values())
     free = shutil.disk_usage(directory).free
     checks = ("disk space", len(missing), disk, free), ("memory", len(plans), memory, available_memory())
     for what, count, needed, room in checks:
@@ -185,26 +182,9 @@ def _check_room(shape: str, directory: Path, plans: Mapping[str, BundlePlan], mi
             )
 
 
-def bundle_bytes(plan: BundlePlan) -> float:
-    """Returns the approximate bytes of a bundle's weights."""
-    model: Any = plan.source.model
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    layers = sum(p.numel() for p in model.parameters()) - embedding.numel()
-    layers -= 0 if head is embedding else head.numel()
-    is_blocks = plan.quantization != "none" and plan.dtype == "fp32"
-    row_bytes = _QUANTIZED_BYTES["int8"] if is_blocks else _BYTES[plan.dtype]
-    return float(embedding.numel() * row_bytes + layers * _bytes_of_product(plan) + head_bytes(plan))
-
-
-def head_bytes(plan: BundlePlan) -> float:
-    """Returns the bytes of the LM head's rows."""
-    model: Any = plan.source.model
-    rows, size = model.get_output_embeddings().weight.shape
-    return float((len(plan.vocab_map) if plan.vocab_map else rows) * size * _bytes_of_product(plan))
-
-
-def _bytes_of_product(plan: BundlePlan) -> float:
-    return _QUANTIZED_BYTES.get(plan.quantization, _BYTES[plan.dtype])
+def _bytes(plan: BundlePlan) -> float:
+    rows = None if plan.vocab_map is None else len(plan.vocab_map)
+    return bundle_bytes(plan.source.model, plan.dtype, plan.quantization, rows)
 
 
 def available_memory() -> int:

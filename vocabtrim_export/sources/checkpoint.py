@@ -21,6 +21,7 @@ from transformers import __version__ as transformers_version
 from engines.bundle.typed_json import read
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources.expert_tensors import check_experts
+from vocabtrim_export.sources.mapped import holder
 from vocabtrim_export.sources.quantized_checkpoints import BY_TRANSFORMERS, dense_weights, is_quantized
 from vocabtrim_export.sources.refusals import check_architecture
 from vocabtrim_export.sources.text_models import (
@@ -31,8 +32,11 @@ from vocabtrim_export.sources.text_models import (
     text_weights,
 )
 from vocabtrim_export.sources.unread_tensors import check_unread
+from vocabtrim_export.sources.weight_files import tensor_dtypes
 
 _NO_CODE = {"trust_remote_code": False}  # transformers must neither ask on the terminal nor run a model's own code
+_HALF = {"F16": torch.float16, "BF16": torch.bfloat16}
+_NO_FLOATS = {"BOOL", "I64"}
 _MOST_RATIO = 16  # a checkpoint may pack several weights in a number
 
 
@@ -53,7 +57,9 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
 
-def load_checkpoint(spec: str, where: str, files: list[Path], weights: int, dtype: torch.dtype) -> Loaded:
+def load_checkpoint(
+    spec: str, where: str, files: list[Path], weights: int, dtype: torch.dtype, scratch: Path | None = None
+) -> Loaded:
     """Load the model in a directory.
 
     Args:
@@ -62,6 +68,7 @@ def load_checkpoint(spec: str, where: str, files: list[Path], weights: int, dtyp
         files: Its weight files.
         weights: The number of weights in these.
         dtype: The dtype of the model's parameters.
+        scratch: See `load_source`.
 
     Raises:
         VocabtrimError: The model is of a kind that is not read, or its weights do not fit its config.
@@ -73,7 +80,10 @@ def load_checkpoint(spec: str, where: str, files: list[Path], weights: int, dtyp
     check_experts(spec, files)
     tokenizer = read_checkpoint_tokenizer(spec, where)
     notes = _unquantized_note(spec, files, config, text)
-    model, loading = _load_weights(where, files, dtype, config, text)
+    stored = _half_dtype(files) if scratch is not None and dtype == torch.float32 else None
+    model, loading = _load_weights(where, files, stored or dtype, config, text, scratch)
+    if stored and any(buffer.dtype == stored for buffer in model.buffers()):  # it computed numbers in half precision
+        model, loading = _load_weights(where, files, dtype, config, text, scratch)
     _check_fit(spec, loading)
     if (Path(where) / "generation_config.json").is_file():  # transformers passes over one that it cannot read
         model.generation_config = GenerationConfig.from_pretrained(where)
@@ -127,8 +137,19 @@ def _unquantized_note(
     return (f"the config.json of {spec} says that it is quantised by {method}, its tensors are not: they are exported",)
 
 
+def _half_dtype(files: list[Path]) -> torch.dtype | None:
+    """Returns float16 or bfloat16 where all numbers of a checkpoint are so; None for other checkpoints."""
+    dtypes = set().union(*map(tensor_dtypes, files)) - _NO_FLOATS
+    return _HALF.get(dtypes.pop()) if len(dtypes) == 1 else None
+
+
 def _load_weights(
-    where: str, files: list[Path], dtype: torch.dtype, config: PreTrainedConfig, text: PreTrainedConfig
+    where: str,
+    files: list[Path],
+    dtype: torch.dtype,
+    config: PreTrainedConfig,
+    text: PreTrainedConfig,
+    scratch: Path | None,
 ) -> Any:
     """Returns the model, and transformers' account of its tensors.
 
@@ -141,7 +162,7 @@ def _load_weights(
     if method in (None, BY_TRANSFORMERS) and not multimodal:
         return AutoModelForCausalLM.from_pretrained(where, config=config, use_safetensors=True, **how)
     if method is not None:
-        weights = dense_weights(files, quantization, dtype)
+        weights = dense_weights(files, quantization, dtype, holder(scratch))
         if multimodal:
             weights = {name: weights[stored] for stored, name in text_tensor_names(weights).items()}
     else:

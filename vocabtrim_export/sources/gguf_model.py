@@ -1,6 +1,7 @@
 """A model from a `.gguf` file: transformers' configuration and names, and settings that transformers does not read."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from vocabtrim_export.sources.gguf_config import read_config
 from vocabtrim_export.sources.gguf_header import GgufHeader
 from vocabtrim_export.sources.gguf_rotation import rope_parameters
 from vocabtrim_export.sources.gguf_weights import BytesDone, load_weights
+from vocabtrim_export.sources.mapped import check_room, holder
 from vocabtrim_export.sources.refusals import check_architecture
 from vocabtrim_export.sources.unread_tensors import check_unread
 
@@ -27,7 +29,10 @@ _READ_BY_TRANSFORMERS = ("qwen35", "qwen35moe", "lfm2")
 
 
 def load_gguf(
-    header: GgufHeader, dtype: torch.dtype, progress: BytesDone = lambda _done, _total: None
+    header: GgufHeader,
+    dtype: torch.dtype,
+    progress: BytesDone = lambda _done, _total: None,
+    scratch: Path | None = None,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Load the weights of a file, dequantised.
 
@@ -35,6 +40,7 @@ def load_gguf(
         header: The file's header.
         dtype: The dtype of the model's parameters.
         progress: Called with (bytes read, bytes to read).
+        scratch: See `load_source`.
 
     Returns:
         The model, and notes for the user.
@@ -47,7 +53,7 @@ def load_gguf(
     check_architecture(str(header.path), config)
     read = config.to_dict()
     assumed = _correct(config, header)
-    model, loading = _load(header, config, read, dtype, progress)
+    model, loading = _load(header, config, read, dtype, progress, scratch)
     for name, there, wanted in sorted(loading["mismatched_keys"]):
         raise VocabtrimError(
             f"{header.path} does not fit its own metadata: {name} has the shape {list(there)}, it asks for "
@@ -87,7 +93,12 @@ def _sampling_note(header: GgufHeader) -> tuple[str, ...]:
 
 
 def _load(
-    header: GgufHeader, config: Any, read: dict[str, Any], dtype: torch.dtype, progress: BytesDone
+    header: GgufHeader,
+    config: Any,
+    read: dict[str, Any],
+    dtype: torch.dtype,
+    progress: BytesDone,
+    scratch: Path | None,
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """Returns the model and transformers' account of the tensors; `read` is the configuration before corrections."""
     how: dict[str, Any] = {"dtype": dtype, "config": config, "output_loading_info": True}
@@ -98,7 +109,10 @@ def _load(
     else:
         with torch.device("meta"):
             skeleton: Any = AutoModelForCausalLM.from_config(config)
-        weights = load_weights(header, read, skeleton, dtype, progress)
+        if scratch is not None:
+            needed = sum(tensor.weights for tensor in header.tensors.values()) * dtype.itemsize
+            check_room(scratch, needed, f"{header.path}, dequantised,")
+        weights = load_weights(header, read, skeleton, dtype, progress, holder(scratch))
         loaded = type(skeleton).from_pretrained(None, state_dict=weights, **how)
     return loaded[0], loaded[1]
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vocabtrim_export.sources.gguf_header import GgufHeader
+from vocabtrim_export.sources.mapped import Hold
 
 # Numbers that are dequantised at once: the intermediate arrays stay in the cache. The package's own groups of 16 rows
 # are too small for numpy to release the interpreter's lock.
@@ -48,7 +49,7 @@ def dequantize(header: GgufHeader, name: str, executor: ThreadPoolExecutor | Non
 
 
 def load_weights(
-    header: GgufHeader, config: Any, model: Any, dtype: torch.dtype, progress: BytesDone
+    header: GgufHeader, config: Any, model: Any, dtype: torch.dtype, progress: BytesDone, hold: Hold
 ) -> dict[str, Tensor]:
     """Dequantise the file's tensors for a model of transformers, through transformers' own names and rearrangements.
 
@@ -59,6 +60,7 @@ def load_weights(
         model: The model that the weights are for; its parameters may be on the meta device.
         dtype: The dtype of the result.
         progress: Called with (bytes of the file read, bytes of the file).
+        hold: What keeps a weight.
 
     Returns:
         All of the file's tensors, by the model's own names.
@@ -76,7 +78,7 @@ def load_weights(
             array = dequantize(header, name, executor)
             result = processor.process(array, name, tensor_key_mapping=names, parsed_parameters=read)
             if result.name in names:
-                weights[names[result.name]] = torch.from_numpy(np.ascontiguousarray(result.weights)).to(dtype)
+                weights[names[result.name]] = hold(torch.from_numpy(np.ascontiguousarray(result.weights)).to(dtype))
             progress(tensor.start + tensor.length, total)
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources.mapped import Hold
 from vocabtrim_export.sources.weight_files import tensor_dtypes
 
 _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0")
@@ -43,13 +44,16 @@ def is_quantized(spec: str, files: Iterable[Path], quantization: Mapping[str, An
     return True
 
 
-def dense_weights(files: list[Path], quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+def dense_weights(
+    files: list[Path], quantization: Mapping[str, Any], dtype: torch.dtype, hold: Hold
+) -> dict[str, Tensor]:
     """Read all tensors of a checkpoint, the quantised ones as dense weights, [out, in].
 
     Args:
         files: The .safetensors files.
         quantization: The `quantization_config` of config.json.
         dtype: The dtype of the dense weights.
+        hold: What keeps a dense weight.
 
     Returns:
         The tensors by name; those that were quantised end in `weight`.
@@ -72,7 +76,7 @@ def dense_weights(files: list[Path], quantization: Mapping[str, Any], dtype: tor
                 weight = read(parts, quantization)
             except (KeyError, RuntimeError, IndexError) as error:
                 raise VocabtrimError(f"the quantised weights of {module} are not understood: {error}") from error
-            dense[f"{module}.weight"] = weight.to(dtype)
+            dense[f"{module}.weight"] = hold(weight.to(dtype))
         rest = parts.keys() - (_PARTS if quantised else frozenset())
         dense |= {f"{module}.{part}": parts[part] for part in rest}
     return dense

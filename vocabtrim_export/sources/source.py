@@ -73,13 +73,21 @@ class Source:
         return tuple(sorted(eos_token_ids(self.tokenizer, self.model.generation_config)))
 
 
-def load_source(spec: str, dtype: torch.dtype, progress: BytesDone = lambda _done, _total: None) -> Source:
+def load_source(
+    spec: str,
+    dtype: torch.dtype,
+    progress: BytesDone = lambda _done, _total: None,
+    scratch: Path | None = None,
+) -> Source:
     """Load a model and its tokenizer.
 
     Args:
         spec: MODEL as the user gave it: a directory, a `.gguf` file or a hub id.
         dtype: The dtype of the model's parameters.
         progress: Called with (bytes read, bytes to read).
+        scratch: A directory for files without names; given, weights are mapped rather than held in memory. Those that
+            are computed, as a `.gguf` file's, are in files there. Those of a checkpoint in half precision are in its
+            own files where `dtype` is float32: the model's parameters then have the checkpoint's dtype.
 
     Raises:
         VocabtrimError: The model is of a kind that is not read, or its files are damaged.
@@ -90,9 +98,9 @@ def load_source(spec: str, dtype: torch.dtype, progress: BytesDone = lambda _don
     weights = sum(count_weights(file) for file in files)
     try:
         loaded = (
-            _load_file(files[0], dtype, progress)
+            _load_file(files[0], dtype, progress, scratch)
             if files[0].suffix == ".gguf"
-            else load_checkpoint(spec, where, files, weights, dtype)
+            else load_checkpoint(spec, where, files, weights, dtype, scratch)
         )
     except VocabtrimError:
         raise
@@ -132,11 +140,11 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
     return tokenizer  # type: ignore[no-any-return]
 
 
-def _load_file(file: Path, dtype: torch.dtype, progress: BytesDone) -> Loaded:
+def _load_file(file: Path, dtype: torch.dtype, progress: BytesDone, scratch: Path | None) -> Loaded:
     header = read_header(file)
     check_whole(header)
     read = read_tokenizer(header)
-    model, notes = load_gguf(header, dtype, progress)
+    model, notes = load_gguf(header, dtype, progress, scratch)
     return Loaded(model, read.tokenizer, read.end_token_ids, (*read.notes, *notes))
 
 

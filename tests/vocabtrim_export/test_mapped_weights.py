@@ -1,0 +1,71 @@
+"""Weights that an export keeps in mapped files rather than in memory."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from engines import VocabtrimError
+from engines.bundle.read import WEIGHTS_NAME
+from vocabtrim_export import ExportSettings, export
+from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
+from vocabtrim_export.calibration.moments import input_moments
+from vocabtrim_export.proof.prove import find_difference
+from vocabtrim_export.proof.proven import trace_source
+from vocabtrim_export.sources.mapped import holder
+from vocabtrim_export.sources.precision import running_in
+from vocabtrim_export.sources.source import load_source
+
+PROMPT = torch.arange(5, 15)[None]
+
+
+@pytest.fixture
+def half(random_model, tmp_path):
+    """A checkpoint of bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    directory = random_model("qwen3")
+    AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def test_a_tensor_in_a_file_has_its_values_and_no_name(tmp_path):
+    tensor = torch.randn(600, 1000)
+    held = holder(tmp_path)(tensor[:, 1:].t())
+    assert torch.equal(held, tensor[:, 1:].t())
+    assert f"{tmp_path}/" in Path("/proc/self/maps").read_text("utf-8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_runs_in_float32_and_keeps_its_own_weights(half):
+    model = load_source(str(half), torch.bfloat16).model
+    wanted = load_source(str(half), torch.float32).model(PROMPT).logits
+    places = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    with torch.inference_mode(), running_in(model, torch.float32):
+        assert torch.equal(model(PROMPT).logits, wanted)
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == places
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_half_precision_checkpoint_stays_in_its_file_and_gives_the_same_bundle(half, tmp_path):
+    """An int4 bundle with moments, and its proof, which sees the weights of the checkpoint."""
+    written = []
+    for name, scratch in (("mapped", tmp_path), ("loaded", None)):
+        source = load_source(str(half), torch.float32, scratch=scratch)
+        assert source.model.dtype == (torch.bfloat16 if scratch else torch.float32)
+        with running_in(source.model, torch.float32):
+            moments = input_moments(source.model, source.tokenizer)
+        plan = BundlePlan("target", source, "fp32", "int4", context_length=128, moments=moments)
+        (place := tmp_path / name).mkdir()
+        write_bundle(place, trace_source(plan), plan, lambda *_: None)
+        assert find_difference(place, plan) is None
+        written.append((place / WEIGHTS_NAME).read_bytes())
+    assert written[0] == written[1]
+
+
+def test_a_disk_without_room_is_named_before_the_work(random_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(VocabtrimError, match=r"needs \d+\.\d GB of disk space in .* and there are 0\.0"):
+        export(random_model("llama"), None, tmp_path / "out", ExportSettings(k=192))
+    assert not (tmp_path / "out").exists()

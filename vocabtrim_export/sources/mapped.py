@@ -1,0 +1,60 @@
+"""Weights in mapped files: what is not in use need not be in memory."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from engines.bundle.atomic_replace import ASIDE
+from engines.errors import VocabtrimError
+
+Hold: TypeAlias = Callable[[Tensor], Tensor]
+_SMALL = 1 << 20  # bytes: what is smaller stays in memory
+
+
+def holder(directory: Path | None) -> Hold:
+    """Returns a function that gives a tensor of the same values, in a mapped file without a name in `directory`.
+
+    The file is gone with its tensor. Without a directory, and for small tensors, the tensor itself is given.
+    """
+
+    def hold(tensor: Tensor) -> Tensor:
+        return tensor if directory is None or tensor.nbytes < _SMALL else _in_file(tensor.contiguous(), directory)
+
+    return hold
+
+
+def check_room(directory: Path, needed: float, what: str) -> None:
+    """Refuse work that the disk of `directory` has no room for.
+
+    Args:
+        directory: An existing directory.
+        needed: The bytes.
+        what: What needs them, to begin a sentence with.
+
+    Raises:
+        VocabtrimError: Less is free, with both numbers.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise VocabtrimError(
+            f"{what} needs {needed / 1e9:.1f} GB of disk space in {directory} and there are {free / 1e9:.1f}: free "
+            "some, or choose another --output"
+        )
+
+
+def _in_file(tensor: Tensor, directory: Path) -> Tensor:
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=ASIDE) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # a mapped file that has no room kills its writer
+        except OSError:
+            check_room(directory, tensor.nbytes, "a weight")
+            raise
+        storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=tensor.nbytes)
+    held: Tensor = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+    return held.copy_(tensor)
