@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -55,6 +55,6 @@ def _in_file(tensor: Tensor, directory: Path) -> Tensor:
         except OSError:
             check_room(directory, tensor.nbytes, "a weight")
             raise
-        storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=tensor.nbytes)
+        storage: Any = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=tensor.nbytes)
     held: Tensor = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
     return held.copy_(tensor)
