@@ -160,3 +160,56 @@ def test_parts_that_do_not_fit_are_named(checkpoint):
     save_file(stored, place / "model.safetensors", {"format": "pt"})
     with pytest.raises(VocabtrimError, match=r"model\.layers\.1\.mlp\.up_proj are not understood: 'qzeros'"):
         load_source(str(place), torch.float32)
+
+
+def mxfp4(weight):
+    """Random blocks and scales for experts [experts, in, out], and the weights that they stand for."""
+    generator = torch.Generator().manual_seed(weight.numel())
+    count, size, out = weight.shape
+    q = torch.randint(0, 16, (count, out, size // 32, 32), generator=generator)
+    exponents = torch.randint(-8, -2, (count, out, size // 32), generator=generator)
+    magnitudes = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12])[q & 7] / 2
+    dense = torch.where(q < 8, magnitudes, -magnitudes) * 2.0 ** exponents[..., None]
+    blocks = (q[..., ::2] | q[..., 1::2] << 4).to(torch.uint8)
+    return blocks, (exponents + 127).to(torch.uint8), dense.flatten(2).transpose(1, 2).contiguous()
+
+
+@pytest.fixture
+def mxfp4_checkpoint(random_model):
+    """A gpt-oss model whose experts are packed, and the weights that it stands for."""
+    place = random_model("gpt_oss")
+    stored = load_file(place / "model.safetensors")
+    dense = dict(stored)
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        blocks, scales, dense[name] = mxfp4(stored.pop(name))
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(stored, place / "model.safetensors", {"format": "pt"})
+    described = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(described | {"quantization_config": {"quant_method": "mxfp4"}}))
+    return place, dense
+
+
+def test_mxfp4_experts_are_the_weights_they_stand_for(mxfp4_checkpoint):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    place, dense = mxfp4_checkpoint
+    stored = load_file(place / "model.safetensors")
+    read = load_source(str(place), torch.float32).model.state_dict()
+    assert read.keys() == dense.keys()
+    for name, wanted in dense.items():
+        assert torch.equal(read[name], wanted), name
+        if f"{name}_blocks" in stored:
+            theirs = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"], dtype=torch.float32)
+            assert torch.equal(read[name], theirs)
+
+
+def test_a_checkpoint_of_mixed_quantisation_is_one_line(mxfp4_checkpoint, checkpoint):
+    place, dense = mxfp4_checkpoint
+    stored = load_file(place / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(stored | {name: dense[name].to(torch.float8_e4m3fn)}, place / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VocabtrimError, match=r"mixed quantisation is not read: .*q_proj\.weight is float8_e4m3fn"):
+        load_source(str(place), torch.float32)
+    groups = {name: {"weights": {"num_bits": bits}} for name, bits in (("a", 4), ("b", 8))}
+    with pytest.raises(VocabtrimError, match=r"mixed quantisation, of \[4, 8\] bits, is not read"):
+        load_source(str(checkpoint("compressed-tensors", config_groups=groups)[0]), torch.float32)

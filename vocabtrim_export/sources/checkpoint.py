@@ -22,7 +22,7 @@ from engines.bundle.typed_json import read
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources.expert_tensors import check_experts
 from vocabtrim_export.sources.mapped import holder
-from vocabtrim_export.sources.quantized_checkpoints import BY_TRANSFORMERS, dense_weights, is_quantized
+from vocabtrim_export.sources.quantized_checkpoints import dense_weights, is_quantized
 from vocabtrim_export.sources.refusals import check_architecture
 from vocabtrim_export.sources.text_models import (
     is_multimodal,
@@ -159,7 +159,7 @@ def _load_weights(
     quantization: Any = getattr(config, "quantization_config", None)
     method = quantization["quant_method"] if quantization is not None else None
     multimodal = is_multimodal(config, text)
-    if method in (None, BY_TRANSFORMERS) and not multimodal:
+    if method is None and not multimodal:
         return AutoModelForCausalLM.from_pretrained(where, config=config, use_safetensors=True, **how)
     if method is not None:
         weights = dense_weights(files, quantization, dtype, holder(scratch))

@@ -17,7 +17,9 @@ from vocabtrim_export.sources.mapped import Hold
 from vocabtrim_export.sources.weight_files import tensor_dtypes
 
 _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0")
-BY_TRANSFORMERS = "mxfp4"  # transformers reads GPT-OSS's experts as dense weights where there is no GPU
+_MXFP4 = "mxfp4"
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the numbers of 4 bits; the highest bit is the sign
+_BLOCKS, _SCALES = "_blocks", "_scales"
 Parts: TypeAlias = Mapping[str, Tensor]  # the tensors of one matrix, by the last part of their names
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the columns that the nibbles of a number hold, from the lowest on
 
@@ -36,10 +38,10 @@ def is_quantized(spec: str, files: Iterable[Path], quantization: Mapping[str, An
     if not any(dtype in _PACKED for file in files for dtype in tensor_dtypes(file)):
         return False
     method = quantization.get("quant_method")
-    if method not in (*_READERS, BY_TRANSFORMERS):
+    if method not in (*_READERS, _MXFP4):
         raise VocabtrimError(
-            f"{spec} is quantised by {method or 'an unnamed method'}, which is not read (GPTQ, AWQ, compressed-tensors "
-            "and fp8 are): give its unquantised weights or a .gguf file"
+            f"{spec} is quantised by {method or 'an unnamed method'}, which is not read (GPTQ, AWQ, "
+            "compressed-tensors, fp8 and mxfp4 are): give its unquantised weights or a .gguf file"
         )
     return True
 
@@ -61,25 +63,48 @@ def dense_weights(
     Raises:
         VocabtrimError: The form of quantisation is not read.
     """
-    read = _READERS[str(quantization["quant_method"])]
+    method = str(quantization["quant_method"])
     dense: dict[str, Tensor] = {}
+    for module, parts in _by_module(files).items():
+        packed = _packed_names(parts, method)
+        try:
+            for name in packed:
+                weight = (
+                    _mxfp4(parts[name + _BLOCKS], parts[name + _SCALES], dtype)
+                    if method == _MXFP4
+                    else _READERS[method](parts, quantization)
+                )
+                dense[f"{module}.{name}"] = hold(weight.to(dtype))
+        except (KeyError, RuntimeError, IndexError) as error:
+            raise VocabtrimError(f"the quantised weights of {module} are not understood: {error}") from error
+        used = {name + end for name in packed for end in (_BLOCKS, _SCALES)} | (_PARTS if packed else frozenset())
+        for part in parts.keys() - used:
+            if parts[part].dtype in _PACKED_DTYPES:
+                kind = str(parts[part].dtype).removeprefix("torch.")
+                raise VocabtrimError(
+                    f"a checkpoint of mixed quantisation is not read: {module}.{part} is {kind}, which is no part of a "
+                    f"weight that is quantised by {method}; give its unquantised weights or a .gguf file"
+                )
+            dense[f"{module}.{part}"] = parts[part]
+    return dense
+
+
+def _by_module(files: list[Path]) -> dict[str, dict[str, Tensor]]:
+    """Returns the tensors of a checkpoint, which stay in its files, by module and the last part of their names."""
     modules: dict[str, dict[str, Tensor]] = {}
     for file in files:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (no dictionary)
                 module, _, part = name.rpartition(".")
                 modules.setdefault(module, {})[part] = opened.get_tensor(name)
-    for module, parts in modules.items():
-        quantised = bool(_QUANTISED & parts.keys())
-        if quantised:
-            try:
-                weight = read(parts, quantization)
-            except (KeyError, RuntimeError, IndexError) as error:
-                raise VocabtrimError(f"the quantised weights of {module} are not understood: {error}") from error
-            dense[f"{module}.weight"] = hold(weight.to(dtype))
-        rest = parts.keys() - (_PARTS if quantised else frozenset())
-        dense |= {f"{module}.{part}": parts[part] for part in rest}
-    return dense
+    return modules
+
+
+def _packed_names(parts: Parts, method: str) -> list[str]:
+    """Returns the names of the dense weights that the parts of one module stand for."""
+    if method == _MXFP4:
+        return [part.removesuffix(_BLOCKS) for part in parts if part.endswith(_BLOCKS)]
+    return ["weight"] if _QUANTISED & parts.keys() else []
 
 
 def unpack(packed: Tensor, bits: int, axis: int) -> Tensor:
@@ -177,13 +202,40 @@ _READERS: dict[str, Callable[[Parts, Mapping[str, Any]], Tensor]] = {
     "gptq": _gptq,
 }
 _QUANTISED = frozenset({"qweight", "weight_packed", "weight_scale", "weight_scale_inv"})
+_PACKED_DTYPES = (
+    *(torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
+)
 _PARTS = frozenset(
     {"qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed", "weight_shape", "weight_scale"}
     | {"weight_scale_inv", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point", "activation_scale"}
 )
 
 
+def _mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the weights of experts, [experts, in, out], expert by expert.
+
+    Args:
+        blocks: uint8[experts, out, in / 32, 16]: two numbers a byte, the first in the low nibble.
+        scales: uint8[experts, out, in / 32]: exponents of 2, 127 more than they are.
+        dtype: The dtype of the weights, in which every product of such a number and scale is exact, but for float16.
+    """
+    if blocks.shape[:-1] != scales.shape or blocks.shape[-1] != 16:
+        raise IndexError(f"blocks {list(blocks.shape)} and scales {list(scales.shape)} do not belong together")
+    numbers = torch.tensor([*_FP4, *(-number for number in _FP4)])
+
+    def decoded(packed: Tensor, exponents: Tensor) -> Tensor:
+        nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+        return torch.ldexp(numbers[nibbles.long()], exponents.int()[..., None] - 127).flatten(-2).T
+
+    return torch.stack([decoded(*expert).to(dtype) for expert in zip(blocks, scales, strict=True)])
+
+
 def _bits(bits: Any) -> int:
+    if isinstance(bits, list) and bits:
+        raise VocabtrimError(
+            f"a checkpoint of mixed quantisation, of {bits} bits, is not read: give its unquantised weights"
+        )
     if bits not in (4, 8):
         raise VocabtrimError(f"weights of {bits} bits are not read, only those of 4 and 8: give the unquantised ones")
     return int(bits)
