@@ -195,7 +195,10 @@ def _written(
 
 def _names(name: str, model: PreTrainedModel) -> list[str]:
     """Returns `name`, and for a head or an embedding the other's name too: a tied weight has either module's name."""
-    pair = [model.get_output_embeddings(), model.get_input_embeddings()]
+    head = model.get_output_embeddings()
+    if head is None:  # parallel heads, which have no embedding either
+        return [name]
+    pair = [head, model.get_input_embeddings()]
     if model.get_submodule(name) not in pair:
         return [name]
     return [name, *(each for each, module in model.named_modules() if module in pair and each != name)]
