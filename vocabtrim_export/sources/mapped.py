@@ -40,11 +40,11 @@ def check_room(directory: Path, needed: float, what: str) -> None:
     Raises:
         VocabtrimError: Less is free, with both numbers.
     """
-    free = shutil.disk_usage(directory).free
-    if free < needed:
+    usage = shutil.disk_usage(directory)
+    if usage.total and usage.free < needed:  # a file system of the kernel has no size; writing there fails by itself
         raise VocabtrimError(
-            f"{what} needs {needed / 1e9:.1f} GB of disk space in {directory} and there are {free / 1e9:.1f}: free "
-            "some, or choose another --output"
+            f"{what} needs {needed / 1e9:.1f} GB of disk space in {directory} and there are {usage.free / 1e9:.1f}: "
+            "free some, or choose another --output"
         )
 
 
