@@ -11,9 +11,14 @@ from .conftest import check_logits
 STEPS = [(24, 24), (1, 1), (5, 5), (1, 1), (17, 3)]  # tokens fed, positions kept
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MIXTURES])
+# keys of 32 numbers, a half of them rotated, and values of 16
+LATENT = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MIXTURES, "youtu"])
 def test_exported_graph_computes_what_pytorch_does(architecture, random_model, export_pair):
-    directory = random_model(architecture)
+    changes = LATENT | {"num_key_value_heads": 4} if architecture == "youtu" else {}
+    directory = random_model(architecture, **changes)
     result = export_pair(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     ids = torch.randint(0, 400, (1, 48), generator=torch.Generator().manual_seed(1))

@@ -232,6 +232,14 @@ PROOF = (
         "tests/integration/test_generation_rules.py -k every_field",
     ),
     Mutation(
+        "Latent attention is exported as attention with wide keys",
+        "zeros stand before the values, which are then cut off",
+        "vocabtrim_export/tracing/composites.py",
+        "(0, head_dim - x.shape[-1])",
+        "(head_dim - x.shape[-1], 0)",
+        "tests/integration/test_architectures.py -k youtu",
+    ),
+    Mutation(
         "MXFP4 experts are the weights that they stand for",
         "the high nibble is the first number of a byte",
         "vocabtrim_export/sources/quantized_checkpoints.py",

@@ -16,7 +16,7 @@ FEW = {"num_hidden_layers": 2}
         ("qwen3_next", {}, "recurrent state"),
         ("dbrx", {}, "mixture of experts with code of its own"),
         ("mixtral", {**FEW, "hidden_act": "gelu"}, "mixture of experts with a gate of its own"),
-        ("deepseek_v3", {}, "latent attention"),
+        ("deepseek_v32", {}, "sparse or chunked attention"),
         ("bloom", {}, "ALiBi"),
         ("falcon", {"alibi": True}, "ALiBi"),
         ("t5", {}, "encoder-decoder"),

@@ -28,7 +28,7 @@ def keeps_a_state(config: Config, kind: ModelClass) -> bool:
 
 def has_sparse_attention(config: Config, _kind: ModelClass) -> bool:
     """Returns whether layers choose the earlier tokens that they attend to."""
-    return not _SPARSE_LAYERS.isdisjoint(_layer_types(config))
+    return not _SPARSE_LAYERS.isdisjoint(_layer_types(config)) or config.to_dict().get("index_topk") is not None
 
 
 def is_bidirectional(config: Config, kind: ModelClass) -> bool:
@@ -65,15 +65,6 @@ def has_unknown_experts(config: Config, kind: ModelClass) -> bool:
     with torch.device("meta"):
         skeleton = kind(copy.deepcopy(config))
     return any(as_experts(name, module) is None for name, module in expert_modules(skeleton))
-
-
-def has_latent_values(config: Config, _kind: ModelClass) -> bool:
-    """Returns whether multi-head latent attention has keys and values of different sizes."""
-    sizes = config.to_dict()  # an attribute cannot be read where the layers differ
-    if sizes.get("kv_lora_rank") is None:
-        return False
-    keys = (sizes.get("qk_nope_head_dim") or 0) + (sizes.get("qk_rope_head_dim") or 0)
-    return bool(keys != sizes.get("v_head_dim"))
 
 
 def has_alibi(config: Config, _kind: ModelClass) -> bool:

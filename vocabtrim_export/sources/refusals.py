@@ -14,7 +14,6 @@ from vocabtrim_export.sources.architecture import (
     caches_differ,
     has_alibi,
     has_experts,
-    has_latent_values,
     has_relative_bias,
     has_sinks,
     has_sparse_attention,
@@ -116,11 +115,6 @@ REFUSALS = (
         "transformers does not compute its experts through the interface that the export replaces",
         owns_its_experts,
         "give a mixture of the common form, such as Qwen3-MoE, or a dense model",
-    ),
-    Refusal(
-        "a model with multi-head latent attention",
-        "its keys and values have different sizes, which the bundles' KV cache cannot hold",
-        has_latent_values,
     ),
     Refusal(
         "a model with sparse or chunked attention",

@@ -168,7 +168,11 @@ def _attention(handed_on: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[Te
         **options: Any,
     ) -> tuple[Tensor, None]:
         sink = options.get("s_aux")
-        _, heads, length, head_dim = q.shape
+        _, heads, length, key_dim = q.shape
+        value_dim = v.shape[-1]
+        head_dim = max(key_dim, value_dim)
+        if key_dim != value_dim:  # zeros beyond a key or a value change nothing
+            q, k, v = (nn.functional.pad(x, (0, head_dim - x.shape[-1])) for x in (q, k, v))
         flat = [x.transpose(1, 2).reshape(1, length, -1) for x in (q, k, v)]
         tables = list(handed_on.pop() if handed_on else () if sink is None else (None, None))
         out = emit(
@@ -179,11 +183,11 @@ def _attention(handed_on: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[Te
             num_heads=heads,
             num_kv_heads=k.shape[1],
             head_dim=head_dim,
-            scale=float(head_dim**-0.5 if scaling is None else scaling),
+            scale=float(key_dim**-0.5 if scaling is None else scaling),
             window=sliding_window or 0,
             softcap=float(softcap or 0),
         )
-        return out.reshape(1, length, heads, head_dim), None
+        return out.reshape(1, length, heads, head_dim)[..., :value_dim], None
 
     return attention
 

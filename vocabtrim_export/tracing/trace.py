@@ -67,7 +67,8 @@ def trace(
         VocabtrimError: transformers' attention interface does not cover the architecture.
     """
     modeling = sys.modules[type(model).__module__]
-    rope = find_rope(model, modeling, context_length) if fuse_rotation else None
+    in_attention = fuse_rotation and not _rotates_a_part(model)
+    rope = find_rope(model, modeling, context_length) if in_attention else None
     try:
         parts = Parts(find_norms(model), find_experts(model), rope)
         graph = _trace_skeleton(model, modeling, dtype, parts, feature_layers)
@@ -80,6 +81,11 @@ def trace(
     weights |= {f"model.{name}": tensor for name, tensor in model.named_buffers()}
     weights |= {f"rope.{name}": tensor for name, tensor in (rope.named_buffers() if rope else ())}
     return Traced(graph, weights, rope is not None)
+
+
+def _rotates_a_part(model: PreTrainedModel) -> bool:
+    """Whether attention is a latent one, which rotates a part of each query and key before it joins it to the rest."""
+    return any(hasattr(module, "qk_rope_head_dim") for module in model.modules())
 
 
 class _Decoder(nn.Module):
