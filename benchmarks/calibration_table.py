@@ -186,7 +186,7 @@ def replayed(prompt: tuple[str, list[int]], target: Engine, drafter: Engine) -> 
         (text,) = replayed_texts([prompt], target, drafter, lambda _done, _total: None)
     except VocabtrimError:
         return None
-    preferred = [None if ids is None else ids.tolist() for ids in text.preferred]
+    preferred = [None if ids is None else ids.tolist() for ids in text.above]
     return {"domain": text.domain, "prompt": text.prompt, "tokens": text.tokens.tolist(), "preferred": preferred}
 
 
