@@ -289,8 +289,9 @@ class SpeculativeDecoder:
         self.close()
 
     def _length_for(self, sampling: SamplingParams) -> DraftLength:
-        """The draft length for `sampling`. Where a seed promises the same text, neither measured times nor what was
-        learnt from earlier texts may count.
+        """Returns the draft length for `sampling`.
+
+        Where a seed promises the same text, neither measured times nor what was learnt from earlier texts may count.
         """
         if not self.length.adapts or not _must_repeat_itself(sampling):
             return self.length

@@ -131,12 +131,12 @@ def mbsu(block_efficiency: float, cost_ratio: float, draft_length: float, verify
 def latency_speedup(
     block_efficiency: float, draft_step: float, verify: float, target_step: float, draft_length: float
 ) -> float:
-    """Returns the speed-up by measured latency, τ / (c·γ + v), with c = draft_step / target_step, v = verify /
-    target_step.
+    """Returns the speed-up by measured latency, τ / (c·γ + v).
 
-    This is theorem 3.8 of Leviathan et al. 2023, arXiv 2211.17192, where v is 1; with v it is as Sadhukhan et al. 2024,
-    arXiv 2408.11049, put it. MBSU asks what memory allows; this asks what a step and the verification of γ + 1 tokens
-    cost here. Prefills and the time outside the engines are left out. The three times have one unit.
+    c is draft_step / target_step, and v is verify / target_step. This is theorem 3.8 of Leviathan et al. 2023, arXiv
+    2211.17192, where v is 1; with v it is as Sadhukhan et al. 2024, arXiv 2408.11049, put it. MBSU asks what memory
+    allows; this asks what a step and the verification of γ + 1 tokens cost here. Prefills and the time outside the
+    engines are left out. The three times have one unit.
 
     Args:
         block_efficiency: τ, the tokens gained per target call.

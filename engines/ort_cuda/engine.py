@@ -157,9 +157,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         return []
 
     def beside_tokens(self, step: int, unread: int) -> dict[str, Place]:  # noqa: ARG002
-        """Returns what step number `step` of a round reads and writes in addition to tokens, by the names of inputs and
-        outputs.
-        """
+        """Returns what step `step` of a round reads and writes besides tokens, by the names of inputs and outputs."""
         return {}
 
     def environment(self) -> dict[str, str]:

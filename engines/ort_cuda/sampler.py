@@ -1,6 +1,4 @@
-"""`DeviceSampler` samples and accepts within a round on CUDA, as `runtime.sampling` and `runtime.accept` do on the
-host.
-"""
+"""Sampling and acceptance within a round on CUDA, as `runtime.sampling` and `runtime.accept` do them on the host."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING

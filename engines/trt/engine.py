@@ -13,8 +13,9 @@ from engines.slots import Slots
 
 
 class Executor(Protocol):
-    """Runs the fixed shapes of one bundle over a KV cache that it owns. `device`, `slots` and `environment` are as an
-    `Engine`'s.
+    """Runs the fixed shapes of one bundle over a KV cache that it owns.
+
+    `device`, `slots` and `environment` are as an `Engine`'s.
     """
 
     device: DeviceName
@@ -41,10 +42,10 @@ class Executor(Protocol):
         """
 
     def draft(self, span: int, input_ids: NDArray[np.int64], position_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Write MOST_UNREAD tokens from slot `position_ids[0]` on, draft after them, and write all drafted tokens but
-        the last.
+        """Draft after MOST_UNREAD tokens.
 
-        Everything that the tokens see must be within the first `span` slots.
+        They are written from slot `position_ids[0]` on, and all drafted tokens but the last behind them. Everything
+        that the tokens see must be within the first `span` slots.
 
         Returns:
             int64[γ].

@@ -110,8 +110,9 @@ def create_context(library: Library, engine: Any) -> Any | None:
 
 
 class Log:
-    """Collects what a TensorRT library logs, without known noise; `make_log` makes one that the library takes as its
-    logger.
+    """Collects what a TensorRT library logs, without known noise.
+
+    `make_log` makes one that the library takes as its logger.
     """
 
     def __init__(self, write: Callable[[str], None] | None = None) -> None:

@@ -36,8 +36,9 @@ def bench(
     bandwidth: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchReport:
-    """Decode all prompts greedily with the target alone, as mode "target_only", and with each of `drafters`,
-    interleaved.
+    """Decode all prompts greedily, with the target alone and with each drafter, interleaved.
+
+    The target alone is the mode "target_only".
 
     Args:
         target: The target's engine.

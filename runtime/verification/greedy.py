@@ -107,8 +107,7 @@ def verify(
     reference: str = "the target's own engine",
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Generate greedily with target and drafter, and compare every token with the reference's and with the target's
-    alone.
+    """Generate greedily with a pair, and compare every token with the reference's and with the target's alone.
 
     Both read the generated tokens themselves, so that a near-tie does not change what is compared after it.
 
