@@ -9,7 +9,7 @@ Calibration reads the first prompts of each file, all files as one corpus, and t
 replayed along the target's own greedy text, see `vocabtrim_export.head_choice.replay`. Writes STEM.json and STEM.md.
 
 What is done is kept in the directory STEM.work: a run that is stopped goes on from there when it is started again with
-the same options. Remove the directory to start anew.
+the same options. Remove the directory to start again from nothing.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 
 DIR is what `prepare.py` wrote. Each way is a process of its own (`worker.py`) and decodes greedily, from a prompt's ids
 to the last token; on each prompt every way takes its turn, and they take turns in who begins. Peers get prompts as ids,
-so that chat templates do not matter. A repeat loads everything anew. What STEM.json holds already of the same question
+so that chat templates do not matter. A repeat loads everything again. What STEM.json holds already of the same question
 counts as repeats too. Writes STEM.json, STEM.md and STEM.svg.
 """
 

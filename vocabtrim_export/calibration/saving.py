@@ -74,6 +74,6 @@ def resume(checkpoint: Path, fresh: TokenCounts) -> TokenCounts:
     if differ:
         raise VocabtrimError(
             f"{checkpoint} was calibrated with another {', '.join(differ)}: "
-            "remove it to start anew, or name another file"
+            "remove it to start again, or name another file"
         )
     return saved
