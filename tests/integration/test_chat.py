@@ -57,7 +57,12 @@ class Terminal:
                 # the terminal's own Ctrl-C needs a session that it controls
                 preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
             )
-        self.shown = ""
+        self._read = b""
+
+    @property
+    def shown(self):
+        """What was read so far; a read may end within a character."""
+        return self._read.decode("utf-8", "replace").replace("\r\n", "\n")
 
     def type(self, text):
         os.write(self._master, text.encode())
@@ -67,7 +72,7 @@ class Terminal:
         while self.shown.count(text) < times:
             assert select.select([self._master], [], [], 30)[0], f"{text!r} is not shown: {self.shown}"
             try:
-                self.shown += os.read(self._master, 4096).decode("utf-8", "replace").replace("\r\n", "\n")
+                self._read += os.read(self._master, 4096)
             except OSError:
                 raise AssertionError(f"{text!r} was not shown: {self.shown}") from None
 
