@@ -7,7 +7,7 @@ from vocabtrim_export.cli.main import main
 PAIR = ["--target", "t", "--drafter", "d"]
 EXPORT = ["export", "--drafter", "onnx", "--k", "64", "--output", "o"]
 REFUSED = {
-    "--draft-length is for a drafter": ["generate", "--target", "t", "--draft-length", "4"],
+    "--draft-length as a number is for a drafter": ["generate", "--target", "t", "--draft-length", "4"],
     "--drafter-device is for a drafter": ["generate", "--target", "t", "--drafter-device", "cpu"],
     "--top-k changes nothing": ["generate", "--target", "t", "--top-k", "5"],
     "--top-p changes nothing": ["generate", "--target", "t", "--top-p", "0.9"],
@@ -37,3 +37,9 @@ def test_an_option_that_would_change_nothing_is_refused(message, tmp_path, monke
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
+
+
+def test_auto_without_a_drafter_is_prompt_lookup_and_accepted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--target", "t", "--draft-length", "auto", "--prompt", "a"]) == 2
+    assert "--draft-length" not in capsys.readouterr().err  # the missing bundle is what is wrong

@@ -6,7 +6,6 @@ from typing import Any
 
 from engines.errors import VocabtrimError
 
-_OF_A_DRAFTER = {"drafter_device": None, "draft_length": None}
 _OF_SAMPLING = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": None}
 
 
@@ -17,7 +16,11 @@ def check_drafter_options(options: argparse.Namespace) -> None:
         VocabtrimError: Such an option was given.
     """
     if options.drafter is None:
-        refuse_stated(options, _OF_A_DRAFTER, "is for a drafter: give --drafter as well")
+        refuse_stated(options, {"drafter_device": None}, "is for a drafter: give --drafter as well")
+        if isinstance(options.draft_length, int):
+            raise VocabtrimError(
+                "--draft-length as a number is for a drafter: give --drafter as well, or auto for prompt lookup alone"
+            )
 
 
 def check_sampling_options(options: argparse.Namespace) -> None:
