@@ -53,6 +53,7 @@ class LlamaServer:
             "return_tokens": True,
         }
         headers = {"Content-Type": "application/json"}
+        self._connection.close()  # the server ends a connection that was idle while the others had their turns
         self._connection.request("POST", "/completion", json.dumps(request), headers)
         reply = json.load(self._connection.getresponse())
         decoded: list[int] = reply["tokens"]
