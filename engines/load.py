@@ -79,15 +79,15 @@ def load_pair(
     Raises:
         VocabtrimError: See `load_engine`. Where neither can be loaded, this is the target's error.
     """
-    beside = drafter_device or device
+    drafter_device = drafter_device or device
     with ExitStack() as opened, ThreadPoolExecutor(max_workers=2) as threads:
-        if device == beside == "cpu":
+        if device == drafter_device == "cpu":
             loading = threads.submit(load_engine, target)
-            drafting = threads.submit(_load, drafter, beside, loading.result, None)
+            drafting = threads.submit(_load, drafter, drafter_device, loading.result, None)
             pair = opened.enter_context(loading.result()), opened.enter_context(drafting.result())
         else:  # CUDA's state belongs to a thread
             first = opened.enter_context(load_engine(target, device))
-            pair = first, opened.enter_context(load_engine(drafter, beside, first))
+            pair = first, opened.enter_context(load_engine(drafter, drafter_device, first))
         opened.pop_all()
     return pair
 

@@ -21,6 +21,7 @@ from vocabtrim_export.cli.arguments import (
 )
 from vocabtrim_export.cli.combinations import refuse_stated
 from vocabtrim_export.cli.console import progress_reporter
+from vocabtrim_export.cli.decoder_arguments import load_decoder
 from vocabtrim_export.cli.prompt_arguments import (
     add_prompts_argument,
     add_template_arguments,
@@ -80,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command. Returns 0, or 1 for a difference that rounding does not explain."""
-    from runtime import SamplingParams, SpeculativeDecoder
+    from runtime import SamplingParams
     from runtime.verification.sampled import verify_sampling
 
     settings, rules = _settings(options), SamplingParams(**rule_options(options))
@@ -88,14 +89,7 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise VocabtrimError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give 1 or more")
     with (
-        SpeculativeDecoder.load(
-            options.target,
-            options.drafter,
-            device=options.device,
-            draft_length=options.draft_length,
-            drafter_device=options.drafter_device,
-            prompt_lookup=options.prompt_lookup,
-        ) as decoder,
+        load_decoder(options) as decoder,
         progress_reporter() as progress,
     ):
         prompts = _prompts(options, decoder)
