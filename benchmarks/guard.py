@@ -13,6 +13,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -34,7 +35,18 @@ PAST, PROMPT, NEW_TOKENS = 128, 256, 24  # tokens
 TURNS = 15  # a ratio is a median of so many
 DRAFTED, ACCEPTED = 4, 3  # tokens of a round of the loop; what is accepted is forced
 
-Work = Callable[[], object]
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Something to time.
+
+    Attributes:
+        run: Does it.
+        prepare: Is called before, outside the time.
+    """
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
 
 
 def main() -> None:
@@ -133,24 +145,26 @@ def steps(engine: Engine, tokens: int, count: int) -> Work:
     text = np.arange(5, 5 + PAST)
     past = PAST if tokens * count < PROMPT else 0
 
-    def work() -> None:
+    def prepare() -> None:
         if engine.length < past:
             engine.feed(text)
+
+    def run() -> None:
         engine.rewind(past)
         for _ in range(count):
             engine.feed(text[:tokens], keep=tokens)
 
-    return work
+    return Work(run, prepare)
 
 
 def prefill(engine: Engine) -> Work:
     text = np.arange(5, 5 + PROMPT)
 
-    def work() -> None:
+    def run() -> None:
         engine.rewind(0)
         engine.feed(text)
 
-    return work
+    return Work(run)
 
 
 def loop_pairs(targets: Mapping[str, Engine], drafters: Mapping[str, Engine]) -> dict[str, tuple[Work, Work]]:
@@ -163,14 +177,14 @@ def loop_pairs(targets: Mapping[str, Engine], drafters: Mapping[str, Engine]) ->
 def loop(target: Engine, drafter: Engine | None) -> Work:
     prompt = list(range(5, 5 + PAST // 2))
 
-    def work() -> None:
+    def run() -> None:
         forced = ACCEPTED if drafter else None
         for _ in decode_rounds(
             target, drafter, prompt, max_new_tokens=NEW_TOKENS, draft_length=DRAFTED, force_accepted=forced
         ):
             pass
 
-    return work
+    return Work(run)
 
 
 def bandwidth_shares(targets: Mapping[str, Engine]) -> dict[str, float]:
@@ -185,8 +199,9 @@ def bandwidth_shares(targets: Mapping[str, Engine]) -> dict[str, float]:
 
 
 def timed(work: Work) -> float:
+    work.prepare()
     start = perf_counter()
-    work()
+    work.run()
     return perf_counter() - start
 
 
