@@ -24,7 +24,6 @@ import numpy as np
 from engines import load_engine
 from engines.base import Engine
 from runtime.loop import decode_rounds
-from runtime.measure.bandwidth import read_bandwidth
 from runtime.measure.environment import environment
 from vocabtrim_export.random_weights.bundles import RandomSettings, random_bundles
 
@@ -103,8 +102,7 @@ def measure() -> dict[str, float]:
                 times = [timed(work) for work in works]
                 if turn >= 0:  # the first one is the warm-up
                     seconds[name].append((times[0], times[1]) if turn % 2 else (times[1], times[0]))
-        ratios = {name: round(median(slow / fast for slow, fast in each), 3) for name, each in seconds.items()}
-        return ratios | bandwidth_shares(targets)
+        return {name: round(median(slow / fast for slow, fast in each), 3) for name, each in seconds.items()}
 
 
 def load(directory: Path, stack: ExitStack) -> tuple[dict[str, Engine], dict[str, Engine]]:
@@ -185,17 +183,6 @@ def loop(target: Engine, drafter: Engine | None) -> Work:
             pass
 
     return Work(run)
-
-
-def bandwidth_shares(targets: Mapping[str, Engine]) -> dict[str, float]:
-    """The bytes per second that a step reads as a share of what memory delivers, which shows that all became slower."""
-    shares = {}
-    for name, target in targets.items():
-        work = steps(target, 1, 4)
-        seconds = min(timed(work) for _ in range(TURNS)) / 4
-        rate = target.manifest.weight_bytes_per_step / seconds
-        shares[f"{name} step: share of the bandwidth"] = round(rate / read_bandwidth(), 3)
-    return shares
 
 
 def timed(work: Work) -> float:
