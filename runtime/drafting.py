@@ -1,113 +1,213 @@
-"""How a drafter catches up with the text: by its tokens alone, or by the target's features as well."""
+"""`Drafting`: what each round proposes to the target, from the text itself or from the drafter."""
 
 from collections.abc import Sequence
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass, replace
+from time import perf_counter
 
 from engines.base import Engine
-from engines.outputs import StepOutput
+from engines.outputs import Accepted, Speculation, StepOutput
+from runtime.constraint import Masks
+from runtime.draft_length import DraftLength, RoundPlan
+from runtime.profiling import DRAFTER, TARGET, Profiler
+from runtime.prompt_lookup import NO_MATCH, PromptLookup
+from runtime.readers import TokenReader, make_reader
+from runtime.rules import Rule
 
 
-class TokenReader:
-    """Feeds a drafter that reads tokens, whose cache holds a beginning of the text, accepted drafts included."""
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What one round proposes.
 
-    def __init__(self, drafter: Engine, vocab_size: int) -> None:
-        self.drafter, self.vocab_size = drafter, vocab_size
-        self.remembered = 0  # tokens of the text that the drafter was told of for its slots
+    Attributes:
+        tokens: The drafted tokens that can be used; none where the target decodes alone.
+        seconds: The time to propose them, without `prefill_seconds`.
+        prefill_seconds: The time of the drafter's prefill, if this was its first draft.
+        looked_up: See `Round`.
+        is_paused: See `Round`.
+        speculation: The verification, where the engines drafted and verified in one call.
+    """
 
-    def begin(self) -> None:
-        """Note that a text begins, the first `drafter.length` tokens of which the drafter has read."""
+    tokens: list[int]
+    seconds: float
+    prefill_seconds: float = 0.0
+    looked_up: int = 0
+    is_paused: bool = False
+    speculation: Speculation | None = None
 
-    def target_fed(self, output: StepOutput, kept: int) -> None:
-        """Note that the target gave `output`, and that `kept` of the tokens fed for it are part of the text."""
 
-    def hold(self) -> None:
-        """Copy what is still to be read of the target's last call, before its next call overwrites it."""
+class Drafting:
+    """Proposes tokens for one generation, by prompt lookup or by the drafter.
 
-    def unread(self, sequence: Sequence[int]) -> list[int]:
-        """Returns the tokens of the text that the drafter has not been fed: at least one."""
-        self._remember(sequence)
-        return self._known(sequence[self.drafter.length :])
+    Between rounds the drafter has read at most as much of the text as the target. What it lacks it is fed when it next
+    drafts, unless it shares the target's cache.
+    """
 
-    def read(self, tokens: list[int]) -> StepOutput:
-        """Feed the tokens that `unread` returned."""
-        return self.drafter.feed(tokens)
-
-    def was_fed(self, count: int) -> None:
-        """Note that the drafter was fed the `count` tokens of `unread` by another call, and drafted after them."""
-
-    def rewind(self, length: int) -> None:
-        """Forget drafted tokens.
+    def __init__(
+        self,
+        target: Engine,
+        drafter: Engine | None,
+        prompt: Sequence[int],
+        length: DraftLength,
+        rule: Rule,
+        stop: frozenset[int],
+        masks: Masks | None,
+        profiler: Profiler,
+    ) -> None:
+        """Make the state of a generation that has not begun.
 
         Args:
-            length: The tokens of the text that the target has read.
+            target: The engine that verifies. It is asked only to draft and verify in one call.
+            drafter: The engine that drafts; None: only prompt lookup drafts, where `length` has it.
+            prompt: Token ids.
+            length: How many tokens a round drafts.
+            rule: How the drafter's tokens are chosen.
+            stop: The tokens that end the text: nothing after one is drafted.
+            masks: Which tokens a constraint allows; None without one.
+            profiler: Records the phases.
         """
-        self.drafter.rewind(min(self.drafter.length, length))
-
-    def _remember(self, sequence: Sequence[int]) -> None:
-        self.drafter.remember(sequence[self.remembered :])
-        self.remembered = len(sequence)
-
-    def _known(self, tokens: Sequence[int]) -> list[int]:
-        last = self.drafter.manifest.vocab_size - 1
-        # A head of the target's padded further may name a token that the drafter lacks. What stands in for it
-        # changes what is drafted, never what comes out.
-        return list(tokens) if last + 1 >= self.vocab_size else [min(token, last) for token in tokens]
-
-
-class FeatureReader(TokenReader):
-    """Feeds a head. Row t of the head's cache is made of the target's features of token t and of token t + 1.
-
-    Between rounds the cache holds such rows only. What the head fed itself while drafting is forgotten even where it
-    was accepted: the target has given the true features meanwhile. These are copied from where the target is as late
-    as can be: an engine that drafts beside it reads them there.
-    """
-
-    def __init__(self, drafter: Engine, vocab_size: int) -> None:
-        super().__init__(drafter, vocab_size)
-        self.rows = self.given = 0  # tokens whose features were read, and were given, `last` not counted
-        self.held: list[NDArray[np.float32]] = []  # of the tokens in between
-        self.last: tuple[StepOutput, int] | None = None  # what the target gave last, and how many of its rows count
+        self.drafter = drafter
+        self._target, self._length, self._rule = target, length, rule
+        self._stop, self._masks, self._profiler = stop, masks, profiler
+        self._vocab_size = target.manifest.vocab_size
+        lookups = length.lookups
+        self._lookup = None if lookups is None else PromptLookup(prompt, length.longest, lookups)
+        self._reader = make_reader(drafter, self._vocab_size) if drafter else None
+        # A drafter of the target's own weights reads the target's keys and values: nothing to prefill or to catch up
+        # on, and better ones than its own. What it writes ahead, the verification overwrites.
+        self._one_cache = drafter is not None and drafter.cache is target.cache
+        self._has_drafted = self._one_cache  # otherwise the first draft reads what the drafter lacks of the prompt
 
     def begin(self) -> None:
-        self.rows = self.given = self.drafter.length
+        """Note that both engines have been made ready for the prompt."""
+        if self._reader:
+            self._reader.begin()
 
-    def target_fed(self, output: StepOutput, kept: int) -> None:
-        self.last = output, kept
+    def propose(self, text: Sequence[int], most: int) -> Draft:
+        """Draft for the next round.
 
-    def hold(self) -> None:
-        if self.last is None:
-            return
-        (output, kept), self.last = self.last, None
-        self.given += kept
-        if self.given < self.drafter.capacity:  # else it drafts no more
-            self.held.append(output.features[:kept].copy())  # valid until the target's next call only
+        Args:
+            text: The prompt and what was generated. The target has read all of it but the last token.
+            most: The most drafted tokens that the target and the text have room for.
+        """
+        room = self.room(len(text), most)
+        match = self._lookup.match() if self._lookup and room > 0 else NO_MATCH
+        plan = self._length.begin(match.chances) if room > 0 else RoundPlan(0, 0)
+        steps, is_paused = min(plan.drafted, room), not plan.pays
+        if self._reader and steps > 0:
+            if self._one_cache:
+                self._reader.drafter.adopt(self._target.length)
+            if speculation := self._speculate(self._reader, text, steps):
+                tokens = self._usable(speculation.drafted.tolist())
+                return Draft(tokens, speculation.draft_seconds, is_paused=is_paused, speculation=speculation)
+        start = perf_counter()
+        tokens, prefill_seconds, looked_up = [], 0.0, 0
+        if self._reader and steps > 0:
+            with self._profiler.span("draft", DRAFTER, length=len(text)):
+                tokens, prefill_seconds = self._draft(self._reader, text, steps)
+        elif plan.looked_up:
+            tokens = self._look_up(match.tokens[: min(plan.looked_up, room)])
+            looked_up = len(tokens)
+        if self._reader:
+            self._reader.hold()
+        return Draft(tokens, perf_counter() - start - prefill_seconds, prefill_seconds, looked_up, is_paused)
 
-    def unread(self, sequence: Sequence[int]) -> list[int]:
-        self._remember(sequence)
-        return self._known(sequence[self.rows + 1 :])
+    def learn(self, draft: Draft, accepted: int, verify_seconds: float, seconds: float) -> None:
+        """Let the draft length learn from a round.
 
-    def read(self, tokens: list[int]) -> StepOutput:
-        self.hold()
-        output = self.drafter.feed_features(tokens, np.concatenate(self.held))
-        self.was_fed(len(tokens))
-        return output
+        Args:
+            draft: What was proposed.
+            accepted: How many of its tokens the target accepted.
+            verify_seconds: The time of the verification.
+            seconds: The time of the round so far, without prefills.
+        """
+        if self._reader or self._lookup:
+            self._length.observe(len(draft.tokens), accepted, draft.seconds, verify_seconds, seconds)
 
-    def was_fed(self, count: int) -> None:
-        self.held.clear()
-        self.last = None
-        self.rows = self.given = self.rows + count
+    def observe(self, output: StepOutput, kept: int, tokens: Sequence[int]) -> None:
+        """Note what the target's last call gave.
 
-    def rewind(self, length: int) -> None:  # noqa: ARG002
-        self.drafter.rewind(self.rows)
+        Args:
+            output: Its output.
+            kept: How many of the tokens fed to it are part of the text.
+            tokens: The tokens that the text gained.
+        """
+        if self._lookup:
+            self._lookup.extend(tokens)
+        if self._reader:
+            self._reader.target_fed(output, kept)
 
+    def rewind(self, length: int) -> None:
+        """Forget drafted tokens that are not part of the text.
 
-def make_reader(drafter: Engine, vocab_size: int) -> TokenReader:
-    """Returns the reader that `drafter` needs.
+        Args:
+            length: The number of tokens of the text that the target has read.
+        """
+        if self._reader:
+            self._reader.rewind(length)
 
-    Args:
-        drafter: The engine that drafts.
-        vocab_size: The number of tokens of the target.
-    """
-    return (FeatureReader if drafter.features_read else TokenReader)(drafter, vocab_size)
+    def room(self, length: int, most: int) -> int:
+        """Returns the most tokens to draft after a text of `length` tokens: no more than can be used, or cached."""
+        most = min(most, self._length.longest)
+        if self.drafter is None:
+            return most if self._lookup else 0
+        most = min(most, self.drafter.capacity - length + 1)  # the last drafted token is not fed
+        return most if self.drafter.max_draft is None else min(most, self.drafter.max_draft)
+
+    def _speculate(self, reader: TokenReader, text: Sequence[int], steps: int) -> Speculation | None:
+        """Draft and verify in one call for both engines.
+
+        Returns:
+            None where the engines cannot do this, or the drafter may lack the prompt.
+        """
+        if not self._has_drafted or not self._rule.runs_on_device or self._length.is_stepwise:
+            return None
+        unread = reader.unread(text)
+        with self._profiler.span("speculate", TARGET, length=len(text)):
+            speculation = self._target.speculate(reader.drafter, unread, steps, self._rule.sampling)
+        if speculation is None:
+            return None
+        reader.was_fed(len(unread))
+        accepted, usable = speculation.accepted, len(self._usable(speculation.drafted.tolist()))
+        if accepted is None or accepted.count <= usable:
+            return speculation
+        return replace(speculation, accepted=Accepted(usable, accepted.next_token))  # it goes on after an EOS
+
+    def _draft(self, reader: TokenReader, text: Sequence[int], room: int) -> tuple[list[int], float]:
+        """Returns the drafted tokens, and the seconds of the drafter's prefill if this was its first draft."""
+        tokens: list[int] = []
+        drafter, start = reader.drafter, perf_counter()
+        unread, is_first = reader.unread(text), not self._has_drafted
+        self._has_drafted = True
+        is_argmax = self._rule.runs_on_device and self._rule.sampling is None
+        at_once = is_argmax and not is_first and drafter.unrolled == room and not self._length.is_stepwise
+        if at_once and (drafted := drafter.draft(unread)) is not None:
+            return self._usable(drafted.tolist()), 0.0
+        with self._profiler.span("prefill" if is_first else "catch_up", DRAFTER, tokens=len(unread)):
+            output = reader.read(unread)
+        prefill_seconds = perf_counter() - start if is_first else 0.0
+        while (token := self._rule.propose(tokens, output)) is not None:
+            if token >= self._vocab_size:  # a head padded further than the target's
+                break
+            tokens.append(token)
+            if len(tokens) == room or token in self._stop:  # nothing after an EOS can be used
+                break
+            if self._length.is_stepwise and not self._length.goes_on(self._rule.confidence(output)):
+                break
+            output = drafter.feed(tokens[-1:])
+        return tokens, prefill_seconds
+
+    def _look_up(self, matched: Sequence[int]) -> list[int]:
+        tokens = self._usable(list(matched))
+        if self._masks:
+            tokens = tokens[: self._masks.fitting(tokens)]
+        self._rule.look_up(len(tokens))
+        return tokens
+
+    def _usable(self, drafted: list[int]) -> list[int]:
+        """Returns what drafting one by one would have given: the tokens up to an EOS or one that the target lacks."""
+        for index, token in enumerate(drafted):
+            if token >= self._vocab_size:
+                return drafted[:index]
+            if token in self._stop:
+                return drafted[: index + 1]
+        return drafted

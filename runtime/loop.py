@@ -1,7 +1,6 @@
 """The draft/verify loop: one `Round` per call of the target."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 
 from engines.base import Engine
@@ -9,14 +8,13 @@ from engines.exclusive_use import Claim
 from engines.outputs import Accepted, StepOutput
 from engines.sampling_params import SamplingParams
 from runtime.constraint import Constraint, Masks
-from runtime.draft_length import DraftLength, FixedLength, RoundPlan
-from runtime.drafting import TokenReader, make_reader
+from runtime.draft_length import DraftLength, FixedLength
+from runtime.drafting import Draft, Drafting
 from runtime.kept_prefix import note_text, restart
 from runtime.logprobs import TokenLogprob, token_logprobs
-from runtime.profiling import DRAFTER, NO_PROFILER, TARGET, Profiler
-from runtime.prompt_lookup import NO_MATCH, PromptLookup
+from runtime.profiling import NO_PROFILER, TARGET, Profiler
 from runtime.round import FinishReason, Round
-from runtime.rules import make_rule
+from runtime.rules import Rule, make_rule
 
 GREEDY = SamplingParams()
 
@@ -70,9 +68,12 @@ def decode_rounds(
     if force_accepted is not None and (not sampling.is_greedy or constraint or force_accepted < 0):
         raise ValueError("force_accepted is a number from 0 up, and goes with greedy decoding without a constraint")
     masks = Masks(constraint) if constraint else None
-    loop = _Loop(
-        target, drafter, prompt, max_new_tokens, draft_length, sampling, logprobs, force_accepted, profiler, masks
-    )
+    length = FixedLength(draft_length) if isinstance(draft_length, int) else draft_length
+    # Forced runs have their full length: the EOS that they may meet is none that the target chose.
+    stop = frozenset(target.manifest.eos_token_ids if force_accepted is None else ())
+    rule = make_rule(sampling, target, drafter, prompt, force_accepted, masks)
+    drafting = Drafting(target, drafter, prompt, length, rule, stop, masks, profiler)
+    loop = _Loop(target, drafting, rule, prompt, max_new_tokens, stop, masks, logprobs, profiler)
     claim = Claim([engine.use for engine in (target, drafter) if engine])
     try:
         with claim, profiler.span("round", length=0):
@@ -86,67 +87,26 @@ def decode_rounds(
         claim.release()
 
 
-@dataclass(frozen=True, slots=True)
-class _Move:
-    """A draft and its verification.
-
-    Attributes:
-        draft: The drafted tokens that can be used.
-        verified: The target's output for the token before the draft and at least all of `draft`.
-        prefill_seconds: See `Round`.
-        draft_seconds: See `Round`.
-        verify_seconds: See `Round`.
-        accepted: The outcome, where the device has decided it already.
-        looked_up: See `Round`.
-        is_paused: See `Round`.
-    """
-
-    draft: list[int]
-    verified: StepOutput
-    prefill_seconds: float
-    draft_seconds: float
-    verify_seconds: float
-    accepted: Accepted | None = None
-    looked_up: int = 0
-    is_paused: bool = False
-
-
 class _Loop:
     """The state between rounds. `sequence` is the prompt and what was generated.
 
     Between rounds `target.length == len(sequence) - 1`: the last token is not in the cache yet, the next call feeds it.
-    `drafter.length` is at most that: what it lacks `reader` feeds it when it next drafts, unless it shares the
-    target's cache.
     """
 
     def __init__(
         self,
         target: Engine,
-        drafter: Engine | None,
+        drafting: Drafting,
+        rule: Rule,
         prompt: Sequence[int],
         max_new_tokens: int,
-        draft_length: int | DraftLength,
-        sampling: SamplingParams,
-        logprobs: int | None,
-        force_accepted: int | None,
-        profiler: Profiler,
+        stop: frozenset[int],
         masks: Masks | None,
+        logprobs: int | None,
+        profiler: Profiler,
     ) -> None:
-        self.profiler, self.masks = profiler, masks
-        self.target, self.drafter = target, drafter
-        self.length = FixedLength(draft_length) if isinstance(draft_length, int) else draft_length
-        self.vocab_size = target.manifest.vocab_size
-        lookups = self.length.lookups
-        self.lookup = None if lookups is None else PromptLookup(prompt, self.length.longest, lookups)
-        # Forced runs have their full length: the EOS that they may meet is none that the target chose.
-        self.stop = frozenset(target.manifest.eos_token_ids if force_accepted is None else ())
-        self.greedy, self.logprobs = sampling.is_greedy, logprobs
-        self.rule = make_rule(sampling, target, drafter, prompt, force_accepted, masks)
-        self.reader = make_reader(drafter, self.vocab_size) if drafter else None
-        # A drafter of the target's own weights reads the target's keys and values: nothing to prefill or to catch up
-        # on, and better ones than its own. What it writes ahead, the verification overwrites.
-        self.one_cache = drafter is not None and drafter.cache is target.cache
-        self.has_drafted = self.one_cache  # otherwise the first draft reads what the drafter lacks of the prompt
+        self.target, self.drafting, self.rule = target, drafting, rule
+        self.stop, self.masks, self.logprobs, self.profiler = stop, masks, logprobs, profiler
         self.sequence = list(prompt)
         self.end = len(self.sequence) + max_new_tokens
 
@@ -159,61 +119,65 @@ class _Loop:
 
     def prefill(self, keep_prefix: bool) -> Round:
         start = perf_counter()
-        cached = restart(self.target, self.drafter, self.sequence, keep_prefix)
+        cached = restart(self.target, self.drafting.drafter, self.sequence, keep_prefix)
+        self.drafting.begin()
         unread = self.sequence[cached:]
         with self.profiler.span("prefill", TARGET, tokens=len(unread)):
             output = self.target.feed(unread)
         fed = perf_counter()
-        if self.reader:
-            self.reader.begin()
-            self.reader.target_fed(output, len(unread))
         with self.profiler.span("accept", drafted=0):
             token = self.rule.accept([], output).next_token
-        self.append([token])
-        note_text(self.target, self.drafter, self.sequence)
+        self.drafting.observe(output, len(unread), [token])
+        self.sequence.append(token)
+        note_text(self.target, self.drafting.drafter, self.sequence)
         times = fed - start, 0.0, 0.0, perf_counter() - start
         logprobs = self.logprobs_of([token], output)
         return Round((token,), True, 0, 0, *times, self.finish_reason, logprobs, cached=cached)
 
     def round(self) -> Round:
         start = perf_counter()
-        move = self.move()
-        draft, output = move.draft, move.verified
-        with self.profiler.span("accept", drafted=len(draft)):
-            accepted = move.accepted or self.rule.accept(draft, output)
-        if self.drafter or self.lookup:
-            spent = perf_counter() - start - move.prefill_seconds
-            self.length.observe(len(draft), accepted.count, move.draft_seconds, move.verify_seconds, spent)
-        tokens = draft[: accepted.count]
+        draft = self.drafting.propose(self.sequence, self.room())
+        output, accepted, verify_seconds = self.verify(draft)
+        self.drafting.learn(draft, accepted.count, verify_seconds, perf_counter() - start - draft.prefill_seconds)
+        tokens = draft.tokens[: accepted.count]
         if not tokens or tokens[-1] not in self.stop:
             tokens.append(accepted.next_token)
-        self.append(tokens)
+        self.sequence += tokens
         with self.profiler.span("rewind"):
             self.target.rewind(len(self.sequence) - 1)
-            if self.reader:
-                self.reader.target_fed(output, len(tokens))
-                self.reader.rewind(len(self.sequence) - 1)
-            note_text(self.target, self.drafter, self.sequence)
+            self.drafting.observe(output, len(tokens), tokens)
+            self.drafting.rewind(len(self.sequence) - 1)
+            note_text(self.target, self.drafting.drafter, self.sequence)
         return Round(
             tuple(tokens),
             False,
-            len(draft),
+            len(draft.tokens),
             accepted.count,
-            move.prefill_seconds,
-            move.draft_seconds,
-            move.verify_seconds,
+            draft.prefill_seconds,
+            draft.seconds,
+            verify_seconds,
             perf_counter() - start,
             self.finish_reason,
             self.logprobs_of(tokens, output),
-            move.looked_up,
-            move.is_paused,
+            draft.looked_up,
+            draft.is_paused,
         )
 
-    def append(self, tokens: Sequence[int]) -> None:
-        """Add `tokens` to the text."""
-        self.sequence += tokens
-        if self.lookup:
-            self.lookup.extend(tokens)
+    def room(self) -> int:
+        """Returns the most drafted tokens that can be used, as the target adds one, and that its cache holds."""
+        return min(self.end - len(self.sequence) - 1, self.target.capacity - self.target.length - 1)
+
+    def verify(self, draft: Draft) -> tuple[StepOutput, Accepted, float]:
+        """Returns what the target gives for the last token and the draft, what it accepts, and the call's seconds."""
+        if speculation := draft.speculation:
+            output, accepted, seconds = speculation.verified, speculation.accepted, speculation.verify_seconds
+        else:
+            start, accepted = perf_counter(), None
+            with self.profiler.span("verify", TARGET, tokens=len(draft.tokens) + 1):
+                output = self.target.feed([self.sequence[-1], *draft.tokens], keep=len(draft.tokens) + 1)
+            seconds = perf_counter() - start
+        with self.profiler.span("accept", drafted=len(draft.tokens)):
+            return output, accepted or self.rule.accept(draft.tokens, output), seconds
 
     def logprobs_of(self, tokens: Sequence[int], output: StepOutput) -> tuple[TokenLogprob, ...]:
         """Returns nothing where none were asked for, so that an engine need not hand its logits over."""
@@ -221,100 +185,3 @@ class _Loop:
             return ()
         logits = self.masks.of_last_tokens(output.logits) if self.masks else output.logits
         return token_logprobs(logits, tokens, self.logprobs)
-
-    def move(self) -> _Move:
-        """Draft and verify: in one call where the engines can, else one after the other."""
-        room = self.room()
-        match = self.lookup.match() if self.lookup and room > 0 else NO_MATCH
-        plan = self.length.begin(match.chances) if room > 0 else RoundPlan(0, 0)
-        steps = min(plan.drafted, room)
-        if self.reader and steps > 0:
-            if self.one_cache:
-                self.reader.drafter.adopt(self.target.length)
-            if move := self.speculate(self.reader, steps, is_paused=not plan.pays):
-                return move
-        start = perf_counter()
-        draft = self.usable(list(match.tokens[: min(plan.looked_up, room)]))
-        if self.masks:
-            draft = draft[: self.masks.fitting(draft)]
-        looked_up, prefill_seconds = len(draft), 0.0
-        self.rule.look_up(looked_up)
-        if self.reader and steps > 0:
-            with self.profiler.span("draft", DRAFTER, length=len(self.sequence)):
-                draft, prefill_seconds = self.draft(self.reader, steps)
-        drafted = perf_counter()
-        with self.profiler.span("verify", TARGET, tokens=len(draft) + 1):
-            if self.reader:
-                self.reader.hold()
-            output = self.target.feed([self.sequence[-1], *draft], keep=len(draft) + 1)
-        times = prefill_seconds, drafted - start - prefill_seconds, perf_counter() - drafted
-        return _Move(draft, output, *times, None, looked_up, not plan.pays)
-
-    def speculate(self, reader: TokenReader, room: int, is_paused: bool) -> _Move | None:
-        """Draft and verify in one call for both engines.
-
-        Args:
-            reader: The drafter's reader.
-            room: The number of tokens to draft.
-            is_paused: See `Round`.
-
-        Returns:
-            The draft and its verification; None where the engines cannot do this, or the drafter may lack the prompt.
-        """
-        if not self.has_drafted or not self.rule.runs_on_device or self.length.is_stepwise:
-            return None
-        unread = reader.unread(self.sequence)
-        with self.profiler.span("speculate", TARGET, length=len(self.sequence)):
-            speculation = self.target.speculate(reader.drafter, unread, room, self.rule.sampling)
-        if speculation is None:
-            return None
-        reader.was_fed(len(unread))
-        draft, accepted = self.usable(speculation.drafted.tolist()), speculation.accepted
-        if accepted is not None and accepted.count > len(draft):  # the accepted draft goes on after an EOS
-            accepted = Accepted(len(draft), accepted.next_token)
-        times = 0.0, speculation.draft_seconds, speculation.verify_seconds
-        return _Move(draft, speculation.verified, *times, accepted, is_paused=is_paused)
-
-    def draft(self, reader: TokenReader, room: int) -> tuple[list[int], float]:
-        """Returns the drafted tokens, and the seconds of the drafter's prefill if this was its first draft."""
-        draft: list[int] = []
-        drafter, start = reader.drafter, perf_counter()
-        unread, is_first = reader.unread(self.sequence), not self.has_drafted
-        self.has_drafted = True
-        at_once = self.greedy and self.rule.runs_on_device and not is_first and drafter.unrolled == room
-        at_once = at_once and not self.length.is_stepwise
-        if at_once and (drafted := drafter.draft(unread)) is not None:
-            return self.usable(drafted.tolist()), 0.0
-        with self.profiler.span("prefill" if is_first else "catch_up", DRAFTER, tokens=len(unread)):
-            output = reader.read(unread)
-        prefill_seconds = perf_counter() - start if is_first else 0.0
-        while (token := self.rule.propose(draft, output)) is not None:
-            if token >= self.vocab_size:  # a head padded further than the target's
-                break
-            draft.append(token)
-            if len(draft) == room or token in self.stop:  # nothing after an EOS can be used
-                break
-            if self.length.is_stepwise and not self.length.goes_on(self.rule.confidence(output)):
-                break
-            output = drafter.feed(draft[-1:])
-        return draft, prefill_seconds
-
-    def usable(self, drafted: list[int]) -> list[int]:
-        """Returns what drafting one by one would have given: the tokens up to an EOS or one that the target lacks."""
-        for index, token in enumerate(drafted):
-            if token >= self.vocab_size:
-                return drafted[:index]
-            if token in self.stop:
-                return drafted[: index + 1]
-        return drafted
-
-    def room(self) -> int:
-        """Returns the most tokens to draft: as many as can be used, since the target adds one, and the caches hold."""
-        if not (self.drafter or self.lookup):
-            return 0
-        length = len(self.sequence)
-        most = min(self.length.longest, self.end - length - 1, self.target.capacity - self.target.length - 1)
-        if self.drafter is None:
-            return most
-        most = min(most, self.drafter.capacity - length + 1)  # the last drafted token is not fed
-        return most if self.drafter.max_draft is None else min(most, self.drafter.max_draft)

@@ -21,7 +21,8 @@ from engines.ort_cuda.eagle import CudaEagleEngine, CudaFeatureEngine
 from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
 from engines.sampling_params import Sampling
 from runtime import SamplingParams, SpeculativeDecoder
-from runtime.loop import _Loop, decode_rounds
+from runtime.drafting import Drafting
+from runtime.loop import decode_rounds
 from tests.engines.test_onnxruntime_cuda import SAMPLINGS, HostStream, host_round
 from tests.integration import eagle_heads, layer_heads
 from tests.integration.eagle_heads import LAYERS, make_tensors
@@ -199,13 +200,13 @@ def test_past_the_end_of_its_context_a_head_is_silent(pair):
 
 
 def test_a_head_that_was_silent_reads_what_it_missed(pair, monkeypatch):
-    room, asked = _Loop.room, []
+    room, asked = Drafting.room, []
 
-    def sometimes(loop):
-        asked.append(loop)
-        return room(loop) if len(asked) % 5 > 2 else 0
+    def sometimes(*args):
+        asked.append(args)
+        return room(*args) if len(asked) % 5 > 2 else 0
 
-    monkeypatch.setattr(_Loop, "room", sometimes)
+    monkeypatch.setattr(Drafting, "room", sometimes)
     with on_host(pair) as host, on_device(pair) as (target, head, _):
         for accepted in (1, 4):
             made = []

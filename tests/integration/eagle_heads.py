@@ -6,7 +6,8 @@ import transformers
 from torch.nn import functional as F
 
 from runtime import SamplingParams, SpeculativeDecoder
-from runtime.loop import _Loop, decode_rounds
+from runtime.drafting import Drafting
+from runtime.loop import decode_rounds
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, SIZE, INNER, LAYERS = 448, 64, 4, 2, 16, 96, (2, 4, 5)
 CONFIG = {
@@ -98,11 +99,11 @@ def sequential_drafts(tensors, model, text, allowed=None, steps=4, normed_residu
 
 def moves(target, head, prompt, **options):
     """What each round of a generation drafted, and its new tokens."""
-    made, move = [], _Loop.move
+    drafts, propose = [], Drafting.propose
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Loop, "move", lambda loop: made.append(move(loop)) or made[-1])
+        patch.setattr(Drafting, "propose", lambda *args: drafts.append(propose(*args)) or drafts[-1])
         rounds = list(decode_rounds(target, head, prompt, **{"max_new_tokens": 40, "draft_length": 4} | options))
-    return [(entry.draft, entry_round.tokens) for entry, entry_round in zip(made, rounds[1:], strict=True)]
+    return [(draft.tokens, entry.tokens) for draft, entry in zip(drafts, rounds[1:], strict=True)]
 
 
 def check_rules(decoder: SpeculativeDecoder, model: transformers.PreTrainedModel, prompt: list[int]) -> None:

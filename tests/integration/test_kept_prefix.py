@@ -3,7 +3,7 @@
 import pytest
 
 from runtime import SpeculativeDecoder
-from runtime.loop import _Loop
+from runtime.drafting import Drafting
 
 from . import eagle_heads, test_medusa
 
@@ -46,15 +46,15 @@ def medusa(random_model, export_pair, write_head):
 
 def generate(decoder, prompt):
     """A generation, and what each of its rounds drafted."""
-    drafts, move = [], _Loop.move
+    drafts, propose = [], Drafting.propose
 
-    def spied(loop):
-        made = move(loop)
-        drafts.append(made.draft)
-        return made
+    def spied(*args):
+        draft = propose(*args)
+        drafts.append(draft.tokens)
+        return draft
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Loop, "move", spied)
+        patch.setattr(Drafting, "propose", spied)
         return decoder.generate(prompt, max_new_tokens=13), drafts
 
 

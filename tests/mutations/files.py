@@ -225,7 +225,7 @@ FILES = (
     Mutation(
         "A head drafts what its recurrence gives on the target's features",
         "accepted drafts keep the head's own rows",
-        "runtime/drafting.py",
+        "runtime/readers.py",
         "self.drafter.rewind(self.rows)",
         "self.drafter.rewind(min(self.drafter.length, length))",
         "tests/integration/test_eagle.py::test_drafts_are_the_recurrence_after_any_number_of_accepted_ones[2]",
