@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.calibration import Corpus, Document
+from vocabtrim_export.calibration.counting import CalibrationInput
+from vocabtrim_export.calibration.domains import Domain
 from vocabtrim_export.head_choice.choose import choose
 from vocabtrim_export.head_choice.replay import NEVER_KEPT, Text, preferred, right_tokens, rounds_of
 from vocabtrim_export.head_choice.steps import StepTimes
+from vocabtrim_export.head_choice.texts import held_out_places
 
 VOCAB = 40
 
@@ -94,6 +98,28 @@ def test_a_drafter_that_is_never_right_is_expected_to_draft_nothing():
     choice = choose([never], np.arange(3000), TIMES, 3000, (0,))
     assert choice.best.domains[0].draft_length == 0
     assert choice.best.speedup == 1
+
+
+def corpus_of(*files):
+    """Sixteen documents of each file, two of which are held out."""
+    return Corpus.of([Document(f"{file} {i}", where=f"{file}, line {i}") for file in files for i in range(16)], "tree")
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        (CalibrationInput(corpus=corpus_of("a.txt", "b.txt")), {"a.txt": 2, "b.txt": 2}),
+        (CalibrationInput(corpus=corpus_of(*(f"{i}.py" for i in range(9)))), {"tree": 18}),
+        (
+            CalibrationInput(domains=(Domain("code", 1, corpus_of("a.py", "b.py")), Domain("chat", 1, corpus_of("c")))),
+            {"code": 4, "chat": 2},
+        ),
+    ],
+)
+def test_held_out_texts_belong_to_the_domains_that_the_user_named_or_to_files(data, wanted):
+    places = held_out_places(data)
+    assert {domain: len(each) for domain, each in places.items()} == wanted
+    assert all(int(documents[i].text.split()[-1]) % 8 == 7 for each in places.values() for documents, i in each)
 
 
 def test_an_export_chooses_writes_and_says_why(random_model, tmp_path):

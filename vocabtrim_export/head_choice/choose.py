@@ -22,7 +22,7 @@ class Expected:
     """The expected speed of one domain's texts.
 
     Attributes:
-        domain: The file that the prompts come from.
+        domain: The domain that the prompts come from: a name that the user gave, or a file.
         texts: The number of its texts.
         draft_length: The best γ; 0 where the target alone is faster.
         block_efficiency: Tokens per round with it.

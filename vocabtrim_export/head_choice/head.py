@@ -52,7 +52,7 @@ def choose_head(
         raise ValueError("token counts hold no prompts to replay")
     drafter, target = sources["drafter"], sources["target"]
     tokenizer = runtime_tokenizer(target.tokenizer)
-    prompts = held_out_prompts(data.corpora, tokenizer, target.vocab_size, settings.calibration)
+    prompts = held_out_prompts(data, tokenizer, target.vocab_size, settings.calibration)
     order, _ = kept_order(counts, always_kept(sources), drafter.vocab_size, available)
     manifests = writer.write(places, select(counts, sources, len(order), available), 0)
     hidden = drafter.model.get_output_embeddings().weight.shape[1]

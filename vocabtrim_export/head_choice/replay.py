@@ -21,7 +21,7 @@ class Text:
     """A prompt and the target's continuation.
 
     Attributes:
-        domain: The file that the prompt comes from.
+        domain: The domain that the prompt comes from: a name that the user gave, or a file.
         prompt: The prompt's token ids.
         tokens: int64[n], the target's tokens.
         above: For each of them the token ids, int64[·], that the full drafter prefers to it at its place; None where

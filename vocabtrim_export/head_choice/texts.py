@@ -1,8 +1,9 @@
 """Held-out prompts of the calibration data, the target's own continuations, and the drafter's logits for them."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,24 +15,25 @@ from engines.errors import VocabtrimError
 from runtime import decode_rounds
 from vocabtrim_export.calibration import Corpus
 from vocabtrim_export.calibration.calibrate import CALIBRATION_DATE
-from vocabtrim_export.calibration.counting import CalibrationSettings
+from vocabtrim_export.calibration.counting import CalibrationInput, CalibrationSettings
 from vocabtrim_export.calibration.counts import is_held_out
 from vocabtrim_export.calibration.document import Document
 from vocabtrim_export.calibration.prompts import encode_document
 from vocabtrim_export.head_choice.replay import Text, preferred
 
-_PER_DOMAIN, _MOST = 3, 12  # texts
+_FEWEST_PER_DOMAIN, _TEXTS = 3, 12
 _PROMPT_TOKENS, _NEW_TOKENS = 256, 48
 _FEWEST = 8  # tokens that a continuation must have to say anything
+_Place = tuple[Sequence[Document], int]  # where a document is
 
 
 def held_out_prompts(
-    corpora: Sequence[Corpus], tokenizer: Tokenizer, rows: int, settings: CalibrationSettings
+    data: CalibrationInput, tokenizer: Tokenizer, rows: int, settings: CalibrationSettings
 ) -> list[tuple[str, list[int]]]:
-    """Returns the file and the last token ids of some held-out prompts, the same number of each file.
+    """Returns the domain and the last token ids of some held-out prompts, drawn at random, as many of each domain.
 
     Args:
-        corpora: The calibration's corpora, one for each domain; their held-out documents chose no row.
+        data: The calibration data; their held-out documents chose no row.
         tokenizer: The target's.
         rows: Rows of the target's embedding.
         settings: Which chat template renders the prompts.
@@ -40,18 +42,12 @@ def held_out_prompts(
         VocabtrimError: There is none.
     """
     options = ChatOptions(settings.chat_template, None, settings.template_args, now=CALIBRATION_DATE)
-    taken: Counter[str] = Counter()
+    domains = held_out_places(data)
+    most = max(_FEWEST_PER_DOMAIN, _TEXTS // max(1, len(domains)))
     prompts: list[tuple[str, list[int]]] = []
-    for domain, document in _held_out(corpora):
-        if taken[domain] == _PER_DOMAIN or len(prompts) == _MOST:
-            continue
-        try:
-            ids = encode_document(tokenizer, document, options)[-_PROMPT_TOKENS:]
-        except VocabtrimError:  # calibration has named it
-            continue
-        if ids and max(ids) < rows:
-            taken[domain] += 1
-            prompts.append((domain, ids))
+    for domain, places in domains.items():
+        fitting = _fitting((documents[index] for documents, index in places), tokenizer, rows, options)
+        prompts += [(domain, ids) for ids in islice(fitting, most)]
     if not prompts:
         raise VocabtrimError(
             "--k auto replays held-out documents, and the calibration data has none that fits: give at least eight "
@@ -91,13 +87,40 @@ def replayed_texts(
     return texts
 
 
-def _held_out(corpora: Sequence[Corpus]) -> Iterator[tuple[str, Document]]:
-    """Yield the held-out documents, each with the name of its file."""
-    for corpus in corpora:
-        for index in range(len(corpus.documents)):
-            if is_held_out(index, len(corpus.documents)):
-                document = corpus.documents[index]
-                yield Path(document.where.rsplit(", ", 1)[0]).name or corpus.source, document
+def held_out_places(data: CalibrationInput) -> dict[str, list[_Place]]:
+    """Returns where the held-out documents of each domain are, in random order.
+
+    Domains without a name are files, or all files together where they are many, as in a tree of sources.
+    """
+    domains: dict[str, list[_Place]] = {domain.name: _held_out_of(domain.corpus) for domain in data.domains}
+    if data.corpus:
+        places = _held_out_of(data.corpus)
+        for documents, index in places:
+            file = Path(documents[index].where.rsplit(", ", 1)[0]).name or data.corpus.source
+            domains.setdefault(file, []).append((documents, index))
+        if len(domains) > _TEXTS // _FEWEST_PER_DOMAIN:
+            domains = {data.corpus.source: places}
+    for places in domains.values():
+        Random(0).shuffle(places)
+    return domains
+
+
+def _held_out_of(corpus: Corpus) -> list[_Place]:
+    documents = corpus.documents
+    return [(documents, index) for index in range(len(documents)) if is_held_out(index, len(documents))]
+
+
+def _fitting(
+    documents: Iterable[Document], tokenizer: Tokenizer, rows: int, options: ChatOptions
+) -> Iterator[list[int]]:
+    """Yield the last token ids of each prompt that the template renders and the embedding has rows for."""
+    for document in documents:
+        try:
+            ids = encode_document(tokenizer, document, options)[-_PROMPT_TOKENS:]
+        except VocabtrimError:  # calibration has named it
+            continue
+        if ids and max(ids) < rows:
+            yield ids
 
 
 def _replay(
