@@ -1,7 +1,7 @@
 """What a drafter gains on real weights: each one at fixed and adaptive draft lengths, on prompts of several domains.
 
 python benchmarks/real_pair.py --target DIR --drafter NAME=DIR [NAME=DIR …] --prompts NAME=FILE [NAME=FILE …]
-    [--random-tokens] --output STEM
+    [--random-tokens] [--without-lookup] --output STEM
 
 One interleaved run: on each prompt every way of decoding takes its turn, and they take turns in who begins, so that a
 machine that slows down slows all of them. Greedy, in time without prefills. An adaptive way keeps its state from prompt
@@ -84,7 +84,7 @@ def main() -> None:
         prompts = {name: list(read_prompts(target, options, path)) for name, path in map(named, options.prompts)}
         if options.random_tokens:
             prompts["random tokens"] = random_prompts(target, options.num_prompts)
-        ways = make_ways(target, drafters, options.lengths)
+        ways = make_ways(target, drafters, options.lengths, options.without_lookup)
         warm_up(target, ways, next(iter(prompts.values()))[0])
         generations = list(measure(target, ways, prompts, options.max_new_tokens))
         bundles = {name: drafter.manifest for name, drafter in {TARGET_ONLY: target, **drafters}.items()}
@@ -116,6 +116,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=3, help="prompts of each file")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--lengths", type=int, nargs="*", default=[1, 2, 3, 4, 6, 8], help="fixed draft lengths")
+    parser.add_argument("--without-lookup", action="store_true", help="adaptive lengths also without prompt lookup")
     parser.add_argument("--output", type=Path, required=True, metavar="STEM")
     return parser.parse_args()
 
@@ -142,13 +143,16 @@ def random_prompts(target: Engine, count: int) -> list[list[int]]:
     return ids
 
 
-def make_ways(target: Engine, drafters: Mapping[str, Engine], lengths: Sequence[int]) -> list[Way]:
+def make_ways(
+    target: Engine, drafters: Mapping[str, Engine], lengths: Sequence[int], without_lookup: bool
+) -> list[Way]:
     ways = [Way(TARGET_ONLY, None, FixedLength(1))]
     for name, drafter in drafters.items():
         ways += [Way(f"{name}, γ = {length}", drafter, FixedLength(length)) for length in lengths]
-        for note, looks_up in ((", no lookup", False), ("", True)):
-            adaptive = make_draft_length(target, drafter, "auto", looks_up)
-            ways.append(Way(f"{name}, adaptive{note}", drafter, adaptive))
+        if without_lookup:
+            adaptive = make_draft_length(target, drafter, "auto", prompt_lookup=False)
+            ways.append(Way(f"{name}, adaptive, no lookup", drafter, adaptive))
+        ways.append(Way(f"{name}, adaptive", drafter, make_draft_length(target, drafter, "auto")))
     return ways
 
 
