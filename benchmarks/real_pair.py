@@ -10,6 +10,7 @@ to prompt, as a decoder does; nothing else is warm but the engines. Writes STEM.
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from real_pair_views import markdown, svg
 
 from engines import load_engine
 from engines.base import Engine
+from engines.bundle.read import Manifest
 from engines.bundle.tokenizer import Tokenizer
 from runtime import Round, SpeculativeDecoder, decode_rounds
 from runtime.draft_length import AdaptiveLength, DraftLength, FixedLength
@@ -86,16 +88,24 @@ def main() -> None:
             prompts["random tokens"] = random_prompts(target, options.num_prompts)
         ways = make_ways(target, drafters, options.lengths, options.without_lookup)
         warm_up(target, ways, next(iter(prompts.values()))[0])
-        generations = list(measure(target, ways, prompts, options.max_new_tokens))
         bundles = {name: drafter.manifest for name, drafter in {TARGET_ONLY: target, **drafters}.items()}
+        generations: list[Generation] = []
+        for own in measure(target, ways, prompts, options.max_new_tokens):
+            generations += own
+            save(options, bundles, generations)  # a run that is stopped keeps what it has
+    print(markdown(summarize(generations)))
+
+
+def save(options: argparse.Namespace, bundles: Mapping[str, Manifest], generations: Sequence[Generation]) -> None:
     rows = summarize(generations)
+    alone = [each.domain for each in generations if each.way == TARGET_ONLY]
     report = {
         "bundles": {
             name: {"source": Path(m.source).name, "head_rows": m.head_rows, "quantization": m.quantization}
             for name, m in bundles.items()
         },
         "max_new_tokens": options.max_new_tokens,
-        "prompts": {name: len(each) for name, each in prompts.items()},
+        "prompts": dict(Counter(alone)),
         "rows": [asdict(row) for row in rows],
         "generations": [asdict(each) for each in generations],
         "environment": environment(),
@@ -103,7 +113,6 @@ def main() -> None:
     write(options.output.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     write(options.output.with_suffix(".md"), markdown(rows))
     write(options.output.with_suffix(".svg"), svg(rows))
-    print(markdown(rows))
 
 
 def parse() -> argparse.Namespace:
@@ -168,7 +177,7 @@ def run(target: Engine, way: Way, prompt: Sequence[int], tokens: int) -> list[Ro
 
 def measure(
     target: Engine, ways: Sequence[Way], prompts: Mapping[str, Sequence[Sequence[int]]], tokens: int
-) -> Iterator[Generation]:
+) -> Iterator[list[Generation]]:
     """Each prompt in all ways, the domains in turn, so that what an adaptive way learns on one it meets on the next."""
     longest = max(map(len, prompts.values()))
     order = [(name, each[i]) for i in range(longest) for name, each in prompts.items() if i < len(each)]
@@ -176,8 +185,7 @@ def measure(
         first = turn % len(ways)
         done = {way.name: run(target, way, prompt, tokens) for way in [*ways[first:], *ways[:first]]}
         alone = tokens_of(done[TARGET_ONLY])
-        for way in ways:
-            yield generation(domain, way.name, done[way.name], alone)
+        yield [generation(domain, way.name, done[way.name], alone) for way in ways]
         print(f"{turn + 1} of {len(order)} prompts", flush=True)
 
 

@@ -13,7 +13,7 @@ from engines.bundle.vocab_map import NOT_KEPT, VocabMap
 from engines.errors import VocabtrimError
 from engines.numbers import to_float32
 
-_BLOCK = 32
+_BLOCKS = (32, 64, 128)  # how many numbers of a row share a scale
 _BITS = {"int8": 8, "int4": 4}
 _FLOATS = ("F32", "F16", "U16")  # U16: the bits of bfloat16, which NumPy lacks
 
@@ -50,11 +50,12 @@ class HeadRows:
             raise VocabtrimError(f"{path} does not hold the rows of a head that is {quantization}: export again")
         self._parts = {name: file.get_slice(name) for name in names - {TOKEN_IDS}}
         self.index = _index(token_ids, vocab_map, path)
+        self._block = 1 if self._bits is None else self._block_of(path)
         self._size = self._check_shapes(len(token_ids), path)
 
     def holds(self, hidden: int) -> bool:
         """Whether the rows are those of a model with this hidden size."""
-        return self._size == hidden if self._bits is None else 0 <= self._size - hidden < _BLOCK
+        return 0 <= self._size - hidden < self._block
 
     def read(self, token_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Read and dequantise rows.
@@ -80,6 +81,14 @@ class HeadRows:
         weights = (values.astype(np.float32) - zeros) * scales[:, :, None]
         return weights.reshape(len(rows), -1), bias
 
+    def _block_of(self, path: Path) -> int:
+        """Returns how many numbers share a scale."""
+        shape = self._parts["quantized"].get_shape()
+        block = shape[-1] * 8 // (self._bits or 8) if shape else 0
+        if block not in _BLOCKS:
+            raise VocabtrimError(f"{path} has blocks of {block} numbers, which no head has: export again")
+        return block
+
     def _check_shapes(self, rows: int, path: Path) -> int:
         """Returns the numbers in a row."""
         shapes = {name: tuple(part.get_shape()) for name, part in self._parts.items()}
@@ -88,7 +97,7 @@ class HeadRows:
         bits = self._bits or 0
         wanted: dict[str, tuple[int, ...]] = {
             "weight": (rows, shapes.get("weight", (0, 0))[-1]),
-            "quantized": (rows, count, _BLOCK * bits // 8),
+            "quantized": (rows, count, self._block * bits // 8),
             "scales": (rows, count),
             "zero_points": (rows, -(-count * bits // 8)),
             "bias": (rows,),
@@ -97,7 +106,7 @@ class HeadRows:
         for name, shape in shapes.items():
             if shape != wanted[name] or dtypes[name] not in (("U8",) if name in bytes_of else _FLOATS):
                 raise VocabtrimError(f"{path}: {name} is {dtypes[name]}{list(shape)}, which no head has: export again")
-        return wanted["weight"][1] if self._bits is None else count * _BLOCK
+        return wanted["weight"][1] if self._bits is None else count * self._block
 
 
 def _index(token_ids: NDArray[Any], vocab_map: VocabMap, path: Path) -> NDArray[np.int64]:

@@ -36,13 +36,15 @@ CACHED_LENGTHS = 32  # step lengths (drafts, catch-ups, verifications) whose bin
 _NEVER_LONE = 16  # rows: no tile of attention is shorter than these, so that an odd number of them leaves none alone
 
 
-def padded(rows: int) -> int:
+def padded(rows: int, quantization: str) -> int:
     """Returns `rows`, or one more where a kernel would compute one row alone.
 
-    That is a single row, or the last of an odd number, which may end one row into a tile. A lone row has kernels of its
-    own, in attention and in products of 4-bit weights, which add in another order.
+    That is a single row, or the last of an odd number, which may end one row into a tile: of attention above 16 rows,
+    and of products with 8-bit weights in wide blocks, which take two rows at a time. A lone row has kernels of its own,
+    which add in another order.
     """
-    return rows + (rows == 1 or (rows > _NEVER_LONE and rows % 2 == 1))
+    is_lone = rows == 1 or (rows % 2 == 1 and (quantization == "int8" or rows > _NEVER_LONE))
+    return rows + is_lone
 
 
 class OnnxRuntimeEngine(Engine):
@@ -160,8 +162,8 @@ class OnnxRuntimeEngine(Engine):
     def _bind(self, length: int, keep: int) -> Step:
         rows, kept = length, keep
         if self._is_padded:
-            rows = padded(length)
-            kept = padded(keep + rows - length)  # rows of the head's product
+            rows = padded(length, self.manifest.quantization)
+            kept = padded(keep + rows - length, self.manifest.quantization)  # rows of the head's product
         step = HostStep(
             self._session,
             self._bind_common(kept),

@@ -78,6 +78,33 @@ def test_a_long_text_reads_no_more_rows_than_there_are_slots(rows, monkeypatch):
     assert read == [4]
 
 
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_quantised_rows_are_read_by_their_blocks(tmp_path, block):
+    rng = np.random.default_rng(block)
+    quantized = rng.integers(256, size=(len(LOST), 2, block), dtype=np.uint8)
+    scales = rng.random((len(LOST), 2), np.float32)
+    zeros = rng.integers(256, size=(len(LOST), 2), dtype=np.uint8)
+    tensors = {"token_ids": LOST, "quantized": quantized, "scales": scales, "zero_points": zeros}
+    save_file(tensors, tmp_path / "rows.safetensors")
+    rows = HeadRows(tmp_path / "rows.safetensors", MAP, "int8")
+    assert rows.holds(2 * block)
+    assert not rows.holds(block)
+    weights, _ = rows.read(LOST[[3, 1]])
+    dense = (quantized.astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]
+    np.testing.assert_allclose(weights, dense.reshape(len(LOST), -1)[[3, 1]], rtol=1e-6)
+
+
+QUANTIZED = {"token_ids": LOST, "scales": np.ones((len(LOST), 1), np.float32)}
+QUANTIZED["zero_points"] = np.zeros((len(LOST), 1), np.uint8)
+
+
+def test_blocks_that_no_export_writes_are_refused(tmp_path):
+    for shape in ((len(LOST), 1, 48), (len(LOST), 1, 0)):
+        save_file(QUANTIZED | {"quantized": np.zeros(shape, np.uint8)}, tmp_path / "rows.safetensors")
+        with pytest.raises(VocabtrimError, match="which no head has"):
+            HeadRows(tmp_path / "rows.safetensors", MAP, "int8")
+
+
 FILES = {
     "no tensors": ({}, "is not a file of head rows"),
     "another quantisation": ({"token_ids": LOST, "quantized": np.zeros((len(LOST), 1, 16), np.uint8)}, "is none"),

@@ -177,6 +177,12 @@ def test_a_quantised_target_is_one_model_in_steps_of_every_length(quantised):
     check_one_model(quantised.target, (1, 2, 3, 5, 17, 33))
 
 
+def test_an_int8_target_of_wide_blocks_is_one_model_in_steps_of_every_length(random_model, export_pair):
+    """Its products take two rows at a time; a third would be computed by another kernel."""
+    model = random_model("llama", hidden_size=128, intermediate_size=256)
+    check_one_model(export_pair(model, quantize="int8").target, (1, 2, 3, 5, 17, 33))
+
+
 def test_a_target_of_wide_attention_heads_is_one_model_in_steps_of_every_length(random_model, export_pair):
     """Tiles of keys are wide enough to split the products of a head on this machine, or this head splits none."""
     model = random_model("llama", head_dim=192)

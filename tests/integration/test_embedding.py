@@ -9,9 +9,9 @@ from vocabtrim_export.proof.prove import find_difference
 from vocabtrim_export.proof.proven import trace_source
 from vocabtrim_export.sources.source import DTYPES, load_source
 
-ROWS, HIDDEN, BLOCKS = 448, 64, 2  # of the random models
-BYTES = {"none": ROWS * HIDDEN * 4, "int8": ROWS * (HIDDEN + BLOCKS * (4 + 1))}
-BYTES["int4"] = BYTES["int8"] + ROWS * (HIDDEN // 2 + BLOCKS * 4 + BLOCKS // 2)  # the head has blocks of its own
+ROWS, HIDDEN = 448, 64  # of the random models
+BYTES = {"none": ROWS * HIDDEN * 4, "int8": ROWS * (HIDDEN + 4 + 1)}  # one block a row
+BYTES["int4"] = BYTES["int8"] + ROWS * (HIDDEN // 2 + 2 * 4 + 1)  # the head has two blocks of its own
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])

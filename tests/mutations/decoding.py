@@ -223,7 +223,7 @@ DECODING = (
         "A quantised target is one model in steps of every length",
         "a lone row is computed alone",
         "engines/ort/engine.py",
-        "rows = padded(length)",
+        "rows = padded(length, self.manifest.quantization)",
         "rows = length",
         "tests/integration/test_decoding.py -k one_model",
     ),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vocabtrim_export.lowering.quantize import BLOCK, quantize_blocks
+from vocabtrim_export.lowering.quantize import BLOCK, block_size, quantize_blocks
 
 
 def unpack(blocks, bits):
@@ -23,6 +23,19 @@ def weight():
 def moments():
     x = torch.randn(500, 3, BLOCK, generator=torch.Generator().manual_seed(1)) + 0.7
     return torch.einsum("nbi,nbj->bij", x, x) / 500
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "block"), [(8, 256, 128), (8, 576, 64), (8, 96, 32), (8, 40, 32), (4, 256, 32)]
+)
+def test_blocks_of_8_bits_are_the_widest_that_divide_a_row(bits, size, block):
+    assert block_size(bits, size) == block
+    weight = torch.randn(5, size, generator=torch.Generator().manual_seed(2))
+    blocks = quantize_blocks(weight, bits, block=block)
+    assert blocks.packed.shape == (5, -(-size // block), block * bits // 8)
+    assert blocks.scales.shape == (5, -(-size // block))
+    off, span = unpack(blocks, bits)[:, :size] - weight.numpy(), float(weight.max() - weight.min())
+    assert np.abs(off).max() <= (0.6 / ((1 << bits) - 1) + (0.08 if bits == 4 else 0)) * span
 
 
 @pytest.mark.parametrize(("bits", "steps"), [(4, 15), (8, 255)])

@@ -172,5 +172,5 @@ def _blocks(layer: _ExpertLayer, dense: Weight, bits: int) -> list[tuple[str, We
             "(--quantize none)"
         )
     flat = Weight((experts * rows, size), dense.dtype, lambda: dense.load().flatten(0, 1))
-    parts = quantized_parts(flat, bits).items()
+    parts = quantized_parts(flat, bits, BLOCK).items()
     return [(part, weight.reshaped((experts, rows, math.prod(weight.shape[1:])))) for part, weight in parts]

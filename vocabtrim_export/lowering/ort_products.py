@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vocabtrim_export.lowering.graph import DecoderGraph, name_of
 from vocabtrim_export.lowering.nodes import CONTRIB
-from vocabtrim_export.lowering.quantize import BITS, BLOCK, Quantization, quantize_blocks
+from vocabtrim_export.lowering.quantize import BITS, Quantization, block_size, quantize_blocks
 from vocabtrim_export.lowering.weights import Parts, Weight
 
 
@@ -48,27 +48,33 @@ def _is_shared(decoder: DecoderGraph, product: ir.Node) -> bool:
     return is_float32 and "transposed" not in product.attributes and len(weight.uses()) > 1
 
 
-def quantized_parts(dense: Weight, bits: int) -> dict[str, Weight]:
-    """Returns the parts of `dense`, [out, in], as `Blocks` describes them: quantized, scales and zero_points.
+def quantized_parts(dense: Weight, bits: int, block: int) -> dict[str, Weight]:
+    """Returns the parts of a weight as `Blocks` describes them: quantized, scales and zero_points.
 
     They are computed when they are written, so that graphs that share this weight compute nothing.
+
+    Args:
+        dense: The weight, [out, in].
+        bits: 4 or 8.
+        block: The inputs of a block.
     """
-    rows, count = dense.shape[0], -(-dense.shape[1] // BLOCK)
+    rows, count = dense.shape[0], -(-dense.shape[1] // block)
 
     def compute() -> tuple[Tensor, ...]:
-        blocks = quantize_blocks(dense.load(), bits, dense.moments if bits == 4 else None)
+        blocks = quantize_blocks(dense.load(), bits, dense.moments if bits == 4 else None, block)
         return blocks.packed, blocks.scales, blocks.zero_points
 
     parts = Parts(compute)
     return {
-        "quantized": Weight((rows, count, BLOCK * bits // 8), torch.uint8, lambda: parts.take(0)),
+        "quantized": Weight((rows, count, block * bits // 8), torch.uint8, lambda: parts.take(0)),
         "scales": Weight((rows, count), dense.dtype, lambda: parts.take(1)),
         "zero_points": Weight((rows, -(-count * bits // 8)), torch.uint8, lambda: parts.take(2)),
     }
 
 
 def _quantized_product(decoder: DecoderGraph, x: ir.Value, name: str, dense: Weight, bits: int) -> ir.Node:
-    parts = quantized_parts(dense, bits)
+    block = block_size(bits, dense.shape[1])
+    parts = quantized_parts(dense, bits, block)
     inputs = [decoder.add_weight(f"{name}.{part}", weight) for part, weight in parts.items()]
-    options = {"K": dense.shape[1], "N": dense.shape[0], "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
+    options = {"K": dense.shape[1], "N": dense.shape[0], "bits": bits, "block_size": block, "accuracy_level": 4}
     return ir.node("MatMulNBits", [x, *inputs], options, domain=CONTRIB)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 Quantization = Literal["none", "int8", "int4", "fp8"]
 BITS: dict[str, int] = {"int8": 8, "int4": 4}
-BLOCK = 32
+BLOCK = 32  # inputs of a block, but where 8 bits allow more
+_WIDE_BLOCKS = (128, 64)
 HEAD = "head"
 _WEIGHTS_AT_ONCE = 1 << 17
 # clipping a block's extremes gains more than it costs with 16 levels, and nothing with 256
@@ -18,12 +19,12 @@ _SHRINKS = {4: (0.85, 0.925, 1.0), 8: (1.0,)}
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A weight [out, in] in blocks of `BLOCK` along its input: w ≈ (q − zero) · scale.
+    """A weight [out, in] in blocks along its input: w ≈ (q − zero) · scale.
 
     Every row depends on itself alone, so selecting rows before or after quantisation gives the same result.
 
     Attributes:
-        packed: uint8[out, blocks, BLOCK·bits/8], low nibble first.
+        packed: uint8[out, blocks, block·bits/8], low nibble first.
         scales: [out, blocks].
         zero_points: uint8[out, ceil(blocks·bits/8)].
     """
@@ -33,7 +34,20 @@ class Blocks:
     zero_points: Tensor
 
 
-def quantize_blocks(weight: Tensor, bits: int, moments: Tensor | None = None) -> Blocks:
+def block_size(bits: int, size: int) -> int:
+    """Returns how many of a row's inputs share a scale and a zero point.
+
+    With 8 bits a wide block loses little and a product takes a fifth less time; with 4 bits drafts get worse.
+
+    Args:
+        bits: 4 or 8.
+        size: The inputs of a row. Wide blocks are taken where they divide it.
+    """
+    wide = _WIDE_BLOCKS if bits == 8 else ()
+    return next((block for block in wide if size % block == 0), BLOCK)
+
+
+def quantize_blocks(weight: Tensor, bits: int, moments: Tensor | None = None, block: int = BLOCK) -> Blocks:
     """Quantise a weight, choosing for each block the best of several scales and zero points.
 
     With `moments` the best has the least error of the product, eᵀ·moments·e for the block's rounding error e; without,
@@ -42,15 +56,16 @@ def quantize_blocks(weight: Tensor, bits: int, moments: Tensor | None = None) ->
     Args:
         weight: [out, in].
         bits: 4 or 8.
-        moments: E[x xᵀ] of each block's inputs, float32[blocks, BLOCK, BLOCK].
+        moments: E[x xᵀ] of each block's inputs, float32[blocks, block, block].
+        block: The inputs of a block.
     """
-    parts = [_quantize_rows(rows, bits, moments) for rows in rows_in_cache(weight)]
+    parts = [_quantize_rows(rows, bits, moments, block) for rows in rows_in_cache(weight)]
     packed, scales, zero_points = (torch.cat(part) for part in zip(*parts, strict=True))
     return Blocks(packed, scales, zero_points)
 
 
-def _quantize_rows(weight: Tensor, bits: int, moments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = blocks_first(weight)
+def _quantize_rows(weight: Tensor, bits: int, moments: Tensor | None, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = blocks_first(weight, block)
     top = (1 << bits) - 1
     low = blocks.amin(-1, keepdim=True).clamp(max=0)
     span = blocks.amax(-1, keepdim=True).clamp(min=0) - low
@@ -81,11 +96,11 @@ def rows_in_cache(weight: Tensor) -> Sequence[Tensor]:
     return parts
 
 
-def blocks_first(weight: Tensor) -> Tensor:
-    """Returns a weight [out, in] as float32[blocks, out, BLOCK], the layout of a product with each block's moments."""
+def blocks_first(weight: Tensor, block: int = BLOCK) -> Tensor:
+    """Returns a weight [out, in] as float32[blocks, out, block], the layout of a product with each block's moments."""
     out, size = weight.shape
-    padded = torch.nn.functional.pad(weight.float(), (0, -size % BLOCK))
-    return padded.view(out, -1, BLOCK).transpose(0, 1).contiguous()
+    padded = torch.nn.functional.pad(weight.float(), (0, -size % block))
+    return padded.view(out, -1, block).transpose(0, 1).contiguous()
 
 
 def product_error(off: Tensor, moments: Tensor | None) -> Tensor:
@@ -95,7 +110,7 @@ def product_error(off: Tensor, moments: Tensor | None) -> Tensor:
     change which candidate is best.
 
     Args:
-        off: The rounding error, float32[blocks, out, BLOCK].
+        off: The rounding error, float32[blocks, out, block].
         moments: See `quantize_blocks`.
     """
     wide = off.double()

@@ -9,7 +9,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.lowering.graph import DecoderGraph, name_of
 from vocabtrim_export.lowering.nodes import Nodes
 from vocabtrim_export.lowering.ort_products import quantized_parts
-from vocabtrim_export.lowering.quantize import BITS, Quantization
+from vocabtrim_export.lowering.quantize import BITS, Quantization, block_size
 from vocabtrim_export.lowering.standard_products import dequantized_rows
 from vocabtrim_export.lowering.weights import Weight
 
@@ -68,7 +68,7 @@ def slot_weights(
     if is_standard:
         parts = {"weight": dequantized_rows(dense, quantization)}
     else:
-        parts = {"weight": dense} if bits is None else quantized_parts(dense, bits)
+        parts = {"weight": dense} if bits is None else quantized_parts(dense, bits, block_size(bits, dense.shape[1]))
     if bias and bias[0] is not None:
         parts["bias"] = decoder.weights[name_of(bias[0])].rows(rows)
     return parts
