@@ -49,7 +49,7 @@ class Tally:
 
     answers: int = 0
     left_early: int = 0
-    tokens: int = 0
+    characters: int = 0
     failures: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
     first_token_seconds: list[float] = field(default_factory=list)
@@ -102,7 +102,7 @@ def ask(served: Served, job: Job, leave_after: int | None, tally: Tally) -> None
             if not read:
                 tally.first_token_seconds.append(time.perf_counter() - began)
             read.append(piece)
-            tally.tokens += 1
+            tally.characters += len(piece)
             if len(read) == leave_after:
                 break
     except (ValueError, OSError, http.client.HTTPException) as error:
@@ -142,7 +142,7 @@ def run_level(served: Served, jobs: Sequence[Job], clients: int, seconds: float)
         "left_early": sum(tally.left_early for tally in tallies),
         "failures": [failure for tally in tallies for failure in tally.failures],
         "differing": [text for tally in tallies for text in tally.differing],
-        "pieces_per_second": sum(tally.tokens for tally in tallies) / took,
+        "characters_per_second": sum(tally.characters for tally in tallies) / took,
         "first_token_seconds": asdict(first) if first else None,
         "resident_mb": [before, served.resident_mb],
         "busy_or_waiting_afterwards": gauges_afterwards(served) if served.is_ours else None,

@@ -200,7 +200,9 @@ class AdaptiveLength:
 
     def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
         stepped = 0 if self._is_lookup else drafted
-        self._costs.observe(stepped, drafted, draft_seconds, verify_seconds, seconds)
+        if self._costs.observe(stepped, drafted, draft_seconds, verify_seconds, seconds):
+            self._loop, self._drafted = _TokenRate(_LOOP_MEMORY), _TokenRate(_DRAFTED_MEMORY)
+            self._wait, self._left = _FIRST_WAIT, 0
         spent = self._costs.round(stepped, drafted)
         self._loop.add(accepted + 1, spent)
         if drafted == 0 or self._is_lookup:

@@ -8,6 +8,7 @@ from typing import Protocol
 _WINDOW = 15  # measured values that a median is of
 _SLOPE = 0.04  # of a verification's time, what a further row is assumed to cost before two numbers of rows are known
 _CERTAINTY = 8.0  # of that, as the squared distance of measured numbers of rows that counts as much
+_FASTER = 0.7  # times the median: a call is never that fast by chance, so what was measured before was slowed down
 _STEP = 0.2  # of a verification's time, what a drafted token is assumed to cost before one is measured
 
 
@@ -26,7 +27,7 @@ class Costs(Protocol):
     def next_drafted(self) -> float:
         """The cost of one more token to draft and to verify."""
 
-    def observe(self, drafted: int, verified: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
+    def observe(self, drafted: int, verified: int, draft_seconds: float, verify_seconds: float, seconds: float) -> bool:
         """Learn from the times of a round.
 
         Args:
@@ -35,6 +36,9 @@ class Costs(Protocol):
             draft_seconds: Time of drafting.
             verify_seconds: Time of the verification.
             seconds: Time of the whole round.
+
+        Returns:
+            Whether all times before were forgotten, because another program had slowed them down.
         """
 
     def round(self, drafted: int, verified: int) -> float:
@@ -67,8 +71,9 @@ class GivenCosts:
     def next_drafted(self) -> float:
         return self.step + self.row
 
-    def observe(self, drafted: int, verified: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
+    def observe(self, *_times: float) -> bool:
         """Do nothing: the costs are given."""
+        return False
 
     def round(self, drafted: int, verified: int) -> float:
         return 1 + drafted * self.step + verified * self.row
@@ -84,15 +89,26 @@ class _Recent:
     def __len__(self) -> int:
         return len(self._values)
 
+    def was_slowed(self, value: float) -> bool:
+        """Whether `value` tells that the values before it were slowed down."""
+        return value < _FASTER * self.median
+
     def add(self, value: float) -> None:
         self._values.append(value)
         self.median = median(self._values)
 
 
 class MeasuredCosts:
-    """Medians of measured seconds. A verification's are a line over its number of rows, but for one row."""
+    """Medians of measured seconds. A verification's are a line over its number of rows, but for one row.
+
+    Another program may slow some calls down. Where a call is much faster than those before it, this has ended, and all
+    times are forgotten: those of calls that are not made now would stay slow.
+    """
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self._verify: dict[int, _Recent] = {}  # by rows
         self._step, self._other = _Recent(), _Recent()
         self._base, self._slope = 1.0, _SLOPE  # until the first round, a verification is the unit
@@ -109,12 +125,18 @@ class MeasuredCosts:
     def next_drafted(self) -> float:
         return self._step_seconds() + self._slope
 
-    def observe(self, drafted: int, verified: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
+    def observe(self, drafted: int, verified: int, draft_seconds: float, verify_seconds: float, seconds: float) -> bool:
+        step = draft_seconds / drafted if drafted else self._step.median
+        known = self._verify.get(verified + 1, _Recent())
+        were_slowed = known.was_slowed(verify_seconds) or self._step.was_slowed(step)
+        if were_slowed:
+            self._forget()
         self._verify.setdefault(verified + 1, _Recent()).add(verify_seconds)
         self._other.add(seconds - draft_seconds - verify_seconds)
         if drafted:
-            self._step.add(draft_seconds / drafted)
+            self._step.add(step)
         self._fit()
+        return were_slowed
 
     def round(self, drafted: int, verified: int) -> float:
         verify = self._base + self._slope * (verified + 1)

@@ -42,9 +42,14 @@ def changing(rng, position):
     return always(0.95 if position // 500 % 2 else 0.05)(rng, position)
 
 
-def speed(length: DraftLength, text, verify, tokens=4000):
-    """Tokens a ms of rounds whose lengths `length` decides."""
-    rng, spent, made = random.Random(0), 0.0, 0
+def undisturbed(made):
+    """How many times longer drafting and verifying take after `made` tokens."""
+    return 1, 1
+
+
+def speed(length: DraftLength, text, verify, tokens=4000, slowed=undisturbed, begin=0):
+    """Tokens a ms of rounds whose lengths `length` decides, from the token `begin` on."""
+    rng, spent, made, counted = random.Random(0), 0.0, 0, 0
     while made < tokens:
         room, draft = length.begin().drafted, []
         for confidence, is_right in text(rng, made)[:room]:
@@ -52,11 +57,15 @@ def speed(length: DraftLength, text, verify, tokens=4000):
             if len(draft) < room and not length.goes_on(confidence):
                 break
         accepted = draft.index(False) if False in draft else len(draft)
-        drafting, verifying = STEP * len(draft), verify(len(draft) + 1) * rng.uniform(0.97, 1.03)
+        slow_draft, slow_verify = slowed(made)
+        drafting = STEP * len(draft) * slow_draft
+        verifying = verify(len(draft) + 1) * rng.uniform(0.97, 1.03) * slow_verify
         length.observe(len(draft), accepted, drafting, verifying, drafting + verifying + OVERHEAD)
-        spent += drafting + verifying + OVERHEAD
+        if made >= begin:
+            spent += drafting + verifying + OVERHEAD
+            counted += accepted + 1
         made += accepted + 1
-    return made / spent
+    return counted / spent
 
 
 @pytest.mark.parametrize("verify", [memory_bound, compute_bound])
@@ -71,6 +80,16 @@ def test_level_with_the_best_fixed_length_and_never_below_decoding_alone(text, v
 def test_confidence_gains_over_every_fixed_length():
     best = max(speed(FixedLength(n), by_confidence(0.85), memory_bound) for n in (1, 2, 3, 4, 6, 8, 12, 16))
     assert speed(AdaptiveLength(16), by_confidence(0.85), memory_bound) > 1.05 * best
+
+
+@pytest.mark.parametrize(
+    ("text", "verify", "factors"), [(always(0.8), memory_bound, (6, 1)), (always(0.7), compute_bound, (1, 3))]
+)
+def test_times_that_another_program_lengthened_are_forgotten(text, verify, factors):
+    """For 200 tokens one side is slow, which makes drafting seem not to pay, or to pay where it does not."""
+    slowed = {"slowed": lambda made: factors if 300 <= made < 500 else (1, 1)}
+    quiet, after = (speed(AdaptiveLength(16), text, verify, 1000, begin=600, **each) for each in ({}, slowed))
+    assert after > 0.95 * quiet
 
 
 def test_the_output_is_the_targets_whatever_the_length(make_target, make_drafter):
