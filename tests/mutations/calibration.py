@@ -17,11 +17,19 @@ CALIBRATION = (
         f"{RAY} -k killed",
     ),
     Mutation(
+        "A batch whose Ray worker dies goes on where it was saved",
+        "it starts over",
+        "vocabtrim_export/calibration/ray_workers.py",
+        "tuple(self.unfinished.stored())",
+        "()",
+        f"{RAY} -k killed",
+    ),
+    Mutation(
         "A server's answer that is cut is asked for again",
         "what came is counted",
         "vocabtrim_export/calibration/endpoint.py",
-        "except (OSError, http.client.HTTPException, ValueError) as error:",
-        "except OSError as error:",
+        "_PASSING = (OSError, http.client.HTTPException, ValueError, RecursionError)",
+        "_PASSING = (OSError,)",
         f"{ENDPOINT} -k cut",
     ),
     Mutation(

@@ -24,7 +24,7 @@ def answer(prompt):
 
 @contextmanager
 def serve(tokenizer, fault=lambda _number: None, factor=1):
-    """A server of the model "m". fault: number of the request → a status, "cut" for half an answer, or None."""
+    """A server of the model "m". fault: number of the request → a status, "cut" for half an answer, bytes, or None."""
     seen, lock = Counter(), threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -43,6 +43,9 @@ def serve(tokenizer, fault=lambda _number: None, factor=1):
             if isinstance(fault(number), int):
                 self.reply(fault(number), {"error": "not now"})
                 return
+            if isinstance(fault(number), bytes):
+                self.send(200, fault(number))
+                return
             is_chat = "messages" in body
             text = answer(body["messages"][-1]["content"] if is_chat else body["prompt"])
             usage = {"completion_tokens": factor * len(tokenizer(text, add_special_tokens=False)["input_ids"])}
@@ -50,7 +53,9 @@ def serve(tokenizer, fault=lambda _number: None, factor=1):
             self.reply(200, {"choices": [choice], "usage": usage}, cut=fault(number) == "cut")
 
         def reply(self, status, body, cut=False):
-            data = json.dumps(body).encode()
+            self.send(status, json.dumps(body).encode(), cut)
+
+        def send(self, status, data, cut=False):
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -65,8 +70,8 @@ def serve(tokenizer, fault=lambda _number: None, factor=1):
         server.server_close()
 
 
-def count(tokenizer, endpoint, checkpoint=None):
-    settings = CountSettings("target", max_tokens=10**6, endpoint=endpoint, temperature=0)
+def count(tokenizer, endpoint, checkpoint=None, temperature=0.0):
+    settings = CountSettings("target", max_tokens=10**6, endpoint=endpoint, temperature=temperature)
     return calibrate(None, tokenizer, CORPUS, settings, checkpoint=checkpoint)
 
 
@@ -101,6 +106,69 @@ def test_an_interrupted_run_goes_on(tokenizer, tmp_path):
     assert (found.counts + found.held_out).tolist() == expected(tokenizer).tolist()
 
 
+@pytest.mark.parametrize(
+    ("choice", "usage", "counted"),
+    [
+        ({"content": "the fox \ufffd"}, {}, "the fox "),  # the limit cut a character
+        ({"content": "the fox\ud83e"}, {}, "the fox"),
+        ({"content": "a \ud83e fox"}, {}, "a ? fox"),
+        ({"content": None}, {}, ""),
+        ({"content": [{"type": "text", "text": "the fox"}]}, {}, None),
+        ({"content": 3}, {}, None),
+        ({"content": "fox"}, {"completion_tokens": float("inf")}, None),
+    ],
+)
+def test_the_text_of_an_odd_answer_is_counted_or_refused(choice, usage, counted):
+    reply = {"choices": [{"finish_reason": "length", "message": choice}], "usage": usage}
+    endpoint = Endpoint("http://localhost/v1", "m")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Endpoint, "_request", lambda *_: reply)
+        if counted is None:
+            with pytest.raises(VocabtrimError, match="answers in another form than OpenAI's"):
+                endpoint.answers(CHATS[:1], 8, 0.0, [0])
+        else:
+            assert [each.text for each in endpoint.answers(CHATS[:1], 8, 0.0, [0])] == [counted]
+
+
+@pytest.mark.parametrize("reply", [b'{"choices": "n\xc3', b"[" * 200_000, b""], ids=["cut character", "deep", "empty"])
+def test_an_answer_that_is_no_json_is_one_line(tokenizer, reply):
+    with (
+        serve(tokenizer, lambda number: reply if number > 20 else None) as (endpoint, _),
+        pytest.raises(VocabtrimError, match=r"failed 5 times \(.*: the counts so far are kept") as error,
+    ):
+        count(tokenizer, endpoint)
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_that_answers_with_nothing_is_one_line(tokenizer, tmp_path):
+    empty = b'{"choices": [{"finish_reason": "length", "message": {"content": null}, "text": ""}]}'
+    path = tmp_path / "counts"
+    with (
+        serve(tokenizer, lambda number: empty if number > 20 else None) as (endpoint, seen),
+        pytest.raises(VocabtrimError, match=r"a whole pass over test counted no token, .* counted so far are kept"),
+    ):
+        count(tokenizer, endpoint, path, temperature=1.0)
+    assert seen["requests"] == 2 * len(CORPUS.documents)
+    assert TokenCounts.load(path).total > 0
+
+
+def test_a_url_or_a_key_that_cannot_be_one_is_refused_at_once():
+    for url in (
+        "localhost",
+        "http://",
+        "http://[",
+        "http://a b/",
+        "http://host:port",
+        "http://host:99999",
+        "file:///x",
+    ):
+        with pytest.raises(VocabtrimError, match="give a URL such as"):
+            Endpoint(url, "m").check()
+    with pytest.raises(VocabtrimError, match="OPENAI_API_KEY holds a character") as error:
+        Endpoint("http://localhost:9/v1", "m", key="secret\n").check()
+    assert "secret" not in str(error.value)
+
+
 def test_a_server_that_is_wrong_is_one_line(tokenizer):
     with serve(tokenizer) as (endpoint, _), pytest.raises(VocabtrimError, match="has no model 'other', it serves m"):
         count(tokenizer, replace(endpoint, model="other"))
@@ -117,5 +185,3 @@ def test_a_server_that_is_wrong_is_one_line(tokenizer):
     down = Endpoint("http://127.0.0.1:9/v1", "m", wait=0.0)
     with pytest.raises(VocabtrimError, match=r"127.0.0.1:9/v1/models failed 5 times .*refused"):
         count(tokenizer, down)
-    with pytest.raises(VocabtrimError, match="give a URL such as"):
-        count(tokenizer, Endpoint("localhost", "m"))

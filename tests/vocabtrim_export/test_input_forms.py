@@ -121,8 +121,11 @@ def test_documents_in_a_file_are_the_documents_in_memory(monkeypatch):
         Document("né\ud83e", (Message("system", "s"), Message("user", "u" * n)), f"line {n}", ("p",) * n, ("a",))
         for n in range(200)
     ]
+    in_memory, digest = document_file.kept(iter(documents))
     monkeypatch.setattr(document_file, "IN_MEMORY", 10)
-    stored = document_file.kept(iter(documents))
+    stored, digest_of_file = document_file.kept(iter(documents))
+    assert digest_of_file == digest
+    assert in_memory == tuple(documents)
     assert isinstance(stored, document_file.DocumentFile)
     assert list(stored) == documents
     assert (stored[-1], stored[5:9]) == (documents[-1], tuple(documents[5:9]))

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration import ray_workers
+from vocabtrim_export.calibration import ray_cluster, ray_workers
 from vocabtrim_export.calibration.counting import CalibrationSettings, calibrate_models
+from vocabtrim_export.calibration.partial_batch import PartialBatch
 
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -57,27 +58,46 @@ def test_the_file_is_that_of_one_process(cluster, place, tokens):
 
 @pytest.mark.parametrize("source", ["text", "target"])
 def test_a_worker_that_is_killed_at_work_changes_nothing(cluster, place, monkeypatch, source):
-    begin, begun, processes = ray_workers._Work._begin, [], []
+    """The worker that gets a model's batch goes on where the dead one was saved last."""
+    begin, append, stored = ray_workers._Work._begin, PartialBatch.append, PartialBatch.stored
+    begun, processes, at_work, saved = [], {}, {}, []
 
     def begin_and_kill(work):
-        if not processes:
-            first = work.workers.actors[0]
-            processes.append(ray.get(first.__ray_call__.remote(lambda _worker: os.getpid())))
+        for actor in work.workers.actors if not processes else ():
+            processes[actor] = ray.get(actor.__ray_call__.remote(lambda _worker: os.getpid()))
         begin(work)
         begun.append(work.batch.batch)
-        if len(begun) == 3:
-            os.kill(processes[0], signal.SIGKILL)
+        if source == "target":
+            at_work[work.unfinished.key] = work.actor
+        elif len(begun) == 3:
+            os.kill(processes[work.actor], signal.SIGKILL)
+
+    def append_and_kill(unfinished, segment):
+        append(unfinished, segment)
+        if unfinished.count == 3 and at_work[unfinished.key] in processes:
+            os.kill(processes[at_work[unfinished.key]], signal.SIGKILL)
+            processes.clear()  # once
+
+    def stored_and_noted(unfinished):
+        saved.append([*stored(unfinished)])
+        return saved[-1]
 
     monkeypatch.setattr(ray_workers._Work, "_begin", begin_and_kill)
+    monkeypatch.setattr(PartialBatch, "append", append_and_kill)
+    monkeypatch.setattr(PartialBatch, "stored", stored_and_noted)
+    monkeypatch.setattr(ray_workers, "_ASIDE", 0.0)
+    monkeypatch.setattr(ray_workers, "_FETCH", 0.01)
     settings = {"calibration_source": source, "calibration_tokens": 10**7 if source == "text" else 9_000}
     counts = count(place, "ray", **settings, ray=cluster)
     monkeypatch.undo()
     assert len(begun) > len(set(begun))  # some were given out twice
+    assert source == "text" or max(map(len, saved)) >= 3
     assert counts == count(place, "one", **settings)
+    assert not (place / "ray.safetensors.partial").exists()
 
 
 def test_a_batch_that_every_worker_dies_of_is_one_line(cluster, place, monkeypatch):
-    monkeypatch.setattr(ray_workers.TextWorker, "tokens", lambda _worker, _batch: os._exit(1))
+    monkeypatch.setattr(ray_workers.TextWorker, "tokens", lambda _worker, _batch, _work: os._exit(1))
     monkeypatch.setattr(ray_workers, "_ATTEMPTS", 2)
     with pytest.raises(VocabtrimError, match=r"2 Ray workers died of one batch, .*: the counts so far are kept"):
         count(place, "ray", calibration_source="text", calibration_tokens=10**7, ray=cluster)
@@ -92,7 +112,7 @@ def test_what_a_worker_raises_is_one_line():
 
 
 def test_an_address_that_does_not_answer_is_one_line(place, monkeypatch):
-    monkeypatch.setattr(ray_workers, "_SECONDS", 0.2)
+    monkeypatch.setattr(ray_cluster, "_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as gone:
         ports = [each.getsockname()[1] for each in (silent, gone)]
         gone.close()

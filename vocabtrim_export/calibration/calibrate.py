@@ -97,9 +97,13 @@ def _count(task: CountTask, counts: TokenCounts, evidence: Evidence | None, skip
     The documents that cannot be prompts are added to `skipped`.
     """
     settings, events, documents = task.settings, task.events, len(task.corpus.documents)
+    before = -1  # tokens at the beginning of the pass
     with producer(task) as produce:
         try:
             while not _is_enough(counts, settings) and (batch := task.batches.next(*_done(counts))):
+                if _done(counts)[0] % documents == 0:
+                    _check_grown(before, counts, task)
+                    before = counts.total
                 produced = produce(counts, batch)
                 skipped += produced.skipped if batch.pass_number == 0 else ()
                 held = [is_held_out(index, documents) for index in batch.indices]
@@ -109,12 +113,21 @@ def _count(task: CountTask, counts: TokenCounts, evidence: Evidence | None, skip
                     if sufficiency := evidence.look(counts.counts, counts.held_out):
                         events.on_look(sufficiency)
                         counts = _stop(counts, settings.enough_for) if sufficiency.is_enough else counts
-                task.saver.take(counts)
+                task.saver.take(counts, batch)
                 events.progress(counts.total, settings.max_tokens)
             task.saver.finish(counts)
         finally:  # after Ctrl-C too
             task.saver.save(counts)
     return counts
+
+
+def _check_grown(before: int, counts: TokenCounts, task: CountTask) -> None:
+    """Refuse another pass after one that counted nothing: it would go on for ever."""
+    if counts.total == before:
+        raise VocabtrimError(
+            f"a whole pass over {task.corpus.source} counted no token, the {task.settings.source} generates nothing: "
+            f"the {before} tokens counted so far are kept"
+        )
 
 
 def _done(counts: TokenCounts) -> tuple[int, int]:

@@ -1,7 +1,5 @@
 """The text that calibration starts from: files and directories read into documents."""
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -43,23 +41,8 @@ class Corpus:
             source: The names of the files.
             skipped: Records that are left out; the sequence may grow while the documents are read.
         """
-        sha = hashlib.sha256()
-
-        def digested() -> Iterator[Document]:
-            for document in documents:
-                sha.update(_content(document))
-                yield document
-
-        places = kept(digested())
-        return cls(places, sha.hexdigest(), source, tuple(skipped))
-
-
-def _content(document: Document) -> bytes:
-    prompt = [{"role": message.role, "content": message.content} for message in document.prompt]
-    content: dict[str, object] = {"text": document.text, "prompt": prompt}
-    if document.answers:
-        content["answers"] = document.answers
-    return json.dumps(content, sort_keys=True).encode() + b"\n"
+        places, digest = kept(documents)
+        return cls(places, digest, source, tuple(skipped))
 
 
 def read_corpus(paths: Sequence[Path]) -> Corpus:

@@ -68,6 +68,11 @@ class Skipped:
     reason: str
 
 
+def without_surrogates(text: str) -> str:
+    """Returns the text with "?" for lone surrogates, which JSON can escape and no tokenizer can read."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def describe_skipped(skipped: Sequence[Skipped], most: int = 5) -> str:
     """Returns one line that counts the records left out and names the first of them with their reasons."""
     named = [f"{each.where}: {each.reason}" if each.where else each.reason for each in skipped[:most]]

@@ -1,9 +1,10 @@
 """Documents, in memory while they are few, and in a temporary file once they are many."""
 
+import hashlib
 import json
 import tempfile
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import overload
 
@@ -13,23 +14,23 @@ from numpy.typing import NDArray
 from vocabtrim_export.calibration.document import Document, Message
 
 IN_MEMORY = 8 << 20  # characters of text
+_to_json = json.JSONEncoder(sort_keys=True).encode
 
 
 class DocumentFile(Sequence[Document]):
     """Documents in a temporary file, which is removed with the object or the process. In memory are 16 bytes of each.
 
     Args:
-        documents: The documents, which are read once.
+        documents: The documents, each with its `_content`; they are read once.
     """
 
-    def __init__(self, documents: Iterable[Document]) -> None:
+    def __init__(self, documents: Iterable[tuple[Document, bytes]]) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the object
         ends, lengths = array("q", [0]), array("q")
-        for document in documents:
-            prompt = [(message.role, message.content) for message in document.prompt]
-            fields = (document.text, prompt, document.where, document.parts, document.answers)
-            self._file.write(json.dumps(fields).encode())
-            ends.append(self._file.tell())
+        end = 0
+        for document, content in documents:
+            end += self._file.write(content) + self._file.write(_to_json((document.where, document.parts)).encode())
+            ends.append(end)
             lengths.append(document.prompt_length)
         self._ends: NDArray[np.int64] = np.array(ends, np.int64)
         self.prompt_lengths: NDArray[np.int64] = np.array(lengths, np.int64)
@@ -47,27 +48,47 @@ class DocumentFile(Sequence[Document]):
         number = range(len(self))[index]
         begin, end = self._ends[number : number + 2].tolist()
         self._file.seek(begin)
-        text, prompt, where, parts, answers = json.loads(self._file.read(end - begin))
-        return Document(text, tuple(Message(*each) for each in prompt), where, tuple(parts), tuple(answers))
+        content, _, rest = self._file.read(end - begin).partition(b"\n")
+        fields, (where, parts) = json.loads(content), json.loads(rest)
+        prompt = tuple(Message(**each) for each in fields["prompt"])
+        return Document(fields["text"], prompt, where, tuple(parts), tuple(fields.get("answers", ())))
 
 
-def kept(documents: Iterable[Document]) -> Sequence[Document]:
+def kept(documents: Iterable[Document]) -> tuple[Sequence[Document], str]:
     """Keep documents for random access.
 
     Args:
         documents: The documents, which are read once.
 
     Returns:
-        A tuple of them, or a `DocumentFile` where they have more than `IN_MEMORY` characters.
+        A tuple of them, or a `DocumentFile` where they have more than `IN_MEMORY` characters; and the sha256 over their
+        content.
     """
-    source, first, size = iter(documents), list[Document](), 0
+    sha = hashlib.sha256()
+
+    def digested() -> Iterator[tuple[Document, bytes]]:
+        for document in documents:
+            content = _content(document)
+            sha.update(content)
+            yield document, content
+
+    source, first, size = digested(), list[tuple[Document, bytes]](), 0
     while size <= IN_MEMORY:
         batch = list(islice(source, 64))
         if not batch:
-            return tuple(first)
+            return tuple(document for document, _ in first), sha.hexdigest()
         first += batch
-        size += sum(len(document.text) for document in batch)
-    return DocumentFile(chain(first, source))
+        size += sum(len(document.text) for document, _ in batch)
+    return DocumentFile(chain(first, source)), sha.hexdigest()
+
+
+def _content(document: Document) -> bytes:
+    """Returns what identifies a document, its place apart, as a line of JSON."""
+    prompt = [{"role": message.role, "content": message.content} for message in document.prompt]
+    content: dict[str, object] = {"text": document.text, "prompt": prompt}
+    if document.answers:
+        content["answers"] = document.answers
+    return _to_json(content).encode() + b"\n"
 
 
 def prompt_lengths(documents: Sequence[Document]) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.corpus import Corpus, read_corpus
 from vocabtrim_export.calibration.counts import TokenCounts, mixed
 
+_MOST_WEIGHT = 1000
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 
@@ -105,6 +106,9 @@ def _parse(text: str) -> tuple[str, Path, float] | None:
         value = float(weight)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise VocabtrimError(f"--calibration {text}: the weight {weight!r} is not a positive number, such as 2 or 0.5")
+    if not 1 / _MOST_WEIGHT <= value <= _MOST_WEIGHT:
+        raise VocabtrimError(
+            f"--calibration {text}: the weight {weight!r} is not a positive number from {1 / _MOST_WEIGHT:g} to "
+            f"{_MOST_WEIGHT}, such as 2 or 0.5"
+        )
     return name, Path(path), value

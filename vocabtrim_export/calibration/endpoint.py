@@ -3,8 +3,10 @@
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +14,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration.document import Document
+from vocabtrim_export.calibration.document import Document, without_surrogates
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 BATCH = 16  # requests whose answers are counted, and saved, together
 _ATTEMPTS = 5
+# What urllib and the reading of JSON raise where a server is down or slow, or an answer is cut short.
+_PASSING = (OSError, http.client.HTTPException, ValueError, RecursionError)
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 # The server's count and the tokenizer's differ by special tokens, and where a text ends within a token.
 _TOLERANCE, _ENOUGH_TO_TELL = 0.1, 100
+# What a server writes where the limit of tokens cuts a character: its bytes so far, or half of a surrogate pair.
+_CUT_CHARACTER = re.compile("[\ufffd\ud800-\udfff]+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +67,14 @@ class Endpoint:
         """Check that the server answers and has the model.
 
         Raises:
-            VocabtrimError: The server does not answer, or lacks the model.
+            VocabtrimError: The URL or the key cannot be one, the server does not answer, or it lacks the model.
         """
-        if not self.url.startswith(("http://", "https://")):
-            raise VocabtrimError(f"--calibration-endpoint {self.url}: give a URL such as http://localhost:8000/v1")
+        if not _is_url(self.url):
+            raise VocabtrimError(f"--calibration-endpoint {self.url!r}: give a URL such as http://localhost:8000/v1")
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise VocabtrimError(
+                f"{KEY_VARIABLE} holds a character that no key has, perhaps a line's end: set it again"
+            )
         try:
             listed = self._request("models", None)["data"]
             names = [str(each["id"]) for each in listed]
@@ -120,13 +130,8 @@ class Endpoint:
             body = {"model": self.model, "messages": [asdict(message) for message in document.prompt], **settings}
         reply = self._request(path, body)
         try:
-            choice = reply["choices"][0]
-            text = choice["message"]["content"] if document.prompt else choice["text"]
-            tokens = (reply.get("usage") or {}).get("completion_tokens")
-            return Answer(
-                str(text or ""), choice.get("finish_reason") == "stop", None if tokens is None else int(tokens)
-            )
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            return _answer(reply, is_chat=bool(document.prompt))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise VocabtrimError(f"{self.url}/{path} answers in another form than OpenAI's: check the URL") from error
 
     def _request(self, path: str, body: dict[str, Any] | None) -> Any:
@@ -147,9 +152,30 @@ class Endpoint:
                 why = _said(error)
                 if error.code not in _AGAIN:
                     raise VocabtrimError(f"{url} refuses the request: {why}") from error
-            except (OSError, http.client.HTTPException, ValueError) as error:  # down, slow, or an answer cut short
+            except _PASSING as error:
                 why = str(getattr(error, "reason", error)) or type(error).__name__
         raise VocabtrimError(f"{url} failed {_ATTEMPTS} times ({why}): the counts so far are kept, run it again later")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        is_address = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no number, or too large a one, is a port
+        return False
+    return is_address and parts.scheme in ("http", "https") and text.isprintable() and " " not in text
+
+
+def _answer(reply: Any, is_chat: bool) -> Answer:
+    choice = reply["choices"][0]
+    text = (choice["message"]["content"] if is_chat else choice["text"]) or ""
+    if not isinstance(text, str):
+        raise TypeError
+    is_ended = choice.get("finish_reason") == "stop"
+    if not is_ended:
+        text = _CUT_CHARACTER.sub("", text)
+    tokens = (reply.get("usage") or {}).get("completion_tokens")
+    return Answer(without_surrogates(text), is_ended, None if tokens is None else int(tokens))
 
 
 class _NoSuchPath(Exception):

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.buffered_cache import BufferedCache
-from vocabtrim_export.calibration.partial_batch import PartialBatch
+from vocabtrim_export.calibration.partial_batch import Unfinished
 
 NO_TOKEN = -1
 BLOCK = 512
@@ -33,7 +33,7 @@ def generate_batch(
     temperature: float,
     eos_token_ids: frozenset[int],
     on_step: Callable[[int], None] = lambda _: None,
-    partial_batch: PartialBatch | None = None,
+    partial_batch: Unfinished | None = None,
 ) -> NDArray[np.int64]:
     """Continue every prompt until an EOS or for `uniforms.shape[1]` tokens.
 
@@ -59,7 +59,7 @@ def generate_batch(
         batch.advance()
         on_step(int((batch.generated != NO_TOKEN).sum()))
         if partial_batch is not None and partial_batch.is_due and batch.cache.buffers:
-            partial_batch.append(batch.segment())
+            partial_batch.save(batch.segment())
     return batch.generated.cpu().numpy()
 
 

@@ -16,7 +16,7 @@ from vocabtrim_export.calibration.calibration_run import CalibrationRun
 from vocabtrim_export.calibration.document import Document, Skipped
 from vocabtrim_export.calibration.endpoint import Endpoint, check_same_tokenizer
 from vocabtrim_export.calibration.model_facts import ModelFacts
-from vocabtrim_export.calibration.partial_batch import PartialBatch
+from vocabtrim_export.calibration.partial_batch import Unfinished
 from vocabtrim_export.calibration.prompts import encode, encode_document
 from vocabtrim_export.sources.end_tokens import eos_token_ids
 from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
@@ -98,7 +98,7 @@ class Generator:
         self,
         batch: BatchDocuments,
         on_step: Callable[[int], None] = lambda _tokens: None,
-        unfinished: PartialBatch | None = None,
+        unfinished: Unfinished | None = None,
     ) -> BatchTokens:
         """Returns the new tokens after each prompt; none for a document that cannot be one.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -14,6 +14,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SECONDS = 15.0
+
+
+class Unfinished(Protocol):
+    """Where the work on an unfinished batch is kept, and found."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for the next segment."""
+
+    def load(self) -> Iterator[dict[str, "Tensor"]]:
+        """Yield the earlier segments."""
+
+    def save(self, segment: Mapping[str, "Tensor"]) -> None:
+        """Keep the next segment."""
 
 
 class PartialBatch:
@@ -37,7 +51,14 @@ class PartialBatch:
         return not self.disabled and monotonic() - self.last >= self.seconds
 
     def load(self) -> Iterator[dict[str, "Tensor"]]:
-        """Yield the segments of this batch that an earlier run left, and remove whatever else is there."""
+        """Yield the segments of this batch that an earlier run left."""
+        from safetensors.torch import load
+
+        yield from map(load, self.stored())
+
+    def stored(self) -> Iterator[bytes]:
+        """Yield the same segments as they are in their files, and remove whatever else is there."""
+        self.count = 0
         while (segment := self._read(self._path(self.count))) is not None:
             self.count += 1
             yield segment
@@ -46,19 +67,22 @@ class PartialBatch:
             if path not in whole:
                 path.unlink(missing_ok=True)
 
-    def append(self, segment: Mapping[str, "Tensor"]) -> None:
+    def save(self, segment: Mapping[str, "Tensor"]) -> None:
         """Write the next segment."""
-        from safetensors.torch import save_file
+        self.append(pack(segment, self.key))
 
+    def append(self, segment: bytes) -> None:
+        """Write the next segment, which is packed."""
         path = self._path(self.count)
         aside = path.with_suffix(".new")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            save_file(dict(segment), aside, {"key": self.key})
-            with aside.open("rb") as file:
+            with aside.open("wb") as file:
+                file.write(segment)
+                file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
-        except (OSError, SafetensorError):
+        except OSError:
             self.disabled = True
             with suppress(OSError):
                 aside.unlink()
@@ -71,11 +95,17 @@ class PartialBatch:
     def _path(self, number: int) -> Path:
         return self.directory / f"{number:06d}.safetensors"
 
-    def _read(self, path: Path) -> "dict[str, Tensor] | None":
+    def _read(self, path: Path) -> bytes | None:
         try:
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("key") != self.key:
-                    return None
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            with safe_open(path, "numpy") as file:
+                is_mine = (file.metadata() or {}).get("key") == self.key
+            return path.read_bytes() if is_mine else None
         except (OSError, SafetensorError):
             return None
+
+
+def pack(segment: Mapping[str, "Tensor"], key: str) -> bytes:
+    """Returns the content of a segment's file."""
+    from safetensors.torch import save
+
+    return save(dict(segment), {"key": key})

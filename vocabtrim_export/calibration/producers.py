@@ -20,6 +20,7 @@ from vocabtrim_export.calibration.generations import (
 )
 from vocabtrim_export.calibration.lookahead import Lookahead, Pending
 from vocabtrim_export.calibration.model_facts import ModelFacts
+from vocabtrim_export.calibration.partial_batch import PartialBatch
 from vocabtrim_export.calibration.saving import Saver
 
 if TYPE_CHECKING:
@@ -41,8 +42,13 @@ class CountWorkers(Protocol):
     def ahead(self) -> int:
         """The number of batches that they should be at beyond the one that is needed next."""
 
-    def submit(self, batch: BatchDocuments) -> Pending:
-        """Give a batch to a worker."""
+    def submit(self, batch: BatchDocuments, unfinished: PartialBatch | None) -> Pending:
+        """Give a batch to a worker.
+
+        Args:
+            batch: The documents.
+            unfinished: Where the work on it is saved.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +90,15 @@ class CountTask:
 def producer(task: CountTask) -> Iterator[Produce]:
     """Give a function that makes the tokens of the next batch, given the counts so far."""
     if task.workers is not None:
-        yield _ahead(task, task.workers.submit, task.workers.ahead)
+        workers, saver = task.workers, task.saver
+        yield _ahead(task, lambda batch: workers.submit(task.documents(batch), saver.unfinished(batch)), workers.ahead)
     elif task.settings.endpoint is not None:
         endpoint = task.settings.endpoint
         yield lambda counts, batch: asked_tokens(endpoint, task.tokenizer, task.documents(batch), task.on_step(counts))
     elif task.model is not None:
         generator = Generator(task.model, task.tokenizer)
         yield lambda counts, batch: generator.tokens(
-            task.documents(batch), task.on_step(counts), task.saver.unfinished(counts, batch)
+            task.documents(batch), task.on_step(counts), task.saver.unfinished(batch)
         )
     else:
         with _text_threads(task) as produce:
@@ -103,11 +110,11 @@ def _text_threads(task: CountTask) -> Iterator[Produce]:
     tokenizer = whole_texts(task.tokenizer)
     executor = ThreadPoolExecutor(_TEXT_AHEAD)
     try:
-        yield _ahead(task, lambda batch: executor.submit(text_tokens, tokenizer, batch), _TEXT_AHEAD)
+        yield _ahead(task, lambda batch: executor.submit(text_tokens, tokenizer, task.documents(batch)), _TEXT_AHEAD)
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _ahead(task: CountTask, submit: Callable[[BatchDocuments], Pending], ahead: int) -> Produce:
-    lookahead = Lookahead(task.batches, lambda batch: submit(task.documents(batch)), ahead)
+def _ahead(task: CountTask, submit: Callable[[Batch], Pending], ahead: int) -> Produce:
+    lookahead = Lookahead(task.batches, submit, ahead)
     return lambda counts, batch: lookahead.tokens(batch, counts.runs[0].documents_done, counts.runs[0].tokens)

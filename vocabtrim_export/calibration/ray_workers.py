@@ -1,77 +1,28 @@
-"""Calibration on a Ray cluster (the extra `ray`): actors that hold the tokenizer or the model make batches' tokens."""
+"""Calibration on a Ray cluster (the extra `ray`): its actors make batches' tokens, and their work is saved here."""
 
-import os
-import signal
-import socket
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration.generations import BatchDocuments, BatchTokens, Generator, text_tokens, whole_texts
+from vocabtrim_export.calibration.generations import BatchDocuments, BatchTokens, whole_texts
 from vocabtrim_export.calibration.model_facts import ModelFacts
+from vocabtrim_export.calibration.partial_batch import PartialBatch
+from vocabtrim_export.calibration.ray_actors import ModelWorker, SavedWork, TextWorker
+from vocabtrim_export.calibration.ray_cluster import connected, first_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_SECONDS = 5.0  # for a cluster's first answer
-_SETTINGS = b"\x04"
-_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + bytes(5)  # the first bytes of gRPC
 _ATTEMPTS = 4  # workers that may die of one batch
 _AHEAD = 2  # batches of a worker: it starts the next one while its last one travels
-
-
-class TextWorker:
-    """Encodes text; it lives in a process of the cluster.
-
-    Args:
-        tokenizer: The library's tokenizer as JSON.
-    """
-
-    def __init__(self, tokenizer: str) -> None:
-        from tokenizers import Tokenizer
-
-        self.tokenizer = Tokenizer.from_str(tokenizer)
-
-    def facts(self) -> None:
-        """There is no model."""
-
-    def tokens(self, batch: BatchDocuments) -> BatchTokens:
-        """Returns the tokens of a batch's texts."""
-        return text_tokens(self.tokenizer, batch)
-
-
-class ModelWorker:
-    """Generates with a model; it lives in a process of the cluster.
-
-    Args:
-        spec: MODEL, as every machine of the cluster finds it.
-    """
-
-    def __init__(self, spec: str) -> None:
-        self.spec = spec
-        self.generator: Generator | None = None
-
-    def facts(self) -> tuple[ModelFacts, str]:
-        """Load the model. Returns what a calibration must know of it, and the digest of its weights."""
-        import torch
-
-        from vocabtrim_export.sources.precision import calibration_model
-        from vocabtrim_export.sources.source import load_source
-
-        source = load_source(self.spec, torch.float32)
-        with calibration_model(source.model) as model:
-            self.generator = Generator(model, source.tokenizer)
-            return ModelFacts.of(model), source.digest
-
-    def tokens(self, batch: BatchDocuments) -> BatchTokens:
-        """Returns the tokens that the model continues a batch's prompts with."""
-        if self.generator is None:
-            self.facts()
-        assert self.generator is not None
-        return self.generator.tokens(batch)
+# A worker sets the work on its batch aside so often, and so often the driver fetches and saves it, in seconds. What a
+# killed driver loses is the sum of both, for each of a worker's batches.
+_ASIDE, _FETCH = 8.0, 5.0
+_PATIENCE = 2.0  # seconds that the driver waits for what it fetches; what comes later is saved the next time
+_FETCHING = "fetching"  # methods of this group run beside the work on a batch
 
 
 @dataclass(slots=True)
@@ -83,42 +34,80 @@ class RayWorkers:
         actors: Those that work.
         facts: The model that they hold; None for text.
         digest: Identifies the model's weights.
+        unfinished: Where the work on the batches that were given out is saved, by the numbers of the handings-out: what
+            an actor still does for an earlier one is ignored.
     """
 
     start: Any
     actors: list[Any]
     facts: ModelFacts | None = None
     digest: str = ""
+    unfinished: dict[int, PartialBatch] = field(default_factory=dict, init=False)
     _turn: int = field(default=0, init=False)
+    _fetched: float = field(default_factory=monotonic, init=False)
+    _fetches: dict[Any, Any] = field(default_factory=dict, init=False)
 
     @property
     def ahead(self) -> int:
         return _AHEAD * len(self.actors) - 1
 
-    def submit(self, batch: BatchDocuments) -> "_Work":
+    def submit(self, batch: BatchDocuments, unfinished: PartialBatch | None) -> "_Work":
         """Give a batch to the actors in turn."""
-        return _Work(self, batch)
+        return _Work(self, batch, unfinished if self.facts else None)
 
-    def next_actor(self) -> Any:
+    def next_turn(self) -> tuple[int, Any]:
+        """Returns the number of the next handing-out, and the actor whose turn it is."""
         self._turn += 1
-        return self.actors[self._turn % len(self.actors)]
+        return self._turn, self.actors[self._turn % len(self.actors)]
 
     def replace(self, actor: Any) -> None:
         """Start another actor in the place of one that died."""
+        self._fetches.pop(actor, None)
         if actor in self.actors:
             self.actors[self.actors.index(actor)] = self.start()
+
+    def save(self) -> None:
+        """Fetch what the actors have set aside of their batches' work, and save it, where it is time."""
+        import ray
+
+        if not self.unfinished or monotonic() - self._fetched < _FETCH:
+            return
+        self._fetches |= {
+            actor: actor.fetch.options(concurrency_group=_FETCHING).remote()
+            for actor in self.actors
+            if actor not in self._fetches
+        }
+        ray.wait(list(self._fetches.values()), num_returns=len(self._fetches), timeout=_PATIENCE)
+        for actor, reference in list(self._fetches.items()):
+            if ray.wait([reference], timeout=0)[0]:
+                del self._fetches[actor]
+                with suppress(ray.exceptions.RayError):  # it died: whoever waits for its batch starts another
+                    self._append(ray.get(reference))
+        self._fetched = monotonic()
+
+    def _append(self, segments: Mapping[int, Sequence[bytes]]) -> None:
+        for number in segments.keys() & self.unfinished.keys():
+            for segment in segments[number]:
+                self.unfinished[number].append(segment)
 
 
 class _Work:
     """A batch whose tokens an actor is making."""
 
-    def __init__(self, workers: RayWorkers, batch: BatchDocuments) -> None:
-        self.workers, self.batch = workers, batch
+    def __init__(self, workers: RayWorkers, batch: BatchDocuments, unfinished: PartialBatch | None) -> None:
+        self.workers, self.batch, self.unfinished = workers, batch, unfinished
         self._begin()
 
     def _begin(self) -> None:
-        self.actor = self.workers.next_actor()
-        self.reference = self.actor.tokens.remote(self.batch)
+        self.number, self.actor = self.workers.next_turn()
+        work = None
+        if self.unfinished is not None:
+            self.workers.unfinished[self.number] = self.unfinished
+            work = SavedWork(self.number, self.unfinished.key, tuple(self.unfinished.stored()))
+        self.reference = self.actor.tokens.remote(self.batch, work)
+
+    def _end(self) -> None:
+        self.workers.unfinished.pop(self.number, None)
 
     def result(self) -> BatchTokens:
         """Wait for the tokens.
@@ -130,9 +119,14 @@ class _Work:
 
         for _ in range(_ATTEMPTS):
             try:
+                while not ray.wait([self.reference], timeout=_FETCH)[0]:
+                    self.workers.save()
+                self.workers.save()
                 tokens: BatchTokens = ray.get(self.reference)
+                self._end()
                 return tokens
             except ray.exceptions.RayActorError:
+                self._end()
                 self.workers.replace(self.actor)
                 self._begin()
             except ray.exceptions.RayTaskError as error:
@@ -145,6 +139,9 @@ class _Work:
         """Drop the work, if it has not begun."""
         import ray
 
+        self._end()
+        if self.unfinished is not None:
+            self.unfinished.clear()
         with suppress(Exception):
             ray.cancel(self.reference)
 
@@ -161,7 +158,7 @@ def ray_workers(address: str, tokenizer: "PreTrainedTokenizerFast", spec: str | 
     Raises:
         VocabtrimError: Ray is not installed, the cluster does not answer, or the model cannot be loaded there.
     """
-    with _connected(address) as ray:
+    with connected(address) as ray:
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         cpus = [each for each in nodes if each]
         if not cpus:
@@ -171,8 +168,8 @@ def ray_workers(address: str, tokenizer: "PreTrainedTokenizerFast", spec: str | 
             state = whole_texts(tokenizer).to_str()
             workers = RayWorkers(lambda: make.remote(state), [make.remote(state) for _ in range(sum(cpus))])
         else:
-            make = ray.remote(num_cpus=min(cpus))(ModelWorker)
-            workers = RayWorkers(lambda: make.remote(spec), [make.remote(spec) for _ in cpus])
+            make = ray.remote(num_cpus=min(cpus), concurrency_groups={_FETCHING: 1})(ModelWorker)
+            workers = RayWorkers(lambda: make.remote(spec, _ASIDE), [make.remote(spec, _ASIDE) for _ in cpus])
         try:
             _check_same(workers, ray)
             yield workers
@@ -188,7 +185,7 @@ def _check_same(workers: RayWorkers, ray: Any) -> None:
     except ray.exceptions.RayTaskError as error:
         raise _one_line(error) from error
     except ray.exceptions.RayActorError as error:
-        raise VocabtrimError(f"a Ray worker died as it started: {_first_words(error)}") from error
+        raise VocabtrimError(f"a Ray worker died as it started: {first_words(error)}") from error
     if any(each != facts[0] for each in facts):
         raise VocabtrimError(
             "the machines of the Ray cluster have different models or compute in different dtypes, so that counts "
@@ -198,58 +195,9 @@ def _check_same(workers: RayWorkers, ray: Any) -> None:
         workers.facts, workers.digest = facts[0]
 
 
-@contextmanager
-def _connected(address: str) -> Iterator[Any]:
-    """Connect to a cluster; a connection that this process has already is used, and stays."""
-    try:
-        import ray
-    except ImportError as error:
-        raise VocabtrimError("--ray needs Ray: pip install 'vocabtrim-export[ray]'") from error
-    if ray.is_initialized():
-        yield ray
-        return
-    _check_answers(address)
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address or None, log_to_driver=False, configure_logging=False, include_dashboard=_dashboard(address))
-    except Exception as error:  # it raises many kinds
-        raise VocabtrimError(f"--ray {address}: cannot connect: {_first_words(error)}".replace(" :", ":")) from error
-    if in_main:
-        signal.signal(signal.SIGTERM, before)  # Ray would end the program, where it must save the counts first
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _dashboard(address: str) -> bool | None:
-    return None if address else False  # it may not be asked of a cluster that runs
-
-
-def _check_answers(address: str) -> None:
-    """See that a gRPC server answers: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host:
-        if address not in ("", "auto", "local"):
-            raise VocabtrimError(f"--ray {address}: give the address of a Ray cluster, such as head:6379")
-        return
-    try:
-        with socket.create_connection((host, int(port)), _SECONDS) as connection:
-            connection.sendall(_HELLO)
-            if not os.environ.get("RAY_USE_TLS") and connection.recv(4)[3:] != _SETTINGS:
-                raise OSError("what answers is no Ray cluster")
-    except (OSError, ValueError) as error:
-        raise VocabtrimError(f"--ray {address}: no Ray cluster answers there ({error})") from error
-
-
 def _one_line(error: Any) -> VocabtrimError:
     """Returns a worker's error without its traceback."""
     cause = error.cause
     if isinstance(cause, VocabtrimError):
         return VocabtrimError(str(cause))
-    return VocabtrimError(f"a Ray worker failed: {type(cause).__name__}: {_first_words(cause)}")
-
-
-def _first_words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    return VocabtrimError(f"a Ray worker failed: {type(cause).__name__}: {first_words(cause)}")

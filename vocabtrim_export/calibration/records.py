@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration.document import Document, Message, cut_text
+from vocabtrim_export.calibration.document import Document, Message, cut_text, without_surrogates
 
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 # A question's field, and the fields that may hold its answer: plain prompts, GSM8K, Alpaca.
@@ -84,7 +84,7 @@ def _messages(record: Mapping[str, object], field: str, where: str) -> list[Mess
     messages = [_message(item, f"{where}, {field}[{index}]") for index, item in enumerate(value)]
     answer = next((record[name] for name in _ANSWERS.get(field, ()) if record.get(name) is not None), None)
     if isinstance(answer, str):
-        messages.append(Message("assistant", _clean(answer)))
+        messages.append(Message("assistant", without_surrogates(answer)))
     elif isinstance(answer, list) and all(isinstance(item, Mapping) for item in answer):
         messages += [_message(item, f"{where}, answer[{index}]") for index, item in enumerate(answer)]
     return messages
@@ -109,12 +109,7 @@ def _content(value: object, where: str) -> str:
         value = "".join(str(part.get("text", "")) for part in value if part.get("type") == "text")
     if not isinstance(value, str):
         raise VocabtrimError(f"{where}: expected text, got {_kind(value)}")
-    return _clean(value)
-
-
-def _clean(text: str) -> str:
-    """Returns the text with "?" for lone surrogates, which JSON can escape and no tokenizer can read."""
-    return text.encode("utf-8", "replace").decode()
+    return without_surrogates(value)
 
 
 def _first_prompt(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -21,22 +21,23 @@ class Saver:
         self.checkpoint, self.seconds, self.last = checkpoint, seconds, monotonic()
         self.saved: TokenCounts | None = saved
         self.evidence = evidence
-        self._unfinished: PartialBatch | None = None
+        run = saved.runs[0]
+        settings = {each.name: getattr(run, each.name) for each in fields(run) if each.compare}
+        self._key: tuple[object, ...] = settings, saved.tokenizer_digest
+        self._unfinished: dict[Batch, PartialBatch] = {}
 
-    def unfinished(self, counts: TokenCounts, batch: Batch) -> PartialBatch | None:
+    def unfinished(self, batch: Batch) -> PartialBatch | None:
         """Returns the place on disk where the work on this batch is kept; None without a checkpoint."""
         if self.checkpoint is None:
             return None
-        run = counts.runs[0]
-        settings = {each.name: getattr(run, each.name) for each in fields(run) if each.compare}
-        key = json.dumps([settings, counts.tokenizer_digest, asdict(batch)], sort_keys=True)
+        key = json.dumps([*self._key, asdict(batch)], sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()
-        self._unfinished = PartialBatch(self._directory(self.checkpoint), digest, self.seconds)
-        return self._unfinished
+        place = self._directory(self.checkpoint) / digest[:16]
+        return self._unfinished.setdefault(batch, PartialBatch(place, digest, self.seconds))
 
-    def take(self, counts: TokenCounts) -> None:
+    def take(self, counts: TokenCounts, batch: Batch) -> None:
         """Save the counts at the end of a batch where it is time, or where the files of the batch are to be removed."""
-        unfinished = self._unfinished
+        unfinished = self._unfinished.pop(batch, None)
         if monotonic() - self.last >= self.seconds or (unfinished is not None and unfinished.count):
             self.save(counts)
         if unfinished is not None:

@@ -127,7 +127,7 @@ def _decoded(stream: IO[bytes], where: str) -> Iterator[str]:
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise _not_utf8(where, begin + error.start) from error
+            raise _not_utf8(where, begin + error.start, error) from error
         _check_no_nul(text, where)
         place += len(data)
         if text:
@@ -140,14 +140,15 @@ def _decode(data: bytes, where: str) -> str:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise _not_utf8(where, error.start) from error
+        raise _not_utf8(where, error.start, error) from error
     _check_no_nul(text, where)
     return text
 
 
-def _not_utf8(where: str, place: int) -> VocabtrimError:
+def _not_utf8(where: str, place: int, error: UnicodeDecodeError) -> VocabtrimError:
+    cut = "get it again if it was cut there, " if error.reason == "unexpected end of data" else ""
     return VocabtrimError(
-        f"{where} is not UTF-8 text (byte {place}): convert it (iconv -f latin1 -t utf-8), or leave it out"
+        f"{where} is not UTF-8 text (byte {place}): {cut}convert it (iconv -f latin1 -t utf-8), or leave it out"
     )
 
 

@@ -8,7 +8,7 @@ from time import monotonic
 from vocabtrim_export.progress import Progress
 
 # The units of tasks whose speed is shown, by the first word of their names.
-RATES = {"calibrate": "tokens", "load": "MB"}
+RATES = {"calibrate": "tokens", "load": "MB", "write": "MB"}
 _SECONDS_BETWEEN_LINES = 15.0
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.cli.console import progress_reporter
+from vocabtrim_export.cli.console import RATES, progress_reporter
 
 _NOT_FOR_ONNX = ("target", "dtype", "quantize_drafter", "max_length", "slots")
 
@@ -33,7 +33,7 @@ def run_onnx(options: argparse.Namespace) -> None:
     k = parse_k(options.k)
     if k == "auto":
         raise VocabtrimError("--k auto needs the original weights of both models: give a number or a coverage")
-    with progress_reporter() as progress:
+    with progress_reporter(RATES) as progress:
         written = trim_onnx(options.drafter, options.output, k, calibration_settings(options), options.force, progress)
     for note in (*written.notes, *notes(written.selection, builtin=not options.calibration)):
         print(f"note: {note}", file=sys.stderr)

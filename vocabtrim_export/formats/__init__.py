@@ -99,7 +99,7 @@ def write_formats(
 
     for name, directory in directories.items():
         module = importlib.import_module(f"{__name__}.{FORMATS[name].module}")
-        progress(f"write {name}", 0, 1)
+        progress(f"convert to {name}", 0, 1)
         module.write(exported, directory)
         write_mark(exported, directory, name)
-        progress(f"write {name}", 1, 1)
+        progress(f"convert to {name}", 1, 1)

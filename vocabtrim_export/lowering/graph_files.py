@@ -3,6 +3,7 @@
 import fcntl
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import onnx
@@ -26,15 +27,18 @@ def save_graph(model: ir.Model, directory: Path, task: str, progress: Progress) 
         model: The graph.
         directory: Where to write.
         task: The task's name for `progress`.
-        progress: Called with (task, tensors written, all tensors).
+        progress: Called with (task, megabytes of weights written, all megabytes).
     """
-    progress(task, 0, 1)
+    values = [value for value in _weights(model) if BYTES_OF not in value.meta]
+    sizes = [value.const_value.nbytes for value in values if value.const_value is not None]
+    before = [size >> 20 for size in accumulate(sizes, initial=0)]
+    total = before[-1] + 1
 
     def report(_tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-        progress(task, info.index + 1, info.total)
+        progress(task, before[info.index], total)  # this tensor is written next
 
-    values = [value for value in _weights(model) if BYTES_OF not in value.meta]
     _store(values, directory, WEIGHTS_NAME, report)
+    progress(task, total, total)
     for value in _weights(model):
         if BYTES_OF in value.meta:
             value.const_value = _view(value, model.graph.initializers[value.meta[BYTES_OF]], directory)

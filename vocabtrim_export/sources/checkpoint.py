@@ -20,6 +20,7 @@ from transformers import __version__ as transformers_version
 
 from engines.bundle.typed_json import read
 from engines.errors import VocabtrimError
+from vocabtrim_export.progress import BytesDone
 from vocabtrim_export.sources.expert_tensors import check_experts
 from vocabtrim_export.sources.mapped import holder
 from vocabtrim_export.sources.quantized_checkpoints import dense_weights, is_quantized
@@ -58,7 +59,13 @@ class Loaded:
 
 
 def load_checkpoint(
-    spec: str, where: str, files: list[Path], weights: int, dtype: torch.dtype, scratch: Path | None = None
+    spec: str,
+    where: str,
+    files: list[Path],
+    weights: int,
+    dtype: torch.dtype,
+    scratch: Path | None,
+    progress: BytesDone,
 ) -> Loaded:
     """Load the model in a directory.
 
@@ -69,6 +76,7 @@ def load_checkpoint(
         weights: The number of weights in these.
         dtype: The dtype of the model's parameters.
         scratch: See `load_source`.
+        progress: Called with (bytes read, bytes to read) of a quantised checkpoint, whose weights are computed.
 
     Raises:
         VocabtrimError: The model is of a kind that is not read, or its weights do not fit its config.
@@ -81,9 +89,9 @@ def load_checkpoint(
     tokenizer = read_checkpoint_tokenizer(spec, where)
     notes = _unquantized_note(spec, files, config, text)
     stored = _half_dtype(files) if scratch is not None and dtype == torch.float32 else None
-    model, loading = _load_weights(where, files, stored or dtype, config, text, scratch)
+    model, loading = _load_weights(where, files, stored or dtype, config, text, scratch, progress)
     if stored and any(buffer.dtype == stored for buffer in model.buffers()):  # it computed numbers in half precision
-        model, loading = _load_weights(where, files, dtype, config, text, scratch)
+        model, loading = _load_weights(where, files, dtype, config, text, scratch, progress)
     _check_fit(spec, loading)
     if (Path(where) / "generation_config.json").is_file():  # transformers passes over one that it cannot read
         model.generation_config = GenerationConfig.from_pretrained(where)
@@ -150,6 +158,7 @@ def _load_weights(
     config: PreTrainedConfig,
     text: PreTrainedConfig,
     scratch: Path | None,
+    progress: BytesDone,
 ) -> Any:
     """Returns the model, and transformers' account of its tensors.
 
@@ -162,7 +171,7 @@ def _load_weights(
     if method is None and not multimodal:
         return AutoModelForCausalLM.from_pretrained(where, config=config, use_safetensors=True, **how)
     if method is not None:
-        weights = dense_weights(files, quantization, dtype, holder(scratch))
+        weights = dense_weights(files, quantization, dtype, holder(scratch), progress)
         if multimodal:
             weights = {name: weights[stored] for stored, name in text_tensor_names(weights).items()}
     else:

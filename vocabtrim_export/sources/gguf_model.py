@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.progress import BytesDone
 from vocabtrim_export.sources.gguf_config import read_config
 from vocabtrim_export.sources.gguf_header import GgufHeader
 from vocabtrim_export.sources.gguf_rotation import rope_parameters
-from vocabtrim_export.sources.gguf_weights import BytesDone, load_weights
+from vocabtrim_export.sources.gguf_weights import load_weights
 from vocabtrim_export.sources.mapped import check_room, holder
 from vocabtrim_export.sources.refusals import check_architecture
 from vocabtrim_export.sources.unread_tensors import check_unread

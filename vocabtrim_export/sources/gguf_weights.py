@@ -1,6 +1,6 @@
 """The tensors of a `.gguf` file, dequantised by the `gguf` package: many blocks at a time, on all cores."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,14 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vocabtrim_export.progress import BytesDone
 from vocabtrim_export.sources.gguf_header import GgufHeader
 from vocabtrim_export.sources.mapped import Hold
 
 # Numbers that are dequantised at once: the intermediate arrays stay in the cache. The package's own groups of 16 rows
 # are too small for numpy to release the interpreter's lock.
 _AT_ONCE = 1 << 17
-
-BytesDone = Callable[[int, int], None]
 
 
 def dequantize(header: GgufHeader, name: str, executor: ThreadPoolExecutor | None = None) -> NDArray[np.float32]:

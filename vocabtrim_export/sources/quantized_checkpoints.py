@@ -5,6 +5,7 @@ matrix equals the quantised model's row, so rows can be cut from it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.progress import BytesDone
 from vocabtrim_export.sources.mapped import Hold
 from vocabtrim_export.sources.weight_files import tensor_dtypes
 
@@ -47,7 +49,11 @@ def is_quantized(spec: str, files: Iterable[Path], quantization: Mapping[str, An
 
 
 def dense_weights(
-    files: list[Path], quantization: Mapping[str, Any], dtype: torch.dtype, hold: Hold
+    files: list[Path],
+    quantization: Mapping[str, Any],
+    dtype: torch.dtype,
+    hold: Hold,
+    progress: BytesDone,
 ) -> dict[str, Tensor]:
     """Read all tensors of a checkpoint, the quantised ones as dense weights, [out, in].
 
@@ -56,6 +62,7 @@ def dense_weights(
         quantization: The `quantization_config` of config.json.
         dtype: The dtype of the dense weights.
         hold: What keeps a dense weight.
+        progress: Called with (bytes of tensors read, bytes of all).
 
     Returns:
         The tensors by name; those that were quantised end in `weight`.
@@ -65,7 +72,10 @@ def dense_weights(
     """
     method = str(quantization["quant_method"])
     dense: dict[str, Tensor] = {}
-    for module, parts in _by_module(files).items():
+    modules = _by_module(files)
+    sizes = [sum(part.nbytes for part in parts.values()) for parts in modules.values()]
+    done = accumulate(sizes)
+    for module, parts in modules.items():
         packed = _packed_names(parts, method)
         try:
             for name in packed:
@@ -86,6 +96,7 @@ def dense_weights(
                     f"weight that is quantised by {method}; give its unquantised weights or a .gguf file"
                 )
             dense[f"{module}.{part}"] = parts[part]
+        progress(next(done), sum(sizes))
     return dense
 
 

@@ -13,6 +13,7 @@ from engines.bundle.read import file_digest
 from engines.bundle.tokenizer import tokenizer_digest
 from engines.bundle.vocabulary import Vocabulary
 from engines.errors import VocabtrimError
+from vocabtrim_export.progress import BytesDone
 from vocabtrim_export.sources.checkpoint import (
     Loaded,
     first_line,
@@ -24,7 +25,6 @@ from vocabtrim_export.sources.end_tokens import add_end_tokens, eos_token_ids
 from vocabtrim_export.sources.gguf_header import check_whole, read_header
 from vocabtrim_export.sources.gguf_model import load_gguf
 from vocabtrim_export.sources.gguf_tokenizer import read_tokenizer
-from vocabtrim_export.sources.gguf_weights import BytesDone
 from vocabtrim_export.sources.locate import locate
 from vocabtrim_export.sources.runtime_tokenizer import template_note
 from vocabtrim_export.sources.weight_files import count_weights
@@ -100,7 +100,7 @@ def load_source(
         loaded = (
             _load_file(files[0], dtype, progress, scratch)
             if files[0].suffix == ".gguf"
-            else load_checkpoint(spec, where, files, weights, dtype, scratch)
+            else load_checkpoint(spec, where, files, weights, dtype, scratch, progress)
         )
     except VocabtrimError:
         raise
