@@ -60,7 +60,7 @@ def test_the_file_is_that_of_one_process(cluster, place, tokens):
 def test_a_worker_that_is_killed_at_work_changes_nothing(cluster, place, monkeypatch, source):
     """The worker that gets a model's batch goes on where the dead one was saved last."""
     begin, append, stored = ray_workers._Work._begin, PartialBatch.append, PartialBatch.stored
-    begun, processes, at_work, saved = [], {}, {}, []
+    begun, processes, at_work, killed, saved = [], {}, {}, [], []
 
     def begin_and_kill(work):
         for actor in work.workers.actors if not processes else ():
@@ -74,9 +74,9 @@ def test_a_worker_that_is_killed_at_work_changes_nothing(cluster, place, monkeyp
 
     def append_and_kill(unfinished, segment):
         append(unfinished, segment)
-        if unfinished.count == 3 and at_work[unfinished.key] in processes:
-            os.kill(processes[at_work[unfinished.key]], signal.SIGKILL)
-            processes.clear()  # once
+        if unfinished.count == 3 and not killed:
+            killed.append(processes[at_work[unfinished.key]])
+            os.kill(killed[0], signal.SIGKILL)
 
     def stored_and_noted(unfinished):
         saved.append([*stored(unfinished)])

@@ -18,7 +18,7 @@ from vocabtrim_export.calibration import (
 from vocabtrim_export.calibration.domains import Domain, mix
 from vocabtrim_export.calibration.endpoint import Endpoint
 from vocabtrim_export.calibration.producers import CountWorkers
-from vocabtrim_export.calibration.sufficiency import MOST_TOKENS, HeadSize, Sufficiency
+from vocabtrim_export.calibration.sufficiency import MOST_GENERATED, MOST_OF_TEXT, HeadSize, Sufficiency
 from vocabtrim_export.progress import Progress
 
 if TYPE_CHECKING:
@@ -131,11 +131,12 @@ def _count_corpus(
         listener.on_skip(skipped)
     job.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     is_auto = asked.calibration_tokens == "auto"
+    most = MOST_OF_TEXT if job.source == "text" else MOST_GENERATED
     url, name = asked.calibration_endpoint, asked.calibration_model
     endpoint = Endpoint(url, name) if url and name else None
     settings = CountSettings(
         job.source,
-        MOST_TOKENS if asked.calibration_tokens == "auto" else asked.calibration_tokens,
+        asked.calibration_tokens if asked.calibration_tokens != "auto" else most,
         asked.seed,
         asked.temperature,
         chat=ChatOptions(asked.chat_template, template_args=asked.template_args),

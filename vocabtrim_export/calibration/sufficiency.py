@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 GAIN = 0.002
 # and the coverage is known to within this, half of a 95% interval.
 PRECISION = 0.01
-MOST_TOKENS = 200_000
+# The most tokens that are counted: generating them takes hours on a CPU, counting those of a text half a minute.
+MOST_GENERATED, MOST_OF_TEXT = 200_000, 5_000_000
 FIRST_LOOK = 4_096  # tokens; later looks follow at every doubling
 _RESAMPLES = 1_000
 _COUNTS = "halfway"
@@ -100,8 +101,9 @@ class Evidence:
         kept = _kept(counts, rows)
         hits = np.array([np.count_nonzero(kept[document]) for document in self.held_out])
         sizes = np.array([len(document) for document in self.held_out])
-        draws = np.random.default_rng(0).integers(0, len(sizes), (_RESAMPLES, len(sizes)))
-        low, high = np.quantile(hits[draws].sum(1) / sizes[draws].sum(1), [0.025, 0.975])
+        random = np.random.default_rng(0)
+        draws = (random.integers(0, len(sizes), len(sizes)) for _ in range(_RESAMPLES))
+        low, high = np.quantile([hits[draw].sum() / sizes[draw].sum() for draw in draws], [0.025, 0.975])
         whole = max(1, int(held_out.sum()))
         halves = tuple(int(held_out[_kept(half, rows)].sum()) / whole for half in (first, counts - first))
         total = int(counts.sum() + held_out.sum())
