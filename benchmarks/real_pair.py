@@ -25,7 +25,8 @@ from engines.base import Engine
 from engines.bundle.read import Manifest
 from engines.bundle.tokenizer import Tokenizer
 from runtime import Round, SpeculativeDecoder, decode_rounds
-from runtime.draft_length import AdaptiveLength, DraftLength, FixedLength
+from runtime.adaptive_length import AdaptiveLength
+from runtime.draft_length import DraftLength, FixedLength
 from runtime.measure.environment import environment
 from runtime.pair import make_draft_length
 from vocabtrim_export.calibration import read_corpus

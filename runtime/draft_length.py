@@ -1,22 +1,11 @@
-"""How many tokens a round drafts: a fixed number, or as many as are worth their time on this text and machine."""
+"""How many tokens a round drafts: the interface that the loop asks, and a fixed number."""
 
-from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol
 
-from runtime.prompt_lookup import LOOKUP_PRIORS
-from runtime.round_costs import Costs, MeasuredCosts
+from runtime.round_costs import Costs
 from runtime.shares import Shares
-
-_EDGES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)  # between bins of the drafter's confidence
-_LOOP_MEMORY = 64.0  # rounds that the loop's rate remembers
-_DRAFTED_MEMORY = 8.0  # rounds with a draft that decide whether drafting pays
-_PRIOR_TOKENS = 2.5  # of the one round with a draft that is assumed before any
-_FIRST_WAIT, _LONGEST_WAIT = 4, 64  # rounds without a draft before a probe
-_CLOSE = 1.3  # times target-only decoding: below it, what a plain round takes must be known exactly
-_PLAIN_EVERY = 256  # rounds after which a plain one is measured again
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,163 +94,7 @@ class FixedLength:
         return True
 
     def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
-        """Nothing: the length stays."""
+        """Do nothing: the length is fixed."""
 
     def afresh(self, costs: Costs) -> "FixedLength":  # noqa: ARG002
         return self
-
-
-class _TokenRate:
-    """The tokens per second of about the last `memory` rounds; older ones fade."""
-
-    def __init__(self, memory: float) -> None:
-        self._keep = 1 - 1 / memory
-        self._rounds = self._tokens = self._seconds = 0.0
-
-    def add(self, tokens: float, seconds: float) -> None:
-        self._rounds = self._rounds * self._keep + 1
-        self._tokens = self._tokens * self._keep + tokens
-        self._seconds = self._seconds * self._keep + seconds
-
-    @property
-    def value(self) -> float:
-        """0 before the first round."""
-        return self._tokens / self._seconds if self._seconds else 0.0
-
-    @property
-    def mean(self) -> tuple[float, float]:
-        """The mean tokens and seconds of a round. There was at least one round."""
-        return self._tokens / self._rounds, self._seconds / self._rounds
-
-
-def _confidences() -> Shares:
-    edges = (0.0, *_EDGES, 1.0)
-    return Shares(tuple((low + high) / 2 for low, high in pairwise(edges)))
-
-
-class AdaptiveLength:
-    """Drafts a token where the tokens that it is expected to gain are worth more than the time that it costs.
-
-    A round gains tokens and takes seconds, and the loop is fastest where each part of a round gains at least what the
-    loop makes of the same time anyway (Dinkelbach's method for a ratio). So a further token is drafted where
-
-        P(all drafted so far are accepted) · P(the next one is) > tokens per second · seconds of the next one.
-
-    The probabilities are running shares of accepted tokens by the drafter's confidence in the token before. The rate is
-    the loop's own, and never less than target-only decoding's. Where rounds with a draft gain less than target-only
-    decoding, rounds draft nothing; after ever longer waits one of them probes, so that a text which becomes predictable
-    is noticed. Seconds are medians of what was measured, so that a single slow moment of the machine decides nothing.
-
-    Its state outlives a generation: costs and confidence belong to the pair.
-    """
-
-    adapts = is_stepwise = True
-
-    def __init__(self, longest: int, prompt_lookup: bool = True, costs: Costs | None = None) -> None:
-        """Make a length that has learnt nothing.
-
-        Args:
-            longest: The most tokens of a draft.
-            prompt_lookup: Whether looked-up tokens are drafted too.
-            costs: The costs of a round's parts; None measures them.
-        """
-        self.longest = longest
-        self.lookups = Shares(LOOKUP_PRIORS) if prompt_lookup else None
-        self._costs = MeasuredCosts() if costs is None else costs
-        self._is_right, self._next_is_right = _confidences(), _confidences()
-        self._loop, self._drafted = _TokenRate(_LOOP_MEMORY), _TokenRate(_DRAFTED_MEMORY)
-        self._bins: list[int] = []  # of the draft at hand
-        self._chance = 1.0  # that all of it is accepted
-        self._wait, self._left = _FIRST_WAIT, 0
-        self._rounds, self._is_lookup = 0, False
-
-    def begin(self, chances: Sequence[float] = ()) -> RoundPlan:
-        self._bins, self._chance = [], 1.0
-        self._rounds += 1
-        pays = self._pays()
-        looked_up, gain = self._looked_up(chances)
-        self._is_lookup = looked_up > 0 and gain > (self._drafter_gain() if pays else 0.0)
-        if self._is_lookup:
-            return RoundPlan(looked_up, 0)
-        if pays:
-            self._left = 0
-            return RoundPlan(0, 0 if self._must_measure_plain() else self._most_drafted())
-        if self._left == 0:
-            self._left = self._wait
-        self._left -= 1
-        return RoundPlan(0, 0 if self._left else self._most_drafted(), pays=False)
-
-    def goes_on(self, confidence: float) -> bool:
-        index = bisect(_EDGES, confidence)
-        self._bins.append(index)
-        self._chance *= self._is_right[index]
-        gain = self._chance * self._next_is_right[index]
-        return gain > self._rate() * self._costs.next_drafted
-
-    def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
-        stepped = 0 if self._is_lookup else drafted
-        if self._costs.observe(stepped, drafted, draft_seconds, verify_seconds, seconds):
-            self._loop, self._drafted = _TokenRate(_LOOP_MEMORY), _TokenRate(_DRAFTED_MEMORY)
-            self._wait, self._left = _FIRST_WAIT, 0
-        spent = self._costs.round(stepped, drafted)
-        self._loop.add(accepted + 1, spent)
-        if drafted == 0 or self._is_lookup:
-            return
-        if self._drafted.value == 0:
-            self._drafted.add(_PRIOR_TOKENS, self._costs.round(1, 1))
-        self._drafted.add(accepted + 1, spent)
-        self._learn(drafted, accepted)
-        if self._pays():
-            self._wait = _FIRST_WAIT
-        elif self._left == 0:  # this was a probe, or the draft that told that drafting does not pay
-            gained = accepted + 1 > spent * self._plain_rate()
-            self._wait = 1 if gained else min(_LONGEST_WAIT, max(_FIRST_WAIT, 2 * self._wait))
-
-    def afresh(self, costs: Costs) -> "AdaptiveLength":
-        return AdaptiveLength(self.longest, self.lookups is not None, costs)
-
-    def _most_drafted(self) -> int:
-        """The most tokens that the drafter drafts in a round."""
-        return self.longest
-
-    def _learn(self, drafted: int, accepted: int) -> None:  # noqa: ARG002
-        """Learn how many tokens of the drafter's draft were right."""
-        for i, index in enumerate(self._bins[: accepted + 1]):
-            self._is_right.count(index, i < accepted)
-            if i > 0:
-                self._next_is_right.count(self._bins[i - 1], i < accepted)
-
-    def _looked_up(self, chances: Sequence[float]) -> tuple[int, float]:
-        """Returns how many tokens of a match are worth verifying, and the tokens gained beyond their time's worth.
-
-        Each further token is less likely than the one before, so the first that is not worth it ends them.
-        """
-        cost, chance, gain = self._rate() * self._costs.next_row, 1.0, 0.0
-        for count, share in enumerate(chances[: self.longest]):
-            chance *= share
-            if chance <= cost:
-                return count, gain
-            gain += chance - cost
-        return min(len(chances), self.longest), gain
-
-    def _drafter_gain(self) -> float:
-        """Returns the tokens that a round with the drafter's draft gains beyond its time's worth."""
-        tokens, seconds = self._drafted.mean if self._drafted.value else (_PRIOR_TOKENS, self._costs.round(1, 1))
-        return tokens - 1 - self._rate() * (seconds - self._costs.round(0, 0))
-
-    def _pays(self) -> bool:
-        return self._drafted.value == 0 or self._drafted.value > self._plain_rate()
-
-    def _must_measure_plain(self) -> bool:
-        """Whether drafting pays so little that this round should find out what one without a draft takes."""
-        if self._drafted.value > _CLOSE * self._plain_rate() or self._drafted.value == 0:
-            return False
-        return not self._costs.knows_plain or self._rounds % _PLAIN_EVERY == 0
-
-    def _plain_rate(self) -> float:
-        """Tokens per second of rounds without a draft."""
-        return 1 / self._costs.round(0, 0)
-
-    def _rate(self) -> float:
-        """Tokens per second: the loop's, or target-only decoding's where that is more."""
-        return max(self._loop.value, self._plain_rate())

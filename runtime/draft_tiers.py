@@ -3,7 +3,7 @@
 from itertools import accumulate
 from operator import mul
 
-from runtime.draft_length import AdaptiveLength
+from runtime.adaptive_length import AdaptiveLength
 from runtime.round_costs import Costs
 from runtime.shares import Shares
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from runtime.draft_length import AdaptiveLength, RoundPlan
+from runtime.adaptive_length import AdaptiveLength
+from runtime.draft_length import RoundPlan
 from runtime.round_costs import Costs
 
 

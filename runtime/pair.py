@@ -8,7 +8,8 @@ from engines.arguments import whole_number
 from engines.base import MAX_KEEP, Engine
 from engines.bundle.vocabulary import Vocabulary, shared_tokens
 from engines.errors import VocabtrimError
-from runtime.draft_length import AdaptiveLength, DraftLength, FixedLength
+from runtime.adaptive_length import AdaptiveLength
+from runtime.draft_length import DraftLength, FixedLength
 from runtime.draft_tiers import TieredLength, tiers_up_to
 from runtime.lookup_length import LookupLength
 

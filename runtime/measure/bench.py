@@ -14,8 +14,8 @@ from runtime.draft_length import DraftLength, FixedLength
 from runtime.loop import GREEDY
 from runtime.measure.bandwidth import bandwidths
 from runtime.measure.environment import environment
-from runtime.measure.outputs import output_differences
-from runtime.measure.report import BenchReport, mode_report
+from runtime.measure.report import BenchReport
+from runtime.measure.summary import way_report
 from runtime.measure.timing import Way, measure
 from runtime.pair import Auto, check_pair, make_draft_length, resolve_draft_length
 
@@ -72,21 +72,7 @@ def bench(
     }
     speeds = bandwidths((target, *drafters.values()), bandwidth)
     runs = measure(target, ways, repeats, progress)
-    alone = runs[TARGET_ONLY]
-    judged = {} if forced is not None else runs
-    differing = {mode: output_differences(target, token_ids, own, alone, sampling) for mode, own in judged.items()}
-    reports = {
-        mode: mode_report(
-            runs[mode],
-            alone,
-            target.manifest,
-            drafter.manifest if drafter else None,
-            lengths[mode],
-            speeds[(drafter or target).device],
-            differences=None if forced is not None else differing[mode],
-        )
-        for mode, drafter in modes.items()
-    }
+    reports = {mode: way_report(target, way, runs[mode], runs[TARGET_ONLY], speeds) for mode, way in ways.items()}
     sizes = len(prompts), max_new_tokens, length.longest, length.adapts, repeats, forced
     return BenchReport(reports, *sizes, speeds[target.device], measured_on(target, drafters), sampling)
 

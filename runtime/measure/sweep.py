@@ -13,8 +13,8 @@ from runtime.draft_length import FixedLength
 from runtime.loop import GREEDY
 from runtime.measure.bandwidth import bandwidths
 from runtime.measure.bench import TARGET_ONLY, ForceAccepted, check_greedy, measured_on, resolve_force_accepted
-from runtime.measure.outputs import output_differences
-from runtime.measure.report import ModeReport, mode_report
+from runtime.measure.report import ModeReport
+from runtime.measure.summary import way_report
 from runtime.measure.timing import Way, measure
 from runtime.pair import check_pair, resolve_draft_length
 
@@ -134,32 +134,29 @@ def sweep(
         for length in ((0,) if name == TARGET_ONLY else lengths)
     ]
     encoded = {context: encoded_at(target, prompts, context) for _, _, context in keys}
-    forced = settings.force_accepted is not None
     ways = {
-        _label(name, length, context): Way(
-            drafters.get(name),
-            max(length, 1),
-            encoded[context],
-            settings.max_new_tokens,
-            resolve_force_accepted(settings.force_accepted, FixedLength(length)) if length else (0 if forced else None),
-            settings.sampling,
-        )
+        _label(name, length, context): _way(drafters.get(name), length, encoded[context], settings)
         for name, length, context in keys
     }
     runs = measure(target, ways, settings.repeats, progress)
     speeds = bandwidths((target, *drafters.values()), bandwidth)
 
     def row(name: str, length: int, context: int | None) -> SweepRow:
-        drafter = drafters[name].manifest if name in drafters else None
-        speed = speeds[drafters.get(name, target).device]
-        own, alone = runs[_label(name, length, context)], runs[_label(TARGET_ONLY, 0, context)]
-        differences = None if forced else output_differences(target, encoded[context], own, alone, settings.sampling)
-        report = mode_report(own, alone, target.manifest, drafter, FixedLength(length), speed, differences=differences)
-        return SweepRow(name, (drafter or target.manifest).head_rows, length, context, report)
+        label = _label(name, length, context)
+        report = way_report(target, ways[label], runs[label], runs[_label(TARGET_ONLY, 0, context)], speeds)
+        return SweepRow(name, drafters.get(name, target).manifest.head_rows, length, context, report)
 
     rows = tuple(row(*key) for key in keys)
     used = replace(settings, draft_lengths=lengths)
     return SweepReport(rows, len(prompts), used, speeds[target.device], measured_on(target, drafters))
+
+
+def _way(drafter: Engine | None, length: int, prompts: Prompts, settings: SweepSettings) -> Way:
+    """Returns one combination as a way of decoding; `length` is γ, or 0 for the target alone."""
+    accepted = None if settings.force_accepted is None else 0
+    if length:
+        accepted = resolve_force_accepted(settings.force_accepted, FixedLength(length))
+    return Way(drafter, max(length, 1), prompts, settings.max_new_tokens, accepted, settings.sampling)
 
 
 def check_settings(

@@ -12,7 +12,7 @@ from engines.base import Engine
 from engines.bundle.vocab_map import HeadTokens
 from engines.outputs import Speculation, StepOutput
 from engines.sampling_params import Sampling, SamplingParams
-from runtime.draft_length import DraftLength
+from runtime.draft_length import DraftLength, FixedLength
 from runtime.loop import GREEDY, decode_rounds
 from runtime.round import Round
 
@@ -88,6 +88,11 @@ class Way:
     max_new_tokens: int
     force_accepted: int | None = None
     sampling: SamplingParams = GREEDY
+
+    @property
+    def length(self) -> DraftLength:
+        """What decides how long drafts are."""
+        return FixedLength(self.draft_length) if isinstance(self.draft_length, int) else self.draft_length
 
 
 class TimedEngine(Engine):
@@ -210,8 +215,7 @@ def measure(
         By way, prompt and repeat: the runs.
     """
     for way in ways.values():
-        longest = way.draft_length if isinstance(way.draft_length, int) else way.draft_length.longest
-        tokens = max(_WARM_UP_TOKENS, _WARM_UP_ROUNDS * (longest + 1))
+        tokens = max(_WARM_UP_TOKENS, _WARM_UP_ROUNDS * (way.length.longest + 1))
         _run(target, replace(way, max_new_tokens=min(way.max_new_tokens, tokens)), 0)
     prompts = len(next(iter(ways.values())).prompts)
     runs: dict[str, list[list[TimedGeneration]]] = {name: [[] for _ in range(prompts)] for name in ways}

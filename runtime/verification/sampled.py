@@ -1,13 +1,12 @@
-"""Whether speculation changed the law of sampled tokens: a chi-square test against the target's own distribution.
+"""Checks that speculation does not change the distribution of sampled tokens.
 
-Every token after a generation's first went through the rule, and what it should have been distributed as, p, is known:
-the target's logits after the tokens before it give it. So p is cut into [0, 1) token by token, and a point is drawn in
-the part of the token that came out: under p it is uniform, whatever p is, and independent of all others (Rosenblatt
-1952). Points of all positions, prompts and seeds fall into BINS equal bins and are tested at once.
+Every token after a generation's first went through the acceptance rule. The distribution p that it should have follows
+from the target's logits after the tokens before it, so `uniformity` can test all tokens at once.
 
-The tokens are cut in by q/p, those that the drafter lacks first and those that it overrates last: a rule that favours
-what the drafter proposes, or what it cannot propose, moves points to one side. A second test cuts them in by descending
-p: it sees a rule that is too sharp or too flat.
+Two tests differ in the order in which tokens divide the interval. In the first, tokens that the drafter lacks come
+first and those that it overrates last, by q/p: a rule that favours what the drafter proposes, or what it cannot
+propose, moves points to one side. In the second, tokens come by descending p: it finds a rule that makes the
+distribution too sharp or too flat.
 """
 
 import math
@@ -27,19 +26,18 @@ from runtime.pair import Auto, resolve_draft_length
 from runtime.sampling import distribution
 from runtime.verification import chi_square
 from runtime.verification.teacher_forcing import GivenText, teacher_forced_drafts, teacher_forced_logits
+from runtime.verification.uniformity import BINS, FREEDOM, p_value_of, point_of, statistic_of
 
 ALPHA = 1e-3  # the chance of a false alarm, all settings together
-POWER = 0.99
-BINS = 17  # an odd number: then the chi-square's tail is a finite sum
-DRAWS = 2000
+POWER = 0.99  # the chance of finding what `SettingReport.detectable` names
+DRAWS = 2000  # tokens tested for each setting
 SETTINGS = (
     SamplingParams(1.0),
     SamplingParams(1.5),
     SamplingParams(0.7, top_p=0.9),
     SamplingParams(1.0, top_k=40, top_p=0.95),
 )
-_NEW_TOKENS = 33  # of each generation; the first is not drafted
-_FREEDOM = BINS - 1
+_NEW_TOKENS = 33  # new tokens of each generation; the first is not drafted
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +71,25 @@ class SettingReport:
 
     @property
     def passed(self) -> bool:
+        """The tokens follow the target's distribution, as far as the test can tell."""
         return self.p_value >= self.limit and not self.impossible
 
     @property
     def detectable(self) -> float:
-        """A total variation between the points' law and the uniform one that is found with a probability of POWER.
+        """The total variation between the points' distribution and the uniform one that is found with chance POWER.
 
-        A total variation of d makes a noncentrality of 4·d² a draw at least, whatever its shape.
+        A total variation of d gives the chi-square statistic a noncentrality of at least 4·d² for each draw.
         """
-        return math.sqrt(chi_square.noncentrality_for(POWER, self.limit / 2, _FREEDOM) / (4 * self.draws))
+        return math.sqrt(chi_square.noncentrality_for(POWER, self.limit / 2, FREEDOM) / (4 * self.draws))
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns plain data for `json.dumps`."""
         return asdict(self) | {"passed": self.passed, "detectable": self.detectable}
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingReport:
-    """The tests of all settings. Each is tested at ALPHA over their number (Bonferroni).
+    """The tests of all settings. Each has the level ALPHA divided by their number (Bonferroni).
 
     Attributes:
         settings: The test of each setting.
@@ -101,6 +101,7 @@ class SamplingReport:
 
     @property
     def passed(self) -> bool:
+        """The test of every setting passed."""
         return all(setting.passed for setting in self.settings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,88 +165,80 @@ def verify_sampling(
     return SamplingReport(tuple(reports), decoder.draft_length)
 
 
-def point_of(token: int, p: NDArray[np.float32], q: NDArray[np.float32], uniform: float) -> float:
-    """Map a token to [0, 1] so that tokens drawn from p are uniform there.
-
-    The interval is divided by p, with tokens in the order of ascending q/p, then of descending p, then of their ids.
-
-    Args:
-        token: The token id.
-        p: float32[n] over token ids, the distribution that the token should have.
-        q: float32[n] over token ids, the drafter's distribution.
-        uniform: Where in the token's own part of the interval, 0 to 1.
-    """
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratio = np.where(p > 0, q / p, np.inf)
-    same = ratio == ratio[token]
-    before = (ratio < ratio[token]) | (same & (p > p[token]))
-    before[:token] |= (same & (p == p[token]))[:token]
-    return min(1.0, float(p[before].sum(dtype=np.float64)) + uniform * float(p[token]))
-
-
-def statistic_of(points: Sequence[float]) -> float:
-    """Pearson's chi-square of `points` in [0, 1] against the uniform law."""
-    counts = np.bincount(np.minimum((np.asarray(points) * BINS).astype(np.int64), BINS - 1), minlength=BINS)
-    expected = len(points) / BINS
-    return float(((counts - expected) ** 2).sum() / expected)
-
-
 def _points(
     decoder: SpeculativeDecoder, drafter: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, draws: int
 ) -> Iterator[_Point]:
-    """The points of as many generations as it takes. Raises `VocabtrimError` where they end too soon to test much."""
+    """Generate again and again, and yield a point for each token that was drafted or follows a draft.
+
+    Raises:
+        VocabtrimError: The generations end too soon to give `draws` points.
+    """
     first = params.seed or 0
     longest = resolve_draft_length(decoder.target, drafter, None if decoder.length.adapts else decoder.draft_length)
     lengths: list[int | Auto] = [*range(1, longest + 1)]
     if decoder.length.adapts:
         lengths.append("auto")
-    rng = np.random.default_rng([0xD1CE, first])  # not the generations' own numbers
+    rng = np.random.default_rng([0xD1CE, first])  # independent of the numbers that the generations draw
     for run in range(20 + 4 * draws // _NEW_TOKENS):
         prompt = prompts[run % len(prompts)]
         drawn = replace(params, seed=first + run)
         drafting = SpeculativeDecoder(decoder.target, drafter, draft_length=lengths[run % len(lengths)])
         tokens = drafting.generate(prompt, max_new_tokens=_NEW_TOKENS, sampling=drawn).token_ids
-        rules = make_logit_rules(params, decoder.target.manifest, prompt)
-        text = GivenText(prompt, tokens)
-        rows = ruled_rows(teacher_forced_logits(decoder.target, text), tokens, rules)
-        drafts = teacher_forced_drafts(decoder.target, drafter, text)
-        theirs = ruled_rows(drafts, tokens, rules, first=1) if len(drafts) else drafts
-        for index, (token, row, their_row) in enumerate(zip(tokens[1:], rows[1:], theirs, strict=True)):
-            p = distribution(row[None], params)[0]
-            drafted = (
-                np.zeros_like(their_row) if np.isneginf(their_row).all() else distribution(their_row[None], params)[0]
-            )
-            q = _resized(drafted, len(p))
-            impossible = bool(p[token] == 0 and distribution(row[None], _wider(params))[0][token] == 0)
-            uniform = rng.random()
-            at = point_of(token, p, q, uniform), point_of(token, p, np.ones_like(p), uniform)
-            lacking = ~_resized(drafts[index] > -np.inf, len(p))
-            yield _Point(at, float(p[lacking].sum()), impossible)
+        yield from _points_along(decoder.target, drafter, GivenText(prompt, tokens), params, rng)
     raise VocabtrimError("these prompts end after few tokens: give others, or fewer --draws")
 
 
+def _points_along(
+    target: Engine, drafter: Engine, text: GivenText, params: SamplingParams, rng: np.random.Generator
+) -> Iterator[_Point]:
+    """Yield the points of one generation's tokens, but for the first, which is never drafted.
+
+    Args:
+        target: The target's engine.
+        drafter: The drafter's engine.
+        text: The prompt and the tokens that were generated.
+        params: How they were sampled.
+        rng: Draws where each point lies within its token's part of the interval.
+    """
+    tokens = text.tokens
+    rules = make_logit_rules(params, target.manifest, text.prompt)
+    rows = ruled_rows(teacher_forced_logits(target, text), tokens, rules)
+    drafts = teacher_forced_drafts(target, drafter, text)
+    ruled_drafts = ruled_rows(drafts, tokens, rules, first=1) if len(drafts) else drafts
+    for index, (token, row, draft_row) in enumerate(zip(tokens[1:], rows[1:], ruled_drafts, strict=True)):
+        p = distribution(row[None], params)[0]
+        can_draft = not np.isneginf(draft_row).all()
+        q = distribution(draft_row[None], params)[0] if can_draft else np.zeros_like(draft_row)
+        impossible = bool(p[token] == 0 and distribution(row[None], _wider(params))[0][token] == 0)
+        uniform = rng.random()
+        at = point_of(token, p, _resized(q, len(p)), uniform), point_of(token, p, np.ones_like(p), uniform)
+        lacking = ~_resized(drafts[index] > -np.inf, len(p))
+        yield _Point(at, float(p[lacking].sum()), impossible)
+
+
 def _resized(values: NDArray[Any], width: int) -> NDArray[Any]:
-    """The first `width` of `values`, filled up with zeros: one of the two models may lack the last token ids."""
+    """Returns the first `width` of `values`, padded with zeros: one of the two models may lack the last token ids."""
     return np.pad(values[:width], (0, max(0, width - len(values))))
 
 
 def _wider(params: SamplingParams) -> SamplingParams:
-    """`params` that keep the tokens which rounding may push over the edge of top-k, top-p or min-p as well."""
+    """Returns `params` that also keep the tokens which rounding may push over the edge of top-k, top-p or min-p."""
     return replace(
         params, top_k=params.top_k and params.top_k + 1, top_p=min(1.0, params.top_p + 1e-3), min_p=params.min_p * 0.999
     )
 
 
 def _report(params: SamplingParams, points: Sequence[_Point], limit: float) -> SettingReport:
-    first, second = (statistic_of([point.at[order] for point in points]) for order in (0, 1))
+    by_ratio, by_probability = ([point.at[order] for point in points] for order in (0, 1))
+    statistics = statistic_of(by_ratio), statistic_of(by_probability)
     return SettingReport(
         params.temperature,
         params.top_k,
         params.top_p,
         params.min_p,
         len(points),
-        (first, second),
-        min(1.0, 2 * chi_square.survival(max(first, second), _FREEDOM)),
+        statistics,
+        p_value_of(statistics),
         float(np.mean([point.missed for point in points])),
         sum(point.impossible for point in points),
         limit,

@@ -183,9 +183,9 @@ LOAD = (
     Mutation(
         "Collapsed acceptance is said, once",
         "a bench does not look",
-        "runtime/measure/report.py",
-        "if drafter and not forced else None,\n    )",
-        "if False else None,\n    )",
+        "runtime/measure/summary.py",
+        "if drafter and not forced else None",
+        "if False else None",
         ALARM_TESTS,
     ),
     Mutation(

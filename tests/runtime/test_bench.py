@@ -9,7 +9,7 @@ from runtime.draft_length import FixedLength
 from runtime.measure.bandwidth import read_bandwidth
 from runtime.measure.bench import bench
 from runtime.measure.outputs import output_differences
-from runtime.measure.report import mode_report
+from runtime.measure.summary import mode_report
 from runtime.measure.sweep import SweepSettings, sweep
 from runtime.measure.timing import Feed, TimedGeneration
 from runtime.round import Round

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
-from runtime.draft_length import AdaptiveLength
+from runtime.adaptive_length import AdaptiveLength
 from runtime.loop import decode_rounds
 from runtime.round_costs import GivenCosts
 from runtime.sampling import distribution

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from runtime import SamplingParams, SpeculativeDecoder
-from runtime.draft_length import AdaptiveLength, DraftLength, FixedLength
+from runtime.adaptive_length import AdaptiveLength
+from runtime.draft_length import DraftLength, FixedLength
 from runtime.draft_tiers import TIERS, TieredLength, tiers_up_to
 from runtime.round_costs import GivenCosts
 

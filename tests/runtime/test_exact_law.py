@@ -17,7 +17,7 @@ from engines.errors import VocabtrimError
 from engines.sampling_params import SamplingParams
 from engines.slots import Slots
 from runtime.accept import accept_sampled
-from runtime.draft_length import AdaptiveLength
+from runtime.adaptive_length import AdaptiveLength
 from runtime.lookup_length import LookupLength
 from runtime.loop import decode_rounds
 from runtime.round_costs import GivenCosts

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engines.sampling_params import SamplingParams
 from runtime import SpeculativeDecoder
-from runtime.draft_length import AdaptiveLength
+from runtime.adaptive_length import AdaptiveLength
 from runtime.lookup_length import LookupLength
 from runtime.loop import GREEDY, decode_rounds
 from runtime.prompt_lookup import LOOKUP_PRIORS, NO_MATCH, PromptLookup

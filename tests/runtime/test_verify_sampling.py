@@ -14,7 +14,8 @@ from runtime import SamplingParams, SpeculativeDecoder
 from runtime.accept import Accepted, accept_sampled, residual
 from runtime.sampling import sample
 from runtime.verification import chi_square
-from runtime.verification.sampled import ALPHA, BINS, point_of, statistic_of, verify_sampling
+from runtime.verification.sampled import ALPHA, verify_sampling
+from runtime.verification.uniformity import BINS, point_of, statistic_of
 
 SETTINGS = [SamplingParams(1.0), SamplingParams(1.3, top_k=10, top_p=0.9)]
 FREEDOM = BINS - 1
