@@ -8,7 +8,8 @@ from runtime.round_costs import Costs
 from runtime.shares import Shares
 
 TIERS = (1, 3, 7)  # as SGLang's: each captured round takes memory and is warmed up
-# Of right tokens after a draft that was wrong at once, right for a while, and right to its end: the first, the others.
+# The assumed shares of right tokens after a draft that was wrong at once, right for a while, and right to its end. Of
+# each pair, the first number is for the first token of a draft, the second for all further tokens.
 _PRIORS = (0.35, 0.6, 0.5, 0.65, 0.75, 0.85)
 _WRONG, _SOME, _ALL = range(3)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from runtime.shares import Shares
 
-_SIZES = (6, 4, 3, 2)  # of the n-grams looked for, the longest first
+_SIZES = (6, 4, 3, 2)  # lengths of the n-grams that are looked for, the longest first
 _LONGEST_MATCH = 32  # tokens before it that a match is compared for
 _EDGES = (3, 4, 6, 9, 16, 32)  # between bins of the match's length
-LOOKUP_PRIORS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 0.9)  # of right tokens in each bin
+LOOKUP_PRIORS = (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 0.9)  # the assumed share of right tokens in each bin
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
-_WINDOW = 15  # measured values that a median is of
+_WINDOW = 15  # the number of recent values that a median is taken over
 _SLOPE = 0.04  # of a verification's time, what a further row is assumed to cost before two numbers of rows are known
 _CERTAINTY = 8.0  # of that, as the squared distance of measured numbers of rows that counts as much
 _FASTER = 0.7  # times the median: a call is never that fast by chance, so what was measured before was slowed down
@@ -80,7 +80,7 @@ class GivenCosts:
 
 
 class _Recent:
-    """The median of the last values."""
+    """The median of the last _WINDOW values."""
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=_WINDOW)

@@ -51,7 +51,7 @@ def output_differences(
 def _along(
     target: Engine, prompt: Sequence[int], tokens: Sequence[int], alone: Sequence[int], sampling: SamplingParams
 ) -> list[Difference]:
-    """Where `tokens` leave `alone`, and what the target would not have chosen after that."""
+    """Returns where `tokens` leave `alone`, and each later token that the target would not have chosen."""
     pairs = enumerate(zip(tokens, alone, strict=False))
     departs = next((i for i, (token, other) in pairs if token != other), min(len(tokens), len(alone)))
     if departs == min(len(tokens), len(alone)):  # one goes on where the other ended

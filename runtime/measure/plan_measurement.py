@@ -37,7 +37,7 @@ class PlanReport:
     environment: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for `json.dumps`."""
+        """Returns plain data for `json.dumps`."""
         return {"kind": "plan"} | asdict(self) | {"plan": self.plan.to_dict()}
 
 

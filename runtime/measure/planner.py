@@ -96,7 +96,7 @@ class Plan:
         return None if self.trimming_gain is None else self.trimming_gain > 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for `json.dumps`."""
+        """Returns plain data for `json.dumps`."""
         verdicts = {"speculation_pays": self.speculation_pays, "trimming_pays": self.trimming_pays}
         return verdicts | {"best": asdict(self.best)} | asdict(self)
 

@@ -115,5 +115,5 @@ class BenchReport:
         return None if self.force_accepted is not None else not any(mode.differences for mode in self.modes.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for `json.dumps`."""
+        """Returns plain data for `json.dumps`."""
         return {"kind": "bench"} | asdict(self) | {"lossless": self.lossless}

@@ -90,7 +90,7 @@ class SweepReport:
         return not any(row.report.differences for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for `json.dumps`."""
+        """Returns plain data for `json.dumps`."""
         return {"kind": "sweep"} | asdict(self) | {"lossless": self.lossless}
 
 

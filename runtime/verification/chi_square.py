@@ -5,12 +5,15 @@ from collections.abc import Callable, Iterator
 
 
 def survival(statistic: float, freedom: int) -> float:
-    """P(χ² ≥ `statistic`), `freedom` even: the chance of fewer than freedom/2 events where statistic/2 are expected."""
+    """Returns P(χ² ≥ `statistic`) for an even number of degrees of freedom.
+
+    It equals the chance of fewer than freedom / 2 events where statistic / 2 are expected.
+    """
     return min(1.0, math.fsum(_poisson(statistic / 2, freedom // 2)))
 
 
 def critical(alpha: float, freedom: int) -> float:
-    """The statistic that chance exceeds with probability `alpha`."""
+    """Returns the statistic that chance exceeds with probability `alpha`."""
     return _root(lambda x: alpha - survival(x, freedom))
 
 
@@ -23,7 +26,7 @@ def power(noncentrality: float, alpha: float, freedom: int) -> float:
 
 
 def noncentrality_for(wanted: float, alpha: float, freedom: int) -> float:
-    """The noncentrality at which a test at level `alpha` rejects with probability `wanted`."""
+    """Returns the noncentrality at which a test at level `alpha` rejects with probability `wanted`."""
     return _root(lambda x: power(x, alpha, freedom) - wanted)
 
 

@@ -93,7 +93,7 @@ class VerifyReport:
         return all(prompt.verdict != "different" for prompt in self.prompts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for `json.dumps`."""
+        """Returns plain data for `json.dumps`."""
         return asdict(self) | {"prompts": [prompt.to_dict() for prompt in self.prompts], "passed": self.passed}
 
 
