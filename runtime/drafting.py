@@ -96,11 +96,10 @@ class Drafting:
         if self._reader and steps > 0:
             if self._one_cache:
                 self._reader.drafter.adopt(self._target.length)
-            if speculation := self._speculate(self._reader, text, steps):
-                tokens = self._usable(speculation.drafted.tolist())
-                return Draft(tokens, speculation.draft_seconds, is_paused=is_paused, speculation=speculation)
+            if draft := self._speculate(self._reader, text, steps, is_paused):
+                return draft
         start = perf_counter()
-        tokens, prefill_seconds, looked_up = [], 0.0, 0
+        tokens, prefill_seconds, looked_up = list[int](), 0.0, 0
         if self._reader and steps > 0:
             with self._profiler.span("draft", DRAFTER, length=len(text)):
                 tokens, prefill_seconds = self._draft(self._reader, text, steps)
@@ -153,11 +152,11 @@ class Drafting:
         most = min(most, self.drafter.capacity - length + 1)  # the last drafted token is not fed
         return most if self.drafter.max_draft is None else min(most, self.drafter.max_draft)
 
-    def _speculate(self, reader: TokenReader, text: Sequence[int], steps: int) -> Speculation | None:
+    def _speculate(self, reader: TokenReader, text: Sequence[int], steps: int, is_paused: bool) -> Draft | None:
         """Draft and verify in one call for both engines.
 
         Returns:
-            None where the engines cannot do this, or the drafter may lack the prompt.
+            The draft with its verification; None where the engines cannot do this, or the drafter may lack the prompt.
         """
         if not self._has_drafted or not self._rule.runs_on_device or self._length.is_stepwise:
             return None
@@ -167,10 +166,10 @@ class Drafting:
         if speculation is None:
             return None
         reader.was_fed(len(unread))
-        accepted, usable = speculation.accepted, len(self._usable(speculation.drafted.tolist()))
-        if accepted is None or accepted.count <= usable:
-            return speculation
-        return replace(speculation, accepted=Accepted(usable, accepted.next_token))  # it goes on after an EOS
+        tokens, accepted = self._usable(speculation.drafted.tolist()), speculation.accepted
+        if accepted and accepted.count > len(tokens):  # the accepted draft goes on after an EOS
+            speculation = replace(speculation, accepted=Accepted(len(tokens), accepted.next_token))
+        return Draft(tokens, speculation.draft_seconds, is_paused=is_paused, speculation=speculation)
 
     def _draft(self, reader: TokenReader, text: Sequence[int], room: int) -> tuple[list[int], float]:
         """Returns the drafted tokens, and the seconds of the drafter's prefill if this was its first draft."""

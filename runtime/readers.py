@@ -61,7 +61,7 @@ class FeatureReader(TokenReader):
 
     Between rounds the cache holds such rows only. What the head fed itself while drafting is forgotten even where it
     was accepted: the target has given the true features meanwhile. These are copied from where the target is as late
-    as can be: an engine that drafts beside it reads them there.
+    as can be: a drafter on the same device reads them where they are.
     """
 
     def __init__(self, drafter: Engine, vocab_size: int) -> None:

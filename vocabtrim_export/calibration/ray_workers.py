@@ -22,7 +22,7 @@ _AHEAD = 2  # batches of a worker: it starts the next one while its last one tra
 # killed driver loses is the sum of both, for each of a worker's batches.
 _ASIDE, _FETCH = 8.0, 5.0
 _PATIENCE = 2.0  # seconds that the driver waits for what it fetches; what comes later is saved the next time
-_FETCHING = "fetching"  # methods of this group run beside the work on a batch
+_FETCHING = "fetching"  # methods of this group run while the actor works on a batch
 
 
 @dataclass(slots=True)

@@ -74,7 +74,7 @@ def dense_weights(
     dense: dict[str, Tensor] = {}
     modules = _by_module(files)
     sizes = [sum(part.nbytes for part in parts.values()) for parts in modules.values()]
-    done = accumulate(sizes)
+    done, total = accumulate(sizes), sum(sizes)
     for module, parts in modules.items():
         packed = _packed_names(parts, method)
         try:
@@ -96,7 +96,7 @@ def dense_weights(
                     f"weight that is quantised by {method}; give its unquantised weights or a .gguf file"
                 )
             dense[f"{module}.{part}"] = parts[part]
-        progress(next(done), sum(sizes))
+        progress(next(done), total)
     return dense
 
 
