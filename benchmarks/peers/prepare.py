@@ -9,7 +9,7 @@ Without `--drafter` the model's own int4 copy drafts. An export that is there al
     llama.cpp/                                     the server, see llama_cpp.py
     gguf/target_{F32,Q8_0,Q4_0,Q4_1}.gguf          and drafter_Q4_0.gguf
     full/drafter                                   a drafter with all rows, int4
-    {fp32,int8,int4}/{target,drafter}              16,384 rows and 512 slots
+    {fp32,int8,int4}/pair/{target,drafter}         16,384 rows and 512 slots
     {fp32,int8,int4}/eagle/{target,drafter}        the head, where one was given
     {fp32,int8,int4}/peers/{genai,openvino,hf}     16,384 rows
 """
@@ -61,7 +61,7 @@ def make_bundles(options: argparse.Namespace) -> None:
     for name, quantization in QUANTIZATIONS.items():
         both = ("--target", model, "--quantize", quantization, "--quantize-drafter", "int4", "--k", options.rows)
         pair = ("--drafter", drafter, *both)
-        export(root / name, options, *pair, "--slots", "512")
+        export(root / name / "pair", options, *pair, "--slots", "512")
         export(root / name / "peers", options, *pair, "--format", "onnx", *PEERS[name])
         if options.head:
             export(root / name / "eagle", options, "--drafter", str(options.head), *both)

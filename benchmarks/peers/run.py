@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from llama_cpp import version
 from views import markdown, summary, svg
-from ways import ways
+from ways import targets, ways
 
+from engines.bundle.read import WEIGHTS_NAME, read_bundle
 from engines.bundle.tokenizer import TOKENIZER_NAME
 from runtime import SpeculativeDecoder
 from runtime.measure.environment import environment
@@ -66,6 +67,7 @@ def main() -> None:
     options = parse()
     every = ways(options.models, options.precision)
     chosen = [name for name, way in every.items() if way.load and is_chosen(name, options.only)]
+    check_targets(options)
     prompts = read_prompts(options)
     question = {
         "precision": options.precision,
@@ -100,10 +102,19 @@ def is_chosen(name: str, texts: Iterable[str]) -> bool:
     return not texts or any(text in name for text in texts)
 
 
+def check_targets(options: argparse.Namespace) -> None:
+    """Refuse two bundles of the target with different weights, as two versions of the exporter may write them."""
+    bundles = [path for path in targets(options.models, options.precision) if path.exists()]
+    if len({read_bundle(path).manifest.files[WEIGHTS_NAME].sha256 for path in bundles}) > 1:
+        raise SystemExit(
+            f"{' and '.join(map(str, bundles))} have different weights: remove both, and run prepare.py again"
+        )
+
+
 def read_prompts(options: argparse.Namespace) -> dict[str, list[list[int]]]:
     """Token ids by the set's name."""
     sets = {}
-    with SpeculativeDecoder.load(options.models / options.precision / "target") as decoder:
+    with SpeculativeDecoder.load(targets(options.models, options.precision)[0]) as decoder:
         for name, _, path in (each.partition("=") for each in options.prompts):
             documents = read_corpus([Path(path)]).documents[options.skip : options.skip + options.num_prompts]
             messages = [[{"role": m.role, "content": m.content} for m in document.prompt] for document in documents]
@@ -142,7 +153,7 @@ def one_pass(
     for worker in workers:
         worker.decode(next(iter(prompts.values()))[0][:warm], new)
     replies = decode_all(workers, prompts, options.max_new_tokens, seed)
-    first = first_tokens(workers, options.models / options.precision / "target" / TOKENIZER_NAME, seed)
+    first = first_tokens(workers, targets(options.models, options.precision)[0] / TOKENIZER_NAME, seed)
     last = {worker.name: worker.decode([1], 1) for worker in workers}
     for worker in workers:
         worker.close()

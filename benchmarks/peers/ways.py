@@ -49,11 +49,19 @@ def ways(models: Path, precision: Precision) -> dict[str, Way]:
         precision: The target's.
     """
     own = models / precision
-    return _ours(models, own) | _peers(own) | _llama_cpp(models, precision) | _transformers(models, own, precision)
+    return (
+        _ours(models, precision) | _peers(own) | _llama_cpp(models, precision) | _transformers(models, own, precision)
+    )
 
 
-def _ours(models: Path, own: Path) -> dict[str, Way]:
-    target = own / "target"
+def targets(models: Path, precision: Precision) -> tuple[Path, Path]:
+    """Returns our target's bundle, and its bundle for the EAGLE-3 head."""
+    return models / precision / "pair" / "target", models / precision / "eagle" / "target"
+
+
+def _ours(models: Path, precision: Precision) -> dict[str, Way]:
+    own = models / precision
+    target, eagle_target = targets(models, precision)
 
     def way(target: Path, drafter: Path | None = None, lookup: bool = True) -> Way:
         return Way("bundle", lambda: ours(target, drafter, "auto" if lookup else None))
@@ -62,8 +70,8 @@ def _ours(models: Path, own: Path) -> dict[str, Way]:
         "ours, target only": way(target, lookup=False),
         "ours, prompt lookup alone": way(target),
         "ours, full int4 drafter": way(target, models / "full" / "drafter"),
-        "ours, trimmed drafter with slots": way(target, own / "drafter"),
-        "ours, EAGLE-3 head": way(own / "eagle" / "target", own / "eagle" / "drafter"),
+        "ours, trimmed drafter with slots": way(target, own / "pair" / "drafter"),
+        "ours, EAGLE-3 head": way(eagle_target, own / "eagle" / "drafter"),
     }
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engines import VocabtrimError
 from engines.bundle.read import WEIGHTS_NAME
@@ -13,6 +14,7 @@ from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
 from vocabtrim_export.calibration.moments import input_moments
 from vocabtrim_export.proof.prove import find_difference
 from vocabtrim_export.proof.proven import trace_source
+from vocabtrim_export.sources import mapped
 from vocabtrim_export.sources.mapped import holder
 from vocabtrim_export.sources.precision import running_in
 from vocabtrim_export.sources.source import load_source
@@ -62,6 +64,27 @@ def test_a_half_precision_checkpoint_stays_in_its_file_and_gives_the_same_bundle
         assert find_difference(place, plan) is None
         written.append((place / WEIGHTS_NAME).read_bytes())
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("odd", ["mlp.gate.weight", "experts.1.up_proj.weight"])
+def test_a_mixture_in_half_precision_is_mapped_with_what_it_has_in_float32(odd, random_model, tmp_path, monkeypatch):
+    """The experts are stacked in files; a float32 tensor stays so, or all are loaded in float32 where it is stacked."""
+    monkeypatch.setattr(mapped, "_SMALL", 0)
+    directory = random_model("qwen2_moe")
+    tensors = load_file(directory / "model.safetensors")
+    halves = {name: tensor if odd in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(halves, directory / "model.safetensors", {"format": "pt"})
+    parameters = dict(load_source(str(directory), torch.float32, scratch=tmp_path).model.named_parameters())
+    for name, wanted in load_source(str(directory), torch.float32).model.named_parameters():
+        assert torch.equal(parameters[name].float(), wanted)
+        assert parameters[name].dtype == (torch.float32 if odd in name or "expert" in odd else torch.bfloat16)
+        assert "experts" not in name or parameters[name].untyped_storage().filename
+
+
+def test_experts_that_the_disk_has_no_room_for_are_refused(random_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(VocabtrimError, match=r"its experts stacked, needs 0\.0 GB of disk space in .* and there are 0"):
+        load_source(str(random_model("qwen2_moe")), torch.float32, scratch=tmp_path)
 
 
 def test_a_disk_without_room_is_named_before_the_work(random_model, tmp_path, monkeypatch):

@@ -8,8 +8,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -85,44 +84,19 @@ class Endpoint:
         if self.model not in names:
             raise VocabtrimError(f"{self.url} has no model {self.model!r}, it serves {', '.join(names[:8]) or 'none'}")
 
-    def answers(
-        self,
-        documents: Sequence[Document],
-        max_new_tokens: int,
-        temperature: float,
-        seeds: Sequence[int],
-        on_step: Callable[[int], None] = lambda _tokens: None,
-    ) -> list[Answer]:
-        """Ask for the continuation of each document's prompt.
+    def answer(self, document: Document, max_new_tokens: int, temperature: float, seed: int) -> Answer:
+        """Ask for the continuation of a document's prompt.
 
         Args:
-            documents: The documents; a chat is rendered by the server's own template.
-            max_new_tokens: Tokens of a continuation at most.
+            document: The document; a chat is rendered by the server's own template.
+            max_new_tokens: Tokens of the continuation at most.
             temperature: Temperature of sampling; 0 is greedy.
-            seeds: A seed for each document, which some servers honour.
-            on_step: Called with the tokens so far.
+            seed: A seed, which some servers honour.
 
         Raises:
-            VocabtrimError: The server refuses a request, or fails it repeatedly.
+            VocabtrimError: The server refuses the request, or fails it repeatedly.
         """
-
-        def ask(document: Document, seed: int) -> Answer:
-            settings = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-            return self._ask(document, settings)
-
-        answers: list[Answer] = []
-        with ThreadPoolExecutor(self.concurrency) as executor:
-            futures = [executor.submit(ask, *each) for each in zip(documents, seeds, strict=True)]
-            try:
-                for future in futures:
-                    answers.append(future.result())
-                    on_step(sum(answer.tokens or 0 for answer in answers))
-            except BaseException:
-                executor.shutdown(wait=False, cancel_futures=True)
-                raise
-        return answers
-
-    def _ask(self, document: Document, settings: dict[str, Any]) -> Answer:
+        settings = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         body: dict[str, Any] = {"model": self.model, "prompt": document.text, **settings}
         path = "completions"
         if document.prompt:

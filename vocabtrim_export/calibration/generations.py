@@ -1,6 +1,7 @@
 """The tokens of a batch of documents: of their text, or generated after their prompts by a model or a server."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from vocabtrim_export.calibration.batches import Batch, draws
 from vocabtrim_export.calibration.calibration_run import CalibrationRun
 from vocabtrim_export.calibration.document import Document, Skipped
 from vocabtrim_export.calibration.endpoint import Endpoint, check_same_tokenizer
+from vocabtrim_export.calibration.kept_answers import KeptAnswers
 from vocabtrim_export.calibration.model_facts import ModelFacts
 from vocabtrim_export.calibration.partial_batch import Unfinished
 from vocabtrim_export.calibration.prompts import encode, encode_document
@@ -157,13 +159,52 @@ def asked_tokens(
     tokenizer: "PreTrainedTokenizerFast",
     batch: BatchDocuments,
     on_step: Callable[[int], None],
+    unfinished: Unfinished | None = None,
 ) -> BatchTokens:
-    """Generate with a server after each document. Returns the new tokens, an EOS where the model ended included."""
+    """Generate with a server after each document.
+
+    Args:
+        endpoint: The server.
+        tokenizer: The model's tokenizer.
+        batch: The documents.
+        on_step: Called with the number of tokens so far.
+        unfinished: Where the answers are kept, and found.
+
+    Returns:
+        The new tokens, with an EOS where the model ended.
+    """
     run, place = batch.run, batch.batch
     seeds = [int(np.random.default_rng([run.seed, place.pass_number, i]).integers(1 << 31)) for i in place.indices]
-    answers = endpoint.answers(batch.documents, run.max_new_tokens, run.temperature, seeds, on_step)
+    kept = KeptAnswers(unfinished)
+    _ask(endpoint, batch, seeds, kept, on_step)
+    answers = [kept.answers[index] for index in range(len(seeds))]
     tokens = encode(tokenizer, [answer.text for answer in answers], add_special_tokens=False)
     check_same_tokenizer(endpoint, answers, [len(ids) for ids in tokens])
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     pairs = zip(tokens, answers, strict=True)
     return BatchTokens([np.array(ids + end * answer.is_ended, np.int64) for ids, answer in pairs])
+
+
+def _ask(
+    endpoint: Endpoint, batch: BatchDocuments, seeds: list[int], kept: KeptAnswers, on_step: Callable[[int], None]
+) -> None:
+    """Ask for the answers that are not kept yet. What came is kept, too, where one fails or the user interrupts."""
+    run = batch.run
+    with ThreadPoolExecutor(endpoint.concurrency) as executor:
+        asked = {
+            executor.submit(endpoint.answer, document, run.max_new_tokens, run.temperature, seed): index
+            for index, (document, seed) in enumerate(zip(batch.documents, seeds, strict=True))
+            if index not in kept.answers
+        }
+        try:
+            for future in as_completed(asked):
+                kept.add(asked[future], future.result())
+                on_step(kept.tokens)
+        except BaseException:
+            kept.save()
+            executor.shutdown(cancel_futures=True)
+            came = [each for each in asked if not each.cancelled() and each.exception() is None]
+            for future in came:
+                kept.add(asked[future], future.result())
+            kept.save()
+            raise

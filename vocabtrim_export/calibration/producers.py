@@ -94,7 +94,9 @@ def producer(task: CountTask) -> Iterator[Produce]:
         yield _ahead(task, lambda batch: workers.submit(task.documents(batch), saver.unfinished(batch)), workers.ahead)
     elif task.settings.endpoint is not None:
         endpoint = task.settings.endpoint
-        yield lambda counts, batch: asked_tokens(endpoint, task.tokenizer, task.documents(batch), task.on_step(counts))
+        yield lambda counts, batch: asked_tokens(
+            endpoint, task.tokenizer, task.documents(batch), task.on_step(counts), task.saver.unfinished(batch)
+        )
     elif task.model is not None:
         generator = Generator(task.model, task.tokenizer)
         yield lambda counts, batch: generator.tokens(

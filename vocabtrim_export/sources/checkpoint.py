@@ -21,8 +21,9 @@ from transformers import __version__ as transformers_version
 from engines.bundle.typed_json import read
 from engines.errors import VocabtrimError
 from vocabtrim_export.progress import BytesDone
-from vocabtrim_export.sources.expert_tensors import check_experts
-from vocabtrim_export.sources.mapped import holder
+from vocabtrim_export.sources.expert_tensors import check_experts, check_room_for_experts
+from vocabtrim_export.sources.half_precision import half_dtype, put_back_float32
+from vocabtrim_export.sources.mapped import MappedResults, holder
 from vocabtrim_export.sources.quantized_checkpoints import dense_weights, is_quantized
 from vocabtrim_export.sources.refusals import check_architecture
 from vocabtrim_export.sources.text_models import (
@@ -33,11 +34,8 @@ from vocabtrim_export.sources.text_models import (
     text_weights,
 )
 from vocabtrim_export.sources.unread_tensors import check_unread
-from vocabtrim_export.sources.weight_files import tensor_dtypes
 
 _NO_CODE = {"trust_remote_code": False}  # transformers must neither ask on the terminal nor run a model's own code
-_HALF = {"F16": torch.float16, "BF16": torch.bfloat16}
-_NO_FLOATS = {"BOOL", "I64"}
 _MOST_RATIO = 16  # a checkpoint may pack several weights in a number
 
 
@@ -88,9 +86,11 @@ def load_checkpoint(
     check_experts(spec, files)
     tokenizer = read_checkpoint_tokenizer(spec, where)
     notes = _unquantized_note(spec, files, config, text)
-    stored = _half_dtype(files) if scratch is not None and dtype == torch.float32 else None
+    check_room_for_experts(spec, files, scratch)
+    stored = half_dtype(files) if scratch is not None and dtype == torch.float32 else None
     model, loading = _load_weights(where, files, stored or dtype, config, text, scratch, progress)
-    if stored and any(buffer.dtype == stored for buffer in model.buffers()):  # it computed numbers in half precision
+    if stored and not put_back_float32(model, stored, files, loading["unexpected_keys"]):
+        del model
         model, loading = _load_weights(where, files, dtype, config, text, scratch, progress)
     _check_fit(spec, loading)
     if (Path(where) / "generation_config.json").is_file():  # transformers passes over one that it cannot read
@@ -145,12 +145,6 @@ def _unquantized_note(
     return (f"the config.json of {spec} says that it is quantised by {method}, its tensors are not: they are exported",)
 
 
-def _half_dtype(files: list[Path]) -> torch.dtype | None:
-    """Returns float16 or bfloat16 where all numbers of a checkpoint are so; None for other checkpoints."""
-    dtypes = set().union(*map(tensor_dtypes, files)) - _NO_FLOATS
-    return _HALF.get(dtypes.pop()) if len(dtypes) == 1 else None
-
-
 def _load_weights(
     where: str,
     files: list[Path],
@@ -169,7 +163,8 @@ def _load_weights(
     method = quantization["quant_method"] if quantization is not None else None
     multimodal = is_multimodal(config, text)
     if method is None and not multimodal:
-        return AutoModelForCausalLM.from_pretrained(where, config=config, use_safetensors=True, **how)
+        with MappedResults(holder(scratch)):
+            return AutoModelForCausalLM.from_pretrained(where, config=config, use_safetensors=True, **how)
     if method is not None:
         weights = dense_weights(files, quantization, dtype, holder(scratch), progress)
         if multimodal:
@@ -181,7 +176,8 @@ def _load_weights(
     if "lm_head.weight" not in weights and getattr(config, "tie_word_embeddings", False):
         text.tie_word_embeddings = True  # the head belongs to the whole model, and so does this setting
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
-    return kind.from_pretrained(None, config=text, state_dict=weights, **how)
+    with MappedResults(holder(scratch)):
+        return kind.from_pretrained(None, config=text, state_dict=weights, **how)
 
 
 def read_checkpoint_tokenizer(spec: str, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""Checks the experts of a checkpoint that stores each expert's matrices separately, before any weight is read."""
+"""Checks a checkpoint that stores each expert's matrices separately, before any weight is read."""
 
 import re
 from collections import Counter
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.sources.weight_files import tensor_shapes
+from vocabtrim_export.sources.mapped import check_room
+from vocabtrim_export.sources.weight_files import tensor_shapes, tensor_sizes
 
 _EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)")
 
@@ -40,3 +41,20 @@ def check_experts(spec: str, files: Sequence[Path]) -> None:
                     f"{spec} is damaged: {name} has the shape {list(by_expert[index])}, the other experts have "
                     f"{list(usual)}; download its weights again"
                 )
+
+
+def check_room_for_experts(spec: str, files: Sequence[Path], scratch: Path | None) -> None:
+    """Refuse a checkpoint whose experts, stacked into files of `scratch`, would not fit on its disk.
+
+    Args:
+        spec: MODEL as the user gave it, for errors.
+        files: Its .safetensors files, whose headers alone are read.
+        scratch: The directory of the stacked experts; without one they are in memory.
+
+    Raises:
+        VocabtrimError: Less is free than they need.
+    """
+    sizes = (item for file in files for item in tensor_sizes(file).items())
+    needed = sum(size for name, size in sizes if _EXPERT.fullmatch(name))
+    if scratch is not None and needed:
+        check_room(scratch, needed, f"{spec}, its experts stacked,")

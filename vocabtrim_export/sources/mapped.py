@@ -9,11 +9,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines.bundle.atomic_replace import ASIDE
 from engines.errors import VocabtrimError
 
 Hold: TypeAlias = Callable[[Tensor], Tensor]
+_JOINING = (torch.ops.aten.cat.default, torch.ops.aten.stack.default)
 _SMALL = 1 << 20  # bytes: what is smaller stays in memory
 
 
@@ -27,6 +29,25 @@ def holder(directory: Path | None) -> Hold:
         return tensor if directory is None or tensor.nbytes < _SMALL else _in_file(tensor.contiguous(), directory)
 
     return hold
+
+
+class MappedResults(TorchDispatchMode):
+    """A context in which the large results of PyTorch's operations are kept in mapped files.
+
+    transformers stacks the experts of a checkpoint while it loads them; in memory, they would be most of the model.
+    Only the operations of the thread that opens the context are seen.
+
+    Args:
+        hold: What keeps a tensor, from `holder`.
+    """
+
+    def __init__(self, hold: Hold) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._hold = hold
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return self._hold(result) if func in _JOINING and result.device.type == "cpu" else result
 
 
 def check_room(directory: Path, needed: float, what: str) -> None:

@@ -18,7 +18,8 @@ def calibration_model(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     is the model itself, in float32 until the context ends.
     """
     if calibration_dtype() == torch.bfloat16:
-        yield model if model.dtype == torch.bfloat16 else _bfloat16_copy(model)
+        whole = all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+        yield model if whole else _bfloat16_copy(model)
         return
     with held_in(model, torch.float32):
         yield model

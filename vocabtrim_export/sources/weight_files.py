@@ -54,6 +54,15 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: entry.shape for name, entry in _entries(path).items()}
 
 
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """Returns the bytes of the tensors of a .safetensors file, by its header alone.
+
+    Raises:
+        VocabtrimError: The header is not valid.
+    """
+    return {name: entry.data_offsets[1] - entry.data_offsets[0] for name, entry in _entries(path).items()}
+
+
 def tensor_dtypes(path: Path) -> set[str]:
     """Returns the dtypes in a .safetensors file, as the file spells them, by its header alone.
 
