@@ -140,7 +140,12 @@ class ChatTemplates:
             name, [user, {"content": None} | _tool_call(json.dumps(arguments) if argument_text else arguments)]
         )
         reads_none = _ARGUMENT in with_none and str(None) not in with_none
-        return MessageForms(_PROBE in as_text, parts, argument_text, reads_none)
+        text = _PROBE in as_text
+        content: list[Any] = ["a", _PROBE] if text else [[{"type": "text", "text": each}] for each in ("a", _PROBE)]
+        with_developer = self._try(
+            name, [{"role": "developer", "content": content[1]}, {"role": "user", "content": content[0]}]
+        )
+        return MessageForms(text, parts, argument_text, reads_none, _PROBE in with_developer)
 
     def _try(self, name: str, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:
         """Returns the rendered text; "" where the template fails."""

@@ -25,12 +25,15 @@ class MessageForms:
         argument_text: Arguments of tool calls as strings of JSON, as OpenAI has them; otherwise they must be objects.
         none: Contents that are None, in messages with tool calls. A template that cannot read them would write "None"
             or fail, so the key is left out for it.
+        developer: Messages of the role "developer", OpenAI's later name of "system". Many templates pass over roles
+            that they do not know, and the message would be lost.
     """
 
     text: bool = True
     parts: bool = True
     argument_text: bool = True
     none: bool = False
+    developer: bool = True
 
 
 def plain_data(value: Any) -> Any:
@@ -94,11 +97,11 @@ def plain_tools(tools: Sequence[Any] | None) -> list[Any] | None:
 
 
 def fit_messages(messages: Sequence[dict[str, Any]], forms: MessageForms) -> list[dict[str, Any]]:
-    """Convert message contents and tool-call arguments to forms that the template reads, where it does not read theirs.
+    """Convert contents, tool-call arguments and roles to forms that the template reads, where it does not read theirs.
 
     Text parts are joined with nothing between them, as templates that read parts write them.
     """
-    return [_fit_arguments(_fit_content(message, forms), forms) for message in messages]
+    return [_fit_role(_fit_arguments(_fit_content(message, forms), forms), forms) for message in messages]
 
 
 def _refuse_media(content: Any, index: int) -> None:
@@ -126,6 +129,11 @@ def _fit_content(message: dict[str, Any], forms: MessageForms) -> dict[str, Any]
     if forms.parts:
         return message | {"content": [{"type": "text", "text": text} for text in texts]}
     return message | {"content": "".join(text for text in texts if text is not None)}
+
+
+def _fit_role(message: dict[str, Any], forms: MessageForms) -> dict[str, Any]:
+    is_lost = message.get("role") == "developer" and not forms.developer
+    return message | {"role": "system"} if is_lost else message
 
 
 def _part_text(part: Any) -> str | None:

@@ -128,6 +128,19 @@ def test_a_content_of_none_is_none_to_a_template_that_asks_for_it(content, writt
     assert rendered(source, [message("user", "Hi"), call("{}")]) == f"Hi{written}[{{}}]"
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_developers_message_is_never_lost(expected, name):
+    """OpenAI's clients name the system so: a template that knows no such role gets the system's message."""
+    chat, as_system = [[message(role, "Be kind."), message("user", "Hi")] for role in ("developer", "system")]
+    if name == "parts_only":
+        chat, as_system = [
+            [each | {"content": [{"type": "text", "text": each["content"]}]} for each in c] for c in (chat, as_system)
+        ]
+    wanted = expected(TEMPLATES[name], chat)
+    wanted = expected(TEMPLATES[name], as_system) if "Be kind." not in (wanted or "") else wanted
+    assert rendered(TEMPLATES[name], chat) == wanted
+
+
 def test_objects_are_read_as_plain_data(expected):
     chat = [SimpleNamespace(model_dump=lambda: message("user", "a", name=None)), message("assistant", "b")]
     assert rendered(TEMPLATES["qwen"], chat) == expected(TEMPLATES["qwen"], [message("user", "a"), chat[1]])

@@ -67,6 +67,10 @@ def write_arrow_stream(rows, stream):
             {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": []}]},
             Document("Hi", (USER,)),
         ),
+        (
+            {"messages": [{"role": "User", "content": "Hi"}, {"role": "model", "content": "Yes."}]},
+            Document("Hi\n\nYes.", (USER,)),
+        ),
         ("Hi", Document("Hi", (USER,))),
         ([{"role": "user", "content": "Hi"}], Document("Hi", (USER,))),
         ({"prompt": "Hi", "completion": "Yes."}, Document("Hi\n\nYes.", (USER,))),

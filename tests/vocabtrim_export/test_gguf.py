@@ -18,6 +18,9 @@ from vocabtrim_export.calibration.counting import CalibrationSettings
 from vocabtrim_export.drafters.shared_tokens import proposable_tokens
 from vocabtrim_export.pipeline import export
 from vocabtrim_export.settings import ExportSettings
+from vocabtrim_export.sources.gguf_header import read_header
+from vocabtrim_export.sources.gguf_model import _turn
+from vocabtrim_export.sources.gguf_rotation import rope_parameters
 from vocabtrim_export.sources.gguf_weights import _model_names
 from vocabtrim_export.sources.source import load_source
 
@@ -220,6 +223,30 @@ def test_llama3s_rotation_comes_from_its_divisors(gguf_file):
     found = load_source(str(path), torch.float32).model.model.rotary_emb.inv_freq
     assert not torch.allclose(plain, wanted)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        lambda writer: writer.add_rope_scaling_factor(4.0),  # linear where nothing else is said, as in llama.cpp
+        lambda writer: (writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), writer.add_rope_scaling_factor(4.0)),
+        lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0),  # files of 2023
+    ],
+)
+def test_positions_that_a_file_divides_are_divided(says, gguf_file):
+    path, _ = gguf_file(lambda _: "Q8_0", says=says)
+    found = load_source(str(path), torch.float32).model.model.rotary_emb.inv_freq
+    torch.testing.assert_close(found, LlamaRotaryEmbedding(config()).inv_freq / 4)
+
+
+def test_layers_with_a_window_keep_their_rotation(gguf_file):
+    """As Gemma 3's do in the files of its larger models."""
+    path, _ = gguf_file(lambda _: "Q8_0", says=lambda writer: writer.add_rope_scaling_factor(8.0))
+    gemma, header = CONFIG_MAPPING["gemma3_text"](), read_header(path)
+    before = dict(gemma.rope_parameters["sliding_attention"])
+    _turn(gemma, rope_parameters(header), header)
+    wanted = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+    assert gemma.rope_parameters == {"sliding_attention": before, "full_attention": wanted}
 
 
 @pytest.mark.parametrize(

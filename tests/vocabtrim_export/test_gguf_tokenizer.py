@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from engines.bundle.tokenizer import Tokenizer
 from engines.errors import VocabtrimError
 from tests.vocabtrim_export.llama_cpp_ids import (
     APPROXIMATED,
@@ -24,11 +25,12 @@ EXPECTED = json.loads(IDS.read_text())
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
-    """byte_level(key=value of `tokenizer.ggml`, …) → what is read of a file that says so."""
+    """byte_level(key=value, …) → what is read of a file that says so; keys are of `tokenizer.ggml` unless dotted."""
     header = read_header(write_byte_level(tmp_path_factory.mktemp("gguf") / "model.gguf", "gpt-2"))
 
     def read(**fields):
-        metadata = dict(header.metadata) | {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+        named = {key if "." in key else f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+        metadata = dict(header.metadata) | named
         said = {key: value for key, value in metadata.items() if value is not None}
         return read_tokenizer(replace(header, metadata=said))
 
@@ -135,6 +137,16 @@ def test_what_a_template_ends_an_answer_with(template, ends, byte_level):
     tokenizer = byte_level().tokenizer
     tokenizer.chat_template = template
     assert turn_end_token_ids(tokenizer) == set(tokenizer.convert_tokens_to_ids(ends))
+
+
+def test_templates_with_names_of_their_own(byte_level, tmp_path):
+    """They are chosen as those of a directory are, also from the bundle."""
+    key = "tokenizer.chat_template"
+    assert byte_level(**{key: "D"}).tokenizer.chat_template == "D"
+    tokenizer = byte_level(**{key: "D", f"{key}.tool_use": "T", f"{key}s": ["tool_use"]}).tokenizer
+    assert tokenizer.chat_template == {"default": "D", "tool_use": "T"}
+    tokenizer.save_pretrained(tmp_path)
+    assert Tokenizer.load(tmp_path).chat.names == ("default", "tool_use")
 
 
 @pytest.mark.parametrize(

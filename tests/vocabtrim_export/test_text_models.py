@@ -1,8 +1,11 @@
 """The text model of a multimodal checkpoint computes the whole's logits for a text, in every family's layout."""
 
+import json
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources.source import load_source
@@ -65,6 +68,24 @@ def test_the_text_model_of_a_multimodal_checkpoint(family, tokenizer, tmp_path):
     with torch.inference_mode():
         wanted = whole(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         torch.testing.assert_close(source.model(ids).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_towers_in_a_file_of_their_own_and_a_backup_beside_the_model(tokenizer, tmp_path):
+    """The files are those of the index, and all of them say what is a tower: `projector` alone says nothing."""
+    config = transformers.CONFIG_MAPPING["llava"](**FAMILIES["llava"])
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    files = {name: "b" if "language_model" in name or "lm_head" in name else "a" for name in whole} | {"projector": "a"}
+    for file in ("a", "b"):
+        part = {name: whole.get(name, torch.ones(2)) for name, place in files.items() if place == file}
+        save_file(part, tmp_path / f"{file}.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in whole.items()}, tmp_path / "old.safetensors")
+    index = {"weight_map": {name: f"{file}.safetensors" for name, file in files.items()}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    embedding = load_source(str(tmp_path), torch.float32).model.get_input_embeddings().weight
+    assert torch.equal(embedding, next(whole[name] for name in whole if name.endswith("embed_tokens.weight")))
 
 
 def test_a_text_model_that_transformers_has_only_inside_the_whole():

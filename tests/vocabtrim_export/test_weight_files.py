@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources import checkpoint
 from vocabtrim_export.sources import source as sources
-from vocabtrim_export.sources.weight_files import count_weights
+from vocabtrim_export.sources.weight_files import checkpoint_files, count_weights
 
 GGUF = b"GGUF" + struct.pack("<IQQ", 3, 1, 0)
 TENSOR = struct.pack("<Q", 1) + b"t" + struct.pack("<IQ", 1, 8) + struct.pack("<IQ", 0, 0)
@@ -45,6 +45,23 @@ def test_headers_that_hold_are_counted(tmp_path):
 def test_a_gguf_that_claims_what_cannot_be(tmp_path, data, message):
     with pytest.raises(VocabtrimError, match=message):
         count_weights(gguf(tmp_path, data))
+
+
+def test_the_files_of_a_model_are_those_that_transformers_takes(tmp_path):
+    for name in ("a", "b", "consolidated", "adapter_model"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert [file.stem for file in checkpoint_files(tmp_path)] == ["a", "b", "consolidated"]
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "a.safetensors"}}))
+    assert [file.stem for file in checkpoint_files(tmp_path)] == ["a", "b"]
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(VocabtrimError, match=r"is not whole: b\.safetensors, which model\.safetensors\.index\.json"):
+        checkpoint_files(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"x": "../a.safetensors"}}))
+    with pytest.raises(VocabtrimError, match=r"names '\.\./a\.safetensors', which is no file of that directory"):
+        checkpoint_files(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert [file.stem for file in checkpoint_files(tmp_path)] == ["model"]
 
 
 def test_a_safetensors_file_cut_short(tmp_path):

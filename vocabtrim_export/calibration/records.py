@@ -14,7 +14,11 @@ _ANSWERS = {
 }
 MORE_FIELDS = ("input", "context", "completion", "response", "answer", "output")
 FIELDS = (*_CONVERSATIONS, "turns", *_ANSWERS, "text")
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "developer": "system"}
+_ROLES = {
+    **{name: name for name in ("user", "assistant", "system", "tool")},
+    **{"human": "user", "developer": "system"},
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai"), "assistant"),
+}
 
 
 def parse_record(record: object, where: str) -> Iterator[Document]:
@@ -100,7 +104,7 @@ def _message(item: object, where: str) -> Message:
     if not isinstance(role, str):
         raise VocabtrimError(f"{where}: a message needs `role` and `content` (or `from` and `value`)")
     # A tool call has no content.
-    return Message(_ROLES.get(role, role), "" if content is None else _content(content, where))
+    return Message(_ROLES.get(role.strip().lower(), role), "" if content is None else _content(content, where))
 
 
 def _content(value: object, where: str) -> str:

@@ -187,12 +187,17 @@ def read_checkpoint_tokenizer(spec: str, where: str) -> Any:
         VocabtrimError: transformers cannot read it.
     """
     try:
-        return AutoTokenizer.from_pretrained(where, **_NO_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(where, **_NO_CODE)
     except Exception as error:  # transformers and tokenizers raise many kinds
         raise VocabtrimError(
             f"cannot read the tokenizer of {spec}: {first_line(error)}; fetch its files again (tokenizer.json or "
             "tokenizer.model, tokenizer_config.json, chat_template.jinja)"
         ) from error
+    processors = Path(where) / "chat_template.json"  # where older multimodal checkpoints have their only template
+    if not tokenizer.chat_template and processors.is_file():
+        stated = read(processors)
+        tokenizer.chat_template = stated.get("chat_template") if isinstance(stated, dict) else None
+    return tokenizer
 
 
 def _check_fit(spec: str, loading: Mapping[str, Any]) -> None:

@@ -128,10 +128,7 @@ def _correct(config: Any, header: GgufHeader) -> tuple[str, ...]:
     for name in _FACTORS:
         if parameters.get(name, 1.0) not in (0, 1):
             raise VocabtrimError(f"{header.path} scales by {name}, which is not read: give the original weights")
-    if rotation := rope_parameters(header):
-        config.rope_parameters = rotation
-    elif base := parameters.get("rope.freq_base"):
-        _turn(config, float(base))
+    _turn(config, rope_parameters(header), header)
     _set_head_size(config, parameters, header)
     for name in _ATTRIBUTES:
         if name in parameters:
@@ -149,12 +146,16 @@ def _correct(config: Any, header: GgufHeader) -> tuple[str, ...]:
     return tuple(assumed)
 
 
-def _turn(config: Any, base: float) -> None:
-    """Set the base of the rotation, which some of transformers' tables of a file's keys lack."""
+def _turn(config: Any, stated: Mapping[str, Any], header: GgufHeader) -> None:
+    """Set what the file states of the rotation, most of which transformers' tables of a file's keys lack."""
     rotation = getattr(config, "rope_parameters", None)
     if isinstance(rotation, dict):
-        rotation = rotation.get("full_attention", rotation)
-        rotation["rope_theta"] = base
+        rotation.get("full_attention", rotation).update(stated)
+    elif "rope_type" in stated:
+        raise VocabtrimError(
+            f"{header.path} scales its rotation ({stated['rope_type']}), which transformers' {config.model_type} does "
+            "not: give the original weights"
+        )
 
 
 def _set_head_size(config: Any, parameters: Mapping[str, Any], header: GgufHeader) -> None:

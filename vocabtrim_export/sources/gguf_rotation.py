@@ -13,25 +13,34 @@ _LOW, _HIGH = 1.0, 4.0
 _BASE = 10000.0  # where a file states none
 
 
-def rope_parameters(header: GgufHeader) -> dict[str, Any] | None:
-    """Read the rotation of Llama 3.1 and later, which their files describe by a tensor of divisors.
+def rope_parameters(header: GgufHeader) -> dict[str, Any]:
+    """Read the rotation of the file's layers; where a model also has layers with a window, that of the other layers.
+
+    Llama 3.1 and later are described by a tensor of divisors. A factor whose kind is not stated divides positions, as
+    in llama.cpp: files of 2023 have it under a name of its own.
 
     Returns:
-        transformers' `rope_parameters`; None where the file has no such tensor.
+        What the file states of transformers' `rope_parameters`; {} where it states nothing.
 
     Raises:
         VocabtrimError: The file scales its rotation in a way that transformers lacks.
     """
     stated = header.hyperparameters()
-    scaling = stated.get("rope.scaling.type", "none")
-    if scaling != "none":
+    base = {"rope_theta": float(stated["rope.freq_base"])} if stated.get("rope.freq_base") else {}
+    scaling = stated.get("rope.scaling.type", "linear")
+    factor = float(stated.get("rope.scaling.factor") or stated.get("rope.scale_linear") or 1.0)
+    name = next((name for name in header.tensors if name.startswith("rope_")), None)
+    is_linear = scaling == "linear" and factor != 1
+    if scaling not in ("none", "linear") or (is_linear and name):
         raise VocabtrimError(
             f"{header.path} scales its rotation ({scaling}), which is not read: give the original weights"
         )
-    name = next((name for name in header.tensors if name.startswith("rope_")), None)
-    if name is None:
-        return None
-    base = float(stated.get("rope.freq_base", _BASE))
+    if is_linear:
+        return base | {"rope_type": "linear", "factor": factor}
+    return base if name is None else _by_divisors(header, name, base.get("rope_theta", _BASE))
+
+
+def _by_divisors(header: GgufHeader, name: str, base: float) -> dict[str, Any]:
     divisors = dequantize(header, name).ravel()
     factor = float(divisors.max())
     wanted = _divisors(len(divisors), base, factor)

@@ -10,11 +10,13 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from engines.bundle.chat_template import DEFAULT
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources.gguf_header import GgufHeader
 from vocabtrim_export.sources.gguf_pre_tokenizers import BEGINS_WITH_BOS, IGNORES_MERGES, byte_level_splits
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
+_TEMPLATE = "tokenizer.chat_template"
 _SPACE = "\u2581"
 _END_NAMES = frozenset(  # tokens that llama.cpp takes for the end of a generation whatever else the file says
     [
@@ -88,10 +90,18 @@ def read_tokenizer(header: GgufHeader) -> GgufTokenizer:
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: table.special(key) for name, key in names.items()}
     arguments = {name: table.tokens[token_id] for name, token_id in ids.items() if token_id is not None}
-    if isinstance(template := header.metadata.get("tokenizer.chat_template"), str):
-        arguments["chat_template"] = template
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **arguments)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=_templates(header), **arguments)
     return GgufTokenizer(tokenizer, table.end_token_ids(), (f"{header.path} {note}",) if note else ())
+
+
+def _templates(header: GgufHeader) -> str | dict[str, str] | None:
+    """Returns the chat template of a file; where it has some with names of their own, all by their names."""
+    named = {
+        key.removeprefix(_TEMPLATE).removeprefix(".") or DEFAULT: value
+        for key, value in header.metadata.items()
+        if (key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")) and isinstance(value, str)
+    }
+    return named if named.keys() - {DEFAULT} else named.get(DEFAULT)
 
 
 @dataclass(frozen=True, slots=True)

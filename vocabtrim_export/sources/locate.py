@@ -8,7 +8,7 @@ from vocabtrim_export.sources.head_kinds import head_kind
 from vocabtrim_export.sources.hub import fetch
 from vocabtrim_export.sources.paths import local_path
 from vocabtrim_export.sources.unread_tensors import MERGE
-from vocabtrim_export.sources.weight_files import PICKLES, pickled
+from vocabtrim_export.sources.weight_files import PICKLES, checkpoint_files, pickled
 
 
 def locate(spec: str) -> tuple[list[Path], str]:
@@ -44,7 +44,7 @@ def locate(spec: str) -> tuple[list[Path], str]:
 def _locate_directory(path: Path) -> tuple[list[Path], str]:
     if head_kind(str(path.absolute())):
         raise VocabtrimError(f"{path} is a head and no model: give it as --drafter, with its --target")
-    weights = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_"))
+    weights = checkpoint_files(path)
     if (path / "adapter_config.json").is_file() or any(path.glob("adapter_*.safetensors")):
         what = "an adapter beside full weights, which would be left out" if weights else "an adapter and no model"
         raise VocabtrimError(f"{path} holds {what}: {MERGE}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources.weight_files import tensor_shapes
 
 # Text models that transformers registers only inside a multimodal one, and the language model that they are: on text
 # alone their three-dimensional positions are the plain ones.
@@ -81,11 +82,12 @@ def text_tensor_names(names: Iterable[str]) -> dict[str, str]:
 
 def text_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     """Returns the language model's tensors of the .safetensors `files`; the rest is not read."""
-    weights = {}
-    for file in files:
+    names = {file: list(tensor_shapes(file)) for file in files}
+    renamed = text_tensor_names(name for listed in names.values() for name in listed)  # one file may hold towers alone
+    weights: dict[str, Tensor] = {}
+    for file, listed in names.items():
         with safe_open(file, "pt") as opened:
-            for stored, name in text_tensor_names(opened.keys()).items():
-                weights[name] = opened.get_tensor(stored)
+            weights |= {renamed[name]: opened.get_tensor(name) for name in listed if name in renamed}
     return weights
 
 

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.bundle.typed_json import decode, parse
+from engines.bundle.typed_json import decode, parse, read
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources.gguf_header import check_gguf
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"  # transformers' names, the first one wins
 _MOST_DIMENSIONS = 16
 _MOST_HEADER = 100 << 20  # bytes; what the safetensors library itself allows
 
@@ -32,6 +33,31 @@ def pickled(path: Path) -> VocabtrimError:
         f"M.from_pretrained('{directory}', weights_only=True).save_pretrained('{directory}-safetensors')\", "
         "and copy the tokenizer's files"
     )
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """Returns the .safetensors files of the model in a directory, those that transformers takes.
+
+    Others beside them, such as a backup or the same weights in another layout, are no part of the model. Where
+    transformers would find none, all but adapters are returned.
+
+    Raises:
+        VocabtrimError: The model's index is not valid, names a file elsewhere, or one that is missing.
+    """
+    if (directory / _WEIGHTS).is_file():
+        return [directory / _WEIGHTS]
+    if not (directory / _INDEX).is_file():
+        return sorted(file for file in directory.glob("*.safetensors") if not file.name.startswith("adapter_"))
+    index = read(directory / _INDEX)
+    shards = decode(Mapping[str, str], index.get("weight_map") if isinstance(index, dict) else None, _INDEX)
+    if odd := next((name for name in shards.values() if Path(name).name != name), None):
+        raise VocabtrimError(f"{directory / _INDEX} names {odd!r}, which is no file of that directory")
+    files = sorted({directory / name for name in shards.values()})
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise VocabtrimError(
+            f"{directory} is not whole: {missing.name}, which {_INDEX} names, is missing; download its weights again"
+        )
+    return files
 
 
 def count_weights(path: Path) -> int:
