@@ -1,7 +1,6 @@
 """`OnnxRuntimeCudaEngine`: a bundle on ONNX Runtime's CUDA, on one stream, with only token ids crossing to the host."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from engines.base import MOST_UNREAD, DeviceName, Engine
-from engines.bundle.graph_io import INPUT_IDS, LOGITS, POSITION_IDS, SEQLENS_K, SLOT_TOKEN_IDS, TOKEN_IDS
+from engines.bundle.graph_io import LOGITS, SLOT_TOKEN_IDS, TOKEN_IDS
 from engines.bundle.head_rows import HeadRows
 from engines.bundle.read import Bundle
 from engines.bundle.vocab_map import VocabMap
@@ -23,35 +22,12 @@ from engines.ort.step import Step
 from engines.ort_cuda.binding import BoundModel, Place, Work, element_type, run_options
 from engines.ort_cuda.pair import PairRounds
 from engines.ort_cuda.provider import can_be_captured, explain_out_of_memory, open_cuda_graph
+from engines.ort_cuda.step import DeviceStep, bind_step
 from engines.outputs import Speculation, StepOutput
 from engines.sampling_params import Sampling
 
-_ALIGNED = cuda.ALIGNMENT // 8  # int64 values from one input of a step to the next
 # The first run loads kernels and fills the arena; by the second it has planned its memory and allocated that.
 _WARM_UP = 2
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceStep(Step):
-    """A step whose inputs are copied to the device. Only `token_ids` is copied back.
-
-    Attributes:
-        stream: The stream of the session.
-        bound_model: The session, bound to the device's memory.
-        work: The copy of the inputs, the run, and the copy of the tokens.
-    """
-
-    stream: cuda.CudaStream
-    bound_model: BoundModel
-    work: Replayed
-
-    def run(self, end: int) -> None:  # noqa: ARG002
-        # `end` is not used: a CUDA graph would freeze it, see `OnnxRuntimeCudaEngine`
-        self.work.run()
-        self.stream.synchronize()
-
-    def read_logits(self) -> NDArray[np.float32]:
-        return self.bound_model.read_logits()
 
 
 class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
@@ -204,38 +180,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         return Replayed(self.stream, whole, lambda: is_capturable, _WARM_UP)
 
     def _bind(self, length: int, keep: int) -> Step:
-        # input_ids | position_ids | seqlens_k | token_ids, each aligned, on the host as on the device
-        section = -(-length // _ALIGNED) * _ALIGNED
-        seqlens, tokens = 2 * section, 2 * section + _ALIGNED
-        host, memory = self.stream.pinned(tokens + keep), self.allocate((tokens + keep,), np.int64)
-
-        def place(dtype: type[np.generic], shape: tuple[int, ...], start: int) -> Place:
-            return Place(dtype, shape, memory.data_ptr() + 8 * start)
-
-        places = {
-            INPUT_IDS: place(np.int64, (1, length), 0),
-            POSITION_IDS: place(np.int64, (1, length), section),
-            SEQLENS_K: place(np.int32, (1,), seqlens),
-        }
-        run = self.bind_model(places, place(np.int64, (1, keep), tokens))
-
-        def enqueue() -> None:
-            there, here = memory.data_ptr(), host.ctypes.data
-            self.stream.copy(there, here, 8 * (seqlens + 1))
-            run.enqueue()
-            self.stream.copy(here + 8 * tokens, there + 8 * tokens, 8 * keep)
-
-        return DeviceStep(
-            self._session,
-            run.binding,
-            host[None, :length],
-            host[None, section : section + length],
-            host[seqlens:].view(np.int32)[:1],
-            host[None, tokens:],
-            self.stream,
-            run,
-            self.replayed(enqueue),
-        )
+        return bind_step(self, length, keep)
 
     def _make_slots(self, vocab_map: VocabMap, rows: HeadRows, shape: tuple[int, int], onnx_type: str) -> DeviceSlots:
         def allocate(size: int) -> int:

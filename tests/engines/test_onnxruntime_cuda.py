@@ -22,9 +22,10 @@ from engines.ort_cuda import load as cuda_load
 from engines.ort_cuda import pair as cuda_pair
 from engines.ort_cuda import provider as cuda_provider
 from engines.ort_cuda.binding import BoundModel, element_type
-from engines.ort_cuda.engine import DeviceStep, OnnxRuntimeCudaEngine
+from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
 from engines.ort_cuda.load import make_stream
 from engines.ort_cuda.round import CudaRound
+from engines.ort_cuda.step import DeviceStep
 from engines.sampling_params import Sampling
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.accept import accept_sampled
