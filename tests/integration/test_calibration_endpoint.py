@@ -8,6 +8,7 @@ import socketserver
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,13 +19,10 @@ from runtime import SamplingParams, SpeculativeDecoder
 from vocabtrim_export.calibration import counter
 from vocabtrim_export.calibration import endpoint as endpoints
 from vocabtrim_export.calibration.counting import CalibrationSettings, calibrate_models
-from vocabtrim_export.serve.settings import ServeSettings
 from vocabtrim_export.sources.source import load_tokenizer
 
-uvicorn = pytest.importorskip("uvicorn")
-Server = pytest.importorskip("vocabtrim_export.serve.app").Server
+helper = pytest.importorskip("tests.serving")
 
-KEY = "a secret"
 SERVED = {"calibration_endpoint": "http://u", "calibration_model": "m"}
 PROMPTS = [f"the quick brown fox {number} jumps" for number in range(12)]
 
@@ -42,22 +40,14 @@ def pair(model, export_pair):
 @pytest.fixture(scope="module")
 def server(pair):
     """Two workers in a thread of this process."""
-    served = Server(SpeculativeDecoder.load(pair.target), ServeSettings("tiny", api_key=KEY, workers=2))
-    listener = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(served.app(), log_level="warning"))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    running.should_exit = True
-    thread.join()
+    with helper.serving(replace(pair, drafter=None), workers=2) as served:
+        yield f"{served.url}/v1"
 
 
 @pytest.fixture
 def count(server, model, tmp_path, monkeypatch):
     """count(…) → what `calibrate` counts of the server's generations."""
-    monkeypatch.setenv(endpoints.KEY_VARIABLE, KEY)
+    monkeypatch.setenv(endpoints.KEY_VARIABLE, helper.KEY)
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
 
     def run(url=server, name="tiny", target=model, output="counts", **settings):
@@ -149,7 +139,7 @@ def test_a_server_that_is_down_or_another_one_is_one_line(count, server, model, 
     monkeypatch.setenv(endpoints.KEY_VARIABLE, "wrong")
     with pytest.raises(VocabtrimError, match="models refuses the request: 401"):
         count()
-    monkeypatch.setenv(endpoints.KEY_VARIABLE, KEY)
+    monkeypatch.setenv(endpoints.KEY_VARIABLE, helper.KEY)
     shutil.copytree(model, tmp_path / "letters")
     words = json.loads((model / "tokenizer.json").read_text())
     words["model"]["merges"] = []
