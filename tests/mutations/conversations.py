@@ -31,8 +31,8 @@ CONVERSATIONS = (
         "Arguments of tool calls are objects where a template takes no strings",
         "arguments stay what they are",
         TEMPLATE,
-        "return MessageForms(_PROBE in as_text, parts, argument_text, reads_none)",
-        "return MessageForms(_PROBE in as_text, parts, True, reads_none)",
+        "return MessageForms(text, parts, argument_text, reads_none, _PROBE in with_developer)",
+        "return MessageForms(text, parts, True, reads_none, _PROBE in with_developer)",
         f"{CHAT_TESTS} -k openai",
     ),
     Mutation(
