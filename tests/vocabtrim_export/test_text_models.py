@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources.checkpoint import read_checkpoint_tokenizer
 from vocabtrim_export.sources.source import load_source
 from vocabtrim_export.sources.text_models import text_config, text_tensor_names
 
@@ -86,6 +87,13 @@ def test_towers_in_a_file_of_their_own_and_a_backup_beside_the_model(tokenizer, 
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     embedding = load_source(str(tmp_path), torch.float32).model.get_input_embeddings().weight
     assert torch.equal(embedding, next(whole[name] for name in whole if name.endswith("embed_tokens.weight")))
+
+
+def test_a_template_in_a_file_of_the_processor(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    assert read_checkpoint_tokenizer("MODEL", str(tmp_path)).chat_template == "{{ messages[0].content }}"
 
 
 def test_a_text_model_that_transformers_has_only_inside_the_whole():
