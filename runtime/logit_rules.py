@@ -41,10 +41,10 @@ class Columns:
 
 
 class LogitRules:
-    """What a target's generation config and a generation's parameters do to logits.
+    """Applies a target's generation config and a generation's parameters to logits.
 
-    Holds the text (prompt and output) and what the rules ask of it, so that one more token costs the same however long
-    the text is, and a row of logits is touched only where a rule says something of a token.
+    It holds the text (prompt and output) and the counts that the rules need, so that one more token costs the same
+    however long the text is, and a row of logits is touched only where a rule concerns a token.
     """
 
     def __init__(self, params: SamplingParams, target: Manifest, prompt: Sequence[int]) -> None:

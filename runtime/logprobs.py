@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """What the target makes of one position: the log-softmax of its logits.
+    """The log-softmax of the target's logits at one position.
 
     That is the model's own distribution, before penalties, temperature and the like: OpenAI's convention. Under a JSON
     schema it is that of the tokens which the schema allows.

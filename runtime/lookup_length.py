@@ -1,4 +1,4 @@
-"""How many tokens a round drafts where nothing but the text itself drafts."""
+"""The draft length of a decoder without a drafter, which drafts by prompt lookup alone."""
 
 from collections.abc import Sequence
 

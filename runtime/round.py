@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one call of the target gave.
+    """The result of one call of the target.
 
     Attributes:
         tokens: The new token ids, at least one.

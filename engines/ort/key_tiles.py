@@ -1,4 +1,4 @@
-"""Where attention on the CPU begins to add in another order, for heads of more than 128 numbers."""
+"""The numbers of keys at which attention on the CPU adds in another order, for heads of more than 128 numbers."""
 
 import os
 from collections.abc import Iterator

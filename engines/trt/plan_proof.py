@@ -33,7 +33,7 @@ _LOG = logging.getLogger("engines.trt")
 
 @dataclass(frozen=True, slots=True)
 class ExpectedLogits:
-    """What a graph computes of a few tokens.
+    """A graph's logits for a few tokens, which a plan must compute as well.
 
     Attributes:
         token_ids: int64[S], the tokens.

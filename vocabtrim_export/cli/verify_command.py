@@ -189,8 +189,8 @@ def _show(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "Sp
         if not prompt.is_one_model:
             print(
                 f"    the target's logits after one token at a time and after several at once differ by "
-                f"{prompt.step_deviation:.0f} roundings, of which rounding explains {prompt.step_limit:.0f}: what it "
-                "chooses depends on how many tokens it verifies"
+                f"{prompt.step_deviation:.0f} roundings, where {prompt.step_limit:.0f} are explained by rounding: "
+                "its choice depends on how many tokens it verifies"
             )
         for by, differences in (("", prompt.differences), ("target alone, one token at a time: ", prompt.target_only)):
             for each in differences:
