@@ -125,9 +125,9 @@ class LogitRules:
 
 def make_logit_rules(params: SamplingParams, target: Manifest, prompt: Sequence[int]) -> LogitRules | None:
     """None where nothing changes the logits. Raises as `LogitRules` does."""
-    given = params.presence_penalty, params.frequency_penalty, params.logit_bias
+    additions = params.presence_penalty, params.frequency_penalty, params.logit_bias
     changes_nothing = GenerationRules(unsupported=target.rules.unsupported)
-    if params.rules(target.rules) == changes_nothing and not any(given):
+    if params.rules(target.rules) == changes_nothing and not any(additions):
         return None
     return LogitRules(params, target, prompt)
 

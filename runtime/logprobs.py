@@ -43,6 +43,6 @@ def _logprob(row: NDArray[np.float32], token: int, top: int) -> TokenLogprob:
     alternatives: list[int] = []
     if top := min(top, int((row > -np.inf).sum()) if top else 0):
         least = np.partition(row, len(row) - top)[len(row) - top]
-        found = np.flatnonzero(row >= least)
-        alternatives = found[np.lexsort((found, -row[found]))][:top].tolist()
+        candidates = np.flatnonzero(row >= least)
+        alternatives = candidates[np.lexsort((candidates, -row[candidates]))][:top].tolist()
     return TokenLogprob(token, float(row[token]) - total, tuple((i, float(row[i]) - total) for i in alternatives))

@@ -66,12 +66,12 @@ class FeatureReader(TokenReader):
 
     def __init__(self, drafter: Engine, vocab_size: int) -> None:
         super().__init__(drafter, vocab_size)
-        self.rows = self.given = 0  # tokens whose features were read, and were given, `last` not counted
+        self.rows = self.received = 0  # tokens whose features were read, and were received, `last` not counted
         self.held: list[NDArray[np.float32]] = []  # of the tokens in between
         self.last: tuple[StepOutput, int] | None = None  # what the target gave last, and how many of its rows count
 
     def begin(self) -> None:
-        self.rows = self.given = self.drafter.length
+        self.rows = self.received = self.drafter.length
 
     def target_fed(self, output: StepOutput, kept: int) -> None:
         self.last = output, kept
@@ -80,8 +80,8 @@ class FeatureReader(TokenReader):
         if self.last is None:
             return
         (output, kept), self.last = self.last, None
-        self.given += kept
-        if self.given < self.drafter.capacity:  # else it drafts no more
+        self.received += kept
+        if self.received < self.drafter.capacity:  # else it drafts no more
             self.held.append(output.features[:kept].copy())  # valid until the target's next call only
 
     def unread(self, sequence: Sequence[int]) -> list[int]:
@@ -97,7 +97,7 @@ class FeatureReader(TokenReader):
     def was_fed(self, count: int) -> None:
         self.held.clear()
         self.last = None
-        self.rows = self.given = self.rows + count
+        self.rows = self.received = self.rows + count
 
     def rewind(self, length: int) -> None:  # noqa: ARG002
         self.drafter.rewind(self.rows)

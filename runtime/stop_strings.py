@@ -47,18 +47,18 @@ class StopStrings:
 
     def _release(self, length: int) -> str:
         """Take the first `length` characters of the held text, and return what of them is shown."""
-        given = ""
+        released = ""
         while self._held:
             piece, shown = self._held[0]
             if len(piece) > length:
                 # Within a piece both texts end alike: a decoder may have taken a space from the shown one's beginning.
                 cut = max(0, len(shown) - (len(piece) - length))
                 self._held[0] = piece[length:], shown[cut:]
-                return given + shown[:cut]
+                return released + shown[:cut]
             del self._held[0]
             length -= len(piece)
-            given += shown
-        return given
+            released += shown
+        return released
 
     def _beginning(self, text: str) -> int:
         """How many characters at the end of `text` a stop string begins with."""

@@ -130,17 +130,17 @@ class StaticEngine(Engine):
         return StepOutput(np.concatenate(token_ids), lambda: np.concatenate(logits))
 
     def _call(self, call: Call, ids: NDArray[np.int64]) -> StepOutput:
-        profile, given = call.profile, len(ids)
+        profile, count = call.profile, len(ids)
         padded = np.zeros(profile.tokens, np.int64)
-        padded[:given] = ids
+        padded[:count] = ids
         # Padding stands on a position that there is a table for, and on a slot that it sees: with a sliding window it
         # would else see none, and the NaN that it left in the cache would reach every token, weighed by 0 or not.
         last = min(self.capacity, profile.span) - 1
         positions = np.minimum(np.arange(self.length, self.length + profile.tokens), last)
-        rows = np.minimum(np.arange(profile.keep) + given - max(call.keep, 1), given - 1)
+        rows = np.minimum(np.arange(profile.keep) + count - max(call.keep, 1), count - 1)
         output = self._executor.step(profile, padded, positions, rows)
-        self._tokens[self.length : self.length + given] = ids
-        self.length += given
+        self._tokens[self.length : self.length + count] = ids
+        self.length += count
         kept = call.keep
         return StepOutput(output.token_ids[:kept], lambda: output.logits[:kept])
 

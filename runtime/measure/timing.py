@@ -140,12 +140,12 @@ class TimedEngine(Engine):
     ) -> Speculation | None:
         if not isinstance(drafter, TimedEngine):
             return None
-        made = self.engine.speculate(drafter.engine, token_ids, draft_length, sampling)
-        if made is not None:
-            self.feeds.append(Feed(draft_length + 1, draft_length + 1, made.verify_seconds))
-            drafter.feeds += [Feed(1, 1, made.draft_seconds / draft_length)] * draft_length
+        speculation = self.engine.speculate(drafter.engine, token_ids, draft_length, sampling)
+        if speculation is not None:
+            self.feeds.append(Feed(draft_length + 1, draft_length + 1, speculation.verify_seconds))
+            drafter.feeds += [Feed(1, 1, speculation.draft_seconds / draft_length)] * draft_length
             self.length, drafter.length = self.engine.length, drafter.engine.length
-        return made
+        return speculation
 
     def rewind(self, length: int) -> None:
         self.engine.rewind(length)

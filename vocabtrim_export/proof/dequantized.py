@@ -85,11 +85,11 @@ def _swap(
         transposed = isinstance(module, Conv1D)
         own = weight.data.t() if transposed else weight.data
         own = own if rows is None else own[rows]
-        given = load()[:, : own.shape[1]]  # blocks are filled up
-        if not is_rounded(given, own, quantization):
+        written_weight = load()[:, : own.shape[1]]  # blocks are filled up
+        if not is_rounded(written_weight, own, quantization):
             unlike.append(name)
             return
-        module.weight = nn.Parameter(given.t() if transposed else given, requires_grad=False)
+        module.weight = nn.Parameter(written_weight.t() if transposed else written_weight, requires_grad=False)
         if rows is not None and bias is not None:
             module.bias = nn.Parameter(bias.data[rows], requires_grad=False)
 
@@ -122,14 +122,18 @@ def _swap_experts(
             rows = rows_first(own.data, experts.transposed)
             if part == "up" and not experts.interleaved:
                 rows = interleave(rows)
-            given = _dequantize(written, f"{prefix}{experts.name}.{part}", quantization)
-            if given is None or not is_rounded(given, rows.flatten(0, 1), quantization):
+            written_weight = _dequantize(written, f"{prefix}{experts.name}.{part}", quantization)
+            if written_weight is None or not is_rounded(written_weight, rows.flatten(0, 1), quantization):
                 unlike.append(experts.name)
                 continue
-            given = given.view_as(rows)
+            written_weight = written_weight.view_as(rows)
             if part == "up" and not experts.interleaved:
-                given = deinterleave(given)
-            setattr(module, name, nn.Parameter(rows_first(given, experts.transposed).contiguous(), requires_grad=False))
+                written_weight = deinterleave(written_weight)
+            setattr(
+                module,
+                name,
+                nn.Parameter(rows_first(written_weight, experts.transposed).contiguous(), requires_grad=False),
+            )
 
     def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
         for name, parameter in before.items():

@@ -40,12 +40,12 @@ def find_difference(directory: Path, plan: BundlePlan) -> str | None:
         return heads_difference(directory, plan)
     in_attention = plan.trt is None  # where it can be narrowed
     window = window_of(plan.source.model, plan.context_length, narrow=in_attention)
-    found = _compare(directory, plan, window)
-    if found and window and window.narrowed != window.size:
-        found = _compare(directory, plan, window_of(plan.source.model, plan.context_length, narrow=False))
-    if not found and plan.dtype == "fp16" and plan.trt is None:
+    difference = _compare(directory, plan, window)
+    if difference and window and window.narrowed != window.size:
+        difference = _compare(directory, plan, window_of(plan.source.model, plan.context_length, narrow=False))
+    if not difference and plan.dtype == "fp16" and plan.trt is None:
         _check_range(directory, plan)
-    return found or fusion_difference(directory, plan) or unrolled_difference(directory, plan)
+    return difference or fusion_difference(directory, plan) or unrolled_difference(directory, plan)
 
 
 def _check_range(directory: Path, plan: BundlePlan) -> None:
