@@ -203,7 +203,8 @@ def _ask(
         except BaseException:
             kept.save()
             executor.shutdown(cancel_futures=True)
-            came = [each for each in asked if not each.cancelled() and each.exception() is None]
+            left = [each for each, index in asked.items() if index not in kept.answers and not each.cancelled()]
+            came = [each for each in left if each.exception() is None]
             for future in came:
                 kept.add(asked[future], future.result())
             kept.save()

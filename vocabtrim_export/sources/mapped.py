@@ -32,7 +32,7 @@ def holder(directory: Path | None) -> Hold:
 
 
 class MappedResults(TorchDispatchMode):
-    """A context in which the large results of PyTorch's operations are kept in mapped files.
+    """A context in which large results of PyTorch's `cat` and `stack` are kept in mapped files.
 
     transformers stacks the experts of a checkpoint while it loads them; in memory, they would be most of the model.
     Only the operations of the thread that opens the context are seen.
