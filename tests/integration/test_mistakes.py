@@ -177,6 +177,7 @@ def test_wrong_options(attempt):
     assert_one_line(attempt(quantize="fp8"), "no fp8 products on the CPU")
     assert_one_line(attempt(dtype="fp64"), "fp64")
     assert_one_line(attempt(quantise="int4"), "unrecognized arguments: --quantise int4; did you mean --quantize?")
+    assert_one_line(attempt(calibration_tok=5), "did you mean --calibration-tokens N?")  # no abbreviations
     assert_one_line(attempt(k=None), "--k")
     assert_one_line(attempt(target=None, calibration=None, calibration_source="target"), "--target")
 

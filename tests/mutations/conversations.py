@@ -44,6 +44,22 @@ CONVERSATIONS = (
         f"{CHAT_TESTS} -k named_templates",
     ),
     Mutation(
+        "A developer's message is never lost",
+        "its role is given to every template",
+        MESSAGES,
+        'message.get("role") == "developer" and not forms.developer',
+        "False",
+        f"{CHAT_TESTS} -k developer",
+    ),
+    Mutation(
+        "All chat templates of a GGUF file are read",
+        "those with names are left out",
+        "vocabtrim_export/sources/gguf_tokenizer.py",
+        'if (key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")) and isinstance(value, str)',
+        "if key == _TEMPLATE and isinstance(value, str)",
+        "tests/vocabtrim_export/test_gguf_tokenizer.py -k template",
+    ),
+    Mutation(
         "No template runs for long",
         "loops are not metered",
         SANDBOX,

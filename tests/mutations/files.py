@@ -191,6 +191,22 @@ FILES = (
         "tests/integration/test_mistakes.py -k missing_or_wrong",
     ),
     Mutation(
+        "A model's weights are those that its index names",
+        "every file beside it is read",
+        "vocabtrim_export/sources/weight_files.py",
+        "files = sorted({directory / name for name in shards.values()})",
+        'files = sorted(directory.glob("*.safetensors"))',
+        "tests/vocabtrim_export/test_text_models.py -k backup",
+    ),
+    Mutation(
+        "A head's weights are its own files, not a backup beside them",
+        "every file beside it is read",
+        "vocabtrim_export/drafters/source.py",
+        "files = checkpoint_files(directory)",
+        'files = sorted(directory.glob("*.safetensors"))',
+        "tests/vocabtrim_export/test_weight_files.py -k backup",
+    ),
+    Mutation(
         "No model's own code runs",
         "remote code is allowed",
         "vocabtrim_export/sources/checkpoint.py",

@@ -9,8 +9,12 @@ import torch
 from safetensors.numpy import save
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.drafters.mtp import find_mtp
+from vocabtrim_export.drafters.source import weight_files
+from vocabtrim_export.formats.eagle3 import read_head
 from vocabtrim_export.sources import checkpoint
 from vocabtrim_export.sources import source as sources
+from vocabtrim_export.sources.head_kinds import head_kind
 from vocabtrim_export.sources.weight_files import checkpoint_files, count_weights
 
 GGUF = b"GGUF" + struct.pack("<IQQ", 3, 1, 0)
@@ -62,6 +66,20 @@ def test_the_files_of_a_model_are_those_that_transformers_takes(tmp_path):
         checkpoint_files(tmp_path)
     (tmp_path / "model.safetensors").touch()
     assert [file.stem for file in checkpoint_files(tmp_path)] == ["model"]
+
+
+def test_a_backup_beside_a_head_is_no_part_of_it(tmp_path):
+    """A model with a head's file beside it is a model, and its own layer goes before one in a file beside it."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 2}))
+    (tmp_path / "model.safetensors").write_bytes(save({"model.norm.weight": np.ones(2)}))
+    (tmp_path / "old.safetensors").write_bytes(save({"fc.weight": np.zeros(2), "mtp.fc.weight": np.zeros(2)}))
+    assert head_kind(str(tmp_path)) is None
+    assert [file.stem for file in find_mtp(str(tmp_path)).files] == ["old"]
+    (tmp_path / "model.safetensors").write_bytes(save({"fc.weight": np.ones(2), "mtp.fc.weight": np.ones(2)}))
+    assert head_kind(str(tmp_path)) == "eagle"
+    assert [file.stem for file in find_mtp(str(tmp_path)).files] == ["model"]
+    assert [file.stem for file in weight_files(tmp_path, "a head")] == ["model"]
+    assert read_head(tmp_path).tensors["fc.weight"].all()
 
 
 def test_a_safetensors_file_cut_short(tmp_path):

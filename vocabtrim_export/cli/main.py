@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.cli.streams import BROKEN_PIPE, discard_output, prepare_output
@@ -41,13 +41,21 @@ _EXPORT_PACKAGES = {"accelerate", "gguf", "onnx_ir", "onnxscript", "sentencepiec
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, like all the others."""
+    """An argparse parser whose errors are one line, and which takes an option by its whole name only.
+
+    An abbreviation may mean another option: `--prompt` of `generate` is no `--prompts` of `verify`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
             wrong = message.split()[2].partition("=")[0]
             close = difflib.get_close_matches(wrong, self._option_string_actions, 1)
-            message += f"; did you mean {close[0]}?" if close else ""
+            if close:
+                value = self._option_string_actions[close[0]].metavar
+                message += f"; did you mean {close[0]}{f' {value}' if isinstance(value, str) else ''}?"
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 

@@ -18,7 +18,7 @@ from vocabtrim_export.drafters.layer_head import LayerHead, layer_head
 from vocabtrim_export.drafters.source import HeadSource, LoadHead, assemble, own_ends, read_tensors
 from vocabtrim_export.sources.paths import local_path
 from vocabtrim_export.sources.source import Source
-from vocabtrim_export.sources.weight_files import tensor_shapes
+from vocabtrim_export.sources.weight_files import checkpoint_files, tensor_shapes
 from vocabtrim_export.tracing.composites import rotary_modules
 from vocabtrim_export.tracing.trace import decoder_layers
 
@@ -66,12 +66,16 @@ def find_mtp(target: str) -> MtpTensors:
     directory = local_path(target)
     if not directory.is_dir():
         raise VocabtrimError(f"--drafter mtp reads a layer out of the target's files: {target} is no local directory")
-    names = {file: list(tensor_shapes(file)) for file in sorted(directory.glob("*.safetensors"))}
-    every = [name for listed in names.values() for name in listed]
-    appended = [int(found[1]) for name in every if (found := _DEEPSEEK.match(name))]
-    styles = [_MIMO, _QWEN, *(re.compile(rf"model\.layers\.{number}\.") for number in sorted(appended)[:1])]
-    style = next((each for each in styles if any(map(each.match, every))), None)
-    if style is None:
+    own = checkpoint_files(directory)
+    beside = sorted(set(directory.glob("*.safetensors")) - set(own))
+    for group in (own, beside):  # some releases hold the layer in a file that the model's index does not name
+        names = {file: list(tensor_shapes(file)) for file in group}
+        every = [name for listed in names.values() for name in listed]
+        appended = [int(found[1]) for name in every if (found := _DEEPSEEK.match(name))]
+        styles = [_MIMO, _QWEN, *(re.compile(rf"model\.layers\.{number}\.") for number in sorted(appended)[:1])]
+        if style := next((each for each in styles if any(map(each.match, every))), None):
+            break
+    else:
         raise VocabtrimError(f"{target} has no multi-token-prediction layer in its files: give another drafter")
     for part, what in _UNCOVERED.items():
         if any(style.match(name) and part in name.split(".") for name in every):

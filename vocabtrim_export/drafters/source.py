@@ -17,7 +17,7 @@ from engines.bundle.typed_json import brief
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources.head_kinds import HEAD_KINDS
 from vocabtrim_export.sources.source import Source
-from vocabtrim_export.sources.weight_files import PICKLES, count_weights
+from vocabtrim_export.sources.weight_files import PICKLES, checkpoint_files, count_weights
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -105,7 +105,7 @@ def weight_files(directory: Path, what: str) -> list[Path]:
     Raises:
         VocabtrimError: There is none.
     """
-    files = sorted(directory.glob("*.safetensors"))
+    files = checkpoint_files(directory)
     if not files:
         for pickle in sorted(file for file in directory.iterdir() if file.suffix in PICKLES):
             raise VocabtrimError(

@@ -22,6 +22,7 @@ from vocabtrim_export.drafters.row_tokens import row_token_ids
 from vocabtrim_export.formats.eagle3_layout import check_layout
 from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.sources.paths import local_path
+from vocabtrim_export.sources.weight_files import checkpoint_files
 
 _HEAD, _D2T, _T2D = "lm_head.weight", "d2t", "t2d"
 
@@ -46,7 +47,7 @@ def read_head(path: Path) -> Eagle3Head:
     Raises:
         VocabtrimError: It is no EAGLE-3 head.
     """
-    files = sorted(path.glob("*.safetensors"))
+    files = checkpoint_files(path)
     if not (path / "config.json").is_file() or not files:
         raise VocabtrimError(f"{path} is no EAGLE-3 head: it needs config.json and .safetensors weights")
     config = read(path / "config.json")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from engines.bundle.typed_json import read
 from vocabtrim_export.sources.paths import local_path
-from vocabtrim_export.sources.weight_files import tensor_shapes
+from vocabtrim_export.sources.weight_files import checkpoint_files, tensor_shapes
 
 FUSING_TENSORS = {"fc.weight", "model.fc.weight", "fusion_fc.weight"}  # no language model has one
 
@@ -55,7 +55,7 @@ def head_kind(spec: str) -> str | None:
     config = read(directory / "config.json")
     if not isinstance(config, dict):
         return None
-    names = [name for file in directory.glob("*.safetensors") for name in tensor_shapes(file)]
+    names = [name for file in checkpoint_files(directory) for name in tensor_shapes(file)]
     return next((name for name, kind in HEAD_KINDS.items() if kind.recognises(config, names)), None)
 
 
