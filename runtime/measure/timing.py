@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Engine
-from engines.bundle.vocab_map import HeadTokens
 from engines.outputs import Speculation, StepOutput
 from engines.sampling_params import Sampling, SamplingParams
 from runtime.draft_length import DraftLength, FixedLength
@@ -95,24 +94,27 @@ class Way:
         return FixedLength(self.draft_length) if isinstance(self.draft_length, int) else self.draft_length
 
 
-class TimedEngine(Engine):
-    """Passes everything on to `engine`, which stays the caller's to close, and notes each feed in `feeds`."""
+class TimedEngine:
+    """An engine whose calls are timed. All other members, to read and to set, are those of `engine`.
+
+    It stands in for an `Engine` without being one: a member that `Engine` defines would hide the one of `engine`.
+
+    Attributes:
+        engine: The engine, which computes and stays the caller's to close.
+        feeds: The calls so far.
+    """
+
+    engine: Engine
+    feeds: list[Feed]
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine.manifest, engine.vocab_map)
-        self.capacity, self.length = engine.capacity, engine.length
-        self.cache, self.device = engine.cache, engine.device
-        self.max_keep, self.unrolled, self.max_draft = engine.max_keep, engine.unrolled, engine.max_draft
-        self.features_given, self.features_read = engine.features_given, engine.features_read
-        self.engine, self.use = engine, engine.use
-        self.feeds: list[Feed] = []
+        self.__dict__.update(engine=engine, feeds=[])
 
-    @property
-    def head_tokens(self) -> HeadTokens | None:
-        return self.engine.head_tokens
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
 
-    def remember(self, token_ids: Sequence[int]) -> None:
-        self.engine.remember(token_ids)
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.engine, name, value)
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         return self._timed(lambda: self.engine.feed(token_ids, keep), len(token_ids), keep)
@@ -127,44 +129,26 @@ class TimedEngine(Engine):
         drafted = self.engine.draft(token_ids)
         if drafted is not None:
             steps = len(drafted)
-            self.feeds += [Feed(1, 1, (perf_counter() - start) / steps)] * steps
-            self.length = self.engine.length
+            self.feeds.extend([Feed(1, 1, (perf_counter() - start) / steps)] * steps)
         return drafted
 
     def speculate(
         self,
-        drafter: Engine,
+        drafter: "TimedEngine",
         token_ids: Sequence[int] | NDArray[np.int64],
         draft_length: int,
         sampling: Sampling | None = None,
     ) -> Speculation | None:
-        if not isinstance(drafter, TimedEngine):
-            return None
         speculation = self.engine.speculate(drafter.engine, token_ids, draft_length, sampling)
         if speculation is not None:
             self.feeds.append(Feed(draft_length + 1, draft_length + 1, speculation.verify_seconds))
-            drafter.feeds += [Feed(1, 1, speculation.draft_seconds / draft_length)] * draft_length
-            self.length, drafter.length = self.engine.length, drafter.engine.length
+            drafter.feeds.extend([Feed(1, 1, speculation.draft_seconds / draft_length)] * draft_length)
         return speculation
-
-    def rewind(self, length: int) -> None:
-        self.engine.rewind(length)
-        self.length = length
-
-    def adopt(self, length: int) -> None:
-        self.engine.adopt(length)
-        self.length = length
-
-    def close(self) -> None:
-        """Nothing: the engine is not this one's."""
-
-    _release = close
 
     def _timed(self, feed: Callable[[], StepOutput], tokens: int, keep: int) -> StepOutput:
         start = perf_counter()
         output = feed()
         self.feeds.append(Feed(tokens, keep, perf_counter() - start))
-        self.length = self.engine.length
         return output
 
 
@@ -183,8 +167,8 @@ def timed_run(
     start = perf_counter()
     rounds = tuple(
         decode_rounds(
-            timed_target,
-            timed_drafter,
+            cast(Engine, timed_target),
+            cast("Engine | None", timed_drafter),
             prompt,
             max_new_tokens=max_new_tokens,
             draft_length=draft_length,
