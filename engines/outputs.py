@@ -1,7 +1,8 @@
 """What the calls of an engine return."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,37 @@ class StepOutput:
         if self.read_features is None:
             raise ValueError("this engine gives no features")
         return self.read_features()
+
+    def copied(self) -> "StepOutput":
+        """Returns the predictions in memory of their own, which no later call of the engine overwrites.
+
+        Features are left as they are: an engine that gives some copies them where they are.
+        """
+        if not len(self.token_ids):
+            return self
+        logits = self.logits.copy()
+        return StepOutput(self.token_ids.copy(), lambda: logits, self.read_features)
+
+
+def join_outputs(outputs: Sequence[StepOutput]) -> StepOutput:
+    """Returns what the calls of one feed give together, one after the other.
+
+    Args:
+        outputs: The output of each call, at least one. None but the last may lie where a later call has written.
+    """
+    last = outputs[-1]
+    if len(outputs) == 1:
+        return last
+    predicting = [output for output in outputs if len(output.token_ids)]
+    return StepOutput(
+        _concatenated([output.token_ids for output in predicting]),
+        lambda: _concatenated([output.logits for output in predicting]),
+        last.read_features and (lambda: _concatenated([output.features for output in outputs])),
+    )
+
+
+def _concatenated(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """Engines on ONNX Runtime's CPU with hidden states: a target that gives features, a head that reads them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 from engines.base import Engine
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT
 from engines.bundle.read import Bundle
+from engines.ort.calls import Call
 from engines.ort.engine import OnnxRuntimeEngine
 from engines.ort.step import HostStep, Step
 from engines.outputs import StepOutput
@@ -20,29 +23,18 @@ class FeatureEngine(OnnxRuntimeEngine):
     def __init__(self, bundle: Bundle, session: ort.InferenceSession, shared: OnnxRuntimeEngine | None = None) -> None:
         super().__init__(bundle, session, shared)
         self.features_given = bundle.manifest.feature_size
-        self._rows: list[NDArray[np.generic]] = []  # of the current call's chunks, the last one in place
-
-    def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
-        self._rows = []
-        output = super().feed(token_ids, keep)
-        rows = self._rows
-
-        def read_features() -> NDArray[np.float32]:
-            return (rows[0] if len(rows) == 1 else np.concatenate(rows)).astype(np.float32, copy=False)
-
-        return StepOutput(output.token_ids, output.read_logits, read_features)
 
     def fork(self, share_cache_with: Engine | None = None) -> Engine:
         shared = share_cache_with if isinstance(share_cache_with, OnnxRuntimeEngine) else None
         return FeatureEngine(self._bundle, self._session, shared)
 
-    def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
+    def _execute(self, step: Step, call: Call) -> StepOutput:
         assert isinstance(step, HostStep)
-        if self._rows:  # the next chunk may use the same buffers
-            self._rows[-1] = self._rows[-1].copy()
-        output = super()._execute(step, ids)
-        self._rows.append(step.hidden[FEATURES_OUTPUT][0])
-        return output
+        output = super()._execute(step, call)
+        rows = step.hidden[FEATURES_OUTPUT][0]
+        if not call.is_last:
+            rows = rows.copy()
+        return replace(output, read_features=lambda: rows.astype(np.float32, copy=False))
 
 
 class EagleEngine(OnnxRuntimeEngine):
@@ -63,20 +55,16 @@ class EagleEngine(OnnxRuntimeEngine):
         self._fuse = fuse
         size, dtype = self._hidden[HIDDEN_INPUT]
         self._last, self._last_at = np.zeros((1, size), dtype), 0  # of the row before number `_last_at`
-        self._unread = self._last[:0]  # what goes in with the tokens of the current call
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         require_last_row(self, token_ids, self._last_at)
-        self._unread = self._last
         return super().feed(token_ids, keep)
 
     def feed_features(
         self, token_ids: Sequence[int] | NDArray[np.int64], features: NDArray[np.float32], keep: int = 1
     ) -> StepOutput:
         require_rows(self, token_ids, features)
-        rows = features.astype(self._last.dtype, copy=False)
-        self._unread = self._fuse.run([HIDDEN_INPUT], {FEATURES_OUTPUT: rows[None]})[0][0] if self._fuse else rows
-        return super().feed(token_ids, keep)
+        return self._feed(token_ids, keep, features)
 
     def fork(self, share_cache_with: Engine | None = None) -> Engine:  # noqa: ARG002  (it shares with nobody)
         return EagleEngine(self._bundle, self._session, self._fuse)
@@ -85,12 +73,20 @@ class EagleEngine(OnnxRuntimeEngine):
         super()._release()
         self._fuse = None
 
-    def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
+    def _execute(self, step: Step, call: Call) -> StepOutput:
         assert isinstance(step, HostStep)
-        step.hidden[HIDDEN_INPUT][0], self._unread = self._unread[: len(ids)], self._unread[len(ids) :]
-        output = super()._execute(step, ids)
+        step.hidden[HIDDEN_INPUT][0] = self._last if call.features is None else self._hidden_of(call.features)
+        output = super()._execute(step, call)
         self._last, self._last_at = step.hidden[HIDDEN_OUTPUT][0, -1:].copy(), self.length
         return output
+
+    def _hidden_of(self, features: NDArray[np.float32]) -> NDArray[Any]:
+        """Returns the hidden states, [n, size], that go in with tokens of these features, [n, features_read]."""
+        rows = features.astype(self._last.dtype, copy=False)
+        if self._fuse is None:
+            return rows
+        hidden: NDArray[Any] = self._fuse.run([HIDDEN_INPUT], {FEATURES_OUTPUT: rows[None]})[0][0]
+        return hidden
 
 
 def require_last_row(head: Engine, token_ids: Sequence[int] | NDArray[np.int64], last_at: int) -> None:

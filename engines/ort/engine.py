@@ -25,10 +25,11 @@ from engines.bundle.graph_io import (
 from engines.bundle.head_rows import HeadRows
 from engines.bundle.read import Bundle
 from engines.bundle.vocab_map import VocabMap
-from engines.ort.key_tiles import KeyTiles
+from engines.ort.calls import Call, plan_calls
+from engines.ort.key_tiles import UNCUT, KeyTiles
 from engines.ort.session import numpy_dtype, share
 from engines.ort.step import HostStep, Step
-from engines.outputs import StepOutput
+from engines.outputs import StepOutput, join_outputs
 from engines.slots import Slots, open_head_rows
 
 CHUNK = MAX_KEEP
@@ -73,7 +74,7 @@ class OnnxRuntimeEngine(Engine):
         self.cache = shared.cache if shared else self.cache
         is_quantized_target = bundle.manifest.role == "target" and bundle.manifest.quantization != "none"
         self._is_padded = self.pads_lone_rows and is_quantized_target
-        self._tiles = KeyTiles.of(bundle.manifest.head_dim)
+        self._tiles = KeyTiles.of(bundle.manifest.head_dim) if self._is_padded else UNCUT
         self.capacity -= self._is_padded
         self._seqlens = np.zeros(1, np.int32)
         # The number of tokens that the kernels reserve for: those so far on the CPU, always the capacity on CUDA.
@@ -93,32 +94,17 @@ class OnnxRuntimeEngine(Engine):
         }
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
+        return self._feed(token_ids, keep)
+
+    def _feed(
+        self, token_ids: Sequence[int] | NDArray[np.int64], keep: int, features: NDArray[np.float32] | None = None
+    ) -> StepOutput:
+        """Feed as `feed` and `feed_features` do; `features` is what a head reads, float32[n, features_read]."""
         self.use.check_open()
         ids = np.asarray(token_ids, np.int64)
         self.check_feed(len(ids), keep)
-        while len(ids) > CHUNK:
-            # what follows the chunk must hold all the kept positions
-            cut = min(CHUNK, len(ids) - keep)
-            self._feed_chunk(ids[:cut], 1)
-            ids = ids[cut:]
-        return self._feed_chunk(ids, keep)
-
-    def _feed_chunk(self, ids: NDArray[np.int64], keep: int) -> StepOutput:
-        """Feed at most CHUNK tokens, in one call or in the parts that attention's tiles ask for."""
-        parts = [*self._tiles.parts(self.length, len(ids))] if self._is_padded else [len(ids)]
-        kept: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
-        for part in parts[:-1]:
-            ids, fed = ids[part:], ids[:part]
-            predicted = keep - len(ids)
-            output = self._run(fed, max(predicted, 1))
-            if predicted > 0:  # the next call overwrites what this one gives
-                kept.append((output.token_ids.copy(), output.logits.copy()))
-                keep = len(ids)
-        last = self._run(ids, keep)
-        if not kept:
-            return last
-        token_ids = np.concatenate([*(token_ids for token_ids, _ in kept), last.token_ids])
-        return StepOutput(token_ids, lambda: np.concatenate([*(logits for _, logits in kept), last.logits]))
+        calls = plan_calls(ids, keep, self.length, CHUNK, self._tiles, features)
+        return join_outputs([self._execute(self._step(len(call.ids), call.predicted), call) for call in calls])
 
     def fork(self, share_cache_with: Engine | None = None) -> Engine:
         """A session runs for several threads at once; bindings, and what is bound, are each engine's own."""
@@ -136,20 +122,19 @@ class OnnxRuntimeEngine(Engine):
         if hasattr(self, "_session"):
             del self._session
 
-    def _run(self, ids: NDArray[np.int64], keep: int) -> StepOutput:
-        return self._execute(self._step(len(ids), keep), ids)
-
-    def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
-        end = self.length + step.input_ids.shape[1]
-        step.input_ids[0, : len(ids)] = ids
-        step.input_ids[0, len(ids) :] = ids[-1]
+    def _execute(self, step: Step, call: Call) -> StepOutput:
+        count, end = len(call.ids), self.length + step.input_ids.shape[1]
+        step.input_ids[0, :count] = call.ids
+        step.input_ids[0, count:] = call.ids[-1]
         step.position_ids[0] = np.arange(self.length, end)
         step.seqlens_k[0] = end - 1
         step.run(end)
         if self.vocab_map is None and isinstance(step, HostStep):
             step.check_chosen()
-        self.length += len(ids)
-        return StepOutput(step.token_ids[0], step.read_logits)
+        self.length += count
+        if call.is_last:
+            return StepOutput(step.token_ids[0], step.read_logits)
+        return StepOutput(step.token_ids[0, : call.keep], step.read_logits).copied()
 
     def _step(self, length: int, keep: int) -> Step:
         step = self._steps.get((length, keep))

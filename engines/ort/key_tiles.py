@@ -47,3 +47,6 @@ class KeyTiles:
             stop = min([end, *(cut for cut in later if cut > begin)])
             yield stop - begin
             begin = stop
+
+
+UNCUT = KeyTiles(1, ())

@@ -11,6 +11,7 @@ from engines.base import MAX_KEEP, DeviceName, Engine
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT, INPUT_IDS
 from engines.bundle.read import Bundle
 from engines.cuda import runtime as cuda
+from engines.ort.calls import Call
 from engines.ort.eagle import require_last_row, require_rows
 from engines.ort.step import Step
 from engines.ort_cuda.binding import BoundModel, BoundSession, Place, Work, run_options
@@ -39,19 +40,6 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
         self.features_given = bundle.manifest.feature_size
         self.features = self._rows(MAX_KEEP)
         self._given_from = 0  # number of the token in the first row
-        self._earlier: list[DeviceRows] = []  # of the current call's chunks but the last
-        self._fed = 0  # tokens of that last chunk, 0 before the first
-
-    def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
-        self._earlier, self._fed = [], 0
-        output = super().feed(token_ids, keep)
-        earlier, fed = self._earlier, self._fed
-
-        def read_features() -> NDArray[np.float32]:
-            last = self.features.read(fed)
-            return np.concatenate([*(rows.read(rows.count) for rows in earlier), last]) if earlier else last
-
-        return StepOutput(output.token_ids, output.read_logits, read_features)
 
     def speculate(
         self,
@@ -82,15 +70,14 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
         run.binding.bind_output(FEATURES_OUTPUT, self.device, 0, *rows)
         return run
 
-    def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
-        if self._fed:  # the next chunk's rows take the same place
-            rows = self._rows(self._fed)
-            rows.take(self.features, 0, self._fed)
-            self._earlier.append(rows)
+    def _execute(self, step: Step, call: Call) -> StepOutput:
         self._given_from = self.length
-        output = super()._execute(step, ids)
-        self._fed = len(ids)
-        return output
+        output, count = super()._execute(step, call), len(call.ids)
+        rows = self.features
+        if not call.is_last:  # the next call's rows take the same place
+            rows = self._rows(count)
+            rows.take(self.features, 0, count)
+        return replace(output, read_features=lambda: rows.read(count))
 
     def _rows(self, count: int) -> DeviceRows:
         return allocate_rows(self, self._session, FEATURES_OUTPUT, count)
@@ -123,7 +110,6 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         self._made = allocate_rows(
             self, session, HIDDEN_OUTPUT, 2 * MAX_KEEP
         )  # a round: of unread tokens and of drafts
-        self._unread: NDArray[np.float32] | None = None  # what goes in with the tokens of the current call
         self.last = 0, 0
 
     @property
@@ -132,15 +118,13 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         require_last_row(self, token_ids, self.last[1])
-        self._unread = None
         return super().feed(token_ids, keep)
 
     def feed_features(
         self, token_ids: Sequence[int] | NDArray[np.int64], features: NDArray[np.float32], keep: int = 1
     ) -> StepOutput:
         require_rows(self, token_ids, features)
-        self._unread = features
-        return super().feed(token_ids, keep)
+        return self._feed(token_ids, keep, features)
 
     def knows(self, target: OnnxRuntimeCudaEngine, unread: int) -> bool:
         if not isinstance(target, CudaFeatureEngine) or not target.has_given(self.length, unread):
@@ -183,16 +167,15 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         if hasattr(self, "_fuse"):
             del self._fuse
 
-    def _execute(self, step: Step, ids: NDArray[np.int64]) -> StepOutput:
-        count = len(ids)
-        if self._unread is None:
+    def _execute(self, step: Step, call: Call) -> StepOutput:
+        count = len(call.ids)
+        if call.features is None:
             self._hidden_rows.take(self._made, self.last[0], 1)
         else:
-            rows, self._unread = self._unread[:count], self._unread[count:]
-            self._features.write(rows)
+            self._features.write(call.features)
             if self._fuse:
                 self._bind_fuse(self._fuse, self._features.place(0, count), count).enqueue()
-        output = super()._execute(step, ids)
+        output = super()._execute(step, call)
         self.last = count - 1, self.length
         return output
 

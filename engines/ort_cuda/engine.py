@@ -82,9 +82,11 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         steps = [step.work for step in self._steps.values() if isinstance(step, DeviceStep)]
         return sum(work.has_graph for work in steps) + self.rounds.cuda_graphs
 
-    def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
+    def _feed(
+        self, token_ids: Sequence[int] | NDArray[np.int64], keep: int, features: NDArray[np.float32] | None = None
+    ) -> StepOutput:
         try:
-            return super().feed(token_ids, keep)
+            return super()._feed(token_ids, keep, features)
         except Exception as error:
             explain_out_of_memory(error, self._bundle)
             raise

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from engines.base import MOST_UNREAD, DeviceName, Engine
 from engines.bundle.read import Bundle, Profile, TensorRT
-from engines.outputs import StepOutput
+from engines.outputs import StepOutput, join_outputs
 from engines.slots import Slots
 
 
@@ -114,20 +114,11 @@ class StaticEngine(Engine):
         span = self._span(self.length + len(ids) + self._padding)
         profiles = [profile for profile in self._plans.profiles if profile.span == span]
         calls = plan_calls(profiles, len(ids), keep, self._plans.spans[-1] - self.length)
-        silent = sum(call.keep == 0 for call in calls)
-        for call in calls[:silent]:
-            self._call(call, ids[call.start : call.stop])
-        return self._predict(calls[silent:], ids)
-
-    def _predict(self, calls: list[Call], ids: NDArray[np.int64]) -> StepOutput:
-        if len(calls) == 1:
-            return self._call(calls[0], ids[calls[0].start : calls[0].stop])
-        token_ids, logits = [], []
-        for call in calls:  # the next call overwrites what this one gives
+        outputs = []
+        for call in calls:
             output = self._call(call, ids[call.start : call.stop])
-            token_ids.append(output.token_ids.copy())
-            logits.append(output.logits.copy())
-        return StepOutput(np.concatenate(token_ids), lambda: np.concatenate(logits))
+            outputs.append(output if call.stop == len(ids) else output.copied())
+        return join_outputs(outputs)
 
     def _call(self, call: Call, ids: NDArray[np.int64]) -> StepOutput:
         profile, count = call.profile, len(ids)

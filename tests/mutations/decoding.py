@@ -3,7 +3,8 @@
 from tests.mutations.mutation import Mutation
 
 ACCEPT = "runtime/accept.py"
-EXACT, LOOP, VERIFY, SAMPLING = (
+CALLS, EXACT, LOOP, VERIFY, SAMPLING = (
+    "tests/engines/test_calls.py",
     "tests/runtime/test_exact_law.py",
     "tests/runtime/test_loop.py",
     "tests/runtime/test_verify.py",
@@ -234,6 +235,38 @@ DECODING = (
         "cut for cut in later if cut > begin",
         "cut for cut in later if cut > end",
         "tests/engines/test_key_tiles.py",
+    ),
+    Mutation(
+        "A feed in several calls gives what it asks for",
+        "kept positions before the last call are lost",
+        "engines/ort/calls.py",
+        "min(max(keep - later, 0), length)",
+        "0 if later else min(keep, length)",
+        CALLS,
+    ),
+    Mutation(
+        "A feed in several calls gives what it asks for",
+        "each call reads the first features",
+        "engines/ort/calls.py",
+        "features[start:stop]",
+        "features[:length]",
+        CALLS,
+    ),
+    Mutation(
+        "A feed in several calls gives what it asks for",
+        "the next call overwrites what one has predicted",
+        "engines/outputs.py",
+        "self.token_ids.copy(), lambda: logits",
+        "self.token_ids, lambda: logits",
+        CALLS,
+    ),
+    Mutation(
+        "A timed engine is the engine that it times",
+        "what the loop notes on it stays there",
+        "runtime/measure/timing.py",
+        "        setattr(self.engine, name, value)",
+        "        self.__dict__[name] = value",
+        "tests/runtime/test_timing.py",
     ),
     Mutation(
         "What follows a near-tie is judged by the rules that the text followed",
