@@ -74,6 +74,11 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def must_repeat_itself(self) -> bool:
+        """Whether a seed promises the same text each time: nothing of earlier texts may change how logits round."""
+        return not self.is_greedy and self.seed is not None
+
     def rules(self, defaults: GenerationRules) -> GenerationRules:
         """Returns `defaults`, the rules of a target's bundle, with those replaced that are set here."""
         names = ("repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "min_new_tokens")

@@ -8,7 +8,9 @@ million at most; with a coverage of 90%, one of 2% is found in 99.8% of the wind
 of 45% a window is too short to tell anything.
 """
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from math import comb
 
@@ -68,6 +70,14 @@ class AcceptanceAlarm:
                 self.collapse = Collapse(self._accepted, WINDOW, self._coverage)
             self._rounds = self._accepted = 0
         return self.collapse
+
+    def watch(self, rounds: Generator[Round, None, None]) -> Generator[Round, None, None]:
+        """Pass `rounds` on, with a warning once acceptance collapses."""
+        with closing(rounds):
+            for entry in rounds:
+                if collapse := self.observe(entry):
+                    logging.getLogger("runtime").warning("%s", collapse)
+                yield entry
 
 
 def find_collapse(rounds: Iterable[Round], drafter: Manifest) -> Collapse | None:

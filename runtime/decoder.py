@@ -1,30 +1,22 @@
 """`SpeculativeDecoder`: prompts in, text out, with two engines and what was gained."""
 
-import logging
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from engines.base import Engine
 from engines.bundle.chat_template import ChatOptions
-from engines.bundle.tokenizer import TOKENIZER_NAME, Tokenizer
+from engines.bundle.tokenizer import Tokenizer
 from engines.sampling_params import SamplingParams
 from runtime.alarm import AcceptanceAlarm
-from runtime.draft_length import DraftLength
 from runtime.generation_arguments import check_sampling, require_logprobs, require_new_tokens
 from runtime.json_schema import JsonSchemas
 from runtime.kept_prefix import kept_prefix
+from runtime.loading import forked, opened
 from runtime.loop import GREEDY, decode_rounds
-from runtime.pair import Auto, check_pair, make_draft_length
-from runtime.prompt_tokens import Prompt, check_prompt, prompt_token_ids, require_tokenizer
-from runtime.round import Round
-from runtime.round_costs import GivenCosts
+from runtime.pair import Auto, check_pair, length_for, make_draft_length
+from runtime.prompt_tokens import Prompt, encode_prompt
 from runtime.stream import Generation, Stream
-
-SEEDED_COSTS = GivenCosts(step=0.15, row=0.04)  # typical of a trimmed int4 drafter and a target in fp32
 
 
 class SpeculativeDecoder:
@@ -96,25 +88,8 @@ class SpeculativeDecoder:
         Raises:
             VocabtrimError: A bundle is damaged or cannot run on its device, or the two do not belong together.
         """
-        from engines import load_engine
-        from engines.load import load_pair
-
-        with (
-            ExitStack() as opened,
-            ThreadPoolExecutor(max_workers=1) as thread,
-        ):  # closes what is open if the rest fails
-            reading = thread.submit(Tokenizer.load, target)
-            drafter_engine = None
-            if drafter is None:
-                target_engine = opened.enter_context(load_engine(target, device))
-            else:
-                target_engine, drafter_engine = map(
-                    opened.enter_context, load_pair(target, drafter, device, drafter_device)
-                )
-            tokenizer = reading.result() if TOKENIZER_NAME in target_engine.manifest.files else None
-            decoder = cls(target_engine, drafter_engine, tokenizer, draft_length, prompt_lookup)
-            opened.pop_all()
-        return decoder
+        with opened(target, drafter, device, drafter_device) as parts:
+            return cls(*parts, draft_length, prompt_lookup)
 
     def fork(self) -> Self:
         """Returns another decoder over the same loaded weights, with KV caches of its own: use one for each thread.
@@ -125,9 +100,7 @@ class SpeculativeDecoder:
             VocabtrimError: The engines cannot be forked; ONNX Runtime's on the CPU can.
         """
         self.target.use.check_open()
-        target, drafter = self.target.fork(), None
-        if self.drafter:
-            drafter = self.drafter.fork(target if self.drafter.cache is self.target.cache else None)
+        target, drafter = forked(self.target, self.drafter)
         length: int | Auto = "auto" if self.length.adapts else self.draft_length
         fork = type(self)(target, drafter, self.tokenizer, length, self.length.lookups is not None)
         fork._schemas = self._schemas
@@ -210,30 +183,21 @@ class SpeculativeDecoder:
         The arguments and errors are those of `generate`.
         """
         self.target.use.check_open()
-        max_new_tokens, logprobs = require_new_tokens(max_new_tokens), require_logprobs(logprobs)
         check_sampling(sampling, self.target.manifest.vocab_size)
-        if stop:
-            require_tokenizer(self.tokenizer)
-        token_ids = self.encode(
-            prompt,
-            chat=chat,
-            tools=tools,
-            template_args=template_args,
-            chat_template=chat_template,
-            continue_final_message=continue_final_message,
-        )
+        options = ChatOptions(chat_template, tools, template_args or {}, continue_final_message)
+        token_ids = encode_prompt(prompt, self.target, self.tokenizer, chat, options)
         rounds = decode_rounds(
             self.target,
             self.drafter,
             token_ids,
-            max_new_tokens=max_new_tokens,
-            draft_length=self._length_for(sampling),
+            max_new_tokens=require_new_tokens(max_new_tokens),
+            draft_length=length_for(self.length, sampling),
             sampling=sampling,
-            logprobs=logprobs,
-            keep_prefix=not _must_repeat_itself(sampling),
+            logprobs=require_logprobs(logprobs),
+            keep_prefix=not sampling.must_repeat_itself,
             constraint=None if json_schema is None else self._schemas.constraint(json_schema),
         )
-        return Stream(self._watched(rounds), self.tokenizer, stop, lambda: self._alarm.collapse)
+        return Stream(self._alarm.watch(rounds), self.tokenizer, stop, lambda: self._alarm.collapse)
 
     def encode(
         self,
@@ -251,9 +215,7 @@ class SpeculativeDecoder:
             VocabtrimError: They are none, or leave no room in the context.
         """
         options = ChatOptions(chat_template, tools, template_args or {}, continue_final_message)
-        token_ids = prompt_token_ids(prompt, self.tokenizer, chat, options)
-        check_prompt(token_ids, self.target, self.tokenizer)
-        return token_ids
+        return encode_prompt(prompt, self.target, self.tokenizer, chat, options)
 
     def check_json_schema(self, schema: Mapping[str, Any] | bool) -> None:
         """Check that `generate` can apply a schema, before anything is read.
@@ -283,29 +245,5 @@ class SpeculativeDecoder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
-
-    def _length_for(self, sampling: SamplingParams) -> DraftLength:
-        """Returns the draft length for `sampling`.
-
-        Where a seed promises the same text, neither measured times nor what was learnt from earlier texts may count.
-        """
-        if not self.length.adapts or not _must_repeat_itself(sampling):
-            return self.length
-        return self.length.afresh(SEEDED_COSTS)
-
-    def _watched(self, rounds: Generator[Round, None, None]) -> Generator[Round, None, None]:
-        """Pass `rounds` on, with a warning once acceptance collapses."""
-        with closing(rounds):
-            for entry in rounds:
-                if collapse := self._alarm.observe(entry):
-                    logging.getLogger("runtime").warning("%s", collapse)
-                yield entry
-
-
-def _must_repeat_itself(sampling: SamplingParams) -> bool:
-    """Whether a seed promises the same text each time: then nothing of earlier texts may change how logits round."""
-    return not sampling.is_greedy and sampling.seed is not None

@@ -51,6 +51,18 @@ def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, chat: bool, op
         raise VocabtrimError(f"a prompt is text, a list of messages, or token ids; got {_kind(given)}") from error
 
 
+def encode_prompt(
+    prompt: Prompt, target: Engine, tokenizer: Tokenizer | None, chat: bool, options: ChatOptions
+) -> list[int]:
+    """Turn a prompt into token ids that the target can read.
+
+    The arguments are those of `prompt_token_ids`, and the target's engine; the errors are also those of `check_prompt`.
+    """
+    token_ids = prompt_token_ids(prompt, tokenizer, chat, options)
+    check_prompt(token_ids, target, tokenizer)
+    return token_ids
+
+
 def check_prompt(token_ids: Sequence[int], target: Engine, tokenizer: Tokenizer | None) -> None:
     """Check that the target can read a prompt.
 

@@ -14,6 +14,7 @@ from engines.bundle.tokenizer import TextStream, Tokenizer
 from engines.errors import VocabtrimError
 from runtime.alarm import Collapse
 from runtime.logprobs import TokenLogprob
+from runtime.prompt_tokens import require_tokenizer
 from runtime.round import FinishReason, Round
 from runtime.stats import Stats, summarize
 from runtime.stop_strings import StopStrings
@@ -85,7 +86,7 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
         self._past: list[Round] = []
         self._collapse = collapse
         self._decoded = tokenizer.stream() if tokenizer else None
-        self._decoded_whole = tokenizer.stream(skip_special_tokens=False) if tokenizer and stop else None
+        self._decoded_whole = require_tokenizer(tokenizer).stream(skip_special_tokens=False) if stop else None
         self._stop = StopStrings(stop)
         self._ready: deque[Token] = deque()  # tokens of the last round that were not given out yet
         self._text = ""  # of all rounds so far

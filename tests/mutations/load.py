@@ -22,9 +22,9 @@ LOAD = (
     Mutation(
         "Decoders over one pair of loaded weights do not meet",
         "a fork's drafter shares the cache of its origin's target",
-        "runtime/decoder.py",
-        "self.drafter.fork(target if",
-        "self.drafter.fork(self.target if",
+        "runtime/loading.py",
+        "drafter.fork(own if",
+        "drafter.fork(target if",
         f"{LOAD_TESTS} -k caches",
     ),
     Mutation(
@@ -38,8 +38,8 @@ LOAD = (
     Mutation(
         "Decoders over one pair of loaded weights do not meet",
         "a fork's drafter has a cache of its own, where its origin's shares the target's",
-        "runtime/decoder.py",
-        "if self.drafter.cache is self.target.cache else None",
+        "runtime/loading.py",
+        "if drafter.cache is target.cache else None",
         "if False else None",
         f"{LOAD_TESTS} -k caches",
     ),
@@ -95,7 +95,7 @@ LOAD = (
         "Nothing of a former generation is left",
         "sampling with a seed goes on from what the cache holds",
         "runtime/decoder.py",
-        "keep_prefix=not _must_repeat_itself(sampling),",
+        "keep_prefix=not sampling.must_repeat_itself,",
         "keep_prefix=True,",
         KEPT,
     ),
@@ -126,7 +126,7 @@ LOAD = (
     Mutation(
         "Memory is flat",
         "a decoder keeps what its streams were made of",
-        "runtime/decoder.py",
+        "runtime/alarm.py",
         "        with closing(rounds):",
         '        self.__dict__.setdefault("kept", []).append(rounds)\n        with closing(rounds):',
         f"{LOAD_TESTS} -k soak",
@@ -167,9 +167,8 @@ LOAD = (
         "Collapsed acceptance is said, once",
         "it forgets with each generation",
         "runtime/decoder.py",
-        "self._alarm.observe(entry)",
-        '(setattr(self, "_alarm", AcceptanceAlarm(self.target.manifest)) if entry.is_prefill else None)'
-        " or self._alarm.observe(entry)",
+        "self._alarm.watch(rounds)",
+        '(setattr(self, "_alarm", AcceptanceAlarm(self.target.manifest)) or self._alarm).watch(rounds)',
         ALARM_TESTS,
     ),
     Mutation(
