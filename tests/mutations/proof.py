@@ -242,7 +242,7 @@ PROOF = (
     Mutation(
         "MXFP4 experts are the weights that they stand for",
         "the high nibble is the first number of a byte",
-        "vocabtrim_export/sources/quantized_checkpoints.py",
+        "vocabtrim_export/sources/packed_weights.py",
         "torch.stack([packed & 15, packed >> 4], -1)",
         "torch.stack([packed >> 4, packed & 15], -1)",
         "tests/vocabtrim_export/test_quantized_weights.py -k mxfp4_experts",
@@ -251,7 +251,7 @@ PROOF = (
         "A checkpoint that mixes kinds of quantisation is refused",
         "tensors of another kind pass as they are",
         "vocabtrim_export/sources/quantized_checkpoints.py",
-        "if parts[part].dtype in _PACKED_DTYPES:",
+        "if tensor.dtype in _PACKED_DTYPES:",
         "if False:",
         "tests/vocabtrim_export/test_quantized_weights.py -k mixed",
     ),
@@ -266,7 +266,7 @@ PROOF = (
     Mutation(
         "A quantised checkpoint is read as what it stands for, or refused",
         "groups are of one size whatever the config says",
-        "vocabtrim_export/sources/quantized_checkpoints.py",
+        "vocabtrim_export/sources/packed_weights.py",
         "isinstance(size, int) and size > 0 and count > 1",
         "False",
         "tests/vocabtrim_export/test_quantized_weights.py",

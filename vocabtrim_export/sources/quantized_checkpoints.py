@@ -4,10 +4,10 @@ Four forms are read from safetensors: GPTQ, AWQ (its GEMM layout), compressed-te
 matrix equals the quantised model's row, so rows can be cut from it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,14 +16,16 @@ from torch import Tensor
 from engines.errors import VocabtrimError
 from vocabtrim_export.progress import BytesDone
 from vocabtrim_export.sources.mapped import Hold
+from vocabtrim_export.sources.packed_weights import PARTS, QUANTISED, READERS, Parts, mxfp4
 from vocabtrim_export.sources.weight_files import tensor_dtypes
 
 _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 _MXFP4 = "mxfp4"
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the numbers of 4 bits; the highest bit is the sign
 _BLOCKS, _SCALES = "_blocks", "_scales"
-Parts: TypeAlias = Mapping[str, Tensor]  # the tensors of one matrix, by the last part of their names
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the columns that the nibbles of a number hold, from the lowest on
+_PACKED_DTYPES = (
+    *(torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
+)
 
 
 def is_quantized(spec: str, files: Iterable[Path], quantization: Mapping[str, Any]) -> bool:
@@ -40,7 +42,7 @@ def is_quantized(spec: str, files: Iterable[Path], quantization: Mapping[str, An
     if not any(dtype in _PACKED for file in files for dtype in tensor_dtypes(file)):
         return False
     method = quantization.get("quant_method")
-    if method not in (*_READERS, _MXFP4):
+    if method not in (*READERS, _MXFP4):
         raise VocabtrimError(
             f"{spec} is quantised by {method or 'an unnamed method'}, which is not read (GPTQ, AWQ, "
             "compressed-tensors, fp8 and mxfp4 are): give its unquantised weights or a .gguf file"
@@ -77,25 +79,12 @@ def dense_weights(
     done, total = accumulate(sizes), sum(sizes)
     for module, parts in modules.items():
         packed = _packed_names(parts, method)
-        try:
-            for name in packed:
-                weight = (
-                    _mxfp4(parts[name + _BLOCKS], parts[name + _SCALES], dtype)
-                    if method == _MXFP4
-                    else _READERS[method](parts, quantization)
-                )
-                dense[f"{module}.{name}"] = hold(weight.to(dtype))
-        except (KeyError, RuntimeError, IndexError) as error:
-            raise VocabtrimError(f"the quantised weights of {module} are not understood: {error}") from error
-        used = {name + end for name in packed for end in (_BLOCKS, _SCALES)} | (_PARTS if packed else frozenset())
-        for part in parts.keys() - used:
-            if parts[part].dtype in _PACKED_DTYPES:
-                kind = str(parts[part].dtype).removeprefix("torch.")
-                raise VocabtrimError(
-                    f"a checkpoint of mixed quantisation is not read: {module}.{part} is {kind}, which is no part of a "
-                    f"weight that is quantised by {method}; give its unquantised weights or a .gguf file"
-                )
-            dense[f"{module}.{part}"] = parts[part]
+        for name in packed:
+            dense[f"{module}.{name}"] = hold(_dense_weight(module, name, parts, quantization, dtype).to(dtype))
+        used = {name + end for name in packed for end in (_BLOCKS, _SCALES)} | (PARTS if packed else frozenset())
+        others = {f"{module}.{part}": parts[part] for part in parts.keys() - used}
+        _check_unpacked(others, method)
+        dense |= others
         progress(next(done), total)
     return dense
 
@@ -115,156 +104,30 @@ def _packed_names(parts: Parts, method: str) -> list[str]:
     """Returns the names of the dense weights that the parts of one module stand for."""
     if method == _MXFP4:
         return [part.removesuffix(_BLOCKS) for part in parts if part.endswith(_BLOCKS)]
-    return ["weight"] if _QUANTISED & parts.keys() else []
+    return ["weight"] if QUANTISED & parts.keys() else []
 
 
-def unpack(packed: Tensor, bits: int, axis: int) -> Tensor:
-    """Unpack int32 numbers to 32 / bits numbers each along `axis`, from the lowest bits on. Returns int32."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    parts = (packed.unsqueeze(axis + 1) >> shifts.view(-1, *[1] * (packed.ndim - axis - 1))) & ((1 << bits) - 1)
-    return parts.flatten(axis, axis + 1)
+def _dense_weight(module: str, name: str, parts: Parts, quantization: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+    """Returns the dense weight `name` of a module, in `dtype` or in float32."""
+    method = str(quantization["quant_method"])
+    try:
+        if method == _MXFP4:
+            return mxfp4(parts[name + _BLOCKS], parts[name + _SCALES], dtype)
+        return READERS[method](parts, quantization)
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise VocabtrimError(f"the quantised weights of {module} are not understood: {error}") from error
 
 
-def _gptq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
-    """Dequantise GPTQ's qweight: [in / n, out].
+def _check_unpacked(tensors: Mapping[str, Tensor], method: str) -> None:
+    """Check that the tensors, which are no part of a quantised weight, are not quantised in another form.
 
-    There are zero points (stored less one) and scales for each group of inputs.
+    Raises:
+        VocabtrimError: One is.
     """
-    layout = quantization.get("checkpoint_format", "gptq")
-    if layout not in ("gptq", "gptq_v2") or parts["qweight"].dtype != torch.int32:
-        kind = str(parts["qweight"].dtype).removeprefix("torch.")
-        raise VocabtrimError(
-            f"of GPTQ checkpoints the layouts gptq and gptq_v2 in int32 are read, this is {layout} in {kind}: give the "
-            "unquantised weights"
-        )
-    bits = _bits(quantization.get("bits"))
-    values, scales = unpack(parts["qweight"], bits, 0), parts["scales"].float()
-    zeros = unpack(parts["qzeros"], bits, 1)[:, : scales.shape[1]]
-    if layout == "gptq":
-        zeros = (zeros + 1) & ((1 << bits) - 1)
-    size = quantization.get("group_size")
-    groups = parts["g_idx"].long() if "g_idx" in parts else _groups(len(values), len(scales), size)
-    weight: Tensor = ((values - zeros[groups]).float() * scales[groups]).T
-    return weight.contiguous()
-
-
-def _awq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
-    """Dequantise AWQ's qweight: [in, out / 8], its columns shuffled within each 8."""
-    if (
-        quantization.get("bits", quantization.get("w_bit")) != 4
-        or str(quantization.get("version", "gemm")).lower() != "gemm"
-    ):
-        raise VocabtrimError("of AWQ checkpoints only the 4-bit GEMM layout is read: give the unquantised weights")
-    place = torch.tensor(_AWQ_ORDER).argsort()
-    scales = parts["scales"].float()
-    values, zeros = (
-        unpack(parts[name], 4, 1).unflatten(1, (-1, 8))[..., place].flatten(1) for name in ("qweight", "qzeros")
-    )
-    groups = _groups(len(values), len(scales), quantization.get("group_size", quantization.get("q_group_size")))
-    weight: Tensor = ((values - zeros[groups]).float() * scales[groups]).T
-    return weight.contiguous()
-
-
-def _compressed(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
-    """Dequantise the weight of compressed-tensors.
-
-    It is weight_packed: [out, in / n], unsigned, or weight: int8 or float8 [out, in]; the scales are [out, groups], or
-    one for each block of rows and columns.
-    """
-    if quantization.get("transform_config"):
-        raise VocabtrimError("weights that are rotated (transform_config) are not read: give the unquantised ones")
-    scales = parts["weight_scale"].float()
-    if "weight_packed" in parts:
-        bits = _bits(_of_weights(quantization, "num_bits"))
-        offset, columns = 1 << (bits - 1), int(parts["weight_shape"][1])
-        values = (unpack(parts["weight_packed"], bits, 1)[:, :columns] - offset).float()
-        zeros = parts.get("weight_zero_point")
-        if zeros is not None and zeros.dtype == torch.int32:
-            zeros = unpack(zeros, bits, 0)[: len(values)] - offset
-    else:
-        values, zeros = parts["weight"].float(), parts.get("weight_zero_point")
-    if scales.ndim < 2:
-        scales = scales.reshape(-1, 1)
-    block = _of_weights(quantization, "block_structure")
-    height, width = block if isinstance(block, list) else (None, _of_weights(quantization, "group_size"))
-    rows = _groups(len(values), len(scales), height)[:, None]
-    groups = _groups(values.shape[1], scales.shape[1], width)
-    if "weight_g_idx" in parts and int(parts["weight_g_idx"].min()) >= 0:
-        groups = parts["weight_g_idx"].long()
-    shift = 0.0 if zeros is None else zeros.float().reshape(len(zeros), -1).expand_as(scales)[rows, groups]
-    weight: Tensor = (values - shift) * scales[rows, groups]
-    return weight
-
-
-def _fp8(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
-    """Dequantise weight: float8 [out, in] by its scale: one number, or one for each block of rows and columns."""
-    values, scales = parts["weight"].float(), parts["weight_scale_inv"].float()
-    height, width = quantization.get("weight_block_size") or (None, None)
-    scales = scales.reshape(-1, 1) if scales.ndim < 2 else scales
-    rows, columns = _groups(len(values), len(scales), height), _groups(values.shape[1], scales.shape[1], width)
-    weight: Tensor = values * scales[rows[:, None], columns]
-    return weight
-
-
-_READERS: dict[str, Callable[[Parts, Mapping[str, Any]], Tensor]] = {
-    "awq": _awq,
-    "compressed-tensors": _compressed,
-    "fp8": _fp8,
-    "gptq": _gptq,
-}
-_QUANTISED = frozenset({"qweight", "weight_packed", "weight_scale", "weight_scale_inv"})
-_PACKED_DTYPES = (
-    *(torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32),
-    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
-)
-_PARTS = frozenset(
-    {"qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed", "weight_shape", "weight_scale"}
-    | {"weight_scale_inv", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point", "activation_scale"}
-)
-
-
-def _mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the weights of experts, [experts, in, out], expert by expert.
-
-    Args:
-        blocks: uint8[experts, out, in / 32, 16]: two numbers a byte, the first in the low nibble.
-        scales: uint8[experts, out, in / 32]: exponents of 2, 127 more than they are.
-        dtype: The dtype of the weights, in which every product of such a number and scale is exact, but for float16.
-    """
-    if blocks.shape[:-1] != scales.shape or blocks.shape[-1] != 16:
-        raise IndexError(f"blocks {list(blocks.shape)} and scales {list(scales.shape)} do not belong together")
-    numbers = torch.tensor([*_FP4, *(-number for number in _FP4)])
-
-    def decoded(packed: Tensor, exponents: Tensor) -> Tensor:
-        nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
-        return torch.ldexp(numbers[nibbles.long()], exponents.int()[..., None] - 127).flatten(-2).T
-
-    return torch.stack([decoded(*expert).to(dtype) for expert in zip(blocks, scales, strict=True)])
-
-
-def _bits(bits: Any) -> int:
-    if isinstance(bits, list) and bits:
-        raise VocabtrimError(
-            f"a checkpoint of mixed quantisation, of {bits} bits, is not read: give its unquantised weights"
-        )
-    if bits not in (4, 8):
-        raise VocabtrimError(f"weights of {bits} bits are not read, only those of 4 and 8: give the unquantised ones")
-    return int(bits)
-
-
-def _of_weights(quantization: Mapping[str, Any], name: str) -> Any:
-    """Returns the setting of compressed-tensors' groups of layers for their weights; a list where the groups differ."""
-    values = [group["weights"].get(name) for group in quantization.get("config_groups", {}).values()]
-    return values[0] if values and all(value == values[0] for value in values) else values
-
-
-def _groups(columns: int, count: int, size: Any = None) -> Tensor:
-    """Returns int64[columns], the group of each input: `count` groups of `size`.
-
-    Without a size all groups but the last are equal.
-    """
-    size = size if isinstance(size, int) and size > 0 and count > 1 else -(-columns // count)
-    if -(-columns // size) != count:
-        raise IndexError(f"{count} groups of {size} do not make {columns}")
-    groups: Tensor = torch.arange(columns) // size
-    return groups
+    for name, tensor in tensors.items():
+        if tensor.dtype in _PACKED_DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise VocabtrimError(
+                f"a checkpoint of mixed quantisation is not read: {name} is {kind}, which is no part of a "
+                f"weight that is quantised by {method}; give its unquantised weights or a .gguf file"
+            )
