@@ -1,4 +1,4 @@
-"""How many tokens to calibrate on, and whose: acceptance by K, source and domain, on prompts that chose nothing.
+"""Measure acceptance by K, calibration tokens, source and domain, on prompts that no calibration read.
 
 python benchmarks/calibration_table.py --model MODEL --target DIR --drafter DIR --drafter-alone DIR
     --prompts NAME=FILE [NAME=FILE …] --output STEM
@@ -53,7 +53,7 @@ NEW_TOKENS = 128  # of a generation that is counted
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """What one source counted. tokens: How many. seconds: The time from the start of its counting."""
+    """Token counts from one source, `tokens` of them, `seconds` after the source's counting began."""
 
     source: str
     tokens: int
@@ -63,10 +63,10 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a head with K rows does on a domain's test prompts.
+    """The measured acceptance of a head with K rows on a domain's test prompts.
 
     Attributes:
-        source: Whose tokens chose the rows: "target", "drafter", "text", or "auto", the target's until
+        source: The text that chose the rows: "target", "drafter", "text", or "auto", the target's until
             `--calibration-tokens auto` stopped; "full head" for no trim.
         tokens: Tokens counted.
         k: Rows of the head.
@@ -191,7 +191,7 @@ def replayed(prompt: tuple[str, list[int]], target: Engine, drafter: Engine) -> 
 
 
 def finished(work: Path, source: str, tokens: int) -> Counted | None:
-    """What an earlier run counted."""
+    """Read the counts of an earlier run; None if there are none."""
     place = work / f"{source}-{tokens}.safetensors"
     if not place.exists():
         return None
@@ -260,7 +260,7 @@ def empty(source: Source) -> TokenCounts:
 
 
 def trimmed_rows(counted: Counted, k: int, texts: Sequence[Text], always: frozenset[int]) -> list[Row]:
-    """What a head of the K tokens that were counted most often does, on each domain and on all."""
+    """Measure a head of the K tokens that were counted most often, on each domain and on all."""
     full_vocab = counted.counts.full_vocab
     order, _ = kept_order(counted.counts, always, full_vocab, None)
     row_of = np.full(full_vocab, NEVER_KEPT)

@@ -1,4 +1,4 @@
-"""What trimming gains on this GPU, with ONNX Runtime's CUDA and random weights in the shapes of known models.
+"""Measure the gain of trimming on this GPU, on ONNX Runtime's CUDA, with random weights in shapes of known models.
 
 python benchmarks/gpu.py [--json FILE] [--bundles DIR]
 
@@ -89,7 +89,7 @@ def run(target: Engine, drafters: dict[str, Engine]) -> SweepReport:
 
 
 def agreement(target: Engine, drafter: Engine) -> list[int]:
-    """Of how many random prompts, which the drafter knows nothing of, the output is the target's own: [equal, all].
+    """Count random prompts whose output equals target-only decoding: [equal, all]. The drafter is a poor guess there.
 
     A verified block is not bit for bit a step of one token: where two logits nearly tie, one may differ.
     """

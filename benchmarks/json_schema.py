@@ -1,4 +1,4 @@
-"""What a JSON schema costs: microseconds of CPU time a mask, and tokens/s of a pair with the schema and without.
+"""Measure the cost of a JSON schema: CPU microseconds a mask, and tokens/s of a pair with the schema and without.
 
 Texts with the schema and without are generated in turns; the schema demands more than the tokens that are given.
 

@@ -1,4 +1,4 @@
-"""How far a quantised engine is from the weights that it stores, for dense models and mixtures of experts.
+"""Measure the error of quantised engines against the weights they store, for dense models and mixtures of experts.
 
     python benchmarks/quantized_error.py [--only NAME…]
 

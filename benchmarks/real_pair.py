@@ -1,4 +1,4 @@
-"""What a drafter gains on real weights: each one at fixed and adaptive draft lengths, on prompts of several domains.
+"""Measure the speed-up of drafters on real weights, at fixed and adaptive draft lengths, on prompts by domain.
 
 python benchmarks/real_pair.py --target DIR --drafter NAME=DIR [NAME=DIR …] --prompts NAME=FILE [NAME=FILE …]
     [--random-tokens] [--without-lookup] --output STEM

@@ -45,7 +45,7 @@ class Job:
 
 @dataclass(slots=True)
 class Tally:
-    """What the clients of one level saw."""
+    """Results of all clients at one level of load."""
 
     answers: int = 0
     left_early: int = 0

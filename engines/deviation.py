@@ -1,4 +1,4 @@
-"""How far a graph's output is from what its model computes, and how much of that rounding explains."""
+"""The difference between a graph's output and its model's, and the part of it that rounding explains."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the calls of an engine return."""
+"""The results of an engine's calls."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What the last `keep` fed positions predict. All arrays are valid until the engine's next `feed` or `draft`.
+    """Predictions after the last `keep` fed tokens. All arrays are valid until the engine's next `feed` or `draft`.
 
     Attributes:
         token_ids: int64[keep], the most likely next token of each position, as full-vocabulary ids.

@@ -18,7 +18,7 @@ MIN_TEMPERATURE = 1e-5  # below it float32 logits divide to infinity
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen: the rules on its logits, then temperature, top-k, top-p and min-p.
+    """Settings that choose the next token: rules on its logits, then temperature, top-k, top-p and min-p.
 
     The rules apply to greedy decoding as well. All are applied in transformers' order. Where a rule is None, the
     model's generation config decides, which the target's bundle holds.

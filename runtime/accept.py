@@ -1,4 +1,4 @@
-"""Which drafted tokens stay: the rules that make drafting lossless. Pure functions of numbers."""
+"""Accept or reject drafted tokens: the rules that make drafting lossless, as pure functions of numbers."""
 
 import math
 from collections.abc import Callable, Sequence

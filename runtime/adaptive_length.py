@@ -160,7 +160,7 @@ class AdaptiveLength:
         return self._drafted.value == 0 or self._drafted.value > self._plain_rate()
 
     def _must_measure_plain(self) -> bool:
-        """Whether drafting pays so little that this round should find out what one without a draft takes."""
+        """Returns whether drafting gains so little that this round should measure a round without a draft."""
         if self._drafted.value > _CLOSE * self._plain_rate() or self._drafted.value == 0:
             return False
         return not self._costs.knows_plain or self._rounds % _PLAIN_EVERY == 0

@@ -87,7 +87,7 @@ def find_collapse(rounds: Iterable[Round], drafter: Manifest) -> Collapse | None
 
 
 def is_collapse(accepted: int, coverage: float | None) -> bool:
-    """Whether so few of WINDOW first drafted tokens have a chance below FALSE_ALARM at the least rate that is sound."""
+    """Returns whether a sound pair accepts so few of WINDOW first drafted tokens with a chance below FALSE_ALARM."""
     rate = _LEAST_SHARE * (1.0 if coverage is None else coverage)
     few = sum(comb(WINDOW, count) * rate**count * (1 - rate) ** (WINDOW - count) for count in range(accepted + 1))
     return few < FALSE_ALARM

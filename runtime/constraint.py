@@ -10,7 +10,7 @@ from runtime.logit_rules import FORBIDDEN, Columns, LogitRules
 
 
 class Constraint(Protocol):
-    """Which tokens may come next: a state that follows the tokens of one generation.
+    """The set of tokens that may come next: a state that follows the tokens of one generation.
 
     An EOS is allowed exactly where the output may end; where it must end, nothing else is allowed.
     """

@@ -1,4 +1,4 @@
-"""How many tokens a round drafts: the interface that the loop asks, and a fixed number."""
+"""The number of tokens that a round drafts: the interface that the loop calls, and a fixed number."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from runtime.shares import Shares
 
 @dataclass(frozen=True, slots=True)
 class RoundPlan:
-    """What one round drafts.
+    """The plan for one round's draft.
 
     Attributes:
         looked_up: Tokens of the match to draft.
@@ -54,7 +54,7 @@ class DraftLength(Protocol):
         """
 
     def goes_on(self, confidence: float) -> bool:
-        """Whether to draft one more token.
+        """Returns whether to draft one more token.
 
         Args:
             confidence: The drafter's probability of its most likely token, at the token that was drafted last.

@@ -16,7 +16,7 @@ from runtime.rules import Rule
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What one round proposes.
+    """The tokens that one round proposes.
 
     Attributes:
         tokens: The drafted tokens that can be used; none where the target decodes alone.

@@ -1,4 +1,4 @@
-"""How much of a prompt the KV caches of a pair hold already, from the text that they decoded before."""
+"""Reuse of the tokens that a prompt shares with the text before, which the KV caches of a pair hold already."""
 
 from collections.abc import Sequence
 

@@ -15,7 +15,7 @@ FORBIDDEN = np.float32(-np.inf)
 
 
 class Columns:
-    """Where token ids stand in a head's logits: float32[width], column i is token i or `kept_token_ids[i]`."""
+    """The columns of token ids in a head's logits, float32[width]: column i is token i or `kept_token_ids[i]`."""
 
     def __init__(self, width: int, head_tokens: HeadTokens | None = None) -> None:
         self.width, self._head_tokens = width, head_tokens

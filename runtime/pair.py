@@ -1,4 +1,4 @@
-"""Whether two engines belong together, and how far one may draft for the other."""
+"""Check that two engines belong together, and choose how far one may draft for the other."""
 
 from typing import Literal
 
@@ -52,7 +52,7 @@ def resolve_draft_length(target: Engine, drafter: Engine | None, draft_length: i
 def make_draft_length(
     target: Engine, drafter: Engine | None, draft_length: int | Auto | None, prompt_lookup: bool = True
 ) -> DraftLength:
-    """How long drafts are.
+    """Choose the draft length of a pair.
 
     Args:
         target: The engine that verifies.

@@ -1,4 +1,4 @@
-"""Where a round's time goes: NVTX ranges for Nsight Systems, a Chrome trace for Perfetto, or nothing at all.
+"""Record the spans of each round: as NVTX ranges for Nsight Systems, as a Chrome trace for Perfetto, or not at all.
 
 `with profiler.span("draft", track=DRAFTER, tokens=4): …`. A span's name is its phase, one of `PHASES` or "round"; its
 payload is numbers that are known when it begins. "catch_up" is the drafter's reading of what it has not seen yet,

@@ -92,7 +92,7 @@ def check_prompt(token_ids: Sequence[int], target: Engine, tokenizer: Tokenizer 
 
 
 def _is_no_message(prompt: Any) -> bool:
-    """Whether a list begins with something that is neither a message nor a token id."""
+    """Returns whether a list begins with something that is neither a message nor a token id."""
     if isinstance(prompt, str) or not len(prompt):
         return False
     first = prompt[0]

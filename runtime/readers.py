@@ -1,4 +1,4 @@
-"""How a drafter catches up with the text: by its tokens alone, or by the target's features as well."""
+"""Feed a drafter the text that it has not read: tokens alone, or with the target's features."""
 
 from collections.abc import Sequence
 

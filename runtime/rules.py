@@ -1,4 +1,4 @@
-"""How a round proposes tokens and judges them: greedily, by sampling, or by a number given beforehand."""
+"""Rules to propose and accept tokens: greedy, sampled, or a number of accepted tokens that is set beforehand."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -17,7 +17,7 @@ from runtime.sampling import distribution, largest_probability, sample
 
 
 class Rule(Protocol):
-    """How a draft is proposed and judged."""
+    """A rule to propose a round's tokens and to accept them."""
 
     @property
     def runs_on_device(self) -> bool:
@@ -159,7 +159,7 @@ class Sampled:
 
 
 class DrafterHead:
-    """Which tokens the rows of a drafter's head are.
+    """The tokens of the rows of a drafter's head.
 
     Rows of tokens that the target lacks (padding) can never be accepted: `columns` leaves them out. Slots are filled
     from the target's text alone.

@@ -1,4 +1,4 @@
-"""From logits to probabilities to one token, without sorting the vocabulary."""
+"""Turn logits into probabilities and draw a token, without sorting the vocabulary."""
 
 import math
 

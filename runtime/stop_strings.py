@@ -61,7 +61,7 @@ class StopStrings:
         return released
 
     def _beginning(self, text: str) -> int:
-        """How many characters at the end of `text` a stop string begins with."""
+        """Returns the number of characters at the end of `text` that begin a stop string."""
         lengths = (
             length
             for string in self._stop

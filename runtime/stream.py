@@ -37,7 +37,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What was generated, without the prompt.
+    """A finished text, without its prompt.
 
     Attributes:
         text: The text without special tokens and without the stop string; "" where the decoder has no tokenizer.

@@ -1,4 +1,4 @@
-"""Whether other tools open the graphs that an export writes."""
+"""Open the graphs that an export writes with other tools."""
 
 from pathlib import Path
 

@@ -15,7 +15,7 @@ from vocabtrim_export.trt.settings import TensorRTSettings
 
 @dataclass(frozen=True, slots=True)
 class ExportSettings:
-    """How to export; the command line's options have the same names.
+    """Settings of an export; the command line's options have the same names.
 
     Attributes:
         k: Rows of the drafter's head: a number, a `Coverage` of the held-out calibration tokens, or "auto": the number

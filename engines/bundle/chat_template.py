@@ -17,7 +17,7 @@ _PROBE, _ARGUMENT = "vocabtrim probe", "vocabtrim_argument"
 
 @dataclass(frozen=True, slots=True)
 class ChatOptions:
-    """How a conversation becomes a prompt.
+    """Settings for rendering a conversation as a prompt.
 
     Attributes:
         template: The name of one of the model's templates; None: "tool_use" where `tools` are given and the model has
@@ -192,7 +192,7 @@ def _open_content(content: Any) -> tuple[str, Any]:
 
 
 def _shows_keys(text: str) -> bool:
-    """Whether the template wrote a list of parts out as Python or JSON instead of reading it."""
+    """Returns whether the template printed a list of parts as Python or JSON instead of reading the parts."""
     return any(f"{quote}type{quote}" in text for quote in "'\"")
 
 

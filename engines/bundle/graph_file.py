@@ -147,7 +147,7 @@ def _stored(tensor: Any, path: Path) -> StoredTensor:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether `name` names a file of a directory itself, not one below or outside it."""
+    """Returns whether `name` is a plain file name: no path separator, not "." or ".."."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 

@@ -54,7 +54,7 @@ class HeadRows:
         self._size = self._check_shapes(len(token_ids), path)
 
     def holds(self, hidden: int) -> bool:
-        """Whether the rows are those of a model with this hidden size."""
+        """Returns whether the rows fit a model with this hidden size."""
         return 0 <= self._size - hidden < self._block
 
     def read(self, token_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

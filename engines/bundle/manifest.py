@@ -62,7 +62,7 @@ class FileDigest:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a bundle holds, as kept in `vocabtrim.json`.
+    """The description of a bundle, as kept in `vocabtrim.json`.
 
     Attributes:
         role: "target" or "drafter".
@@ -140,7 +140,7 @@ class Manifest:
 
     @property
     def interface(self) -> Interface:
-        """What the bundle's graph reads, which decides how it is run.
+        """The kind of inputs that the bundle's graph reads, which decides the engine that runs it.
 
         "language-model": tokens. "feature-head": tokens and hidden states, which `features.onnx` makes of the target's
         features where there is such a file. "parallel-heads": the target's features alone, with no KV cache.
@@ -156,7 +156,7 @@ class Manifest:
 
     @property
     def head_rows_quantization(self) -> str:
-        """How `head_rows.safetensors` stores its rows: as the head has them, for TensorRT dequantised ("none")."""
+        """The quantisation of the rows in `head_rows.safetensors`: the head's own; for TensorRT, "none"."""
         return "none" if self.tensorrt else self.quantization
 
     @property

@@ -1,4 +1,4 @@
-"""What the manifest of a bundle of `--format trt` states about its TensorRT plans."""
+"""The part of a manifest that describes TensorRT plans, in bundles of `--format trt`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +26,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class TensorRT:
-    """What a bundle of `--format trt` holds in addition to the graph.
+    """The TensorRT plans of a bundle of `--format trt`.
 
     Attributes:
         flavor: The library that built the plans; "none": there are only graphs.

@@ -115,7 +115,7 @@ def _depth(value: Any) -> int:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether `value` is a string without lone surrogates, which JSON can escape but no file name or hash takes."""
+    """Returns whether `value` is a string without lone surrogates, which no file name and no hash can hold."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 

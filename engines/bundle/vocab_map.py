@@ -21,7 +21,7 @@ MAX_VOCAB = 1 << 24  # far beyond any tokenizer; nothing is allocated for more
 
 
 class HeadTokens(Protocol):
-    """Which token each row of an LM head is: a `VocabMap`, or one with rows that change."""
+    """The interface to the token of each row of an LM head; `VocabMap` has fixed rows, slots change theirs."""
 
     @property
     def kept_token_ids(self) -> NDArray[np.int64]:

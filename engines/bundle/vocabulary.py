@@ -1,4 +1,4 @@
-"""What each token id means, and which ids two models share."""
+"""The meaning of token ids, and the ids that two models share."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""How fast a GPU reads and writes its memory."""
+"""Measure the memory bandwidth of a GPU."""
 
 from contextlib import ExitStack
 

@@ -60,7 +60,7 @@ def check(result: tuple[Any, ...], asked: int = 0) -> Any:
 
 
 def has_device() -> bool:
-    """Whether there is an NVIDIA GPU that CUDA can use."""
+    """Returns whether there is an NVIDIA GPU that CUDA can use."""
     try:
         return bool(check(runtime().cudaGetDeviceCount()))
     except VocabtrimError:

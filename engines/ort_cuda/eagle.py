@@ -61,7 +61,7 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
         return replace(speculation, verified=verified)
 
     def has_given(self, first: int, count: int) -> bool:
-        """Whether `features` starts with those of token number `first`, and the cache ends `count` tokens after it."""
+        """Returns whether `features` starts at token number `first`, and the cache ends `count` tokens after it."""
         return self._given_from == first and first + count == self.length
 
     def bind_model(self, places: Mapping[str, Place], token_ids: Place) -> BoundModel:

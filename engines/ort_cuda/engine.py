@@ -114,7 +114,7 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         return open_cuda_graph(stored, self.stream)
 
     def knows(self, target: "OnnxRuntimeCudaEngine", unread: int) -> bool:  # noqa: ARG002
-        """Whether everything that this drafter needs to draft for `target` after `unread` tokens is on the device."""
+        """Returns whether all that this drafter needs to draft after `unread` tokens of `target` is on the device."""
         return True
 
     def catch_up(self, token_ids: Sequence[int] | NDArray[np.int64]) -> Sequence[int] | NDArray[np.int64]:

@@ -76,7 +76,7 @@ def open_cuda_graph(model: bytes, stream: cuda.CudaStream) -> ort.InferenceSessi
 
 
 def can_be_captured(session: ort.InferenceSession) -> bool:
-    """Whether runs of `session` can be in a CUDA graph."""
+    """Returns whether runs of `session` can be captured in a CUDA graph."""
     options: dict[str, str] = session.get_provider_options().get(PROVIDER, {})
     return options.get("enable_cuda_graph") == "1"
 

@@ -52,7 +52,7 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What all profiles of an executor share.
+    """The objects that all profiles of an executor share.
 
     Attributes:
         library: The library that runs the plans.
@@ -201,7 +201,7 @@ class BoundProfile:
             raise RuntimeError(f"{self._shared.library.name} does not take {what}: {self._shared.log.reason()}")
 
     def _is_capturable(self) -> bool:
-        """Whether the profile can be a CUDA graph. TensorRT-RTX can tell; with TensorRT only the attempt shows it."""
+        """Returns False where TensorRT-RTX says that the profile cannot be a CUDA graph; TensorRT cannot say it."""
         ask = getattr(self._context, "is_stream_capturable", None)
         return ask is None or bool(ask(self._shared.stream.address))
 

@@ -1,4 +1,4 @@
-"""Whether a TensorRT plan can run here, and opening it."""
+"""Check that a TensorRT plan can run on this machine, and open it."""
 
 import mmap
 from pathlib import Path

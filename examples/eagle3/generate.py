@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the chat template puts before a user's only message, and between it and the answer."""
+    """Returns the chat template's text before a user's only message, and between the message and the answer."""
     messages = [{"role": "user", "content": MARK}]
     before, after = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(MARK)
     return before, after

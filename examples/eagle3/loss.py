@@ -13,8 +13,8 @@ CHUNK = 8192  # rows of logits held at once
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What the target says at every position. expected: float32 [rows, length, hidden], its unembedding rows averaged
-    by its probabilities p. best: int64 [rows, length]. valid: bool [rows, length], the next token is in an answer;
+    """The target's predictions at every position. expected: float32 [rows, length, hidden], unembedding rows averaged
+    by the probabilities p. best: int64 [rows, length]. valid: bool [rows, length], the next token is in an answer;
     the other two are 0 elsewhere."""
 
     expected: Tensor

@@ -18,7 +18,7 @@ Cache = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What config.json says of a Llama; the head has the same sizes."""
+    """Sizes of a Llama from its config.json; the head has the same sizes."""
 
     hidden: int
     intermediate: int
@@ -39,7 +39,7 @@ class Sizes:
 
 
 def read_sizes(config: dict) -> Sizes:
-    """Of a parsed config.json. SystemExit where this example does not cover the architecture."""
+    """Read the sizes from a parsed config.json. SystemExit where this example does not cover the architecture."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     plain = rope.get("rope_type", "default") == "default" and not config.get("attention_bias")
     if config.get("model_type") != "llama" or not plain or config.get("mlp_bias"):
@@ -147,7 +147,7 @@ class Target:
         return turned[:, : sizes.heads], turned[:, sizes.heads :], packed[:, sizes.heads + sizes.kv_heads :]
 
     def _finish(self, weights: dict[str, Tensor], x: Tensor, mixed: Tensor) -> Tensor:
-        """What follows attention: output projection, residual, MLP, residual."""
+        """Compute the part of a layer after attention: output projection, residual, MLP, residual."""
         x = x + F.linear(mixed.transpose(1, 2).reshape(*x.shape[:2], -1), weights["self_attn.o_proj"])
         gate, up = F.linear(self._rms(x, weights["post_attention_layernorm"]), weights["gate_up"]).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, weights["mlp.down_proj"])

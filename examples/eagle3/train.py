@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 @dataclass(slots=True)
 class TrainingState:
-    """What is done, earlier runs included. seconds: of training. tokens: read, padding not counted."""
+    """Progress, earlier runs included. seconds: time spent training. tokens: tokens read, without padding."""
 
     step: int = 0
     tokens: int = 0

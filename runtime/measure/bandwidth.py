@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the limit that decoding runs into."""
+"""Measure this machine's memory bandwidth: the limit of decoding."""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor

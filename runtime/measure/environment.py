@@ -1,4 +1,4 @@
-"""What a measurement ran on."""
+"""The machine and the library versions of a measurement."""
 
 import os
 import platform

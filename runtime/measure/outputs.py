@@ -34,7 +34,7 @@ def output_differences(
     baseline: Sequence[Sequence[TimedGeneration]],
     sampling: SamplingParams = GREEDY,
 ) -> tuple[OutputDifference, ...]:
-    """Where the tokens of `runs` are not those of `baseline`, target-only decoding; both by prompt, then by repeat.
+    """Find where the tokens of `runs` differ from `baseline`, target-only decoding; both by prompt, then by repeat.
 
     The target alone is asked, one token at a time, along every output that differs, so that what follows a near-tie is
     judged as well; `sampling` holds the rules that the runs followed. The target's cache is emptied.

@@ -1,4 +1,4 @@
-"""How long calls, drafts and rounds took, as percentiles over the runs of one mode."""
+"""Percentiles of the times of calls, drafts and rounds, over the runs of one mode."""
 
 from collections.abc import Sequence
 from typing import Literal

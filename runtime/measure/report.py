@@ -1,4 +1,4 @@
-"""What a bench reports: the figures of each mode, and what was measured on what."""
+"""The report of a bench: the figures of each mode, the settings and the machine."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -79,7 +79,7 @@ class ModeReport:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """What a benchmark measured.
+    """The result of a benchmark.
 
     Attributes:
         modes: The ways of decoding by name, "target_only" first.

@@ -23,7 +23,7 @@ Prompts = Sequence[Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class SweepSettings:
-    """What a sweep combines.
+    """The settings of a sweep: every combination is measured.
 
     Attributes:
         draft_lengths: Values of γ; empty: 4, or fewer where the target verifies no more.
@@ -63,7 +63,7 @@ class SweepRow:
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
-    """What a sweep measured.
+    """The result of a sweep.
 
     Attributes:
         rows: One for each combination.

@@ -90,7 +90,7 @@ class Way:
 
     @property
     def length(self) -> DraftLength:
-        """What decides how long drafts are."""
+        """The object that decides how long drafts are."""
         return FixedLength(self.draft_length) if isinstance(self.draft_length, int) else self.draft_length
 
 

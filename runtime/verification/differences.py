@@ -1,4 +1,4 @@
-"""Where a text is not what a model would have chosen, and whether rounding explains it."""
+"""Find the tokens of a text that a model would not have chosen, and tell near-ties from errors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

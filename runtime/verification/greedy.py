@@ -89,7 +89,7 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
-        """No prompt is "different"."""
+        """True if no prompt's verdict is "different"."""
         return all(prompt.verdict != "different" for prompt in self.prompts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a model predicts after each token of a given text: teacher forcing."""
+"""Teacher forcing: a model's predictions after each token of a fixed text."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

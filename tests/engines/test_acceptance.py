@@ -193,7 +193,7 @@ def test_sampled_is_transformers_own_rule(monkeypatch, kept_share):
 
 @pytest.mark.parametrize(("vocab", "columns"), [(128_256, 32_768), (151_936, 151_936)])
 def test_a_large_vocabulary_is_sampled_at_the_right_point(vocab, columns):
-    """With sums in float32 the token found is the one at `u`, or so near to it that only rounding lies between."""
+    """Sums in float32 draw the token at `u`, or one so near to it that only rounding lies between."""
     rng = np.random.default_rng(0)
     kept = np.sort(rng.choice(vocab, columns, replace=False))
     graph = session(sampled_acceptance(vocab, None if columns == vocab else kept))

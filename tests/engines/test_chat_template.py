@@ -60,7 +60,7 @@ def templates(source):
 
 @pytest.fixture(scope="module")
 def expected():
-    """What transformers makes of it; None where it raises."""
+    """Returns the prompt that transformers renders; None where it raises."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -187,7 +187,7 @@ def test_a_round_on_the_device_is_the_stepwise_one(shared, draft_length, pair, m
 
 
 def host_round(target, drafter, unread, draft_length, params, uniforms):
-    """What the host's rules make of one round, step by step, with the same uniform numbers."""
+    """Run one round by the host's rules, step by step, with the same uniform numbers."""
     numbers = iter(float(number) for number in uniforms)
     scripted = SimpleNamespace(random=lambda: next(numbers))
     head_tokens, draft, q = drafter.head_tokens, [], []
@@ -455,7 +455,7 @@ def test_the_drafter_may_be_on_another_device(device, drafter_device, simulated,
 
 
 def test_rounds_of_a_few_lengths_and_repetitions_that_are_looked_up(pair, random_model, export_pair):
-    """With a drafter that agrees often, on the target's cache, and one that is never right and so rests."""
+    """Tried with a drafter that agrees often, on the target's cache, and with one that is never right and so pauses."""
     other = export_pair(random_model("llama", seed=1)).drafter
     prompts = (PROMPT, [9, 8, 7, 6] * 8, [3])
     with SpeculativeDecoder.load(pair.target) as alone:

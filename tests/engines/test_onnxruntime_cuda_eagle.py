@@ -107,7 +107,7 @@ def same(found, wanted):
 
 
 def test_steps_give_what_the_cpu_engines_give(pair, monkeypatch):
-    """In several parts, after rewinds, and from the hidden state that the last row left."""
+    """Drafts are equal in several parts, after rewinds, and from the hidden state that the last row left."""
     monkeypatch.setattr(ort_engine, "CHUNK", 8)
     chance = np.random.default_rng(1)
     ids, rows = chance.integers(2, 400, 80), chance.standard_normal((80, 192)).astype(np.float32)
@@ -155,7 +155,7 @@ def test_a_round_is_the_stepwise_one_after_any_number_of_accepted_tokens(draft_l
 
 
 def test_a_round_leaves_the_engines_as_steps_do(pair):
-    """With what the target gave, and the hidden state that the head's last draft step left."""
+    """The head reads the target's features, and the hidden state of its own last draft step."""
     with on_host(pair) as host, on_device(pair) as (*device, _):
         for target, head in (host, device):
             head.feed_features([*PROMPT[1:], 8], target.feed(PROMPT).features)
@@ -236,7 +236,7 @@ def call_next(functions, argument):
 
 
 def sampled_rounds(device, host, params, count):
-    """What rounds on the device and the host's rules make of some texts, with the same uniform numbers."""
+    """Decode some texts in rounds on the device and by the host's rules, with the same uniform numbers."""
     text = [*PROMPT]
     for number in range(count):
         for target, head in (device, host):

@@ -1,4 +1,4 @@
-"""What ONNX Runtime raises is one line, and nothing is printed beside it."""
+"""ONNX Runtime's errors become one line, and nothing is printed beside it."""
 
 import onnx
 import pytest

@@ -1,4 +1,4 @@
-"""Which tokens stand in slots, and the file that their rows come from."""
+"""The tokens that stand in slots, and the file that their rows come from."""
 
 from collections import OrderedDict
 

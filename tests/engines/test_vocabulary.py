@@ -1,4 +1,4 @@
-"""What an id means, and which ids two models share."""
+"""The meaning of token ids, and the ids that two models share."""
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models

@@ -24,7 +24,7 @@ MOST_SECONDS, MOST_MEMORY = 2.0, 2 << 30
 
 
 def attempt(target: str, data: bytes, directory: Path) -> str | None:
-    """Why this input is a finding, or None."""
+    """Returns why this input is a finding, or None."""
     function, name = TARGETS[target]
     path = directory / name
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""What reads files that anyone may have written, each as a function of such a file. Success or `VocabtrimError`."""
+"""The readers of untrusted files, each as a function of such a file, which returns or raises `VocabtrimError`."""
 
 import json
 from pathlib import Path

@@ -23,7 +23,7 @@ PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.f
 
 
 class Watch:
-    """What this process opens and starts while `is_on`; an audit hook cannot be removed."""
+    """Records the files and processes that this process opens while `is_on`; an audit hook cannot be removed."""
 
     def __init__(self):
         self.is_on, self.events = False, []

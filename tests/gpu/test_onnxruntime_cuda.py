@@ -1,4 +1,4 @@
-"""What only a GPU can prove of ONNX Runtime's CUDA: that it computes what the CPU does, as CUDA graphs too."""
+"""ONNX Runtime's CUDA on a GPU computes what the CPU does, as CUDA graphs too."""
 
 import numpy as np
 import onnx

@@ -1,4 +1,4 @@
-"""What only a GPU can prove of EAGLE heads on ONNX Runtime's CUDA."""
+"""EAGLE heads on ONNX Runtime's CUDA, on a GPU."""
 
 from contextlib import ExitStack, contextmanager
 

@@ -1,4 +1,4 @@
-"""What only a GPU can prove: that the plans compute what their graphs mean, as CUDA graphs too, and how fast."""
+"""TensorRT plans on a GPU compute what their graphs mean, as CUDA graphs too, and how fast."""
 
 import time
 
@@ -159,7 +159,7 @@ def test_an_unrolled_draft_is_the_stepwise_one(pair):
 
 
 def test_spans_read_one_cache(build, pair):
-    """What a short span wrote, a longer one reads, and the other way round."""
+    """A longer span reads what a short one wrote, and the other way round."""
     result = build(spans=(60,))
     text = np.array(PROMPT * 10)
     with load_engine(result.target, device="cuda") as engine, load_engine(pair.target, device="cuda") as whole:

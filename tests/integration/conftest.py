@@ -1,4 +1,4 @@
-"""What tests of whole exports compare with PyTorch."""
+"""Fixtures for tests that compare whole exports with PyTorch."""
 
 from pathlib import Path
 

@@ -80,7 +80,7 @@ def layer(tensors, hidden, embedded, normed_residual):
 
 @torch.no_grad()
 def sequential_drafts(tensors, model, text, allowed=None, steps=4, normed_residual=False):
-    """What the recurrence drafts after `text`, the last token of which the target has not read; all computed anew."""
+    """Draft after `text` by the recurrence, computed anew; the target has not read the last token of `text`."""
     states = model(torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states
     rows = torch.cat([states[i][0] for i in LAYERS], -1) @ tensors["fc.weight"].T
     head = tensors.get("lm_head.weight", model.lm_head.weight)
@@ -98,7 +98,7 @@ def sequential_drafts(tensors, model, text, allowed=None, steps=4, normed_residu
 
 
 def moves(target, head, prompt, **options):
-    """What each round of a generation drafted, and its new tokens."""
+    """Returns the draft of each round of a generation, and its new tokens."""
     drafts, propose = [], Drafting.propose
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Drafting, "propose", lambda *args: drafts.append(propose(*args)) or drafts[-1])

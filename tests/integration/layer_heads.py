@@ -48,7 +48,7 @@ def safeailab(tensors):
 
 
 def step(tensors, features, embedded, hidden_first=False):
-    """What the LM head reads of each row of one text: [rows, hidden] twice → [rows, hidden]."""
+    """Returns the input of the LM head for each row of one text: [rows, hidden] twice → [rows, hidden]."""
 
     def linear(name, x):
         return F.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
@@ -77,7 +77,7 @@ def step(tensors, features, embedded, hidden_first=False):
 
 @torch.no_grad()
 def sequential_drafts(tensors, model, text, allowed=None, steps=4, hidden_first=False):
-    """What the recurrence drafts after `text`, the last token of which the target has not read; all computed anew."""
+    """Draft after `text` by the recurrence, computed anew; the target has not read the last token of `text`."""
     rows = model.model(torch.tensor([text[:-1]])).last_hidden_state[0]
     embedding = tensors.get("embed_tokens.weight", model.model.embed_tokens.weight)
     head = tensors.get("lm_head.weight", model.lm_head.weight)

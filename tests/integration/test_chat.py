@@ -62,7 +62,7 @@ class Terminal:
 
     @property
     def shown(self):
-        """What was read so far; a read may end within a character."""
+        """The output so far; a read may end within a character."""
         return self._read.decode("utf-8", "replace").replace("\r\n", "\n")
 
     def type(self, text):
@@ -107,7 +107,7 @@ def terminal(pair):
 
 
 def conversation(decoder, lines, **how):
-    """What `chat` must print, by a decoder that gets all messages anew."""
+    """Returns what `chat` must print: the answers of a decoder that reads all messages anew."""
     messages, printed = [], ""
     for line in lines:
         messages.append({"role": "user", "content": line})

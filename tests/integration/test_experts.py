@@ -18,7 +18,7 @@ IDS = np.random.default_rng(3).integers(3, 400, 40)
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_quantized_experts_compute_what_their_blocks_stand_for(quantization, random_model, tmp_path):
-    """With inputs rounded to 8 bits, and the same bit for bit however many tokens a call reads."""
+    """Inputs are rounded to 8 bits, and the result is the same bit for bit however many tokens a call reads."""
     source = load_source(str(random_model("qwen2_moe")), DTYPES["fp32"])
     plan = BundlePlan("target", source, "fp32", quantization, context_length=128)
     write_bundle(tmp_path, trace_source(plan), plan, lambda *_: None)

@@ -71,7 +71,7 @@ def test_genai_drafts_with_it_and_writes_what_we_write(pair):
 
 @pytest.mark.parametrize(("k", "dtype"), [(448, "fp32"), (192, "fp16")])
 def test_genai_takes_a_drafter_of_fewer_tokens_than_the_target(k, dtype, random_model, export_pair):
-    """Where nothing is trimmed (448 of 448) too: its head is narrower than the target's 512."""
+    """The head is narrower than the target's 512 rows even where nothing is trimmed (448 of 448)."""
     drafter, target = random_model("llama"), random_model("llama", vocab_size=512)
     check_genai(export_pair(drafter, target, k=k, dtype=dtype, formats=("genai",)), accepted=0)
 

@@ -1,4 +1,4 @@
-"""What a generation config changes of greedy decoding: the output is that of transformers' `generate`."""
+"""Greedy decoding under the rules of a generation config: the output is that of transformers' `generate`."""
 
 import json
 import shutil

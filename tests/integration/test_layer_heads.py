@@ -153,7 +153,7 @@ def test_a_multi_token_prediction_layer_drafts_its_recurrence(checkpoint, reques
 
 
 def test_a_layer_drafts_as_transformers_own_multi_token_prediction_does(random_model, export_pair):
-    """Of Mellum, whose rotation differs by type of layer: read, put together and run by transformers itself."""
+    """The reference is transformers' own Mellum, in which rotation differs by type of layer."""
     from transformers.cache_utils import MtpCache
     from transformers.modeling_layers import MtpModel
 

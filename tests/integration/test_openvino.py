@@ -18,7 +18,7 @@ PROMPT = [5, 17, 260, 33, 120, 7]
     "architecture", ["llama", "qwen2", "qwen3", "phi3", "phi", "granite", "cohere", "gpt2", "gpt_neox"]
 )  # what turns, and where
 def test_its_graph_computes_what_the_bundle_does(architecture, random_model, export_pair):
-    """In a batch of two, one padded on its left, whose rows then change places."""
+    """A batch of two, one padded on its left, then with its rows exchanged."""
     result = export_pair(random_model(architecture), formats=("openvino",))
     kept = result.selection.vocab_map.kept_token_ids
     graph = result.drafter.parent / "openvino" / "drafter" / "openvino_model.xml"

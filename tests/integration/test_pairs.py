@@ -69,7 +69,7 @@ def test_ids_that_differ_are_never_drafted(pair, distilled):
 
 
 def test_an_added_token_may_lack_a_row(member, export_pair):
-    """As in Gemma 3's models of text."""
+    """Gemma 3's text models have such a token."""
     model = member("<image>", rows=TOKENS)
     result = export_pair(model)
     check_output(result.target, result.drafter, model)

@@ -61,7 +61,7 @@ def norms_swapped(graph):
 
 
 def weights_permuted(graph):
-    """Of one product and the same of another layer."""
+    """Swap the weights of one product with those of the same product in another layer."""
     known = shapes(graph)
     return swap_inputs([(n, known[n.input[1]]) for n in graph.node if n.op_type == "MatMul" and n.input[1] in known], 1)
 
@@ -155,7 +155,7 @@ CORRUPTIONS = (
 
 
 def corrupt(directory, change, name=MODEL_NAME):
-    """Whether there was anything to change."""
+    """Apply `change` to the graph on disk; returns whether there was anything to change."""
     graph = onnx.load(directory / name, load_external_data=False)
     changed = change(graph.graph)
     (directory / name).write_bytes(graph.SerializeToString())

@@ -41,7 +41,7 @@ def start(*arguments, **environment):
 
 @pytest.mark.parametrize("command", ["generate", "inspect", "--help"])
 def test_a_reader_that_has_gone_is_no_error(command, bundle):
-    """As after `| head`, whose pipe is closed before the first character or with the last one."""
+    """A pipe into `head` closes before the first character or with the last one."""
     generated = ["--target", bundle, "--prompt", "the fox", "--max-new-tokens", "90"]
     options = {"generate": generated, "inspect": [bundle]}.get(command, [])
     running = start(command, *options, PYTHONUNBUFFERED="")  # else argparse itself passes over the error

@@ -1,4 +1,4 @@
-"""What a bundle promises of itself, shown by breaking it: what is swapped, changed or led astray is refused by name."""
+"""A bundle with a swapped, changed or redirected part is refused, and the error names the part."""
 
 import errno
 import json
@@ -75,7 +75,7 @@ def swap_tokenizer(bundle):
 
 
 def head_at(bundle):
-    """Where the first head weight lies in model.onnx.data."""
+    """Returns the offset of the first head weight in model.onnx.data."""
     graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
     (head,) = (tensor for tensor in graph.initializer if "kept" in tensor.name and len(tensor.dims) == 2)
     return int({entry.key: entry.value for entry in head.external_data}["offset"])
@@ -197,7 +197,7 @@ def test_a_second_export_into_one_place_is_told_so(model, count_file, tmp_path, 
 
 
 def test_a_disk_that_is_full_in_earnest(model, count_file, tmp_path):
-    """No file may grow beyond a limit, as the kernel has it: whatever writes, in whatever language."""
+    """The kernel stops every file at a limit, whichever program writes it."""
     script = (
         "import os, resource, signal, sys; from vocabtrim_export.cli.main import export_main\n"
         "import vocabtrim_export.pipeline\n"

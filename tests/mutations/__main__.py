@@ -51,7 +51,7 @@ _MOST_SECONDS = 900  # a hang is a failure too, but none that names a test
 
 
 def run(mutation: Mutation) -> str:
-    """What failed with it, or why nothing did."""
+    """Returns what failed with the mutation, or why nothing did."""
     with tempfile.TemporaryDirectory() as name:
         tree = Path(name) / "tree"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*_LEFT_OUT))

@@ -36,7 +36,7 @@ class Mutation:
         return source[:start] + self.new.strip() + source[end:]
 
     def _find(self, source: str) -> Iterator[tuple[int, int]]:
-        """Where the tokens of `old` begin and end in `source`, each time that it has them."""
+        """Returns where the tokens of `old` begin and end in `source`, for each occurrence."""
         wanted, tokens = [token.string for token in _tokens(self.old.strip())], list(_tokens(source))
         starts = [0]
         for line in source.splitlines(keepends=True):

@@ -44,7 +44,7 @@ def changing(rng, position):
 
 
 def undisturbed(made):
-    """How many times longer drafting and verifying take after `made` tokens."""
+    """Returns how many times longer drafting and verifying take after `made` tokens."""
     return 1, 1
 
 
@@ -87,7 +87,7 @@ def test_confidence_gains_over_every_fixed_length():
     ("text", "verify", "factors"), [(always(0.8), memory_bound, (6, 1)), (always(0.7), compute_bound, (1, 3))]
 )
 def test_times_that_another_program_lengthened_are_forgotten(text, verify, factors):
-    """For 200 tokens one side is slow, which makes drafting seem not to pay, or to pay where it does not."""
+    """One side is slow for 200 tokens, so that drafting seems not to pay, or seems to pay where it does not."""
     slowed = {"slowed": lambda made: factors if 300 <= made < 500 else (1, 1)}
     quiet, after = (speed(AdaptiveLength(16), text, verify, 1000, begin=600, **each) for each in ({}, slowed))
     assert after > 0.95 * quiet

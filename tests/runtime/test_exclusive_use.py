@@ -104,7 +104,7 @@ def test_a_stream_of_a_thread_that_has_ended_keeps_nobody_out(decoder, wanted):
 
 
 def test_a_stream_may_move_from_thread_to_thread(decoder, wanted):
-    """As web frameworks do that iterate over an answer in a pool of threads."""
+    """Web frameworks iterate over an answer in a pool of threads."""
     stream = decoder.stream([3], max_new_tokens=TOKENS)
     assert tuple(in_thread(lambda: next(stream)).id for _ in range(TOKENS)) == wanted(3)
 

@@ -23,7 +23,7 @@ def forced(target, drafter, accepted, new=41, draft_length=4):
 @pytest.mark.parametrize("accepted", [0, 1, 3, 4])
 @pytest.mark.parametrize("noise", [0.0, 5.0])
 def test_every_round_accepts_what_is_forced(make_target, make_drafter, accepted, noise):
-    """Of a drafter that is always right, and of one that never is. The last rounds draft what is left to generate."""
+    """One drafter is always right, one never is. The last rounds draft what is left to generate."""
     rounds = forced(make_target(), make_drafter(noise=noise), accepted)
     assert all(entry.accepted == min(accepted, entry.drafted) for entry in rounds[1:])
     full = [entry for entry in rounds[1:] if entry.drafted == 4]

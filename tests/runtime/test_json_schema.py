@@ -1,4 +1,4 @@
-"""Which tokens a JSON schema allows, and generations under schemas on real engines."""
+"""The tokens that a JSON schema allows, and generations under schemas on real engines."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What is kept of a text for the next one, on engines that notice every token that they should not hold."""
+"""The prefix that is kept for the next text, on engines that notice every token that they should not hold."""
 
 import pytest
 from hypothesis import given, settings

@@ -141,7 +141,7 @@ class Recorded:
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What reaches the domain "vocabtrim" of the real package, which needs no GPU."""
+    """Record the ranges that reach the domain "vocabtrim" of the real package, which needs no GPU."""
     nvtx = pytest.importorskip("nvtx")
     found, get_domain = [], nvtx.get_domain
     monkeypatch.setattr(nvtx, "get_domain", lambda name: Recorded(get_domain(name), found.append(name) or found))

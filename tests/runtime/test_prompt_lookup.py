@@ -18,7 +18,7 @@ from runtime.stats import summarize
 
 
 def searched(text):
-    """What followed the last place of the longest suffix, of up to six tokens, that stood before; by a search."""
+    """Search for the last earlier place of the longest suffix, of up to six tokens, and return what followed it."""
     for size in (6, 4, 3, 2):
         for end in range(len(text) - 1, size - 1, -1):
             if size < len(text) and text[end - size : end] == text[-size:]:

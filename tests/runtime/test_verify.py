@@ -1,4 +1,4 @@
-"""What `verify` says of right and of wrong loops."""
+"""The verdicts of `verify` on right and on wrong loops."""
 
 import json
 

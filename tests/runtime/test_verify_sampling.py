@@ -66,7 +66,7 @@ def test_p_values_are_uniform_where_nothing_is_wrong():
 
 @pytest.mark.statistical
 def test_the_stated_total_variation_is_found_as_often_as_stated():
-    """Of the shape that is hardest to find: half of the bins too likely by as much, half too rare."""
+    """The hardest shape to detect: half of the bins are too likely by as much, half too rare."""
     draws, distance = 1000, np.sqrt(chi_square.noncentrality_for(0.99, ALPHA, FREEDOM) / 4000)
     law = np.full(BINS, 1 / BINS) + distance * np.array([2 / 16] * 8 + [0] + [-2 / 16] * 8)
     counts = np.random.default_rng(2).multinomial(draws, law, 3000)

@@ -52,12 +52,12 @@ def _six_bits(b, start, group):
 
 
 def _four(b, start, place):
-    """Of 256: each 64 share 32 bytes, low halves first."""
+    """Blocks of 256: each 64 share 32 bytes, low halves first."""
     return b[:, start + place // 64 * 32 + place % 32] >> (4 * (place % 64 // 32)) & 15
 
 
 def _two(b, start, place):
-    """Of 256: each 128 share 32 bytes, two bits a group of 32."""
+    """Blocks of 256: each 128 share 32 bytes, two bits a group of 32."""
     return b[:, start + place // 128 * 32 + place % 32] >> (2 * (place % 128 // 32)) & 3
 
 

@@ -217,7 +217,7 @@ LLAMA3 = {
 
 
 def test_llama3s_rotation_comes_from_its_divisors(gguf_file):
-    """Which llama.cpp stores in a tensor of its own, with no word on what made them."""
+    """llama.cpp stores the factors in a tensor of its own and does not name the rule that they come from."""
     plain, wanted = LlamaRotaryEmbedding(config()).inv_freq, LlamaRotaryEmbedding(config(**LLAMA3)).inv_freq
     path, _ = gguf_file(lambda _: "Q8_0", rope_factors=(plain / wanted).numpy())
     found = load_source(str(path), torch.float32).model.model.rotary_emb.inv_freq
@@ -240,7 +240,7 @@ def test_positions_that_a_file_divides_are_divided(says, gguf_file):
 
 
 def test_layers_with_a_window_keep_their_rotation(gguf_file):
-    """As Gemma 3's do in the files of its larger models."""
+    """Gemma 3's larger models have such files."""
     path, _ = gguf_file(lambda _: "Q8_0", says=lambda writer: writer.add_rope_scaling_factor(8.0))
     gemma, header = CONFIG_MAPPING["gemma3_text"](), read_header(path)
     before = dict(gemma.rope_parameters["sliding_attention"])

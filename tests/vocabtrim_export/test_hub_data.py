@@ -129,7 +129,7 @@ except Exception as error:
 
 
 def read_elsewhere(place, **environment):
-    """In a process of its own: the library reads its environment when it is imported."""
+    """Run in a process of its own: the library reads its environment when it is imported."""
     command = [sys.executable, "-c", READ, "hf://owner/name,text=problem"]
     paths = {"HF_HOME": str(place / "home"), "PYTHONPATH": str(Path(__file__).parents[2])}
     begun = time.monotonic()

@@ -85,7 +85,7 @@ FORMS = {
 
 @pytest.fixture(params=["small", "large"])
 def size(request, monkeypatch):
-    """As large files are read: a few bytes at a time, with the documents in a temporary file."""
+    """Read as large files are: a few bytes at a time, with the documents in a temporary file."""
     if request.param == "large":
         monkeypatch.setattr(readers, "_CHUNK", 7)
         monkeypatch.setattr(readers, "WHOLE_JSON", 5)

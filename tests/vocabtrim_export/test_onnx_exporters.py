@@ -1,4 +1,4 @@
-"""What PyTorch's own exporter makes of a model, KV cache and all, is cut as well."""
+"""Graphs of PyTorch's own exporter, KV cache included, can be trimmed as well."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ def quantised_logits(place):
 
 
 def dynamic(place):
-    """What ONNX Runtime's dynamic quantiser makes of a head of its own, not tied to the embedding."""
+    """Quantise by ONNX Runtime's dynamic quantiser, with a head that is not tied to the embedding."""
     model = onnx.load(place / "model.onnx")
     product = next(node for node in model.graph.node if "logits" in node.output)
     transpose = next(node for node in model.graph.node if product.input[1] in node.output)
@@ -80,7 +80,7 @@ def dynamic(place):
 
 
 def steps(session, names):
-    """Of 24 tokens, in three calls that each read the cache of the one before: the outputs, one list a call."""
+    """Feed 24 tokens in three calls that each read the cache of the one before; returns one list of outputs a call."""
     ids, at, found = np.random.default_rng(0).integers(0, 400, (1, 24)), 0, []
     cache = [np.zeros((1, 2, 0, 16), np.float32)] * 2
     for fed in (15, 1, 8):

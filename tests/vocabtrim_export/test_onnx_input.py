@@ -75,7 +75,7 @@ def dequantised(shape, scales, zeros, transposed=False, **attributes):
 
 
 def integers():
-    """What dynamic quantisation makes: scales for each column, rounded activations."""
+    """Build a dynamically quantised head: scales for each column, rounded activations."""
     constants = {"q": RNG.integers(-128, 127, (HIDDEN, VOCAB), np.int8), "z": np.zeros(VOCAB, np.int8)}
     nodes = [
         helper.make_node("DynamicQuantizeLinear", ["hidden"], ["x", "xs", "xz"]),
@@ -245,7 +245,7 @@ def test_a_model_that_this_cpu_cannot_run_is_trimmed_with_a_note(directory, coun
 
 @pytest.mark.parametrize(("kind", "code"), [("added_tokens", 0), ("vocab", 2)])
 def test_an_added_token_alone_may_lack_a_column(kind, code, directory, tmp_path, capsys):
-    """As an image's does in the text model of a Gemma 3."""
+    """The image token of Gemma 3's text models has none."""
     path = directory / "tokenizer.json"
     said = json.loads(path.read_text())
     if kind == "vocab":

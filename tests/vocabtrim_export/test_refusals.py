@@ -1,4 +1,4 @@
-"""What cannot be exported is refused by its configuration, in words that name the kind of architecture."""
+"""A model that cannot be exported is refused by its configuration; the error names the kind of architecture."""
 
 import pytest
 from transformers import CONFIG_MAPPING

@@ -47,7 +47,7 @@ def place(random_model, export_pair, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def benches(place):
-    """What `bench --json` printed: of one length with the full drafter, and of a sweep."""
+    """Returns what `bench --json` printed, for one length with the full drafter, and for a sweep."""
     import contextlib
     import io
 
@@ -132,7 +132,7 @@ def test_a_page_lies_beside_the_bundles_and_never_within_one(place, tmp_path, mo
 
 
 def test_curves_are_exact_at_the_exports_own_k():
-    """What the head keeps comes first, also where the counts alone would have kept other tokens."""
+    """The head's own tokens come first, also where the counts alone would have kept other tokens."""
     order = np.array([3, 0, 2, 1, 4, 5])  # by counts
     assert places(np.array([1, 3, 5]), order).tolist() == [3, 1, 4, 0, 5, 2]
 

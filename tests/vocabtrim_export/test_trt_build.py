@@ -333,7 +333,7 @@ def test_tensorrt_needs_the_gpu_it_builds_for(monkeypatch):
 
 
 def test_timing_cache_is_written_whole_and_read_again(rtx, tmp_path):
-    """With TensorRT-RTX's API, which has these calls though they keep nothing."""
+    """TensorRT-RTX's API has these calls though they keep nothing."""
     builder = rtx.api.Builder(rtx.api.Logger())
     config, path = builder.create_builder_config(), tmp_path / "timings"
     load_timing_cache(config, path)

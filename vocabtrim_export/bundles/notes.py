@@ -1,4 +1,4 @@
-"""What a user should know about the bundles of an export."""
+"""Notes for the user about the bundles of an export."""
 
 from engines.bundle.read import Manifest
 

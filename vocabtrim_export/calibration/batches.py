@@ -1,4 +1,4 @@
-"""Which documents a calibration counts next: a function of what it has counted, however often it was interrupted."""
+"""Choose the documents that a calibration counts next, from its progress alone: an interruption changes nothing."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -16,7 +16,7 @@ CalibrationSource = Literal["drafter", "target", "text"]
 
 @dataclass(frozen=True, slots=True)
 class CountSettings:
-    """How to count the tokens of one corpus.
+    """Settings for counting the tokens of one corpus.
 
     Attributes:
         source: "drafter" or "target": the role of the model that generates; "text": count the corpus itself.

@@ -30,7 +30,7 @@ QUARTER = 4  # a trim pays where the head keeps at most this part of the vocabul
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
-    """What to count. The fields are named like the command line's options.
+    """Settings of a calibration. The fields are named like the command line's options.
 
     Attributes:
         calibration: Text files and directories, or files of token counts; empty: a corpus that comes with Python. As

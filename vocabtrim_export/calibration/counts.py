@@ -27,7 +27,7 @@ _ADDED = {"chat": "", "next_done": 0, "enough_for": "", "domain": "", "weight": 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TokenCounts:
-    """How often each token was seen.
+    """Counts of each token of a vocabulary.
 
     Attributes:
         counts: int64[full_vocab], from the documents that choose which tokens are kept.
@@ -67,7 +67,7 @@ class TokenCounts:
 
     @property
     def source(self) -> str:
-        """Where the tokens came from: "target", or "target+text" for a sum."""
+        """The source of the tokens: "target", or "target+text" for a sum."""
         return "+".join(dict.fromkeys(run.source for run in self.runs))
 
     @property

@@ -17,7 +17,7 @@ SECONDS = 15.0
 
 
 class Unfinished(Protocol):
-    """Where the work on an unfinished batch is kept, and found."""
+    """Storage for the segments of an unfinished batch."""
 
     @property
     def is_due(self) -> bool:

@@ -1,4 +1,4 @@
-"""What lives in the processes of a Ray cluster: the tokenizer, or the model that generates."""
+"""Actors of a Ray cluster: each process holds the tokenizer, or the model that generates."""
 
 from dataclasses import dataclass
 

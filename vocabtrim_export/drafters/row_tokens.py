@@ -1,4 +1,4 @@
-"""Which token each row of a head's LM head stands for: `d2t` and `t2d` as trainers write them."""
+"""Read the token of each row of a head's LM head from `d2t` and `t2d`, as trainers write them."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """Where a format is written, and what it needs.
+    """A format: the module that writes it, and its requirements.
 
     Attributes:
         module: The module in this folder that writes it.

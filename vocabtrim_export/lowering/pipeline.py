@@ -36,7 +36,7 @@ from vocabtrim_export.tracing.trace import OPSET, Traced
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """How a graph's weights are stored, and which rows of the head are kept.
+    """Settings for storing a graph's weights, and the rows of the head that are kept.
 
     Attributes:
         dtype: The dtype of the weights.

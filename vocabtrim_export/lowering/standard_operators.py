@@ -90,7 +90,7 @@ def standard_attention(decoder: DecoderGraph, form: CacheForm, positions: Sequen
 
 
 class _Cache:
-    """Where tokens are written, and which slots they see: one mask, bool[1, 1, S, slots], for each step and window.
+    """The slots that tokens are written to, and one mask of the slots they see for each step and window.
 
     Attributes:
         start: int64[1], the slot of the first new token.

@@ -70,7 +70,7 @@ class FilledSlots:
 
     @property
     def are_the_models(self) -> bool:
-        """Whether the written rows of a quantised head are the model's, rounded. Of another, the logits tell."""
+        """Whether the written rows of a quantised head are the model's, rounded; logits prove any other head."""
         return self._quantization == "none" or is_rounded(self._written, self._own, self._quantization)
 
     def by_call(self, calls: Calls) -> list[Mapping[str, NDArray[np.generic]]]:

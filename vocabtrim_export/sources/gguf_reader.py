@@ -36,7 +36,7 @@ _LENGTH = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor is in its file.
+    """The place of a tensor in its file.
 
     Attributes:
         shape: As PyTorch has it, the slowest dimension first; the file stores it reversed.

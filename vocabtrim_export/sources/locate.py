@@ -1,4 +1,4 @@
-"""Where a model's files are: a local directory, a `.gguf` file, or the hub."""
+"""Find a model's files: in a local directory, a `.gguf` file, or on the hub."""
 
 from pathlib import Path
 

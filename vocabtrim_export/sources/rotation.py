@@ -1,4 +1,4 @@
-"""How far a model's rotary positions reach, and the tables of models that have two sets of them."""
+"""The largest position of a model's rotary embedding, and the tables of models that have two sets of them."""
 
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""From a transformers model to a graph of composite operators."""
+"""Trace a transformers model as a graph of composite operators."""

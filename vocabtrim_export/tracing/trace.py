@@ -1,4 +1,4 @@
-"""From a transformers causal LM to an ONNX graph of composites, without touching its weights.
+"""Trace a transformers causal LM as an ONNX graph of composites, without touching its weights.
 
 The graph is traced on a skeleton of the model: same configuration, fake tensors in the export's dtype. Tracing so
 needs no memory for weights, and one trace serves a target and the drafter cut from it.
@@ -84,7 +84,7 @@ def trace(
 
 
 def _rotates_a_part(model: PreTrainedModel) -> bool:
-    """Whether attention is a latent one, which rotates a part of each query and key before it joins it to the rest."""
+    """Returns whether attention is latent (MLA): only a part of each query and key is rotated."""
     return any(hasattr(module, "qk_rope_head_dim") for module in model.modules())
 
 

@@ -1,1 +1,1 @@
-"""From an ONNX graph to a TensorRT plan: the shapes, the build, and the description of the result."""
+"""Build a TensorRT plan from an ONNX graph: the shapes, the build, and the description of the result."""

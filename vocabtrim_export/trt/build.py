@@ -26,7 +26,7 @@ _TURING = "7.5"  # RTX builds for it only when asked: it has no bfloat16
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How a plan is built.
+    """Options for building a plan.
 
     Attributes:
         compute_capabilities: The GPUs that are to run it, such as "8.6". Empty: for TensorRT-RTX all that it knows from

@@ -16,7 +16,7 @@ _CAPABILITY = re.compile(r"[1-9]\d?\.\d")
 
 @dataclass(frozen=True, slots=True)
 class TensorRTSettings:
-    """How a bundle of `--format trt` is built.
+    """Settings for building a bundle of `--format trt`.
 
     Attributes:
         flavor: The library to build with; "auto": the one that is installed, "none": write graphs only.

@@ -1,4 +1,4 @@
-"""From logits to probabilities to one token, as two small ONNX graphs: `runtime.sampling`'s rules on a device.
+"""Sampling as two small ONNX graphs (logits to probabilities, to one token): `runtime.sampling`'s rules on a device.
 
 They keep what the host's rule keeps: top-k with all ties of the k-th logit, top-p with the fewest tokens that hold it
 and, of equal ones, the smaller id, then min-p. Arithmetic is float32; where sums round, a token on the very border may
