@@ -201,6 +201,12 @@ def export_pair(tmp_path_factory, count_file, store, traced_once):
 
 
 @pytest.fixture(scope="session")
+def pair(random_model, export_pair):
+    """The bundles of a Llama that drafts for itself, shared by the modules that only read them."""
+    return export_pair(random_model("llama"))
+
+
+@pytest.fixture(scope="session")
 def write_head(tmp_path_factory):
     """write_head(tensors, **changes of config.json) → the directory of a head."""
     from safetensors.torch import save_file

@@ -246,11 +246,10 @@ def attack(served, requests, until, findings, counts):
                 findings.append(f"{error!r}: {sent[:3000]!r}")
 
 
-def test_whatever_is_sent_is_answered_and_reads_no_file(random_model, export_pair, tmp_path):
+def test_whatever_is_sent_is_answered_and_reads_no_file(pair, tmp_path):
     canary = tmp_path / "canary.txt"
     canary.write_text(SECRET)
     watch, findings, counts = Watch(), [], {}
-    pair = export_pair(random_model("llama"))
     with helper.serving(pair, workers=2, waiting=2, body_mb=0.05, body_seconds=0.3, request_seconds=20) as served:
 
         def text():

@@ -28,12 +28,11 @@ def test_exported_graph_computes_what_pytorch_does(architecture, random_model, e
         check_logits(path, ids[0].numpy(), wanted, STEPS)
 
 
-def test_fast_paths_are_taken(random_model, export_pair):
+def test_fast_paths_are_taken(pair):
     """A Llama's decode step has no shape arithmetic, one product for q, k and v, and rotates inside attention."""
     import onnx
 
-    result = export_pair(random_model("llama"))
-    graph = onnx.load(result.drafter / "model.onnx", load_external_data=False).graph
+    graph = onnx.load(pair.drafter / "model.onnx", load_external_data=False).graph
     ops = [node.op_type for node in graph.node]
     assert ops.count("MatMul") == 2 * 5 + 1  # qkv, o, gate, up, down of each layer, and the head
     assert ops.count("SkipSimplifiedLayerNormalization") == 4
@@ -43,17 +42,16 @@ def test_fast_paths_are_taken(random_model, export_pair):
     assert {a.name: a.i for a in attention.attribute}["do_rotary"] == 1
 
 
-def test_drafter_graph_ends_with_the_baked_table(random_model, export_pair):
+def test_drafter_graph_ends_with_the_baked_table(pair):
     import onnx
     from onnx.numpy_helper import to_array
 
-    result = export_pair(random_model("llama"))
-    model = onnx.load(result.drafter / "model.onnx")
+    model = onnx.load(pair.drafter / "model.onnx")
     head, top, gather = model.graph.node[-3:]
     assert (head.op_type, top.op_type, gather.op_type) == ("MatMul", "ArgMax", "Gather")
     assert (top.input[0], gather.input[1], gather.output[0]) == (head.output[0], top.output[0], "token_ids")
     tensors = {tensor.name: to_array(tensor) for tensor in model.graph.initializer}
-    assert tensors[gather.input[0]].tolist() == result.selection.vocab_map.kept_token_ids.tolist()
+    assert tensors[gather.input[0]].tolist() == pair.selection.vocab_map.kept_token_ids.tolist()
     assert tensors[head.input[1]].shape == (64, 192)
     properties = {entry.key: entry.value for entry in model.metadata_props}
-    assert properties["vocabtrim.vocab_map"] == result.drafter_manifest.vocab_map
+    assert properties["vocabtrim.vocab_map"] == pair.drafter_manifest.vocab_map

@@ -33,11 +33,6 @@ def model(random_model):
 
 
 @pytest.fixture(scope="module")
-def pair(model, export_pair):
-    return export_pair(model)
-
-
-@pytest.fixture(scope="module")
 def server(pair):
     """Two workers in a thread of this process."""
     with helper.serving(replace(pair, drafter=None), workers=2) as served:

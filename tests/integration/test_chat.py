@@ -26,11 +26,6 @@ sys.exit(main())
 """
 
 
-@pytest.fixture(scope="module")
-def pair(random_model, export_pair):
-    return export_pair(random_model("llama"))
-
-
 @pytest.fixture
 def chat(pair, monkeypatch, capsys):
     """chat(input bytes, options…) → exit code, standard output, standard error."""

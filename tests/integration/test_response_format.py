@@ -26,11 +26,6 @@ FORMS = [{"fox": fox, "dogs": dogs} for fox in ("quick", "lazy") for dogs in ran
 
 
 @pytest.fixture(scope="module")
-def pair(random_model, export_pair):
-    return export_pair(random_model("llama"))
-
-
-@pytest.fixture(scope="module")
 def decoder(pair):
     with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
         yield decoder

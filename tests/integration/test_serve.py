@@ -27,11 +27,6 @@ KEY = helper.KEY
 
 
 @pytest.fixture(scope="module")
-def pair(random_model, export_pair):
-    return export_pair(random_model("llama"))
-
-
-@pytest.fixture(scope="module")
 def decoder(pair):
     with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
         yield decoder

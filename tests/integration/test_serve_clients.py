@@ -15,11 +15,6 @@ QUESTIONS = ["the quick brown fox", "the lazy dog", "system of tokens"]
 
 
 @pytest.fixture(scope="module")
-def pair(random_model, export_pair):
-    return export_pair(random_model("llama"))
-
-
-@pytest.fixture(scope="module")
 def texts(pair):
     """texts(chat, stop) → the answers to QUESTIONS."""
     with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:

@@ -25,11 +25,6 @@ ASK = {"prompt": "the quick brown", "max_tokens": 60, "temperature": 0, "logit_b
 
 
 @pytest.fixture(scope="module")
-def pair(random_model, export_pair):
-    return export_pair(random_model("llama"))
-
-
-@pytest.fixture(scope="module")
 def server(pair):
     with helper.serving(pair, workers=1, waiting=3, body_seconds=0.5) as served:
         yield served

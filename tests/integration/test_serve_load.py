@@ -18,11 +18,6 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", 
 MOST_GROWTH = 16 << 20  # bytes, over the second half
 
 
-@pytest.fixture(scope="module")
-def pair(random_model, export_pair):
-    return export_pair(random_model("llama"))
-
-
 def make_jobs(pair, random):
     """Requests with prompts that share beginnings, of all lengths, and the texts that `generate` gives for them."""
     jobs = []

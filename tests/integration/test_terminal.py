@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def bundle(random_model, export_pair):
-    return export_pair(random_model("llama")).target
+def bundle(pair):
+    return pair.target
 
 
 @pytest.fixture
