@@ -24,6 +24,7 @@ from engines.bundle.atomic_replace import LOCK_NAME
 from engines.bundle.read import read_bundle
 from engines.errors import VocabtrimError
 from vocabtrim_export import pipeline
+from vocabtrim_export.bundles import writer
 from vocabtrim_export.bundles.output import COUNTS_NAME, alone, reserved
 from vocabtrim_export.calibration import BatchLimits, Corpus, CountSettings, Document, TokenCounts, calibrate
 from vocabtrim_export.calibration.counting import CalibrationSettings
@@ -137,6 +138,10 @@ def exports(work: Path, again: bool) -> None:
         settings = pipeline.ExportSettings(k=192, max_length=length, calibration=calibration, force=force)
         pipeline.export(str(model), str(model), out, settings)
 
+    def export_all() -> None:
+        for length in traced:
+            export(length, force=True)
+
     def before() -> None:
         shutil.rmtree(out, ignore_errors=True)
         if again:
@@ -153,10 +158,29 @@ def exports(work: Path, again: bool) -> None:
             left = {path.name for path in out.iterdir()} - {LOCK_NAME}
         assert left in (set(), {"drafter", "target"}), left
 
+    lower_beforehand(export_all)
+    shutil.rmtree(out)
     if again:
         assert in_child(lambda: export(64, force=False)) == DONE
         out.rename(old)
     everywhere(lambda: export(96, force=again), out, before, after)
+
+
+def lower_beforehand(run: Callable[[], None]) -> None:
+    """Lower every graph that `run` exports here and now: a fork then only writes it."""
+    lower, calls = writer.lower, []
+
+    def key(traced: Any, weights: Any) -> tuple[int, bool]:
+        return id(traced), weights.vocab_map is None
+
+    def noted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return lower(*arguments)
+
+    writer.lower = noted
+    run()
+    lowered = {key(*arguments): lower(*arguments) for arguments in calls}
+    writer.lower = lambda *arguments: lowered[key(*arguments)]
 
 
 def state(bundle: Path) -> int | None:

@@ -60,23 +60,29 @@ def test_a_normal_pair_is_never_accused(make_target, make_drafter, warnings):
     """Half of the vocabulary, and noise as large as half of the logits: a first token is accepted in a third."""
     drafter = make_drafter(range(0, 48, 2), noise=1.0, context=512)
     decoder = SpeculativeDecoder(make_target(context=512), drafter, draft_length=4)
-    for seed in range(3):
+    for seed in range(2):
         result = decoder.generate([3, seed], max_new_tokens=500, sampling=SamplingParams(1.0, seed=seed))
     assert 0.2 < result.stats.acceptance[0] < 0.6
     assert (result.stats.collapse, warnings()) == (None, [])
 
 
-@pytest.mark.statistical
+def binomial(rate):
+    """Returns the chance of each number of accepted first tokens in a window: float64[WINDOW + 1]."""
+    law = np.ones(1)
+    for _ in range(WINDOW):
+        law = np.convolve(law, [1 - rate, rate])
+    return law
+
+
 @pytest.mark.parametrize("coverage", [None, 0.95, 0.7, 0.3])
 def test_windows_are_accused_as_seldom_as_stated_and_found_as_often(coverage):
     """Exactly, by the binomial law of drafts that begin right with the least sound chance, coverage / 4."""
     limit = sum(is_collapse(count, coverage) for count in range(WINDOW + 1))  # fewer accepted are a collapse
     assert not any(is_collapse(count, coverage) for count in range(limit, WINDOW + 1))
-    rng, least = np.random.default_rng(0), 0.25 * (coverage or 1)
-    false = (rng.binomial(WINDOW, least, 10**7) < limit).mean()
-    assert false <= 3 * FALSE_ALARM
+    law = binomial(0.25 * (coverage or 1))
+    assert law[:limit].sum() <= FALSE_ALARM < law[: limit + 1].sum()
     if coverage == 0.95:
-        assert (rng.binomial(WINDOW, 0.02, 10**5) < limit).mean() > 0.998
+        assert binomial(0.02)[:limit].sum() > 0.998
 
 
 def test_each_window_is_judged_by_itself(make_drafter):
