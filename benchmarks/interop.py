@@ -33,8 +33,8 @@ PACKAGES = ("onnxruntime", "onnxruntime-genai", "openvino", "openvino-genai", "t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="what vocabtrim-export wrote, in every format")
-    parser.add_argument("--model", type=Path, required=True, help="the .gguf file that it was made of")
+    parser.add_argument("--output", type=Path, required=True, help="the output of vocabtrim-export, in every format")
+    parser.add_argument("--model", type=Path, required=True, help="the .gguf file that it was exported from")
     options = parser.parse_args()
     with SpeculativeDecoder.load(options.output / "target", options.output / "drafter") as decoder:
         prompts = [list(decoder.encode(question)) for question in QUESTIONS]

@@ -54,7 +54,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="MODEL, of which only the tokenizer is read")
+    parser.add_argument("--model", required=True, help="the model whose tokenizer counts the text")
     parser.add_argument("--megabytes", type=int, default=100, help="text to count for the seconds")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", type=int, nargs="*", default=[10, 100, 1000], help="megabytes of text to count")

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--drafter", type=Path, metavar="FILE.gguf", help="a smaller model of the same tokenizer")
     parser.add_argument("--head", type=Path, metavar="DIR", help="an EAGLE-3 head of the target")
     parser.add_argument("--calibration", required=True, metavar="PATH", help="text, or token counts")
-    parser.add_argument("--rows", default="16384", help="that the trimmed drafter keeps")
+    parser.add_argument("--rows", default="16384", help="rows of the LM head that the trimmed drafter keeps")
     parser.add_argument("--jobs", type=int, default=2, help="compilers that run at the same time")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     options = parser.parse_args()

@@ -86,7 +86,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--precision", required=True, choices=("fp32", "int8", "int4"), help="the target's")
+    parser.add_argument("--precision", required=True, choices=("fp32", "int8", "int4"), help="the target's precision")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--skip", type=int, default=0, help="prompts of each file to leave out")
     parser.add_argument("--num-prompts", type=int, default=3, help="prompts of each file")

@@ -23,10 +23,14 @@ LOG = "training_log.jsonl"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", type=Path, required=True, help="Hugging Face directory of the target")
-    parser.add_argument("--work", type=Path, required=True, help="shards, and the state that a later run goes on from")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="directory of the shards and of the state to resume from"
+    )
     parser.add_argument("--output", type=Path, required=True, help="directory for the head and training_log.jsonl")
     parser.add_argument("--minutes", type=float, default=4.5, help="training time, those of earlier runs included")
-    parser.add_argument("--steps", type=int, default=100_000, help="optimizer steps; the schedule ends with the first")
+    parser.add_argument(
+        "--steps", type=int, default=100_000, help="optimizer steps; training ends here or at --minutes"
+    )
     parser.add_argument("--batch-tokens", type=int, default=16_384)
     parser.add_argument("--draft-steps", type=int, default=5, help="unrolled steps of the training-time test")
     parser.add_argument("--learning-rate", type=float, default=1e-3)

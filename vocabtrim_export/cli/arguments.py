@@ -56,8 +56,8 @@ def _add_generation_arguments(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const="",
         metavar="ADDRESS",
-        help="count or generate on a Ray cluster, such as head:6379; without ADDRESS on the one that runs on this "
-        "machine, or on all its cores. The counts are those of one process",
+        help="count or generate on the Ray cluster at ADDRESS, such as head:6379; without ADDRESS, on the cluster that "
+        "runs on this machine, else on all its cores. The counts equal those of one process",
     )
     group.add_argument(
         "--temperature",
@@ -65,7 +65,7 @@ def _add_generation_arguments(group: argparse._ArgumentGroup) -> None:
         default=1.0,
         help="sampling temperature of the generations that are counted; 0: greedy",
     )
-    group.add_argument("--seed", type=int, default=0, help="seed of that sampling")
+    group.add_argument("--seed", type=int, default=0, help="seed of the sampling of these generations")
     add_template_arguments(group)
 
 
@@ -102,21 +102,21 @@ def add_rule_arguments(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty",
         type=float,
         metavar="X",
-        help="make tokens that the prompt or the output holds less likely; 1: no such rule",
+        help="make tokens that are in the prompt or the output less likely, by this factor; 1: off",
     )
     group.add_argument(
         "--presence-penalty",
         type=float,
         default=0.0,
         metavar="X",
-        help="subtract X from the logit of each token that the output holds",
+        help="subtract X from the logit of each token that is in the output",
     )
     group.add_argument(
         "--frequency-penalty",
         type=float,
         default=0.0,
         metavar="X",
-        help="subtract X from a token's logit for each time that the output holds it",
+        help="subtract X from a token's logit for each time that it is in the output",
     )
     group.add_argument(
         "--logit-bias", nargs="+", default=[], metavar="ID=X", help="add X to the logit of the token with this id"
@@ -125,7 +125,7 @@ def add_rule_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-repeat-ngram-size",
         type=int,
         metavar="N",
-        help="never repeat a sequence of N tokens; 0: no such rule",
+        help="never repeat a sequence of N tokens; 0: off",
     )
     group.add_argument("--suppress-tokens", type=int, nargs="*", metavar="ID", help="never choose these token ids")
     group.add_argument(

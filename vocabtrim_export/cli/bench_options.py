@@ -82,8 +82,8 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
         "--force-accepted",
         type=force_accepted,
         metavar="N",
-        help="accept N tokens of each draft (or all) whatever the target says: this measures latency apart from the "
-        "drafter's quality; the output means nothing",
+        help="accept N tokens of each draft (or all) without asking the target: this measures latency apart from the "
+        "drafter's quality; the generated text is meaningless",
     )
     group.add_argument(
         "--plan", action="store_true", help="say which drafter and draft length are fastest here, and what limits them"
@@ -121,7 +121,11 @@ def add_random_weight_arguments(parser: argparse.ArgumentParser) -> None:
     )
     quantizations = ["none", "int8", "int4"]
     group.add_argument("--quantize", choices=quantizations, help="quantise the weights (default: none)")
-    group.add_argument("--quantize-drafter", choices=quantizations, help="the same for the drafter alone")
+    group.add_argument(
+        "--quantize-drafter",
+        choices=quantizations,
+        help="quantise the drafter's weights in another way than --quantize",
+    )
     group.add_argument("--max-length", type=int, metavar="N", help="tokens that the KV caches hold (default: 1024)")
     group.add_argument("--bundles", type=Path, metavar="DIR", help="keep the bundles in DIR for later runs")
 

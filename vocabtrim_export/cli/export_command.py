@@ -73,7 +73,11 @@ def _add_weight_arguments(parser: argparse.ArgumentParser) -> None:
     )
     quantizations = ["none", "int8", "int4", "fp8"]
     parser.add_argument("--quantize", choices=quantizations, default="none", help="quantise the weights of both models")
-    parser.add_argument("--quantize-drafter", choices=quantizations, help="the same for the drafter alone")
+    parser.add_argument(
+        "--quantize-drafter",
+        choices=quantizations,
+        help="quantise the drafter's weights in another way than --quantize",
+    )
     parser.add_argument(
         "--max-length",
         type=int,

@@ -56,7 +56,7 @@ def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="answer a conversation instead of a prompt: a JSON list of messages, or the body of an OpenAI request, "
-        "whose tools are used too",
+        "including its tools",
     )
     group.add_argument(
         "--tools", type=Path, metavar="FILE", help="a JSON list of the schemas of tools that the model may call"

@@ -12,24 +12,22 @@ PAGE_NAME = "report.html"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument(
-        "export", type=Path, metavar="DIR", help="what vocabtrim-export wrote: its --output, or a bundle"
-    )
+    parser.add_argument("export", type=Path, metavar="DIR", help="the --output of vocabtrim-export, or one bundle")
     parser.add_argument(
         "--bench",
         nargs="+",
         default=[],
         metavar="[NAME=]FILE",
-        help="what `vocabtrim bench --json` printed for these bundles: speed, acceptance and latency; a file for each "
-        "domain shows them by domain",
+        help="the output of `vocabtrim bench --json` for these bundles, which adds speed, acceptance and latency; give "
+        "a file for each domain to show them by domain",
     )
     parser.add_argument(
         "--text",
         nargs="+",
         default=[],
         metavar="[NAME=]PATH",
-        help="text like your users', in the forms of --calibration: its coverage with an interval over documents, and "
-        "lines with the tokens marked that the head lacks",
+        help="text like your users', in the forms of --calibration: the report shows its coverage with a confidence "
+        "interval, and sample lines in which the tokens that the head lacks are marked",
     )
     parser.add_argument(
         "--counts",
