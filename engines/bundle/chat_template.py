@@ -109,7 +109,7 @@ class ChatTemplates:
         """Render with a mark at the end of the last message, and cut there."""
         arguments = {"add_generation_prompt": False, **options.template_args}
         if arguments["add_generation_prompt"]:
-            raise VocabtrimError("add_generation_prompt starts a new message: it cannot go with continue_final_message")
+            raise VocabtrimError("add_generation_prompt cannot go with continue_final_message: leave out one of them")
         *before, last = messages
         last_text, marked = _open_content(last.get("content"))
         last = last | {"content": marked}
@@ -177,7 +177,7 @@ def _check_arguments(template_args: Mapping[str, Any]) -> None:
     if not isinstance(template_args, Mapping) or not all(isinstance(name, str) for name in template_args):
         raise VocabtrimError("template_args must map names of the template's variables to values")
     if reserved := sorted({"messages", "tools", "continue_final_message"} & set(template_args)):
-        raise VocabtrimError(f"{reserved[0]} is no template argument: it is given by itself")
+        raise VocabtrimError(f"{reserved[0]} is no template argument: give it as an option of its own")
 
 
 def _open_content(content: Any) -> tuple[str, Any]:
@@ -188,7 +188,7 @@ def _open_content(content: Any) -> tuple[str, Any]:
         part = content[at]
         if isinstance(part, dict) and isinstance(part.get("text"), str):
             return part["text"], [*content[:at], part | {"text": part["text"] + _OPEN_END}, *content[at + 1 :]]
-    raise VocabtrimError("the final message has no text to continue")
+    raise VocabtrimError("the final message has no text to continue: give it one, or leave out continue_final_message")
 
 
 def _shows_keys(text: str) -> bool:

@@ -43,7 +43,7 @@ class HeadRows:
             names = set(file.keys())
             token_ids = file.get_tensor(TOKEN_IDS)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise VocabtrimError(f"{path} is not a file of head rows ({brief(error)})") from error
+            raise VocabtrimError(f"{path} is not a file of head rows ({brief(error)}): export again") from error
         self.has_bias = "bias" in names
         parts = ("weight",) if self._bits is None else ("quantized", "scales", "zero_points")
         if names != {TOKEN_IDS, *parts, *(["bias"] if self.has_bias else [])}:

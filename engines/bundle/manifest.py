@@ -195,7 +195,7 @@ class Manifest:
             raise VocabtrimError(f"{where} was edited, it does not match its own digest: export the bundle again")
         manifest: Manifest = decode(cls, {**_ADDED, **data}, where)
         if not 0 < manifest.head_rows <= manifest.vocab_size <= MAX_VOCAB or not manifest.context_length:
-            raise VocabtrimError(f"{where} describes no model: a vocabulary, a head or a context of an impossible size")
+            raise VocabtrimError(f"{where} has a vocabulary, head or context of an impossible size: export again")
         if manifest.slots > manifest.vocab_size - manifest.head_rows:
             raise VocabtrimError(f"{where} has more slots than tokens that its head lacks: export the bundle again")
         if manifest.slots and HEAD_ROWS_NAME not in manifest.files:

@@ -64,13 +64,13 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(root / TOKENIZER_NAME))
         except Exception as error:  # the library raises bare Exception
-            raise VocabtrimError(f"{root / TOKENIZER_NAME} is not a tokenizer ({error})") from error
+            raise VocabtrimError(f"{root / TOKENIZER_NAME} is not a tokenizer ({error}): export again") from error
         try:
             config = json.loads((root / CONFIG_NAME).read_text("utf-8")) if (root / CONFIG_NAME).is_file() else {}
         except ValueError as error:
-            raise VocabtrimError(f"{root / CONFIG_NAME} is not JSON ({error})") from error
+            raise VocabtrimError(f"{root / CONFIG_NAME} is not JSON ({error}): export the bundle again") from error
         if not isinstance(config, dict):
-            raise VocabtrimError(f"{root / CONFIG_NAME} holds no JSON object")
+            raise VocabtrimError(f"{root / CONFIG_NAME} holds no JSON object: export the bundle again")
         return cls(backend, config, _template_files(root) or config.get("chat_template"))
 
     @property
@@ -177,4 +177,4 @@ def _template_files(root: Path) -> dict[str, str]:
     try:
         return {name: path.read_text("utf-8") for name, path in files.items()}
     except UnicodeDecodeError as error:
-        raise VocabtrimError(f"a chat template in {root} is not UTF-8 text") from error
+        raise VocabtrimError(f"a chat template in {root} is not UTF-8 text: export the bundle again") from error

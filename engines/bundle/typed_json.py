@@ -39,7 +39,7 @@ def read(path: Path) -> Any:
     """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise VocabtrimError(f"{path} is larger than {MAX_BYTES >> 20} MiB, the most that is read")
+            raise VocabtrimError(f"{path} is larger than {MAX_BYTES >> 20} MiB, the most that is read: get it again")
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise VocabtrimError(f"cannot read {path} ({brief(error)})") from error
