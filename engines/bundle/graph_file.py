@@ -73,7 +73,7 @@ class GraphFile:
         try:
             model = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf's and onnx's exceptions have no common base
-            raise VocabtrimError(f"{path} is not an ONNX graph ({brief(error)}): export the bundle again") from error
+            raise VocabtrimError(f"{path} is not an ONNX graph ({brief(error)}): export it again") from error
         if model.training_info:
             raise VocabtrimError(f"{path} holds training graphs, which no bundle does: export the bundle again")
         for tensor in _all_tensors(model):
@@ -127,7 +127,7 @@ def _stored(tensor: Any, path: Path) -> StoredTensor:
 
     shape = tuple(tensor.dims)
     if any(size < 0 for size in shape):
-        raise VocabtrimError(f"{path}: the tensor {tensor.name[:80]} has a negative dimension: export the bundle again")
+        raise VocabtrimError(f"{path}: the tensor {tensor.name[:80]} has a negative dimension: export it again")
     if tensor.data_location != TensorProto.EXTERNAL and not tensor.external_data:
         return StoredTensor(tensor.data_type, shape, None, 0, len(tensor.raw_data), tensor.raw_data)
     entries = {entry.key: entry.value for entry in tensor.external_data}
