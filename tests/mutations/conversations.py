@@ -132,7 +132,7 @@ CONVERSATIONS = (
         f"{CORPUS_TESTS} -k one_clear_line",
     ),
     Mutation(
-        "A table's columns are told, and its empty rows passed over",
+        "An error names a table's columns, and empty rows are skipped",
         "columns that hold no text are forgotten",
         "vocabtrim_export/calibration/arrow_files.py",
         "dict.fromkeys(names) | row",

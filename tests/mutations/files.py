@@ -175,7 +175,7 @@ FILES = (
         f"{FAULTS} -k fresh",
     ),
     Mutation(
-        "Two exports into one place: the second is told so",
+        "A second export into the same place is refused",
         "the lock is not taken",
         COMMIT,
         "is_free = _flock(descriptor)",

@@ -18,7 +18,7 @@ SERVER = (
     ),
     Mutation(
         "A client that leaves ends its generation",
-        "nobody tells the worker",
+        "the worker gets no notice",
         "vocabtrim_export/serve/workers.py",
         "running.cancelled.set()",
         "pass",
@@ -58,7 +58,7 @@ SERVER = (
     ),
     Mutation(
         "What a server lacks is refused",
-        "fields that nobody reads are passed over",
+        "unknown fields are ignored",
         "vocabtrim_export/serve/job.py",
         "    fields.finish()\n",
         "",
@@ -89,7 +89,7 @@ SERVER = (
         f"{SERVE} -k stops",
     ),
     Mutation(
-        "Slow clients keep nobody out",
+        "Slow clients do not keep others out",
         "a body may take for ever",
         "vocabtrim_export/serve/app.py",
         "asyncio.timeout(self._settings.body_seconds)",
@@ -97,7 +97,7 @@ SERVER = (
         f"{FAULTS} -k slow",
     ),
     Mutation(
-        "Slow clients keep nobody out",
+        "Slow clients do not keep others out",
         "an answer waits for ever to be read",
         "vocabtrim_export/serve/events.py",
         "asyncio.timeout(self._seconds)",
