@@ -14,7 +14,7 @@ def whole_number(name: str, value: Any) -> int:
     """Returns the integer `value`.
 
     Args:
-        name: What the number is, for the message.
+        name: The number's name, for the message.
         value: An int, or a scalar that stands for one.
 
     Raises:
@@ -32,7 +32,7 @@ def real_number(name: str, value: Any) -> float:
     """Returns `value`, any number, as a float.
 
     Args:
-        name: What the number is, for the message.
+        name: The number's name, for the message.
         value: An int, a float, or a scalar that stands for one.
 
     Raises:

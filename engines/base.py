@@ -29,7 +29,7 @@ class Engine(ABC):
     """A decoder and its KV cache of `capacity` tokens, of which the first `length` are filled.
 
     Attributes:
-        manifest: What the bundle holds.
+        manifest: The bundle's manifest.
         vocab_map: The tokens of a trimmed head's rows; None for a full head.
         tokenizer_file: The bundle's `tokenizer.json`; None where there is none.
         capacity: The tokens that the KV cache can hold.
@@ -90,7 +90,7 @@ class Engine(ABC):
 
         Args:
             token_ids: int64[n], at least one.
-            keep: How many of the last positions to predict after, at most 256.
+            keep: The number of last positions to predict after, at most 256.
 
         Raises:
             ContextFull: The tokens do not fit; the cache is unchanged.
@@ -126,7 +126,7 @@ class Engine(ABC):
             token_ids: int64[n], at least one.
             features: float32[n, features_read]; row i belongs to the token before `token_ids[i]`, which the target has
                 read.
-            keep: How many of the last positions to predict after.
+            keep: The number of last positions to predict after.
         """
         raise ValueError("this engine reads no features")
 

@@ -18,7 +18,7 @@ def deviation(computed: NDArray[Any], wanted: NDArray[np.float32]) -> float:
 
     Args:
         computed: The graph's output, of any shape and dtype.
-        wanted: What the model computes, of the same shape.
+        wanted: The model's values, of the same shape.
     """
     finite = np.isfinite(wanted)
     if computed.shape != wanted.shape or not np.array_equal(computed[~finite], wanted[~finite]):

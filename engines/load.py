@@ -25,7 +25,7 @@ class Backend:
         module: A module with `load(bundle, neighbour, profile)`. `neighbour` gives what `load_engine` is to share a
             cache with; the other arguments are those of `load_engine`. It returns an `Engine`, or raises
             `VocabtrimError` for a bundle that it cannot run.
-        package: What to install for it.
+        package: The package to install for it.
     """
 
     title: str

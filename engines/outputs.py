@@ -74,7 +74,7 @@ class Accepted:
     """The outcome of a verification.
 
     Attributes:
-        count: How many of the first drafted tokens are accepted.
+        count: The number of drafted tokens that are accepted, from the first on.
         next_token: The target's own token, which follows them.
     """
 
@@ -88,7 +88,7 @@ class Speculation:
 
     Attributes:
         drafted: int64[γ].
-        verified: What the target's `feed` would give for the last token before the draft and all of the draft, with
+        verified: The output of the target's `feed` for the last token before the draft and all of the draft, with
             keep = γ + 1.
         draft_seconds: The time of drafting, by the device's clock.
         verify_seconds: The time of the verification, by the device's clock.

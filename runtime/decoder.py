@@ -132,7 +132,7 @@ class SpeculativeDecoder:
             prompt: A text becomes a user's message to the chat template if the tokenizer has one and `chat` is true,
                 and is taken as it is otherwise; messages always go through the template; token ids are fed as they are.
             max_new_tokens: The most tokens to generate, at least 1.
-            sampling: How tokens are chosen; the rules of the model's generation config apply where it gives none.
+            sampling: Settings that choose tokens; the rules of the model's generation config apply where it gives none.
             chat: Render a text by the chat template.
             stop: One string or several, which are looked for in the text with its special tokens.
             tools: See `ChatOptions`.

@@ -65,7 +65,7 @@ def tiers_up_to(most: int, unrolled: int = 0) -> tuple[int, ...]:
 
     Args:
         most: The tokens that the target verifies at most.
-        unrolled: What the drafter drafts in one call; it is then the only tier. 0: it drafts token by token.
+        unrolled: The tokens that the drafter drafts in one call, then the only tier. 0: it drafts token by token.
     """
     if 0 < unrolled <= most:
         return (unrolled,)

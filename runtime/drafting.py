@@ -59,10 +59,10 @@ class Drafting:
             target: The engine that verifies. It is asked only to draft and verify in one call.
             drafter: The engine that drafts; None: only prompt lookup drafts, where `length` has it.
             prompt: Token ids.
-            length: How many tokens a round drafts.
-            rule: How the drafter's tokens are chosen.
+            length: Decides the number of tokens that a round drafts.
+            rule: The rule that chooses the drafter's tokens.
             stop: The tokens that end the text: nothing after one is drafted.
-            masks: Which tokens a constraint allows; None without one.
+            masks: The tokens that a constraint allows; None without one.
             profiler: Records the phases.
         """
         self.drafter = drafter
@@ -114,8 +114,8 @@ class Drafting:
         """Let the draft length learn from a round.
 
         Args:
-            draft: What was proposed.
-            accepted: How many of its tokens the target accepted.
+            draft: The proposed draft.
+            accepted: The number of its tokens that the target accepted.
             verify_seconds: The time of the verification.
             seconds: The time of the round so far, without prefills.
         """
@@ -127,7 +127,7 @@ class Drafting:
 
         Args:
             output: Its output.
-            kept: How many of the tokens fed to it are part of the text.
+            kept: The number of tokens fed to it that are part of the text.
             tokens: The tokens that the text gained.
         """
         if self._lookup:

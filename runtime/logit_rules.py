@@ -78,7 +78,7 @@ class LogitRules:
         Args:
             row: float32[columns.width], as the model gives them.
             draft: The tokens between the text and the one that `row` predicts.
-            columns: Which token each column is.
+            columns: The token of each column.
 
         Returns:
             A new float32[columns.width]; −inf for a token that must not be chosen.
@@ -142,9 +142,9 @@ def ruled_rows(
 
     Args:
         rows: float32[n, width]; row i comes after the prompt and the first `first + i` of `tokens`.
-        tokens: What was generated after the prompt that `rules` hold.
+        tokens: The tokens generated after the prompt that `rules` hold.
         rules: None changes nothing.
-        first: How many tokens the first row comes after.
+        first: The number of tokens before the first row.
     """
     if rules is None:
         return rows

@@ -32,7 +32,7 @@ def token_logprobs(logits: NDArray[np.float32], tokens: Sequence[int], top: int)
     Args:
         logits: float32[len(tokens) or more, vocabulary]; row i predicts `tokens[i]`.
         tokens: Token ids.
-        top: How many alternatives; 0 for none.
+        top: The number of alternatives; 0 for none.
     """
     return tuple(_logprob(row, token, top) for row, token in zip(logits, tokens, strict=False))
 

@@ -47,7 +47,7 @@ def decode_rounds(
         prompt: Token ids: at least one, and no more than the target's cache holds.
         max_new_tokens: The most tokens to generate, at least one.
         draft_length: γ, or what decides it round by round.
-        sampling: How tokens are chosen.
+        sampling: The settings that choose tokens.
         logprobs: Alternatives to give with each token's log-probability; None gives no log-probabilities.
         force_accepted: Accept this many drafted tokens in every round, or all if fewer were drafted, whatever the
             target says, and stop at no EOS. This measures latency only, and is for greedy decoding; the tokens mean
@@ -55,7 +55,7 @@ def decode_rounds(
         keep_prefix: Do not read again what the engines' caches hold of the prompt from the generation before; otherwise
             both start empty.
         profiler: Records the phases of each round.
-        constraint: Which tokens may come next, from the first new one on; it serves this generation alone. The target's
+        constraint: The tokens that may come next, from the first new one on, for this generation alone. The target's
             distribution is then that of the allowed tokens, before the rules of `sampling`, and so are `logprobs`.
 
     Yields:

@@ -33,7 +33,7 @@ class Profiler(Protocol):
 
         Args:
             name: The phase.
-            track: What is busy: `LOOP`, `TARGET` or `DRAFTER`.
+            track: The part that is busy: `LOOP`, `TARGET` or `DRAFTER`.
             payload: Numbers that describe it.
         """
 

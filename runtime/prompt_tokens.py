@@ -26,7 +26,7 @@ def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, chat: bool, op
         prompt: Text, messages or token ids.
         tokenizer: The target's tokenizer; needed unless the prompt is token ids.
         chat: Put text into the chat template, as one message of the user, where the tokenizer has a template.
-        options: What the chat template gets.
+        options: The options of the chat template.
 
     Raises:
         VocabtrimError: There is no tokenizer, options are given for a prompt that no template renders, or the prompt

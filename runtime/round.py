@@ -23,10 +23,10 @@ class Round:
         seconds: Time of the whole round.
         finish_reason: Set on the last round: "stop" after an EOS, "length" at the tokens asked for or a full cache.
         logprobs: Those of `tokens`; empty where they were not asked for.
-        looked_up: How many of the first drafted tokens prompt lookup gave, and not the drafter.
+        looked_up: The number of drafted tokens, from the first on, that came from prompt lookup.
         is_paused: An adaptive draft length found that drafting does not pay here: this round drafts nothing, or a
             probe.
-        cached: How many tokens of the prompt the target's cache held already; they were not read again.
+        cached: The tokens of the prompt that the target's cache held already; they were not read again.
     """
 
     tokens: tuple[int, ...]

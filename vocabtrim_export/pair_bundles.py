@@ -30,7 +30,7 @@ class PairWriter:
     Args:
         sources: The loaded models by role.
         counts: The token counts.
-        settings: How to export.
+        settings: The settings of the export.
         progress: Called with (task, done, total).
     """
 
@@ -98,7 +98,7 @@ def select(
     """Choose the tokens that the drafter's head keeps.
 
     Args:
-        counts: How often each token was seen.
+        counts: The counts of each token.
         sources: The loaded models by role.
         k: The number of rows, or the share of held-out tokens to cover.
         available: int64[n], the ids that both models give the same meaning.

@@ -76,7 +76,7 @@ def export(
         target: MODEL of the target; None exports the drafter alone. A head needs its target, whose hidden states it
             reads.
         output: The directory that gets `drafter`, `target` and one directory for each of `settings.formats`.
-        settings: How to export.
+        settings: The settings of the export.
         progress: Called with (task, done, total).
 
     Raises:

@@ -86,7 +86,7 @@ def select_vocab(
     rest by id: BPE numbers tokens in the order of its merges, so a smaller id is likely the more frequent one.
 
     Args:
-        counts: How often each token was seen.
+        counts: The counts of each token.
         k: The number of rows, rounded up to a multiple of 64 but never beyond the vocabulary; or a `Coverage`. Where
             the counted tokens do not reach the coverage, K includes filler: too short a calibration shows as a large K.
         always_keep: Ids that are kept before all others.
@@ -170,7 +170,7 @@ def kept_order(
     """Order the tokens as they are kept when K grows.
 
     Args:
-        counts: How often each token was seen.
+        counts: The counts of each token.
         always_keep: Ids that are kept before all others.
         limit: Rows of the drafter's embedding: no id from there up is kept.
         available: See `select_vocab`.

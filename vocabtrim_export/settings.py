@@ -21,9 +21,9 @@ class ExportSettings:
         k: Rows of the drafter's head: a number, a `Coverage` of the held-out calibration tokens, or "auto": the number
             with the most expected tokens per second, by the target's text on held-out prompts and this machine's
             measured steps.
-        trt: How to build TensorRT plans; None exports for ONNX Runtime.
+        trt: Settings for TensorRT plans; None exports for ONNX Runtime.
         dtype: "fp32", "fp16" or "bf16", for both bundles; None: fp16 for TensorRT, fp32 for ONNX Runtime.
-        quantize: How the weights of both bundles are quantised.
+        quantize: The quantisation of both bundles' weights.
         quantize_drafter: The same for the drafter alone; None: as `quantize`.
         max_length: Tokens that the KV caches hold; None: the models' own context, at most 4,096.
         formats: Keys of `vocabtrim_export.formats.FORMATS`, written in addition to the bundles.
@@ -55,7 +55,7 @@ def check_settings(settings: ExportSettings, drafter: str, target: str | None, h
     """Check the settings before anything is loaded.
 
     Args:
-        settings: How to export.
+        settings: The settings of the export.
         drafter: MODEL of the drafter.
         target: MODEL of the target; None where the drafter is exported alone.
         head: The kind of head that the drafter is; None for a language model.

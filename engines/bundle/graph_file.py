@@ -31,7 +31,7 @@ class StoredTensor:
         dtype: Its TensorProto.DataType.
         shape: Its shape.
         file: The name of the file, in the directory of the graph, that holds its bytes; None where `data` holds them.
-        offset: Where they begin in `file`, in bytes.
+        offset: Their first byte in `file`.
         length: Their number.
         data: The bytes that are in the graph itself; empty where there is a file.
     """

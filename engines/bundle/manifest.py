@@ -90,14 +90,14 @@ class Manifest:
         tool_versions: The versions of what wrote the bundle.
         vocab_map: Digest of the VocabMap; None for a full head.
         coverage: Share of the held-out calibration tokens that the VocabMap keeps.
-        calibration: What the tokens were counted on.
+        calibration: The source of the token counts (`TokenCounts.describe`).
         tensorrt: The plans of a bundle of `--format trt`, whose graph has fixed shapes and standard operators.
         kind: "language-model", or the kind of a head that reads its target's hidden states, one of the exporter's
             `HEAD_KINDS`. It names the model; `interface` decides what runs it.
         feature_layers: The target's layers whose inputs, concatenated, are the features. A target gives them, a head
             reads them. The number of all layers stands for the input of the LM head.
         feature_size: Numbers in the features of one position.
-        rules: What the target's generation config does to its logits.
+        rules: The rules on logits in the target's generation config.
         slots: Columns of a trimmed drafter's logits behind those of `head_rows`, for tokens that its head lacks. Their
             rows come from `head_rows.safetensors`. weight_bytes_per_step and head_bytes include them.
         experts: The routed experts, one entry for each form that a layer's have; none in a dense model.
@@ -174,7 +174,7 @@ class Manifest:
 
         Args:
             text: The file's content.
-            where: What errors call the file.
+            where: The file's name in errors.
 
         Raises:
             VocabtrimError: The manifest has another format version, was edited, or is malformed.

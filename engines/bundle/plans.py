@@ -12,7 +12,7 @@ class Profile:
     """One fixed shape of a graph.
 
     Attributes:
-        phase: What calls of this shape are for.
+        phase: The phase that calls of this shape belong to.
         tokens: The tokens that a call feeds.
         keep: The positions that it predicts after.
         span: The slots of the KV cache that it attends to.

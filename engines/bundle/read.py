@@ -63,7 +63,7 @@ class Bundle:
 
     Attributes:
         path: The directory.
-        manifest: What the bundle holds.
+        manifest: The bundle's manifest.
         vocab_map: The tokens of a trimmed head's rows; None for a full head.
     """
 

@@ -20,7 +20,7 @@ def parse(text: str, where: str) -> Any:
 
     Args:
         text: The JSON.
-        where: What holds it, for messages.
+        where: The file or field that holds it, for messages.
 
     Raises:
         VocabtrimError: It is not valid JSON, or is nested too deeply to read.
@@ -53,7 +53,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         kind: str, bool, int, float, Any, a Literal, a union with None, `tuple[T, ...]`, `Mapping[str, T]`, or a
             dataclass of such fields. Numbers must not be negative, and whole numbers must fit into int64.
         value: The data.
-        where: What holds it, for messages.
+        where: The file or field that holds it, for messages.
 
     Raises:
         VocabtrimError: Names the field below `where` that is something else.

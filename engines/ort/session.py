@@ -46,7 +46,7 @@ def new_session(
             file, and products are slower.
 
     Raises:
-        Exception: What ONNX Runtime raises; its exceptions have no common base.
+        Exception: An error of ONNX Runtime's; its exceptions have no common base.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4  # an error is raised; it would also be printed, in colour

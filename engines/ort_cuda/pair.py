@@ -51,7 +51,7 @@ class PairRounds:
             target: The engine that verifies.
             token_ids: int64[n], what the drafter has not read; the target lacks only the last of them.
             draft_length: γ, the number of tokens to draft.
-            sampling: How to draw tokens; None takes the most likely ones.
+            sampling: The settings to draw tokens with; None takes the most likely ones.
 
         Returns:
             The draft and its verification; None where this pair, draft or context cannot run as one round.

@@ -117,7 +117,7 @@ class CudaRound:
         Args:
             token_ids: int64[unread], what the drafter has not read.
             length: Tokens in the target's cache, which lacks only the last of `token_ids`.
-            sampling: How to draw tokens; needed with a sampler.
+            sampling: The settings to draw tokens with; needed with a sampler.
         """
         at, host = self._at, self._host
         first = length - self._unread + 1 - self._lag  # position of the first unread token, in the drafter's cache

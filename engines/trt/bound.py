@@ -96,7 +96,7 @@ class BoundProfile:
         inputs: Flat int64 arrays of page-locked memory by the names of inputs. The caller writes them before `run`.
 
     Args:
-        shared: What all profiles share.
+        shared: The objects that all profiles share.
         engine: The ICudaEngine.
         index: The number of the optimization profile.
         addresses: The addresses of the inputs that stay on the GPU, the KV cache and in-context slots, by name.

@@ -18,7 +18,7 @@ def check_plans(plans: TensorRT, version: str, compute_capability: str, where: s
     """Check that plans can run here.
 
     Args:
-        plans: What the manifest says of them.
+        plans: The manifest's description of the plans.
         version: The version of the library.
         compute_capability: The GPU's, such as "8.6".
         where: The bundle, for messages.

@@ -22,7 +22,7 @@ def read_bandwidth(threads: int | None = None, buffer_bytes: int = BUFFER_BYTES,
     Args:
         threads: The number of threads; None: one per usable core.
         buffer_bytes: Bytes of the buffer, far more than the caches hold.
-        seconds: How long to measure.
+        seconds: The time to measure for, in seconds.
     """
     workers = threads or usable_cores()
     chunks = np.array_split(np.ones(buffer_bytes // 8, np.int64), workers)  # ones: pages of zeros may share memory

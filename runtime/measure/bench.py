@@ -47,7 +47,7 @@ def bench(
         max_new_tokens: The most tokens to generate for a prompt.
         draft_length: γ, None or "auto", see `SpeculativeDecoder`; where acceptance is forced, None is 4. What an
             adaptive length learns, in the warm-up too, it keeps from prompt to prompt, as a decoder does.
-        repeats: How often each mode decodes each prompt.
+        repeats: The number of times that each mode decodes each prompt.
         force_accepted: The drafted tokens that each round accepts, see `decode_rounds`; "all" for γ. Nothing is then
             said of equal outputs.
         sampling: Greedy, with rules on logits that replace or add to those of the target's generation config.

@@ -15,7 +15,7 @@ def call_percentiles(
 
     Args:
         runs: The runs of one mode.
-        engine: Whose calls.
+        engine: The engine that was called.
         tokens: The tokens of the calls that count; None for all calls.
 
     Returns:

@@ -25,7 +25,7 @@ class PlanReport:
         target_step_ms: The time of a whole round of the target alone, in ms.
         drafters: The measured times of each drafter.
         prompts: The number of prompts.
-        settings: What was measured.
+        settings: The settings of the measurement.
         environment: See `BenchReport`.
     """
 
@@ -55,7 +55,7 @@ def make_plan(
     the prompt of median length, in a few rounds that accept as many tokens as are to be expected, all interleaved.
 
     Raises:
-        VocabtrimError: As `sweep`, and for more than one context.
+        VocabtrimError: An error of `sweep`, or more than one context.
     """
     if not drafters or len(settings.contexts) > 1 or settings.force_accepted is not None:
         raise VocabtrimError("a plan needs a drafter, one context at most, and an acceptance that is not forced")

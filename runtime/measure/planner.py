@@ -74,7 +74,7 @@ class Plan:
         candidates: Every drafter at every γ, the fastest first.
         target_tokens_per_second: The speed of the target alone.
         trimming_gain: The best trimmed drafter's tokens/s over the best full one's; None where either is missing.
-        reasons: What holds the gain back, one sentence each; empty where nothing stands out.
+        reasons: The limits of the gain, one sentence each; empty where nothing stands out.
     """
 
     candidates: tuple[PlanCandidate, ...]

@@ -18,7 +18,7 @@ class ModeReport:
     Attributes:
         tokens_per_second: All new tokens over all seconds, prefills included; the median repeat of each prompt counts.
         speedup: tokens_per_second over that of target-only decoding.
-        decode_tokens_per_second: As tokens_per_second, without the prefills, which speculation does not change.
+        decode_tokens_per_second: tokens_per_second without the prefills, which speculation does not change.
         decode_speedup: decode_tokens_per_second over that of target-only decoding.
         block_efficiency: See `Stats`.
         acceptance: See `Stats`.
@@ -87,7 +87,7 @@ class BenchReport:
         max_new_tokens: Tokens generated for each prompt, at most.
         draft_length: γ; where it adapts, the longest draft.
         adapts: Drafts are as long as they are worth their time.
-        repeats: How often each prompt was decoded in each mode.
+        repeats: The number of times that each prompt was decoded in each mode.
         force_accepted: The number of drafted tokens that each round accepted; None where the target judged the drafts.
         bandwidth: Bytes/s that the target's memory was measured to deliver.
         environment: Processor, cores, GPU if there is one, versions, and those of the tools that made the target's

@@ -56,7 +56,7 @@ def mode_report(
         baseline: The runs of target-only decoding.
         target: The target's manifest.
         drafter: The drafter's manifest; None for target-only decoding.
-        length: How long drafts were.
+        length: The draft length.
         bandwidth: Bytes/s of the memory of the engine whose steps bytes_per_step counts.
         differences: See `output_differences`; None where acceptance was forced and the tokens mean nothing.
     """

@@ -29,7 +29,7 @@ class SweepSettings:
         draft_lengths: Values of γ; empty: 4, or fewer where the target verifies no more.
         contexts: Lengths in tokens that the prompts are cut or repeated to; empty: the prompts as they are.
         max_new_tokens: Tokens generated for each prompt, at most.
-        repeats: How often each prompt is decoded in each combination.
+        repeats: The number of times that each prompt is decoded in each combination.
         force_accepted: See `decode_rounds`; "all" accepts whole drafts.
         sampling: Greedy, with the rules on logits that are given in addition to the target's own.
     """
@@ -51,7 +51,7 @@ class SweepRow:
         head_rows: Rows of the drafter's LM head; the target's for "target_only".
         draft_length: γ; 0 for "target_only".
         context: Tokens of each prompt; None where the prompts were left as they are.
-        report: What was measured.
+        report: The measured figures.
     """
 
     drafter: str
@@ -68,7 +68,7 @@ class SweepReport:
     Attributes:
         rows: One for each combination.
         prompts: The number of prompts.
-        settings: What was combined.
+        settings: The combined settings.
         bandwidth: Bytes/s that the target's memory was measured to deliver.
         environment: See `BenchReport`.
     """
@@ -120,7 +120,7 @@ def sweep(
         target: The target.
         drafters: The drafters by name.
         prompts: Token ids of each prompt.
-        settings: What to combine.
+        settings: The settings to combine.
         bandwidth: Bytes/s of the target's memory; None measures it.
         progress: Called with the number of generations done and of all.
 

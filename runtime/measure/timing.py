@@ -192,7 +192,7 @@ def measure(
     Args:
         target: The target.
         ways: The ways by name; all have the same number of prompts.
-        repeats: How often each prompt is decoded in each way.
+        repeats: The number of times that each prompt is decoded in each way.
         progress: Called with the number of generations done and of all, without the warm-up.
 
     Returns:

@@ -33,12 +33,12 @@ class PromptReport:
 
     Attributes:
         tokens: The new tokens.
-        ending: What is wrong with where the generation ended; None if nothing is.
+        ending: The fault in the place where the generation ended; None if there is none.
         differences: Differences from the reference.
         target_only: Differences from the target without a drafter, one token a call, along the same text. Where there
             are none, that text is what the target alone generates.
-        deviation: How far the reference's logits are from the engine's at most; None where the engine is the reference.
-        step_deviation: How far the logits of calls on one token are from those of calls on many.
+        deviation: The largest distance of reference logits from the engine's; None where the engine is the reference.
+        step_deviation: The distance of the logits of calls on one token from those of calls on many.
         step_limit: The step deviation that rounding explains. Beyond it the engine computes another model in a
             verification than in a single step.
     """

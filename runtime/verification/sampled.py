@@ -197,7 +197,7 @@ def _points_along(
         target: The target's engine.
         drafter: The drafter's engine.
         text: The prompt and the tokens that were generated.
-        params: How they were sampled.
+        params: The settings that they were sampled with.
         rng: Draws where each point lies within its token's part of the interval.
     """
     tokens = text.tokens

@@ -26,7 +26,7 @@ def point_of(token: int, p: NDArray[np.float32], q: NDArray[np.float32], uniform
         token: The token id.
         p: float32[n] over token ids, the distribution that the token should have.
         q: float32[n] over token ids, the drafter's distribution.
-        uniform: Where in the token's own part of the interval, 0 to 1.
+        uniform: The place in the token's own part of the interval, 0 to 1.
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratio = np.where(p > 0, q / p, np.inf)

@@ -59,13 +59,13 @@ class BundlePlan:
         role: "drafter" or "target".
         source: The loaded model.
         dtype: "fp32", "fp16" or "bf16".
-        quantization: How the weights are quantised.
+        quantization: The quantisation of the weights.
         context_length: The tokens that the KV cache holds.
         vocab_map: The tokens that the head keeps; None for a full head.
         coverage: The share of held-out tokens that the head keeps, if it was measured.
-        calibration: Where the token counts come from (`TokenCounts.describe`).
+        calibration: The source of the token counts (`TokenCounts.describe`).
         moments: See `input_moments`; int4 is better with them.
-        trt: How to build TensorRT plans; None makes a bundle for ONNX Runtime.
+        trt: Settings for TensorRT plans; None makes a bundle for ONNX Runtime.
         features_given: The layers of a target whose inputs a head reads.
         slots: In-context slots of a trimmed head.
         lost_token_ids: int64[n], ascending, the tokens that may enter the slots.
@@ -108,7 +108,7 @@ def write_bundle(
     Args:
         directory: Empty.
         traced: The model's trace; None for `ParallelHeads`.
-        plan: What the bundle is to hold.
+        plan: The description of the bundle.
         progress: Called with (task, done, total).
         twin: A bundle for ONNX Runtime of the same model, dtype, quantisation and context, whose weights are linked,
             except those of the LM head.

@@ -55,7 +55,7 @@ def calibrate(
             CPU with bfloat16 instructions a model in bfloat16 samples two to three times as fast as one in float32.
         tokenizer: The model's fast tokenizer.
         corpus: The documents to count on.
-        settings: What to count.
+        settings: The settings of the counting.
         checkpoint: A file that is rewritten as tokens come in; beside it, in a directory of its name with ".partial"
             added, is the work on an unfinished batch. A run goes on from an existing one, and ends where it would have
             ended uninterrupted; a larger `max_tokens` continues a finished run.

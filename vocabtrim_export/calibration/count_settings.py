@@ -25,7 +25,7 @@ class CountSettings:
         temperature: Temperature of sampling; 0 is greedy.
         limits: The size of batches, prompts and continuations; None: the defaults of `BatchLimits`, with smaller
             batches for an endpoint.
-        chat: Which chat template renders prompts, and its arguments.
+        chat: The chat template that renders prompts, and its arguments.
         enough_for: The rows of a trimmed head, a number or the share of held-out tokens that they are to cover:
             counting stops before `max_tokens` where more tokens would change little for such a head. None: count
             `max_tokens`.

@@ -80,7 +80,7 @@ def count_data(
         model: The model that generates; None where a text is counted or an endpoint generates.
         tokenizer: Its tokenizer.
         data: The text to count on; it holds no earlier counts.
-        job: How to count.
+        job: The settings of the counting.
         model_digest: Identifies the model's weights.
 
     Raises:

@@ -75,7 +75,7 @@ class CalibrationInput:
     Attributes:
         counts: Earlier counts; empty where there is text to count on.
         corpus: The documents of all files; None where counts were given, or domains.
-        domains: Where the files have names: the documents of each.
+        domains: The documents of each named file; empty where files have no names.
     """
 
     counts: tuple[TokenCounts, ...] = ()
@@ -133,8 +133,8 @@ def count_tokens(
 
     Args:
         sources: The loaded models by role.
-        data: What `read_calibration` read.
-        settings: How to calibrate.
+        data: The result of `read_calibration`.
+        settings: The settings of the calibration.
         checkpoint: The file that a calibration rewrites as it goes.
         rows: The rows of the head that `auto` counts for: a number, or the share of held-out tokens to cover; None: a
             quarter of the vocabulary.
@@ -165,7 +165,7 @@ def count_elsewhere(
     Args:
         tokenizer: The model's tokenizer.
         data: Text, no counts.
-        job: How to count; 0 rows stand for a quarter of the vocabulary.
+        job: The settings of the counting; 0 rows stand for a quarter of the vocabulary.
         spec: MODEL that generates on a cluster.
 
     Raises:
@@ -207,7 +207,7 @@ def calibrate_models(
         drafter: MODEL of the drafter, if there is one.
         target: MODEL of the target, if there is one.
         output: The `.safetensors` file of token counts.
-        settings: How to calibrate.
+        settings: The settings of the calibration.
         listener: The functions to call meanwhile.
 
     Raises:

@@ -34,7 +34,7 @@ class TokenCounts:
         held_out: int64[full_vocab], from the documents kept apart (see `is_held_out`), which only measure coverage.
         tokenizer_digest: Identifies the token ↔ id table that the ids belong to.
         runs: The calibrations that were added up.
-        domains: Where several domains were mixed by weight: the counts of each, as they were counted.
+        domains: The counts of each domain before they were mixed by weight; empty without domains.
 
     Raises:
         VocabtrimError: The arrays have another form.

@@ -45,7 +45,7 @@ def generate_batch(
         temperature: Temperature of sampling; 0 is greedy.
         eos_token_ids: The ids that end a continuation.
         on_step: Called with the number of tokens so far after each step.
-        partial_batch: Where the work on this batch is saved as it goes. An earlier run's work there is continued: the
+        partial_batch: The storage of the work on this batch. An earlier run's work there is continued: the
             result is the same, bit for bit.
 
     Returns:

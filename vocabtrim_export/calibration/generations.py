@@ -34,9 +34,9 @@ class BatchDocuments:
 
     Attributes:
         documents: The documents.
-        batch: Where they stand in the corpus.
+        batch: Their places in the corpus.
         run: The settings of the calibration.
-        chat: How the chat template renders prompts.
+        chat: The options of the chat template that renders prompts.
     """
 
     documents: tuple[Document, ...]
@@ -107,7 +107,7 @@ class Generator:
         Args:
             batch: The documents.
             on_step: Called with the number of tokens so far.
-            unfinished: Where the work on the batch is kept, and found.
+            unfinished: The storage of the batch's segments.
         """
         from vocabtrim_export.calibration.generate import NO_TOKEN, generate_batch
 
@@ -168,7 +168,7 @@ def asked_tokens(
         tokenizer: The model's tokenizer.
         batch: The documents.
         on_step: Called with the number of tokens so far.
-        unfinished: Where the answers are kept, and found.
+        unfinished: The storage of the answers.
 
     Returns:
         The new tokens, with an EOS where the model ended.

@@ -13,7 +13,7 @@ class KeptAnswers:
     """Answers by the index of their document in the batch.
 
     Args:
-        unfinished: Where they are kept, and where an earlier run's are found; None keeps them in memory alone.
+        unfinished: The storage of the answers, an earlier run's included; None keeps them in memory alone.
     """
 
     def __init__(self, unfinished: Unfinished | None) -> None:

@@ -36,7 +36,7 @@ class PartialBatch:
     A segment appears whole or not at all. If the disk is full or cannot be written, only the saving is lost.
 
     Args:
-        directory: Where the segments are; it is created with the first one.
+        directory: The directory of the segments; it is created with the first one.
         key: Identifies the batch and everything that its tokens depend on: other batches' segments are ignored.
         seconds: The time between two segments.
     """

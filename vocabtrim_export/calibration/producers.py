@@ -47,7 +47,7 @@ class CountWorkers(Protocol):
 
         Args:
             batch: The documents.
-            unfinished: Where the work on it is saved.
+            unfinished: The storage of its segments.
         """
 
 
@@ -60,7 +60,7 @@ class CountTask:
         tokenizer: Its tokenizer.
         workers: The processes that make the tokens, if this one does not.
         corpus: The documents.
-        settings: What to count.
+        settings: The settings of the counting.
         batches: The batches of the corpus.
         saver: Keeps the work on an unfinished batch.
         events: Functions to call as tokens come in.

@@ -72,7 +72,7 @@ class ModelWorker:
 
         Args:
             batch: The documents.
-            work: What was saved of the work on it; None where it is not saved.
+            work: The saved work on it; None where it is not saved.
         """
         if self.generator is None:
             self.facts()

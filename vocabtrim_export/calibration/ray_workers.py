@@ -34,8 +34,8 @@ class RayWorkers:
         actors: Those that work.
         facts: The model that they hold; None for text.
         digest: Identifies the model's weights.
-        unfinished: Where the work on the batches that were given out is saved, by the numbers of the handings-out: what
-            an actor still does for an earlier one is ignored.
+        unfinished: The storage of the batches that were given out, by the number of each handing-out; what an actor
+            still does for an earlier one is ignored.
     """
 
     start: Any

@@ -66,7 +66,7 @@ class Evidence:
 
     Args:
         rows: Rows of the head that the counts are to choose.
-        saved: What `tensors` returned in an earlier run; empty for a fresh one.
+        saved: The result of `tensors` in an earlier run; empty for a fresh one.
         full_vocab: The number of tokens.
     """
 

@@ -18,7 +18,7 @@ def write_profile(bundles: Bundles, prompt: Sequence[int], draft_length: int, to
         prompt: Token ids.
         draft_length: γ.
         tokens: New tokens.
-        directory: Where to write.
+        directory: The directory to write to.
 
     Raises:
         VocabtrimError: The profile cannot be written.

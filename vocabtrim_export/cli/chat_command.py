@@ -88,7 +88,7 @@ class Conversation:
         """Answer a message, or follow a command.
 
         Args:
-            line: What the user typed.
+            line: The line that the user typed.
             is_stopped: Asked after each token whether to end the answer there.
 
         Raises:

@@ -46,7 +46,7 @@ def figures_line(stats: "Stats", ending: str, first_token_seconds: float) -> str
 
     Args:
         stats: Sums over the text's rounds.
-        ending: What ended the text, such as "stop".
+        ending: The reason that the text ended, such as "stop".
         first_token_seconds: The time to the first token.
     """
     line = f"{stats.tokens} tokens, {ending}; {stats.tokens_per_second:.1f} tokens/s"

@@ -57,7 +57,7 @@ def utf8_text(data: bytes | str, where: str) -> str:
 
     Args:
         data: Bytes, or text in which escapes stand for the bytes that are not UTF-8, as Python reads arguments.
-        where: Where they come from, for the error.
+        where: Their source, for the error.
 
     Raises:
         VocabtrimError: They are not UTF-8.
@@ -96,7 +96,7 @@ def read_line(prompt: str | None) -> str | None:
     """Returns the next line of standard input; None at its end, and where a person types Ctrl-C.
 
     Args:
-        prompt: What a person sees before the line; None where nobody types.
+        prompt: The text before the line in a terminal; None where no person types.
 
     Raises:
         VocabtrimError: The line is not UTF-8.

@@ -92,7 +92,7 @@ class ParallelHeads(LlamaPreTrainedModel):
         """Lower to a graph for ONNX Runtime.
 
         Args:
-            weights: How the graph's weights are stored, and which rows are kept.
+            weights: The settings for storing the graph's weights, and the kept rows.
 
         Returns:
             The graph: features: [1, S, feature_size] → logits: [1, heads, S, rows], token_ids: int64[1, heads, S]. One

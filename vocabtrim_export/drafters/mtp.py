@@ -43,7 +43,7 @@ class MtpTensors:
 
     Attributes:
         files: For each file the names of its tensors and their names in `LayerHead`.
-        layers: How many such layers there are.
+        layers: The number of such layers.
         hidden_first: See `LayerHead`.
     """
 

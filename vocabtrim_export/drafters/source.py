@@ -100,7 +100,7 @@ def weight_files(directory: Path, what: str) -> list[Path]:
 
     Args:
         directory: The checkpoint.
-        what: What it holds, for the message.
+        what: The contents of the directory, for the message.
 
     Raises:
         VocabtrimError: There is none.

@@ -80,7 +80,7 @@ def write_eagle3(head: Path, vocab_map: VocabMap, directory: Path, target_head: 
     Args:
         head: The checkpoint.
         vocab_map: The tokens to keep.
-        directory: Where to write it.
+        directory: The directory to write to.
         target_head: [vocab, hidden], the target's LM head, for a checkpoint without `lm_head.weight`, which uses it.
 
     Returns:

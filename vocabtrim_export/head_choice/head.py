@@ -42,7 +42,7 @@ def choose_head(
         data: The calibration data, a corpus.
         counts: The token counts.
         available: int64[n], the ids that the drafter may propose.
-        settings: How to export.
+        settings: The settings of the export.
         progress: Called with (task, done, total).
 
     Returns:

@@ -36,7 +36,7 @@ def held_out_prompts(
         data: The calibration data; their held-out documents chose no row.
         tokenizer: The target's.
         rows: Rows of the target's embedding.
-        settings: Which chat template renders the prompts.
+        settings: The settings of the chat template that renders the prompts.
 
     Raises:
         VocabtrimError: There is none.

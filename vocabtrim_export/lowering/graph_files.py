@@ -25,7 +25,7 @@ def save_graph(model: ir.Model, directory: Path, task: str, progress: Progress) 
 
     Args:
         model: The graph.
-        directory: Where to write.
+        directory: The directory to write to.
         task: The task's name for `progress`.
         progress: Called with (task, megabytes of weights written, all megabytes).
     """
@@ -80,7 +80,7 @@ def save_like(model: ir.Model, directory: Path, twin: Path, own: Collection[str]
 
     Args:
         model: The graph.
-        directory: Where to write.
+        directory: The directory to write to.
         twin: The directory of a bundle whose other weights have the same names and values.
         own: The initializers that differ.
     """

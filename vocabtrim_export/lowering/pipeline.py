@@ -40,9 +40,9 @@ class Weights:
 
     Attributes:
         dtype: The dtype of the weights.
-        quantization: How products are quantised.
+        quantization: The quantisation of products.
         vocab_map: The tokens of the head's rows; None for all.
-        moments: Of the linear layers' inputs, as `input_moments` measures them; int4 is better with them.
+        moments: Second moments of the linear layers' inputs (`input_moments`); int4 is better with them.
         head_rows: int64[K], the model's rows for the tokens of `vocab_map`; None where a token's row is its id.
         slots: In-context slots of a trimmed head (see `add_slots`), 0 for none.
     """

@@ -54,7 +54,7 @@ def slot_weights(
 
     Args:
         decoder: The graph before the head is trimmed.
-        quantization: How the head is quantised.
+        quantization: The quantisation of the head.
         rows: The rows, int64[n].
         is_standard: The graph is one of standard operators; its quantised rows are returned dequantised.
 

@@ -99,7 +99,7 @@ def trim_onnx(
         drafter: The directory of the ONNX model.
         output: The output directory.
         k: Rows of the head, or the share of held-out tokens to cover.
-        calibration: What is counted to choose the tokens.
+        calibration: The text that is counted to choose the tokens.
         force: Replace an earlier export in `output`.
         progress: Called with (task, done, total).
 

@@ -42,7 +42,7 @@ def dequantized(
         graph: A graph with `MatMulNBits`, or with `DequantizeLinear` after its weights.
         quantization: "int8", "int4" or "fp8".
         head_rows: For each LM head the rows that the graph keeps, int64[K]: its logits have K columns. None for all.
-        prefix: What the graph puts before the model's own name of a weight.
+        prefix: The graph's prefix to the model's own name of a weight.
 
     Yields:
         The layers whose written weights are not the model's, rounded; filled as the model runs.

@@ -30,7 +30,7 @@ class FilledSlots:
 
     Args:
         directory: The bundle's.
-        plan: What the bundle holds; it has slots.
+        plan: The description of the bundle, which has slots.
         gains: These numbers.
 
     Attributes:

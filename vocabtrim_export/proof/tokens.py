@@ -37,7 +37,7 @@ class Calls:
 
     Attributes:
         token_ids: int64[S].
-        lengths: How many of them each call feeds; the first is the prefill.
+        lengths: The number of tokens that each call feeds; the first call is the prefill.
         hidden: float32[S, hidden], the hidden states that a head reads with the tokens; None for other models.
     """
 

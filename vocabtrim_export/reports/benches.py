@@ -68,7 +68,7 @@ class Bench:
         name: Its name in the report.
         prompts: The number of prompts.
         max_new_tokens: Tokens generated for each prompt, at most.
-        repeats: How often each was decoded.
+        repeats: The number of times that each was decoded.
         force_accepted: Whether acceptance was forced, so that only latency was measured.
         lossless: Every output was the target's own, but for near-ties; None where acceptance was forced.
         bandwidth: Bytes/s that the target's memory delivers.

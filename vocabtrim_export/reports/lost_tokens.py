@@ -21,7 +21,7 @@ class LostToken:
     Attributes:
         token_id: Its id.
         text: Its text, with escapes for characters that do not show.
-        seen: How often the calibration counted it, with the weights of domains.
+        seen: The calibration's count of it, with the weights of domains.
         share: `seen` over all counted tokens.
         domain: The domain in which it has the largest share; "" without domains.
     """

@@ -34,7 +34,7 @@ class Server:
 
     Args:
         decoder: The first worker's decoder; its forks are made here, and all are closed with the application.
-        settings: How the pair is served.
+        settings: The settings of the server.
     """
 
     def __init__(self, decoder: SpeculativeDecoder, settings: ServeSettings) -> None:

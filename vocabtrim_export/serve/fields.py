@@ -67,7 +67,7 @@ class Fields:
         Args:
             name: The field.
             harmless: Values with which the field changes nothing.
-            why: What is missing, and what to do.
+            why: The missing part, and the way to get it.
 
         Raises:
             ApiError: The field has another value.

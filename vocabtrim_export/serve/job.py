@@ -28,7 +28,7 @@ class Job:
         prompts: Token ids; every prompt has `n` answers.
         n: Answers to each prompt.
         max_new_tokens: The most tokens of an answer; None: to the end of the context.
-        sampling: How tokens are chosen; an answer after the first takes another seed where one was given.
+        sampling: Settings that choose tokens; an answer after the first takes another seed where one was given.
         stop: Strings that end an answer.
         logprobs: Alternatives whose log-probabilities are returned with each token's own; None: no log-probabilities.
         is_chat: The request was for /v1/chat/completions.

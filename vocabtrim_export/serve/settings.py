@@ -21,7 +21,7 @@ class ServeSettings:
         body_mb: The largest request body, in MiB.
         request_seconds: The longest time from a request's arrival to the end of its answer, waiting included.
         body_seconds: The longest time in which a request's body must arrive, so that slow clients fill no queue.
-        shutdown_seconds: How long running requests may continue after the server was told to stop.
+        shutdown_seconds: The time that running requests may continue after the signal to stop.
     """
 
     model_name: str

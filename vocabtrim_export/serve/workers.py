@@ -53,8 +53,8 @@ class Workers:
 
         Args:
             decoder: The first worker's; the others are forks of it.
-            number: How many workers.
-            waiting: How many requests may wait for one.
+            number: The number of workers.
+            waiting: The most requests that may wait for one.
         """
         self._free = [Worker(decoder), *(Worker(decoder.fork()) for _ in range(number - 1))]
         self.all = tuple(self._free)

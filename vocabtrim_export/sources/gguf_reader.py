@@ -39,7 +39,7 @@ class GgufTensor:
     """The place of a tensor in its file.
 
     Attributes:
-        shape: As PyTorch has it, the slowest dimension first; the file stores it reversed.
+        shape: The shape in PyTorch's order, the slowest dimension first; the file stores it reversed.
         kind: The number of its type in ggml.
         start: Its first byte in the file.
         length: Its length in bytes.

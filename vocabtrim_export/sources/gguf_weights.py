@@ -59,7 +59,7 @@ def load_weights(
         model: The model that the weights are for; its parameters may be on the meta device.
         dtype: The dtype of the result.
         progress: Called with (bytes of the file read, bytes of the file).
-        hold: What keeps a weight.
+        hold: The function that keeps a weight.
 
     Returns:
         All of the file's tensors, by the model's own names.

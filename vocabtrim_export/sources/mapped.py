@@ -38,7 +38,7 @@ class MappedResults(TorchDispatchMode):
     Only the operations of the thread that opens the context are seen.
 
     Args:
-        hold: What keeps a tensor, from `holder`.
+        hold: The function that keeps a tensor, from `holder`.
     """
 
     def __init__(self, hold: Hold) -> None:
@@ -56,7 +56,7 @@ def check_room(directory: Path, needed: float, what: str) -> None:
     Args:
         directory: An existing directory.
         needed: The bytes.
-        what: What needs them, to begin a sentence with.
+        what: The part that needs them, to begin a sentence with.
 
     Raises:
         VocabtrimError: Less is free, with both numbers.

@@ -11,7 +11,7 @@ def model_text(what: str, spec: Any) -> str:
     """Returns MODEL as text.
 
     Args:
-        what: Whose model it is, for the message.
+        what: The model's role, for the message.
         spec: A text or a path.
 
     Raises:

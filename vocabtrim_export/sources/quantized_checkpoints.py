@@ -63,7 +63,7 @@ def dense_weights(
         files: The .safetensors files.
         quantization: The `quantization_config` of config.json.
         dtype: The dtype of the dense weights.
-        hold: What keeps a dense weight.
+        hold: The function that keeps a dense weight.
         progress: Called with (bytes of tensors read, bytes of all).
 
     Returns:

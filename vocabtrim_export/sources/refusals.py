@@ -34,7 +34,7 @@ class Refusal:
         what: The kind, in the form that follows "is".
         why: Why it cannot be exported.
         matches: Whether a language model of this configuration and class is of the kind.
-        instead: Which model to use instead.
+        instead: The model to use instead.
     """
 
     what: str

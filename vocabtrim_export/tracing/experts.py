@@ -35,7 +35,7 @@ class ExpertModule:
         transposed: gate_up and down are [experts, in, out]; else [experts, out, in].
         alpha: The factor in the sigmoid.
         beta: The number added to u.
-        limit: Where g and u are clamped; 0 where they are not.
+        limit: The bound that g and u are clamped to; 0 for none.
     """
 
     name: str

@@ -78,7 +78,7 @@ def build_plan(
         onnx_path: The graph.
         plan_path: The file to write.
         profiles: One fixed shape each: the size of every dynamic dimension by its name.
-        options: How to build.
+        options: The options of the build.
         log_write: Called with each line that the library logs.
         progress: Called with (profiles built, profiles).
 

@@ -27,7 +27,7 @@ def check_buildable(settings: TensorRTSettings, dtypes: Collection[str]) -> None
     """Refuse plans that cannot be built, before the long work.
 
     Args:
-        settings: How to build.
+        settings: The settings of the build.
         dtypes: The dtypes of the weights and of their quantised forms, such as {"fp16", "int4"}.
 
     Raises:
@@ -69,7 +69,7 @@ def write_tensorrt(
         weights: Its weights.
         role: "drafter" or "target".
         context_length: The tokens that the KV cache holds.
-        settings: How to build.
+        settings: The settings of the build.
         progress: Called with (task, done, total).
 
     Returns:

@@ -84,7 +84,7 @@ def profiles(role: Role, settings: TensorRTSettings, max_length: int) -> tuple[P
 
     Args:
         role: "drafter" or "target".
-        settings: How the bundle is built.
+        settings: The settings of the build.
         max_length: Tokens that the KV cache holds.
 
     Raises:
