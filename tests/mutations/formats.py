@@ -30,6 +30,14 @@ FORMATS = (
         f"{FORMAT_TESTS} -k fails_changes",
     ),
     Mutation(
+        "Every graph opens in onnx, Polygraphy and ONNX Runtime",
+        "the weights of another format are hard links",
+        "vocabtrim_export/lowering/graph_files.py",
+        "fcntl.ioctl(copy.fileno(), _FICLONE, original.fileno())",
+        "place.unlink()\n            place.hardlink_to(source)",
+        "tests/integration/test_opens.py -k formats",
+    ),
+    Mutation(
         "`d2t` of an EAGLE-3 checkpoint holds offsets",
         "absolute ids",
         "vocabtrim_export/formats/eagle3.py",
