@@ -32,7 +32,7 @@ PROMPT = list(range(40, 62))
 
 @pytest.fixture(scope="module")
 def target_dir(random_model):
-    return random_model("gpt2", n_layer=8)  # reads position_ids
+    return random_model("gpt2", n_layer=6)  # reads position_ids
 
 
 @pytest.fixture(scope="module")

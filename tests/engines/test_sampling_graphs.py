@@ -1,5 +1,7 @@
 """The graphs that warp and draw on a device, against the runtime's own functions on the host."""
 
+import functools
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -19,8 +21,13 @@ def session(model: ir.Model) -> ort.InferenceSession:
     return new_session(stored)
 
 
+@functools.cache
+def warp_session(*arguments) -> ort.InferenceSession:
+    return session(warp_graph(*arguments))
+
+
 def warp(logits, params: SamplingParams, logits_type=ir.DataType.FLOAT):
-    graph = session(warp_graph(logits.shape[-1], logits_type, params.top_k, params.top_p < 1, params.min_p > 0))
+    graph = warp_session(logits.shape[-1], logits_type, params.top_k, params.top_p < 1, params.min_p > 0)
     chances = {"temperature": params.temperature, "top_p": params.top_p, "min_p": params.min_p}
     wanted = {value.name for value in graph.get_inputs()}
     inputs = {name: np.array([value], np.float32) for name, value in chances.items() if name in wanted}

@@ -21,7 +21,7 @@ PROMPTS = [[5, 17, 200, 33], list(range(40, 70)), [7]]
 
 @pytest.fixture(scope="module")
 def target_dir(random_model):
-    return random_model("llama", num_hidden_layers=8)
+    return random_model("llama", num_hidden_layers=6)
 
 
 @pytest.fixture(scope="module")
@@ -111,18 +111,18 @@ def layouts(kept, full):
     }
 
 
-def test_every_layout_holds_the_same_head(write_head, target_dir, target_model):
-    target = load_source(str(target_dir), torch.float32)
+def test_every_layout_holds_the_same_head(write_head, random_model):
+    target = load_source(str(random_model("llama", num_hidden_layers=8)), torch.float32)  # LAYERS are its default
     kept = np.sort(np.random.default_rng(2).permutation(VOCAB)[:200])
     full = make_tensors()
     for name, (tensors, changes) in layouts(kept, full).items():
         if "embed_tokens.weight" in tensors:
-            tensors["embed_tokens.weight"] = target_model.model.embed_tokens.weight.detach() * 2
+            tensors["embed_tokens.weight"] = target.model.model.embed_tokens.weight.detach() * 2
         config = changes if name == "speculators" else CONFIG | changes
         if name == "ModelOpt":  # counts the layers by what they give
             config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [1, 3, 4]
         source = load_head(str(write_head(tensors, config)), target)
-        head = target_model.lm_head.weight if name == "the target's head" else full["lm_head.weight"]
+        head = target.model.lm_head.weight if name == "the target's head" else full["lm_head.weight"]
         assert np.array_equal(np.sort(source.row_token_ids), kept), name
         assert torch.equal(source.model.lm_head.weight[source.rows_of(kept)], head[kept]), name
         assert source.feature_layers == LAYERS, name
@@ -184,8 +184,8 @@ def test_int4_heads_draft_much_the_same(write_head, export_head, pair):
             exact.feed([42])
 
 
-def test_only_a_target_that_gives_the_features_goes_with_a_head(pair, export_pair, target_dir):
-    other = export_pair(target_dir)
+def test_only_a_target_that_gives_the_features_goes_with_a_head(pair, random_model, export_pair):
+    other = export_pair(random_model("llama"))
     with pytest.raises(VocabtrimError, match="reads 192 features of the target's layers 2, 4, 5"):
         SpeculativeDecoder.load(other.target, pair.drafter, draft_length=4)
     with SpeculativeDecoder.load(

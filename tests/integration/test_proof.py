@@ -288,7 +288,7 @@ def test_each_wrong_graph_for_tensorrt_is_noticed(architecture, random_model, tm
 @pytest.mark.parametrize("quantization", ["none", "int4"])
 @pytest.mark.parametrize("kind", ["eagle3", "medusa"])
 def test_each_wrong_graph_of_a_head_is_noticed(kind, quantization, random_model, write_head, tmp_path):
-    target = load_source(str(random_model("llama", num_hidden_layers=8)), DTYPES["fp32"])
+    target = load_source(str(random_model("llama", num_hidden_layers=6)), DTYPES["fp32"])
     if kind == "eagle3":
         head = write_head(eagle_heads.make_tensors(bias=True), eagle_aux_hidden_state_layer_ids=[2, 4, 5])
         source = load_head(str(head), target)

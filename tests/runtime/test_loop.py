@@ -151,7 +151,7 @@ def test_sampled_tokens_follow_the_targets_law(make_target, make_drafter, kept, 
         for j, p_next in enumerate(distribution(target.logits([*PROMPT, i])[None], sampling)[0]):
             for k, p_last in enumerate(distribution(target.logits([*PROMPT, i, j])[None], sampling)[0]):
                 law[i, j, k] = float(p) * float(p_next) * float(p_last)
-    runs, counts = 3000, Counter()
+    runs, counts = 2000, Counter()
     for seed in range(runs):
         rounds = decode(target, drafter, 3, 2, sampling=SamplingParams(1.3, 10, 0.9, seed))
         counts[tuple(tokens_of(rounds))] += 1
