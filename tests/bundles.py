@@ -5,6 +5,7 @@ under a digest of what it was made from. Every caller gets a copy of its own and
 """
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -105,7 +106,12 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def traced_once():
-    """Trace each skeleton once in a process: tracing is nine tenths of a small export and reads no weights."""
+    """Trace each skeleton once in a process: tracing is nine tenths of a small export and reads no weights.
+
+    PyTorch's table of ONNX operators, a third of a small trace, is read once as well.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
     from vocabtrim_export.tracing import trace
 
     real, graphs = trace._trace_skeleton, {}
@@ -120,6 +126,7 @@ def traced_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "_trace_skeleton", trace_skeleton)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
 
 

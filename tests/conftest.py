@@ -1,5 +1,6 @@
 """A tiny language model and its tokenizer, made anew: two layers of Llama, a BPE of a few hundred tokens."""
 
+import gc
 import os
 
 import pytest
@@ -22,6 +23,16 @@ def pytest_configure():
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+def pytest_collection_finish():
+    """Exclude the objects of the imported modules from garbage collection.
+
+    PyTorch and transformers have so many that scanning them, whenever a trace has made enough new ones, takes a third of
+    the trace's time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 # For `tests/mutations`: that a test fails is enough, its smallest example may take minutes to find.
