@@ -86,6 +86,20 @@ class Store:
         return place / "files", pickle.loads(result.read_bytes())
 
 
+def copy_tree(source: Path, place: Path) -> Path:
+    """Copy a directory. A file with several names in it has them in the copy too, so that tests see hard links."""
+    copies: dict[int, str] = {}
+
+    def copy(original: str, to: str) -> None:
+        first = copies.setdefault(os.stat(original).st_ino, to)
+        if first == to:
+            shutil.copy2(original, to)
+        else:
+            os.link(first, to)
+
+    return shutil.copytree(source, place, copy_function=copy)
+
+
 def content_digest(path: Path | str) -> str:
     """A digest of the files in a directory; `path` itself where it is none, such as "mtp"."""
     if not Path(path).is_dir():
@@ -196,7 +210,7 @@ def export_pair(tmp_path_factory, count_file, store, traced_once):
         own = target is None or Path(target) == Path(model)
         key = ("export", content_digest(model), own or content_digest(target), sorted(wanted.items()))
         made, result = store.once(key, make)
-        output = shutil.copytree(made, tmp_path_factory.mktemp("out") / "bundles")
+        output = copy_tree(made, tmp_path_factory.mktemp("out") / "bundles")
 
         def copied(path: Path) -> Path:
             return output / path.relative_to(made)

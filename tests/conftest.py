@@ -28,8 +28,8 @@ def pytest_configure():
 def pytest_collection_finish():
     """Exclude the objects of the imported modules from garbage collection.
 
-    PyTorch and transformers have so many that scanning them, whenever a trace has made enough new ones, takes a third of
-    the trace's time.
+    PyTorch and transformers have so many that scanning them takes a third of the time of a trace, which makes enough
+    objects of its own to start a scan again and again.
     """
     gc.collect()
     gc.freeze()
