@@ -70,7 +70,7 @@ def save_model(name: str, directory: Path) -> tuple[Any, dict[str, Any]]:
     import transformers
 
     config = tiny_config(name)
-    auto = transformers.AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForCausalLM
     if name in FAMILIES and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         auto = transformers.AutoModelForImageTextToText
     torch.manual_seed(0)

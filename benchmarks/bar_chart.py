@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
+Color = Literal["first", "second", "grey"]
+
 _BAR, _GAP, _LEFT, _LENGTH, _HEAD, _RIGHT = 12, 14, 250, 270, 40, 60  # pixels; _LENGTH: of the longest bar
 _STYLE = """
 .paper{fill:#fff}.ink{fill:#1f2328}.soft{fill:#59636e}.first{fill:#56b4e9}.second{fill:#d55e00}.grey{fill:#8c959f}
@@ -27,7 +29,7 @@ class Bar:
     name: str
     value: float
     label: str
-    color: Literal["first", "second", "grey"]
+    color: Color
 
 
 def bar_chart(title: str, panels: Mapping[str, Sequence[Bar]]) -> str:

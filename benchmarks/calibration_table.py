@@ -236,12 +236,13 @@ def drafter_counts(options: argparse.Namespace, corpus: Corpus, source: Source, 
             sums, turn, seconds = saved["sums"], int(saved["turn"]), float(saved["seconds"])
     began = perf_counter() - seconds
     with load_engine(options.drafter_alone) as engine:
-        decoder = SpeculativeDecoder(engine, tokenizer=Tokenizer.load(options.drafter_alone))
+        tokenizer = Tokenizer.load(options.drafter_alone)
+        decoder = SpeculativeDecoder(engine, tokenizer=tokenizer)
         for tokens in options.tokens:
             counted = finished(work, "drafter", tokens)
             while counted is None and sums.sum() < tokens:
                 index = order[turn % len(order)]
-                prompt = encode_document(decoder.tokenizer, corpus.documents[index])[-128:]
+                prompt = encode_document(tokenizer, corpus.documents[index])[-128:]
                 sampling = SamplingParams(temperature=1.0, seed=turn)
                 ids = decoder.generate(prompt, max_new_tokens=NEW_TOKENS, sampling=sampling).token_ids
                 sums[int(is_held_out(index, len(order)))] += np.bincount(ids, minlength=source.vocab_size)

@@ -66,7 +66,7 @@ def largest_tensor(path: Path) -> int:
         from gguf import GGUFReader
 
         return max(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
-    sizes = []
+    sizes: list[int] = []
     for file in path.glob("*.safetensors"):
         with safe_open(file, framework="numpy") as tensors:
             sizes += [math.prod(tensors.get_slice(name).get_shape()) for name in [*tensors.keys()]]

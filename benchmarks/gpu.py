@@ -109,8 +109,10 @@ def round_ms(target: Engine, drafter: Engine) -> dict[str, float]:
     for name, sampling in ways.items():
         for _ in range(2):  # in the first, graphs are captured
             text = prompts(target, 1)[0]
-            settings = {"max_new_tokens": 96, "draft_length": DRAFT_LENGTH, "sampling": sampling}
-            rounds = [entry for entry in decode_rounds(target, drafter, text, **settings) if not entry.is_prefill]
+            entries = decode_rounds(
+                target, drafter, text, max_new_tokens=96, draft_length=DRAFT_LENGTH, sampling=sampling
+            )
+            rounds = [entry for entry in entries if not entry.is_prefill]
         found[name] = 1e3 * float(np.median([entry.seconds for entry in rounds if entry.drafted == DRAFT_LENGTH]))
     return found
 

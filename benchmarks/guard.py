@@ -25,11 +25,13 @@ from engines import load_engine
 from engines.base import Engine
 from runtime.loop import decode_rounds
 from runtime.measure.environment import environment
+from vocabtrim_export.lowering.quantize import Quantization
 from vocabtrim_export.random_weights.bundles import RandomSettings, random_bundles
 
 RESULTS = Path(__file__).parent / "results" / "guard.json"
 TOLERANCE = 0.1
 SHAPE, ROWS = "smollm2-135m", 16384
+PRECISIONS: dict[str, Quantization] = {"fp32": "none", "int8": "int8", "int4": "int4"}  # of the targets
 PAST, PROMPT, NEW_TOKENS = 128, 256, 24  # tokens
 TURNS = 15  # a ratio is a median of so many
 DRAFTED, ACCEPTED = 4, 3  # tokens of a round of the loop; what is accepted is forced
@@ -111,9 +113,8 @@ def load(directory: Path, stack: ExitStack) -> tuple[dict[str, Engine], dict[str
     Drafters of the two other targets are left out: their steps are the same.
     """
     targets, drafters = {}, {}
-    for precision in ("fp32", "int8", "int4"):
+    for precision, quantization in PRECISIONS.items():
         rows = (None, ROWS) if precision == "fp32" else ()
-        quantization = "none" if precision == "fp32" else precision
         settings = RandomSettings(SHAPE, None, rows, "fp32", quantization, "int4")
         bundles = random_bundles(settings, directory, lambda *_: None)
         targets[precision] = stack.enter_context(load_engine(bundles.target))

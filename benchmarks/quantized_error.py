@@ -13,17 +13,22 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from architectures import save_model
 
+if TYPE_CHECKING:
+    from vocabtrim_export.lowering.quantize import Quantization
+
 NAMES = ["qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_oss", "dots1"]
+QUANTIZATIONS: "tuple[Quantization, ...]" = ("int8", "int4")
 CALLS = ((0, 1), (1, 6), (6, 40))
 
 
-def measure(name: str, quantization: str, work: Path) -> str:
+def measure(name: str, quantization: "Quantization", work: Path) -> str:
     import torch
 
     from engines import load_engine
@@ -57,7 +62,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
     for name in options.only:
-        for quantization in ("int8", "int4"):
+        for quantization in QUANTIZATIONS:
             with tempfile.TemporaryDirectory() as work:
                 print(measure(name, quantization, Path(work)), flush=True)
 

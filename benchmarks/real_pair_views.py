@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bar_chart import Bar, bar_chart
+from bar_chart import Bar, Color, bar_chart
 
 if TYPE_CHECKING:
     from real_pair import Row
@@ -32,7 +32,7 @@ def svg(rows: Sequence["Row"]) -> str:
 
 
 def _bar(row: "Row", alone: str) -> Bar:
-    color = "grey" if row.way == alone else "second" if "adaptive" in row.way else "first"
+    color: Color = "grey" if row.way == alone else "second" if "adaptive" in row.way else "first"
     return Bar(row.way, row.speedup, f"{row.speedup:.2f}×", color)
 
 
