@@ -25,6 +25,11 @@ def pytest_configure():
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
+def pytest_collection_modifyitems(items):
+    """Run the real weights' tests, which take minutes, first: at the end one worker would wait for the other."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 def pytest_collection_finish():
     """Exclude the objects of the imported modules from garbage collection.
 
