@@ -112,17 +112,19 @@ def layouts(kept, full):
 
 
 def test_every_layout_holds_the_same_head(write_head, random_model):
-    target = load_source(str(random_model("llama", num_hidden_layers=8)), torch.float32)  # LAYERS are its default
+    target_dir = random_model("llama", num_hidden_layers=8)  # LAYERS are its default
+    target_model = transformers.AutoModelForCausalLM.from_pretrained(target_dir)
+    target = load_source(str(target_dir), torch.float32)
     kept = np.sort(np.random.default_rng(2).permutation(VOCAB)[:200])
     full = make_tensors()
     for name, (tensors, changes) in layouts(kept, full).items():
         if "embed_tokens.weight" in tensors:
-            tensors["embed_tokens.weight"] = target.model.model.embed_tokens.weight.detach() * 2
+            tensors["embed_tokens.weight"] = target_model.model.embed_tokens.weight.detach() * 2
         config = changes if name == "speculators" else CONFIG | changes
         if name == "ModelOpt":  # counts the layers by what they give
             config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [1, 3, 4]
         source = load_head(str(write_head(tensors, config)), target)
-        head = target.model.lm_head.weight if name == "the target's head" else full["lm_head.weight"]
+        head = target_model.lm_head.weight if name == "the target's head" else full["lm_head.weight"]
         assert np.array_equal(np.sort(source.row_token_ids), kept), name
         assert torch.equal(source.model.lm_head.weight[source.rows_of(kept)], head[kept]), name
         assert source.feature_layers == LAYERS, name
