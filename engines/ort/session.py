@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from engines.errors import VocabtrimError
 
+# optimizers of ONNX Runtime that keep in memory what is computed from weights
+_KEEPING = ("ConstantFolding", "CommonSubexpressionElimination")
+
 
 def share(array: NDArray[Any]) -> ort.OrtValue:
     """Returns an OrtValue on the memory of `array`, which it keeps alive."""
@@ -29,8 +32,7 @@ def new_session(
     model: Path | bytes,
     providers: Sequence[Any] = ("CPUExecutionProvider",),
     profile_prefix: Path | None = None,
-    fuse_dequantized: bool = True,
-    prepack: bool = True,
+    weights_in_file: bool = False,
 ) -> ort.InferenceSession:
     """Open a session with a thread pool of its own, which changes nothing for the other sessions of the process.
 
@@ -40,10 +42,9 @@ def new_session(
         model: An ONNX file, or its bytes.
         providers: ONNX Runtime's execution providers, the preferred one first.
         profile_prefix: The prefix of the file to write a profile to; None for no profile.
-        fuse_dequantized: Whether ONNX Runtime may fuse products with `DequantizeLinear` behind their weights into
-            kernels that round activations to 8 bits.
-        prepack: Whether ONNX Runtime may copy weights into the layouts of its kernels. Without, they stay in the mapped
-            file, and products are slower.
+        weights_in_file: Whether weights stay in the mapped file, as they are, and products are slower. Otherwise
+            ONNX Runtime copies them into the layouts of its kernels, computes once what depends on them alone, and
+            fuses products with `DequantizeLinear` behind their weights into kernels that round activations to 8 bits.
 
     Raises:
         Exception: An error of ONNX Runtime's; its exceptions have no common base.
@@ -52,38 +53,35 @@ def new_session(
     options.log_severity_level = 4  # an error is raised; it would also be printed, in colour
     # Without this, an idle engine's threads spin and take the cores from the other engine of the pair.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if not fuse_dequantized:
+    if weights_in_file:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if profile_prefix:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
+    left_out = _KEEPING if weights_in_file else ()
     try:
-        return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+        return ort.InferenceSession(model, options, providers, enable_fallback=0, disabled_optimizers=left_out)
     except RuntimeError as error:
         if "global thread pool" not in str(error):
             raise
     options.use_per_session_threads = False
-    return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    return ort.InferenceSession(model, options, providers, enable_fallback=0, disabled_optimizers=left_out)
 
 
-def open_session(
-    path: Path, profile_prefix: Path | None = None, fuse_dequantized: bool = True, prepack: bool = True
-) -> ort.InferenceSession:
+def open_session(path: Path, profile_prefix: Path | None = None, weights_in_file: bool = False) -> ort.InferenceSession:
     """Open a session on the CPU.
 
     Args:
         path: The ONNX file.
         profile_prefix: See `new_session`.
-        fuse_dequantized: See `new_session`.
-        prepack: See `new_session`.
+        weights_in_file: See `new_session`.
 
     Raises:
         VocabtrimError: ONNX Runtime cannot open the file.
     """
     try:
-        return new_session(path, profile_prefix=profile_prefix, fuse_dequantized=fuse_dequantized, prepack=prepack)
+        return new_session(path, profile_prefix=profile_prefix, weights_in_file=weights_in_file)
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise VocabtrimError(f"ONNX Runtime cannot open {path} on the CPU: {reason(error)}") from error
 

@@ -177,7 +177,7 @@ def filled(bundle, tokens):
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4", "fp8"])
 def test_with_every_token_in_slots_the_trimmed_head_is_the_full_one(quantize, random_model, export_pair, monkeypatch):
     """Its rows are those that the full head multiplies with, in every quantisation; activations are not rounded."""
-    monkeypatch.setattr(reference, "open_session", partial(reference.open_session, fuse_dequantized=False))
+    monkeypatch.setattr(reference, "open_session", partial(reference.open_session, weights_in_file=True))
     directory = random_model("llama")
     options = {"trt": GRAPHS, "dtype": "fp32", "quantize": quantize}
     slotted, full = (export_pair(directory, k=k, slots=slots, **options) for k, slots in ((64, 10_000), (448, 0)))

@@ -31,6 +31,7 @@ from engines.errors import VocabtrimError
 from engines.ort.session import numpy_dtype, open_session, reason
 from vocabtrim_export.proof.float32_view import float32_view
 from vocabtrim_export.proof.float_experts import float_experts
+from vocabtrim_export.proof.float_products import float_products
 from vocabtrim_export.proof.tokens import Calls, Window
 
 _FLOAT32 = 1  # accuracy_level of MatMulNBits: its inputs are not rounded to 8 bits
@@ -169,6 +170,7 @@ def proof_session(graph: Path, window: Window | None) -> Iterator[ort.InferenceS
     model = onnx.load(graph, load_external_data=False)
     float32_view(model)
     float_experts(model)
+    float_products(model)
     for node in model.graph.node:
         for attribute in node.attribute:
             if window and attribute.name == "local_window_size" and attribute.i == window.size:
@@ -178,7 +180,7 @@ def proof_session(graph: Path, window: Window | None) -> Iterator[ort.InferenceS
     path = graph.with_name(f"{graph.stem}.proof.onnx")  # beside the weights, which it names
     path.write_bytes(model.SerializeToString())
     try:
-        yield open_session(path, fuse_dequantized=False, prepack=False)
+        yield open_session(path, weights_in_file=True)
     finally:
         path.unlink()
 

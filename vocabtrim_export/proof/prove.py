@@ -26,7 +26,7 @@ from vocabtrim_export.sources.source import DTYPES
 
 
 def find_difference(directory: Path, plan: BundlePlan) -> str | None:
-    """Run the graphs in `directory` on a few tokens: a prefill, a decode step and a block, past a sliding window.
+    """Run the graphs in `directory` on a few tokens: a prefill, a block and a decode step, past a sliding window.
 
     A window that only many tokens reach past is narrowed on both sides, and where that does not work, reached.
 

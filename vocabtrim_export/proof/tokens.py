@@ -11,7 +11,7 @@ from vocabtrim_export.drafters.base import FeatureHead
 from vocabtrim_export.sources.source import Source
 from vocabtrim_export.tracing.experts import expert_modules
 
-_CALLS = (1, 5, 1, 1)  # after the prefill: a decode step, a block after a past, two more steps
+_CALLS = (5, 1)  # after the prefill: a block after a past, and a decode step after the block
 _PREFILL = 12
 _REACHED = 64  # tokens: a sliding window of more is narrowed for the proof, so that few tokens reach past it
 _NARROWED = 8
