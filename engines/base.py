@@ -13,6 +13,7 @@ from engines.bundle.read import Manifest
 from engines.bundle.vocab_map import HeadTokens, VocabMap
 from engines.errors import VocabtrimError
 from engines.exclusive_use import ExclusiveUse
+from engines.keys_values import KeysValues
 from engines.outputs import Speculation, StepOutput
 from engines.sampling_params import Sampling
 from engines.slots import Slots
@@ -217,6 +218,14 @@ class Engine(ABC):
     def adopt(self, length: int) -> None:
         """Take over the first `length` tokens, which an engine with the same `cache` has fed."""
         self.length = length
+
+    def snapshot(self) -> KeysValues | None:
+        """Copy the keys and values of all cached tokens to the host; None where the engine cannot."""
+        return None
+
+    def restore(self, copied: KeysValues, length: int) -> None:  # noqa: ARG002
+        """Replace what the cache holds by the first `length` tokens of the `snapshot` of an engine of this bundle."""
+        raise ValueError("this engine cannot take over a copied cache")
 
     def close(self) -> None:
         """Release the model and the cache, after the round that runs now. Calling it again does nothing."""

@@ -1,6 +1,7 @@
 """An engine serves one generation at a time, because its KV cache holds one text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock, Thread, current_thread
 from types import TracebackType
 from weakref import ref
@@ -92,3 +93,18 @@ class Claim:
     def _excludes(self, thread: Thread) -> bool:
         mine = self._thread() if self._thread else None
         return not self._is_released and mine is not None and mine is not thread and mine.is_alive()
+
+
+@contextmanager
+def held(uses: Sequence[ExclusiveUse]) -> Iterator[None]:
+    """Have engines for other work than a generation; this thread's unfinished one ends.
+
+    Raises:
+        VocabtrimError: An engine is in use by another thread, or closed.
+    """
+    claim = Claim(uses)
+    try:
+        with claim:
+            yield
+    finally:
+        claim.release()

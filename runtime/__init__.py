@@ -13,6 +13,7 @@ from runtime.logprobs import TokenLogprob
 from runtime.loop import decode_rounds
 from runtime.round import Round
 from runtime.sampling import distribution
+from runtime.snapshot import Snapshot
 from runtime.stats import Percentiles, Stats, latency_speedup, mbsu, summarize
 from runtime.stream import Generation, Stream, Token
 
@@ -23,6 +24,7 @@ __all__ = [
     "Percentiles",
     "Round",
     "SamplingParams",
+    "Snapshot",
     "SpeculativeDecoder",
     "Stats",
     "Stream",

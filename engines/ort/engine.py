@@ -25,9 +25,10 @@ from engines.bundle.graph_io import (
 from engines.bundle.head_rows import HeadRows
 from engines.bundle.read import Bundle
 from engines.bundle.vocab_map import VocabMap
+from engines.keys_values import KeysValues
 from engines.ort.calls import Call, plan_calls
 from engines.ort.key_tiles import UNCUT, KeyTiles
-from engines.ort.session import numpy_dtype, share
+from engines.ort.session import host_array, numpy_dtype, share
 from engines.ort.step import HostStep, Step
 from engines.outputs import StepOutput, join_outputs
 from engines.slots import Slots, open_head_rows
@@ -112,6 +113,18 @@ class OnnxRuntimeEngine(Engine):
             return super().fork(share_cache_with)
         shared = share_cache_with if isinstance(share_cache_with, OnnxRuntimeEngine) else None
         return OnnxRuntimeEngine(self._bundle, self._session, shared)
+
+    def snapshot(self) -> KeysValues:
+        self.use.check_open()
+        arrays = {name: self._read_cache(cache, self.length) for name, cache in self._caches.items()}
+        return KeysValues(self.length, arrays)
+
+    def restore(self, copied: KeysValues, length: int) -> None:
+        self.use.check_open()
+        self.rewind(0)  # a copy that breaks off leaves nothing to build on
+        for name, cache in self._caches.items():
+            self._write_cache(cache, copied.arrays[name][:, :, :length])
+        self.length = length
 
     def environment(self) -> dict[str, str]:
         return {"onnxruntime": ort.__version__}
@@ -211,3 +224,11 @@ class OnnxRuntimeEngine(Engine):
     def _allocate_cache(self, shape: tuple[int, ...], onnx_type: str) -> ort.OrtValue:
         """Returns zeros, because a masked slot weighs 0 in attention, but 0 times a NaN of old memory is NaN."""
         return share(np.zeros(shape, numpy_dtype(onnx_type)))
+
+    def _read_cache(self, cache: ort.OrtValue, length: int) -> NDArray[np.generic]:
+        """Returns a copy of the first `length` tokens of keys or values."""
+        return host_array(cache)[:, :, :length].copy()
+
+    def _write_cache(self, cache: ort.OrtValue, rows: NDArray[np.generic]) -> None:
+        """Overwrite the first tokens of keys or values."""
+        host_array(cache)[:, :, : rows.shape[2]] = rows

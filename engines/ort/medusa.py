@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from engines.base import ContextFull, Engine
 from engines.bundle.graph_io import FEATURES_OUTPUT, LOGITS, TOKEN_IDS
 from engines.bundle.read import Bundle
+from engines.keys_values import KeysValues
 from engines.ort.session import numpy_dtype
 from engines.outputs import StepOutput
 
@@ -52,6 +53,13 @@ class MedusaEngine(Engine):
 
     def fork(self, share_cache_with: Engine | None = None) -> Engine:  # noqa: ARG002  (there is none)
         return MedusaEngine(self._bundle, self._session)
+
+    def snapshot(self) -> KeysValues:
+        return KeysValues(self.length, {})
+
+    def restore(self, copied: KeysValues, length: int) -> None:  # noqa: ARG002
+        self.rewind(0)
+        self.length = length
 
     def environment(self) -> dict[str, str]:
         return {"onnxruntime": ort.__version__}

@@ -1,5 +1,6 @@
 """ONNX Runtime sessions: their options, their thread pools, and errors in one line."""
 
+import ctypes
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,13 @@ _KEEPING = ("ConstantFolding", "CommonSubexpressionElimination")
 def share(array: NDArray[Any]) -> ort.OrtValue:
     """Returns an OrtValue on the memory of `array`, which it keeps alive."""
     return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def host_array(value: ort.OrtValue) -> NDArray[np.generic]:
+    """Returns an array on the memory of a tensor on the host, which its owner must keep alive."""
+    shape, dtype = tuple(value.shape()), numpy_dtype(value.data_type())
+    raw = (ctypes.c_byte * (int(np.prod(shape)) * dtype.itemsize)).from_address(value.data_ptr())
+    return np.frombuffer(memoryview(raw), dtype).reshape(shape)
 
 
 def numpy_dtype(onnx_type: str) -> np.dtype[np.generic]:

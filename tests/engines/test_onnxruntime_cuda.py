@@ -126,6 +126,27 @@ def test_speculation_on_device_buffers_gives_the_targets_own_output(shared, pair
                     assert result.token_ids == alone.generate(PROMPT, max_new_tokens=40).token_ids
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_snapshot_of_the_devices_caches_is_gone_on_from(shared, pair):
+    stream, decoders = HostStream(), []
+    for _ in range(2):
+        target = device_engine(pair.target, stream)
+        drafter = device_engine(pair.drafter, stream, target if shared else None)
+        decoders.append(SpeculativeDecoder(target, drafter, draft_length=4))
+    first, second = decoders
+    with first, second:
+        text = [*PROMPT, *first.generate(PROMPT, max_new_tokens=20).token_ids]
+        snapshot = first.snapshot()
+        assert snapshot.nbytes == first.snapshot_bytes
+        ours = first.generate([*text, 9, 8], max_new_tokens=20)
+        second.generate([5, 6, 7], max_new_tokens=5)
+        second.restore(snapshot)
+        restored = second.generate([*text, 9, 8], max_new_tokens=20)
+        assert (restored.token_ids, restored.stats.cached) == (ours.token_ids, ours.stats.cached)
+        assert restored.stats.accepted == ours.stats.accepted
+        assert restored.stats.cached == len(text) - 1
+
+
 def test_only_token_ids_come_back_unless_logits_are_asked_for(pair):
     stream = HostStream()
     with device_engine(pair.target, stream) as engine:

@@ -61,8 +61,11 @@ def generate(decoder, prompt):
 @pytest.mark.parametrize("pair_of", [own_cache, slots, one_cache, sliding_window, int8, eagle_3, medusa])
 def test_what_is_kept_changes_neither_the_output_nor_the_drafts(pair_of, random_model, export_pair, write_head):
     pair = pair_of(random_model, export_pair, write_head)
-    with SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=3) as decoder:
-        prompt, more = FIRST, []
+    with (
+        SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=3) as decoder,
+        decoder.fork() as other,
+    ):
+        prompt, more, snapshot = FIRST, [], None
         for turn in range(len(TURNS) + 1):
             with decoder.fork() as alone:
                 fresh, fresh_drafts = generate(alone, prompt)
@@ -70,6 +73,14 @@ def test_what_is_kept_changes_neither_the_output_nor_the_drafts(pair_of, random_
             assert (result.token_ids, drafts) == (fresh.token_ids, fresh_drafts)
             read_again = len(prompt) - result.stats.cached
             assert read_again <= len(more) + 3 or turn in (0, len(TURNS))  # a head needs a token or two more
+            if snapshot:  # another decoder, which holds another text, goes on from a copy
+                other.generate([9, 8, 7], max_new_tokens=3)
+                other.restore(snapshot, min(snapshot.target.length, result.stats.cached + 1))
+                restored, drafts = generate(other, prompt)
+                assert (restored.token_ids, drafts) == (fresh.token_ids, fresh_drafts)
+                assert restored.stats.cached == result.stats.cached
+            snapshot = decoder.snapshot()
+            assert snapshot.nbytes == decoder.snapshot_bytes
             text = [*prompt, *result.token_ids]
             if turn < len(TURNS):
                 cut, more = TURNS[turn]

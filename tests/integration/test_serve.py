@@ -100,6 +100,29 @@ def test_completions_stops_choices_and_logprobs(client, decoder):
     ]
 
 
+@pytest.mark.parametrize("new", [0, 3])
+def test_an_echo_has_the_prompt_and_its_logprobs(client, decoder, new):
+    prompts = [decoder.encode(text, chat=False) for text in ("the quick brown fox", "the lazy dog")]
+    ask = {"model": "tiny", "max_tokens": new, "temperature": 0, "echo": True}
+    answer = client.completions.create(**ask, prompt=prompts, logprobs=1)
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        with decoder.fork() as fresh:
+            scores = fresh.prompt_logprobs(prompt, 1)
+            whole = fresh.generate(prompt, max_new_tokens=new, chat=False, logprobs=1) if new else None
+        entries = [*scores, *(whole.logprobs if whole else ())]
+        assert choice.text == decoder.tokenizer.decode(prompt) + (whole.text if whole else "")
+        assert choice.logprobs.token_logprobs[0] is choice.logprobs.top_logprobs[0] is None
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx([entry.logprob for entry in entries], abs=1e-4)
+        top = [max(names.values()) for names in choice.logprobs.top_logprobs[1:]]
+        assert top == pytest.approx([entry.top[0][1] for entry in entries], abs=1e-4)
+        assert len(choice.logprobs.tokens) == len(choice.logprobs.text_offset) == len(entries) + 1
+    assert answer.usage.prompt_tokens == sum(map(len, prompts))
+    assert client.completions.create(**ask, prompt=prompts[0]).choices[0].logprobs is None
+    for more, message in (({"stream": True}, "not streamed"), ({"echo": False, "max_tokens": 0}, "max_tokens")):
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.completions.create(**{**ask, **more}, prompt="the")
+
+
 def test_answers_at_once_are_each_their_own(client, decoder):
     prompts = [f"fox {number} jumps" for number in range(3)]
     wanted = [decoder.generate(prompt, max_new_tokens=40, chat=False).text for prompt in prompts]

@@ -71,3 +71,32 @@ def test_lm_eval_scores_the_texts(server, texts, tmp_path, chat):
     answers = [json.loads(line) for line in samples.read_text().splitlines()]
     found = {each["doc"]["question"]: each["resps"][0][0] for each in answers}
     assert found == dict(zip(QUESTIONS, texts(chat, [until]), strict=True))
+
+
+def test_lm_eval_scores_given_answers(server, pair, random_model, tmp_path):
+    """The log-likelihood of each answer after its question, and whether it is the greedy one."""
+    answers = [" jumps over", " fox", " and the dog"]
+    documents = [{"question": each, "answer": answer} for each, answer in zip(QUESTIONS, answers, strict=True)]
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(each) + "\n" for each in documents))
+    task = {
+        **{"task": "ours", "dataset_path": "json", "test_split": "train", "output_type": "loglikelihood"},
+        **{"dataset_kwargs": {"data_files": str(tmp_path / "documents.jsonl")}},
+        **{"doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "target_delimiter": ""},
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    }
+    (tmp_path / "task.yaml").write_text(json.dumps(task))
+    address = f"base_url={server.url}/v1/completions,model=tiny,num_concurrent=2,tokenizer={random_model('llama')}"
+    output = ["--log_samples", "--output_path", tmp_path / "out"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OPENAI_API_KEY": helper.KEY}
+    command = ["run", "--model", "local-completions", "--model_args", address, "--tasks", tmp_path / "task.yaml"]
+    run("lm_eval", *command, *output, **offline)
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    with SpeculativeDecoder.load(pair.target) as decoder:
+        for row in rows:
+            question, answer = row["arguments"]["gen_args_0"].values()
+            read = len(decoder.encode(question, chat=False))
+            scores = decoder.prompt_logprobs(decoder.encode(question + answer, chat=False), 1)[read - 1 :]
+            logprob, is_greedy = row["resps"][0][0]
+            assert float(logprob) == pytest.approx(sum(entry.logprob for entry in scores), abs=1e-3)
+            assert (is_greedy in (True, "True")) == all(entry.token_id == entry.top[0][0] for entry in scores)

@@ -16,6 +16,7 @@ SECONDS = float(os.environ.get("VOCABTRIM_LOAD_SECONDS", "2"))
 CLIENTS = 16
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "the", "system", "of", "tokens"]
 MOST_GROWTH = 16 << 20  # bytes, over the second half
+STORED = 1 << 18  # bytes of KV caches that no worker holds: a few texts
 
 
 def make_jobs(pair, random):
@@ -23,7 +24,9 @@ def make_jobs(pair, random):
     jobs = []
     with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
         for _ in range(24):
-            prompt = " ".join([*WORDS[: random.randrange(1, 12)], *random.choices(WORDS, k=random.randrange(6))])
+            first = random.randrange(len(WORDS))
+            words = (4 * WORDS)[first : first + random.randrange(1, 40)]
+            prompt = " ".join([*words, *random.choices(WORDS, k=random.randrange(6))])
             sampling = random.choice([{"temperature": 0}, {"temperature": 1.0, "seed": random.randrange(99)}])
             new, params = random.randrange(1, 60), SamplingParams(**sampling)
             with decoder.fork() as fresh:
@@ -58,7 +61,7 @@ def resident():
 
 def test_every_text_is_its_own_under_load(pair):
     jobs, wrong, counts = make_jobs(pair, Random(0)), [], {True: 0, False: 0}
-    with helper.serving(pair, workers=3, waiting=CLIENTS) as served:
+    with helper.serving(pair, workers=3, waiting=CLIENTS, cache_bytes=STORED) as served:
         until = time.monotonic() + SECONDS
 
         def client(random):
@@ -84,6 +87,8 @@ def test_every_text_is_its_own_under_load(pair):
         helper.wait_until_idle(served)
         values = helper.gauges(served.url)
         assert values["vocabtrim_busy_workers"] == values["vocabtrim_waiting_requests"] == 0
+        assert min(values["vocabtrim_cache_hits_total"], values["vocabtrim_cache_evictions_total"]) > 0
+        assert values["vocabtrim_cache_bytes"] <= STORED
         grown = resident() - before
         print(f"{counts[True]} whole answers, {counts[False]} left early, {grown / 1e6:.1f} MB more in the second half")
         assert grown < MOST_GROWTH

@@ -2,12 +2,13 @@
 
 from tests.mutations.mutation import Mutation
 
-LOAD_TESTS, DECODER, KEPT, ALARM_TESTS, TOKENIZER = (
+LOAD_TESTS, DECODER, KEPT, ALARM_TESTS, TOKENIZER, SNAPSHOT = (
     "tests/integration/test_load.py",
     "tests/runtime/test_decoder.py",
     "tests/runtime/test_kept_prefix.py",
     "tests/runtime/test_alarm.py",
     "tests/engines/test_tokenizer.py",
+    "tests/runtime/test_snapshot.py",
 )
 
 LOAD = (
@@ -98,6 +99,30 @@ LOAD = (
         "keep_prefix=not sampling.must_repeat_itself,",
         "keep_prefix=True,",
         KEPT,
+    ),
+    Mutation(
+        "A restored text is the one that was copied",
+        "keys and values are not written",
+        "engines/ort/engine.py",
+        "copied.arrays[name][:, :, :length]",
+        "copied.arrays[name][:, :, :0]",
+        "tests/integration/test_kept_prefix.py -k own_cache",
+    ),
+    Mutation(
+        "A restored text is the one that was copied",
+        "the last token is taken for one that was read",
+        "runtime/snapshot.py",
+        "snapshot.token_ids[: length + 1].tolist()",
+        "snapshot.token_ids[:length].tolist()",
+        SNAPSHOT,
+    ),
+    Mutation(
+        "A restored text is the one that was copied",
+        "another bundle's copy is taken",
+        "runtime/snapshot.py",
+        "if snapshot.manifests != manifests(target, drafter) or",
+        "if",
+        f"{SNAPSHOT} -k refused",
     ),
     Mutation(
         "Nothing of a former generation is left",

@@ -6,6 +6,7 @@ SERVE = "tests/integration/test_serve.py"
 FAULTS = "tests/integration/test_serve_faults.py"
 LOAD = "tests/integration/test_serve_load.py"
 CHAT = "tests/integration/test_chat.py"
+STORE = "tests/vocabtrim_export/test_cache_store.py"
 
 SERVER = (
     Mutation(
@@ -119,5 +120,45 @@ SERVER = (
         "Worker(decoder.fork())",
         "Worker(decoder)",
         f"{LOAD} -k load",
+    ),
+    Mutation(
+        "A conversation that lost its worker goes on where it ended",
+        "nothing is saved",
+        "vocabtrim_export/serve/cache_store.py",
+        "            self._save(decoder)",
+        "            pass",
+        f"{STORE} -k second_turn",
+    ),
+    Mutation(
+        "A conversation that lost its worker goes on where it ended",
+        "any stored text is loaded, not the longest beginning",
+        "vocabtrim_export/serve/cache_store.py",
+        "return max(lengths,",
+        "return min(lengths,",
+        f"{STORE} -k beginning",
+    ),
+    Mutation(
+        "A conversation that lost its worker goes on where it ended",
+        "each turn is stored beside the one before",
+        "vocabtrim_export/serve/cache_store.py",
+        "if each.common_prefix(text) < each.target.length",
+        "if True",
+        f"{STORE} -k continued",
+    ),
+    Mutation(
+        "Stored KV caches stay within their memory",
+        "nothing makes room",
+        "vocabtrim_export/serve/cache_store.py",
+        "            self._make_room(size)",
+        "            pass",
+        f"{STORE} -k room",
+    ),
+    Mutation(
+        "Stored KV caches stay within their memory",
+        "the most recently used one leaves",
+        "vocabtrim_export/serve/cache_store.py",
+        "self._snapshots.pop(0)",
+        "self._snapshots.pop()",
+        f"{STORE} -k room",
     ),
 )

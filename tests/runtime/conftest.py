@@ -10,6 +10,7 @@ import runtime.measure.timing
 from engines.base import ContextFull, Engine
 from engines.bundle.read import Manifest
 from engines.bundle.vocab_map import VocabMap
+from engines.keys_values import KeysValues
 from engines.outputs import StepOutput
 
 VOCAB = 48
@@ -36,7 +37,7 @@ def make_manifest(**changes: object) -> Manifest:
         head_dim=8,
         weight_bytes_per_step=1000,
         head_bytes=500,
-        kv_bytes_per_token=10,
+        kv_bytes_per_token=8,
         inputs=("input_ids",),
         outputs=("logits", "token_ids"),
         files={},
@@ -84,6 +85,15 @@ class FakeEngine(Engine):
         full += self.noise * np.random.default_rng([self.seed + 1, *prefix]).standard_normal(512, np.float32)
         full[EOS] += self.eos_bias
         return full[:width] if self.vocab_map is None else full[self.vocab_map.kept_token_ids]
+
+    def snapshot(self):
+        held = np.array(self.tokens[: self.length], np.int64)
+        return KeysValues(self.length, {"past": held[None, None, :, None]})
+
+    def restore(self, copied, length):
+        self.rewind(0)
+        self.tokens = copied.arrays["past"][0, 0, :length, 0].tolist()
+        self.length = length
 
     def _release(self):
         self.closed = True

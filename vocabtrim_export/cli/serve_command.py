@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import socket
 import sys
 from contextlib import suppress
@@ -10,6 +11,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.cli.decoder_arguments import add_decoder_arguments, load_decoder
 
 _KEY = "VOCABTRIM_API_KEY"
+_UNITS = {"MB": 10**6, "GB": 10**9}
 _PACKAGES = {"starlette", "uvicorn", "prometheus_client"}
 
 
@@ -30,10 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--queue", type=int, default=64, metavar="N", help="requests that may wait; beyond them the answer is 429"
     )
+    parser.add_argument(
+        "--cache-memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="memory for the KV caches of conversations that no slot holds, such as 500MB or 1GB; the least recently "
+        "used leave; 0 keeps none (default: an eighth of the machine's memory)",
+    )
     parser.add_argument("--max-body", type=float, default=4.0, metavar="MIB", help="the largest request, in MiB")
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="the longest time for one request"
     )
+
+
+def memory_size(text: str) -> int:
+    """Parse an amount of memory, such as "500MB" or "1.5GB", or "0". Returns bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(MB|GB)", text)
+    if not match and text != "0":
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number and its unit, such as 500MB or 1GB, or 0")
+    return int(float(match[1]) * _UNITS[match[2]]) if match else 0
 
 
 def run(options: argparse.Namespace) -> None:
@@ -47,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
         if (error.name or "").partition(".")[0] in _PACKAGES:
             raise VocabtrimError("a server needs more packages: pip install 'vocabtrim-export[serve]'") from error
         raise
+    limits = {} if options.cache_memory is None else {"cache_bytes": options.cache_memory}
     settings = ServeSettings(
         model_name=options.model_name or options.target.resolve().name,
         host=options.host,
@@ -56,6 +74,7 @@ def run(options: argparse.Namespace) -> None:
         waiting=options.queue,
         body_mb=options.max_body,
         request_seconds=options.timeout,
+        **limits,
     )
     decoder = load_decoder(options)
     if decoder.tokenizer is None:

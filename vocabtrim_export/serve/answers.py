@@ -11,6 +11,7 @@ from engines.bundle.tokenizer import Tokenizer
 from runtime import Generation
 from runtime.logprobs import TokenLogprob
 from runtime.stream import Token
+from vocabtrim_export.serve.echo import Echo
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +80,23 @@ class Form:
             if self.is_chat
             else {"text": generation.text}
         )
-        logprobs = self._logprobs(generation.logprobs) if generation.logprobs else None
+        entries, first = generation.logprobs or (), []
+        if isinstance(generation, Echo):
+            content = {"text": self.tokenizer.decode(generation.prompt) + generation.text}
+            entries = (*generation.prompt_logprobs, *entries)
+            first = [self._name(generation.prompt[0])]
+        logprobs = self._logprobs(entries, first) if entries else None
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": generation.finish_reason}
 
-    def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(self, entries: Sequence[TokenLogprob], first: Sequence[str] = ()) -> dict[str, Any]:
+        """Returns log-probabilities; `first` names the token before them, which nothing predicts."""
         if self.is_chat:
             return {"content": [self._entry(entry) for entry in entries], "refusal": None}
-        names = [self._name(entry.token_id) for entry in entries]
+        names, nothing = [*first, *(self._name(entry.token_id) for entry in entries)], [None] * len(first)
         return {
             "tokens": names,
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [self._top(entry) for entry in entries],
+            "token_logprobs": [*nothing, *(entry.logprob for entry in entries)],
+            "top_logprobs": [*nothing, *(self._top(entry) for entry in entries)],
             "text_offset": list(accumulate(map(len, names[:-1]), initial=0)),
         }
 

@@ -39,7 +39,7 @@ class Server:
 
     def __init__(self, decoder: SpeculativeDecoder, settings: ServeSettings) -> None:
         self._decoder, self._settings = decoder, settings
-        self.workers = Workers(decoder, settings.workers, settings.waiting)
+        self.workers = Workers(decoder, settings.workers, settings.waiting, settings.cache_bytes)
         self.metrics = Metrics(self.workers)
         self._started = int(time.time())
 

@@ -27,11 +27,12 @@ class Job:
     Attributes:
         prompts: Token ids; every prompt has `n` answers.
         n: Answers to each prompt.
-        max_new_tokens: The most tokens of an answer; None: to the end of the context.
+        max_new_tokens: The most tokens of an answer; None: to the end of the context. 0 goes with `echo` only.
         sampling: Settings that choose tokens; an answer after the first takes another seed where one was given.
         stop: Strings that end an answer.
         logprobs: Alternatives whose log-probabilities are returned with each token's own; None: no log-probabilities.
         is_chat: The request was for /v1/chat/completions.
+        echo: The answer begins with the prompt, and has the prompt's log-probabilities if any.
         is_streamed: The answer comes as server-sent events.
         with_usage: A streamed answer ends with the numbers of tokens.
         json_schema: The schema of every answer; None for text.
@@ -44,6 +45,7 @@ class Job:
     stop: tuple[str, ...]
     logprobs: int | None
     is_chat: bool
+    echo: bool
     is_streamed: bool
     with_usage: bool
     json_schema: Mapping[str, Any] | None
@@ -67,7 +69,8 @@ def read_job(body: bytes, is_chat: bool, decoder: SpeculativeDecoder, model_name
         shown = str(asked)[:100]
         raise ApiError(404, f"there is no model {shown!r} here: ask for {model_name!r}", "model", "model_not_found")
     prompts = (_conversation if is_chat else _texts)(fields, decoder)
-    most = fields.whole("max_tokens", None if is_chat else _COMPLETION_TOKENS, 1, _LARGEST)
+    echo = not is_chat and fields.flag("echo")
+    most = fields.whole("max_tokens", None if is_chat else _COMPLETION_TOKENS, 0 if echo else 1, _LARGEST)
     if is_chat:
         most = fields.whole("max_completion_tokens", most, 1, _LARGEST)
     logprobs = _logprobs(fields, is_chat)
@@ -75,6 +78,9 @@ def read_job(body: bytes, is_chat: bool, decoder: SpeculativeDecoder, model_name
     n = fields.whole("n", 1, 1, MOST_CHOICES) or 1
     if len(prompts) * n > MOST_CHOICES:
         raise ApiError(400, f"{len(prompts)} prompts times n = {n} are more than {MOST_CHOICES} answers: ask for fewer")
+    is_streamed = fields.flag("stream")
+    if echo and is_streamed:
+        raise ApiError(400, "echo is not streamed here: leave out stream", "echo", "unsupported_parameter")
     job = Job(
         prompts=tuple(prompts),
         n=n,
@@ -83,7 +89,8 @@ def read_job(body: bytes, is_chat: bool, decoder: SpeculativeDecoder, model_name
         stop=_stops(fields),
         logprobs=logprobs,
         is_chat=is_chat,
-        is_streamed=fields.flag("stream"),
+        echo=echo,
+        is_streamed=is_streamed,
         with_usage=bool(options.get("include_usage")),
         json_schema=read_response_format(fields, decoder),
     )

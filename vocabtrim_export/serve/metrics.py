@@ -1,8 +1,13 @@
 """The counters of a server, in Prometheus' form."""
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from runtime import Generation
+from vocabtrim_export.serve.cache_store import CacheStore
 from vocabtrim_export.serve.workers import Workers
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -13,6 +18,7 @@ class Metrics:
 
     def __init__(self, workers: Workers) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(_StoreFigures(workers.store))
         self._requests = Counter("vocabtrim_requests", "Requests, by HTTP status", ["status"], registry=self._registry)
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts")
         self._cached = self._counter("cached_tokens", "Tokens of prompts that a KV cache held already")
@@ -56,7 +62,7 @@ class Metrics:
         self._generated.inc(len(generation.token_ids))
         self._drafted.inc(stats.drafted)
         self._accepted.inc(stats.accepted)
-        self._rounds.inc(stats.rounds + 1)
+        self._rounds.inc(stats.rounds + stats.prefills)
         self._collapses.inc(stats.collapse is not None)
         self._seconds.inc(seconds)
 
@@ -66,3 +72,17 @@ class Metrics:
 
     def _counter(self, name: str, what: str) -> Counter:
         return Counter(f"vocabtrim_{name}", what, registry=self._registry)
+
+
+class _StoreFigures(Collector):
+    """What the store counts itself, in its workers' threads."""
+
+    def __init__(self, store: CacheStore) -> None:
+        self._store = store
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the figures as they are now."""
+        store = self._store
+        yield CounterMetricFamily("vocabtrim_cache_hits", "Requests that began from a stored KV cache", store.hits)
+        yield CounterMetricFamily("vocabtrim_cache_evictions", "Stored KV caches that made room", store.evictions)
+        yield GaugeMetricFamily("vocabtrim_cache_bytes", "Bytes of the stored KV caches", store.bytes)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.serve.cache_store import default_cache_bytes
 
 MB = 1 << 20
 
@@ -18,6 +19,7 @@ class ServeSettings:
         api_key: The bearer token that clients must send; "" requires none.
         workers: Requests that are generated at a time, each with KV caches of its own.
         waiting: Requests that may wait for a worker; the next one is answered with 429.
+        cache_bytes: The most bytes of KV caches that are kept of conversations which no worker holds; 0 keeps none.
         body_mb: The largest request body, in MiB.
         request_seconds: The longest time from a request's arrival to the end of its answer, waiting included.
         body_seconds: The longest time in which a request's body must arrive, so that slow clients fill no queue.
@@ -30,6 +32,7 @@ class ServeSettings:
     api_key: str = field(default="", repr=False)
     workers: int = 1
     waiting: int = 64
+    cache_bytes: int = field(default_factory=default_cache_bytes)
     body_mb: float = 4.0
     request_seconds: float = 600.0
     body_seconds: float = 30.0

@@ -6,12 +6,16 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
+from typing import TypeAlias
 
-from runtime import Generation, SamplingParams, SpeculativeDecoder
+from runtime import Generation, SamplingParams, SpeculativeDecoder, TokenLogprob
 from runtime.stream import Stream, Token
+from vocabtrim_export.serve.cache_store import LEAST_TOKENS, CacheStore
+from vocabtrim_export.serve.echo import NOTHING, Echo
 from vocabtrim_export.serve.errors import ApiError
 from vocabtrim_export.serve.job import Job
 
+Send: TypeAlias = Callable[[Token | Generation | BaseException], None]
 _RETRY_SECONDS = 2  # the Retry-After of a client that finds the queue full
 
 
@@ -39,25 +43,30 @@ class Running:
 class Workers:
     """A fair queue in front of the workers: the first request to come is the first to be answered.
 
-    A request gets the free worker whose KV cache holds most of its prompt, if that is at least half of it, otherwise
-    the one that was used longest ago: a short system prompt in common must not evict a long conversation.
+    A request gets the free worker whose KV cache holds most of its prompt, otherwise the one that was used longest ago.
+    Before it generates, the store takes what the worker is about to forget, and gives it the prompt's beginning where
+    it holds more of that. Without a store the free worker must hold half of the prompt: a short system prompt in common
+    must not evict a long conversation.
 
     Attributes:
         all: The workers.
+        store: The KV caches that no worker holds any more.
         admitted: Requests that run or wait, or whose bodies are being read.
         waiting: Answers that wait for a worker.
     """
 
-    def __init__(self, decoder: SpeculativeDecoder, number: int, waiting: int) -> None:
+    def __init__(self, decoder: SpeculativeDecoder, number: int, waiting: int, cache_bytes: int) -> None:
         """Make the workers.
 
         Args:
             decoder: The first worker's; the others are forks of it.
             number: The number of workers.
             waiting: The most requests that may wait for one.
+            cache_bytes: The most bytes of the store; 0: there is none.
         """
         self._free = [Worker(decoder), *(Worker(decoder.fork()) for _ in range(number - 1))]
         self.all = tuple(self._free)
+        self.store = CacheStore(cache_bytes)
         self._threads = ThreadPoolExecutor(number, "vocabtrim-serve")
         self._turn = asyncio.Semaphore(number)  # wakes those who wait in the order in which they came
         self._most, self._uses = number + waiting, count(1)
@@ -99,7 +108,7 @@ class Workers:
         worker, running = self._take(prompt), Running()
         loop = asyncio.get_running_loop()
         try:
-            done = loop.run_in_executor(self._threads, _run, worker, running, loop, job, prompt, sampling)
+            done = loop.run_in_executor(self._threads, _run, worker, self.store, running, loop, job, prompt, sampling)
         except RuntimeError as error:  # the threads are shut down
             self._release(worker)
             raise ApiError(503, "the server is shutting down") from error
@@ -123,7 +132,11 @@ class Workers:
 
     def _take(self, prompt: list[int]) -> Worker:
         longest = max(self._free, key=lambda worker: worker.decoder.kept_prefix(prompt))
-        if 2 * longest.decoder.kept_prefix(prompt) < len(prompt):
+        kept = longest.decoder.kept_prefix(prompt)
+        least = len(prompt) / 2
+        if self.store.most_bytes:  # the others' texts are not lost with their worker
+            least = max(LEAST_TOKENS, self.store.longest_prefix(prompt) - LEAST_TOKENS + 1)
+        if kept < least:
             longest = min(self._free, key=lambda worker: worker.last_use)
         self._free.remove(longest)
         longest.last_use = next(self._uses)
@@ -136,6 +149,7 @@ class Workers:
 
 def _run(
     worker: Worker,
+    store: CacheStore,
     running: Running,
     loop: asyncio.AbstractEventLoop,
     job: Job,
@@ -148,22 +162,36 @@ def _run(
         loop.call_soon_threadsafe(running.events.put_nowait, event)
 
     decoder = worker.decoder
-    most = job.max_new_tokens or decoder.target.capacity  # to the end of the context
+    deliver: Send = send
     try:
+        store.prepare(decoder, prompt, keeps_prefix=not (job.echo or sampling.must_repeat_itself))
+        if job.echo:
+            scores = decoder.prompt_logprobs(prompt, job.logprobs) if job.logprobs is not None else ()
+            deliver = _with_prompt(send, prompt, scores)
+        if job.max_new_tokens == 0:
+            deliver(NOTHING)
+            return
         with decoder.stream(
             prompt,
-            max_new_tokens=most,
+            max_new_tokens=job.max_new_tokens or decoder.target.capacity,  # to the end of the context
             sampling=sampling,
             stop=job.stop or None,
             logprobs=job.logprobs,
             json_schema=job.json_schema,
         ) as stream:
-            _send_all(stream, running, send)
+            _send_all(stream, running, deliver)
     except BaseException as error:  # the event loop raises it again
         send(error)
 
 
-def _send_all(stream: Stream, running: Running, send: Callable[[Token | Generation | BaseException], None]) -> None:
+def _with_prompt(send: Send, prompt: list[int], scores: tuple[TokenLogprob, ...]) -> Send:
+    def deliver(event: Token | Generation | BaseException) -> None:
+        send(Echo.of(event, prompt, scores) if isinstance(event, Generation) else event)
+
+    return deliver
+
+
+def _send_all(stream: Stream, running: Running, send: Send) -> None:
     for token in stream:
         if running.cancelled.is_set():
             return
