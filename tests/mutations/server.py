@@ -161,4 +161,12 @@ SERVER = (
         "self._snapshots.pop()",
         f"{STORE} -k room",
     ),
+    Mutation(
+        "Log-probabilities are each token's own",
+        "those of a prompt are one token off",
+        "runtime/prompt_logprobs.py",
+        "token_ids[begin + 1 :]",
+        "token_ids[begin:]",
+        "tests/runtime/test_prompt_logprobs.py -k own",
+    ),
 )
