@@ -263,7 +263,7 @@ class SpeculativeDecoder:
 
         Args:
             snapshot: The copy, made by a decoder over the same bundles.
-            length: How many of its first tokens to take; None: all that the target had read.
+            length: The number of its first tokens to take; None: all that the target has read.
 
         Raises:
             VocabtrimError: The snapshot was made with other bundles, or another thread's generation is unfinished.
@@ -280,7 +280,7 @@ class SpeculativeDecoder:
 
         Args:
             token_ids: The text, as `encode` returns it.
-            top: How many alternatives to give for each token.
+            top: The number of alternatives to give for each token.
 
         Raises:
             VocabtrimError: The text does not fit the context, or another thread's generation is unfinished.

@@ -18,7 +18,7 @@ def prompt_logprobs(
         target: The target.
         drafter: The drafter, which reads nothing; None for the target alone.
         token_ids: The text, at least one token.
-        top: How many alternatives to give for each token; 0 for none.
+        top: The number of alternatives to give for each token; 0 for none.
 
     Returns:
         One entry for each token but the first.

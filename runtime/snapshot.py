@@ -72,7 +72,7 @@ def restore_snapshot(target: Engine, drafter: Engine | None, snapshot: Snapshot,
         target: The target.
         drafter: The drafter; None for the target alone.
         snapshot: The copy.
-        length: How many tokens of it the target's cache is to hold.
+        length: The number of its tokens that the target's cache is to hold.
 
     Raises:
         VocabtrimError: The copy was made with other bundles.
