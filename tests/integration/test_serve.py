@@ -117,6 +117,7 @@ def test_an_echo_has_the_prompt_and_its_logprobs(client, decoder, new):
         assert top == pytest.approx([entry.top[0][1] for entry in entries], abs=1e-4)
         assert len(choice.logprobs.tokens) == len(choice.logprobs.text_offset) == len(entries) + 1
     assert answer.usage.prompt_tokens == sum(map(len, prompts))
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
     assert client.completions.create(**ask, prompt=prompts[0]).choices[0].logprobs is None
     for more, message in (({"stream": True}, "not streamed"), ({"echo": False, "max_tokens": 0}, "max_tokens")):
         with pytest.raises(openai.BadRequestError, match=message):

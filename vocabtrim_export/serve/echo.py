@@ -1,7 +1,7 @@
 """`Echo`: an answer that begins with its prompt, as evaluations ask for it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime import Generation, TokenLogprob, summarize
 
@@ -22,5 +22,6 @@ class Echo(Generation):
 
     @classmethod
     def of(cls, new: Generation, prompt: Sequence[int], prompt_logprobs: tuple[TokenLogprob, ...]) -> "Echo":
-        """Returns a generation with its prompt."""
-        return cls(new.text, new.token_ids, new.finish_reason, new.stats, new.logprobs, prompt, prompt_logprobs)
+        """Returns a generation with its prompt, which was read anew for its log-probabilities if there are any."""
+        stats = replace(new.stats, cached=0) if prompt_logprobs else new.stats
+        return cls(new.text, new.token_ids, new.finish_reason, stats, new.logprobs, prompt, prompt_logprobs)
