@@ -21,6 +21,7 @@ from random import Random
 from typing import Any
 
 from serve_load import pieces
+from serve_load_servers import Served
 
 from runtime import SpeculativeDecoder
 from runtime.measure.environment import environment
@@ -69,7 +70,7 @@ def turns(options: argparse.Namespace, texts: list[str], memory: str) -> dict[st
                     messages += [{"role": "assistant", "content": answers[-1]}]
                     messages += [{"role": "user", "content": "What else? Answer in a few words."}]
                     connection.close()
-            figures = gauges(port)
+            figures = gauges(port) | {"resident_mb": Served(port, process, is_ours=True).resident_mb}
         finally:
             process.terminate()
     return {"first_token_seconds": seconds, "answers": answers, "figures": figures}
