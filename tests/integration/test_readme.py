@@ -1,4 +1,4 @@
-"""The README's Python blocks and that of docs/serve.md, run one after the other where commands have left `out/`."""
+"""The README's Python blocks and those of docs/serve.md, run one after the other where commands have left `out/`."""
 
 import asyncio
 import re
@@ -15,7 +15,7 @@ def test_the_readmes_python_runs(random_model, export_pair, count_file, tmp_path
     shutil.copyfile(count_file(model), tmp_path / "out" / "token_counts.safetensors")
     monkeypatch.chdir(tmp_path)
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
-    blocks.append(BLOCK.findall((ROOT / "docs" / "serve.md").read_text())[-1])  # the other one needs a server
+    blocks += BLOCK.findall((ROOT / "docs" / "serve.md").read_text())[1:]  # the first one needs a server
     assert len(blocks) >= 3
     scope = {}
     for block in blocks:
@@ -24,3 +24,7 @@ def test_the_readmes_python_runs(random_model, export_pair, count_file, tmp_path
     with scope["SpeculativeDecoder"].load("out/target", "out/drafter") as decoder:
         wanted = decoder.generate("Hi!", max_new_tokens=64).text
         assert asyncio.run(scope["answer"](decoder, "Hi!")) == wanted
+        texts = scope["answers"](decoder, "the quick brown fox", [" jumps", " over"])
+        assert texts == [
+            decoder.generate(f"the quick brown fox{more}", chat=False).text for more in (" jumps", " over")
+        ]
