@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 # Reads a model, calibrates, exports and generates, and compares the process before and after.
 PROGRAM = """
-import json, logging, os, random, signal, sys, warnings
+import gc, json, logging, os, random, signal, sys, warnings
 from pathlib import Path
 
 import numpy, onnxruntime, torch, transformers
@@ -40,6 +40,7 @@ def process_state():
         "torch's random numbers": torch.get_rng_state().tolist(),
         "other random numbers": [str(random.getstate()), str(numpy.random.get_state())],
         "directory": os.getcwd(),
+        "garbage collection": [gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()],
     }
 
 transformers.utils.logging.get_logger("transformers")  # transformers sets its own level when it is first asked

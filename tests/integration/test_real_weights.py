@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from engines import load_engine
+from engines.bundle.tokenizer import Tokenizer
 from runtime import SpeculativeDecoder
 from vocabtrim_export.cli.main import export_main, main
 from vocabtrim_export.trt.network import Network
@@ -93,8 +94,7 @@ def test_the_target_as_its_own_drafter_accepts_everything(bundles):
     with SpeculativeDecoder(
         load_engine(bundles / "target"), load_engine(bundles / "target"), draft_length=4
     ) as decoder:
-        tokenizer = SpeculativeDecoder.load(bundles / "target").tokenizer
-        prompt = tokenizer.encode_chat([{"role": "user", "content": QUESTIONS[0]}])
+        prompt = Tokenizer.load(bundles / "target").encode_chat([{"role": "user", "content": QUESTIONS[0]}])
         stats = decoder.generate(prompt, max_new_tokens=40).stats
         assert stats.accepted == stats.drafted > 25
 

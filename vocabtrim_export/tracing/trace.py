@@ -5,6 +5,7 @@ needs no memory for weights, and one trace serves a target and the drafter cut f
 """
 
 import copy
+import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -170,7 +171,7 @@ def _trace_skeleton(
     feature_layers: Sequence[int],
 ) -> ir.Model:
     length = torch.export.Dim("sequence_length", min=1, max=1 << 20)
-    with FakeTensorMode(), torch.no_grad():
+    with _no_garbage_collection(), FakeTensorMode(), torch.no_grad():
         skeleton = type(model)._from_config(_config_of(model), dtype=dtype).eval()
         fake_rope = parts.rope and _empty_rope(parts.rope, dtype)
         example = {INPUT_IDS: torch.ones(1, 7, dtype=torch.long), POSITION_IDS: torch.arange(7)[None]}
@@ -194,6 +195,18 @@ def _trace_skeleton(
             )
     assert exported is not None
     return exported.model
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Pause the collection of reference cycles, which would scan every object of PyTorch again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _empty_rope(rope: Rope, dtype: torch.dtype) -> Rope:
