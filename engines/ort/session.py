@@ -67,14 +67,16 @@ def new_session(
     if profile_prefix:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
-    left_out = _KEEPING if weights_in_file else ()
+    how: dict[str, Any] = {"providers": providers, "enable_fallback": 0}
+    if weights_in_file:
+        how["disabled_optimizers"] = _KEEPING
     try:
-        return ort.InferenceSession(model, options, providers, enable_fallback=0, disabled_optimizers=left_out)
+        return ort.InferenceSession(model, options, **how)
     except RuntimeError as error:
         if "global thread pool" not in str(error):
             raise
     options.use_per_session_threads = False
-    return ort.InferenceSession(model, options, providers, enable_fallback=0, disabled_optimizers=left_out)
+    return ort.InferenceSession(model, options, **how)
 
 
 def open_session(path: Path, profile_prefix: Path | None = None, weights_in_file: bool = False) -> ort.InferenceSession:

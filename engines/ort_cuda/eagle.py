@@ -7,15 +7,15 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import MAX_KEEP, DeviceName, Engine
+from engines.base import MAX_KEEP, Engine
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT, INPUT_IDS
 from engines.bundle.read import Bundle
-from engines.cuda import runtime as cuda
 from engines.ort.calls import Call
 from engines.ort.eagle import require_last_row, require_rows
 from engines.ort.step import Step
 from engines.ort_cuda.binding import BoundModel, BoundSession, Place, Work, run_options
 from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
+from engines.ort_cuda.gpu import Gpu
 from engines.ort_cuda.provider import can_be_captured
 from engines.ort_cuda.rows import DeviceRows, RowCopy, allocate_rows
 from engines.outputs import Speculation, StepOutput
@@ -32,11 +32,10 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
         self,
         bundle: Bundle,
         session: ort.InferenceSession,
-        stream: cuda.CudaStream,
+        gpu: Gpu,
         shared: OnnxRuntimeCudaEngine | None = None,
-        device: DeviceName = "cuda",
     ) -> None:
-        super().__init__(bundle, session, stream, shared, device)
+        super().__init__(bundle, session, gpu, shared)
         self.features_given = bundle.manifest.feature_size
         self.features = self._rows(MAX_KEEP)
         self._given_from = 0  # number of the token in the first row
@@ -67,7 +66,7 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
     def bind_model(self, places: Mapping[str, Place], token_ids: Place) -> BoundModel:
         run = super().bind_model(places, token_ids)
         rows = self.features.place(0, places[INPUT_IDS].shape[-1])
-        run.binding.bind_output(FEATURES_OUTPUT, self.device, 0, *rows)
+        self.gpu.bind_output(run.binding, FEATURES_OUTPUT, rows)
         return run
 
     def _execute(self, step: Step, call: Call) -> StepOutput:
@@ -97,11 +96,10 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
         bundle: Bundle,
         session: ort.InferenceSession,
         fuse: ort.InferenceSession | None,
-        stream: cuda.CudaStream,
-        device: DeviceName = "cuda",
+        gpu: Gpu,
     ) -> None:
         self._fuse = fuse
-        super().__init__(bundle, session, stream, device=device)
+        super().__init__(bundle, session, gpu)
         self.features_read = bundle.manifest.feature_size
         self._hidden_rows = allocate_rows(self, session, HIDDEN_INPUT, MAX_KEEP)
         self._features = self._hidden_rows  # of a target that is not on the device
@@ -151,15 +149,15 @@ class CudaEagleEngine(OnnxRuntimeCudaEngine):
     def _bind_fuse(self, fuse: ort.InferenceSession, features: Place, count: int) -> BoundSession:
         """Bind the graph that makes the hidden states of `count` rows from `features`, [1, count, features_read]."""
         binding = fuse.io_binding()
-        binding.bind_input(FEATURES_OUTPUT, self.device, 0, *features)
-        binding.bind_output(HIDDEN_INPUT, self.device, 0, *self._hidden_rows.place(0, count))
+        self.gpu.bind_input(binding, FEATURES_OUTPUT, features)
+        self.gpu.bind_output(binding, HIDDEN_INPUT, self._hidden_rows.place(0, count))
         return BoundSession(fuse, binding, run_options())
 
     def bind_model(self, places: Mapping[str, Place], token_ids: Place) -> BoundModel:
         run = super().bind_model(places, token_ids)
         hidden = {**self._fused_places(places[INPUT_IDS].shape[-1]), **places}
-        run.binding.bind_input(HIDDEN_INPUT, self.device, 0, *hidden[HIDDEN_INPUT])
-        run.binding.bind_output(HIDDEN_OUTPUT, self.device, 0, *hidden[HIDDEN_OUTPUT])
+        self.gpu.bind_input(run.binding, HIDDEN_INPUT, hidden[HIDDEN_INPUT])
+        self.gpu.bind_output(run.binding, HIDDEN_OUTPUT, hidden[HIDDEN_OUTPUT])
         return run
 
     def _release(self) -> None:

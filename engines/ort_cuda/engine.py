@@ -1,14 +1,12 @@
 """`OnnxRuntimeCudaEngine`: a bundle on ONNX Runtime's CUDA, on one stream, with only token ids crossing to the host."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.base import MOST_UNREAD, DeviceName, Engine
+from engines.base import MOST_UNREAD, Engine
 from engines.bundle.graph_io import LOGITS, SLOT_TOKEN_IDS, TOKEN_IDS
 from engines.bundle.head_rows import HeadRows
 from engines.bundle.read import Bundle
@@ -17,11 +15,12 @@ from engines.cuda import runtime as cuda
 from engines.cuda.graph_replay import Replayed
 from engines.cuda.slots import DeviceSlots
 from engines.ort.engine import OnnxRuntimeEngine
-from engines.ort.session import new_session, numpy_dtype
+from engines.ort.session import numpy_dtype
 from engines.ort.step import Step
 from engines.ort_cuda.binding import BoundModel, Place, Work, element_type, run_options
+from engines.ort_cuda.gpu import Gpu
 from engines.ort_cuda.pair import PairRounds
-from engines.ort_cuda.provider import can_be_captured, explain_out_of_memory, open_cuda_graph
+from engines.ort_cuda.provider import can_be_captured, explain_out_of_memory
 from engines.ort_cuda.step import DeviceStep, bind_step
 from engines.outputs import Speculation, StepOutput
 from engines.sampling_params import Sampling
@@ -38,14 +37,13 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
     length from seqlens_k, on the device.
 
     Attributes:
-        stream: The stream of the session. Engines that feed each other may share one, and engines that share a cache
-            must.
-        device: "cuda"; "cpu" only to test all this without a GPU.
+        gpu: The memory and the stream of the session.
         lag: Positions by which a drafter's cache is shorter than the text that it has read.
         rounds: The rounds that this engine drafts in.
         slot_places: The inputs of in-context slots by name; none where there are no slots.
     """
 
+    device = "cuda"
     lag = 0
     pads_lone_rows = False
 
@@ -53,11 +51,10 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         self,
         bundle: Bundle,
         session: ort.InferenceSession,
-        stream: cuda.CudaStream,
+        gpu: Gpu,
         shared: "OnnxRuntimeCudaEngine | None" = None,
-        device: DeviceName = "cuda",
     ) -> None:
-        self.device, self.stream, self._bundle = device, stream, bundle
+        self.gpu, self._bundle = gpu, bundle
         self.rounds = PairRounds(self)  # that this engine drafts in
         self.slot_places: dict[str, Place] = {}
         self._slot_memory: list[ort.OrtValue] = []
@@ -106,13 +103,6 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             explain_out_of_memory(error, self._bundle)
             raise
 
-    def open_graph(self, model: ir.Model) -> ort.InferenceSession:
-        """Open a small model on the engine's device and stream."""
-        stored = ir.to_proto(model).SerializeToString()
-        if self.device == "cpu":
-            return new_session(stored)
-        return open_cuda_graph(stored, self.stream)
-
     def knows(self, target: "OnnxRuntimeCudaEngine", unread: int) -> bool:  # noqa: ARG002
         """Returns whether all that this drafter needs to draft after `unread` tokens of `target` is on the device."""
         return True
@@ -150,26 +140,16 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         self.slot_places.clear()
         self._slot_memory.clear()
 
-    def allocate(self, shape: tuple[int, ...], element: Any) -> ort.OrtValue:
-        """Allocate uninitialised memory on the device.
-
-        Args:
-            shape: The shape of the tensor.
-            element: A NumPy dtype, or ONNX's number of one that NumPy lacks.
-        """
-        return ort.OrtValue.ortvalue_from_shape_and_type(shape, element, self.device, 0)
-
     def bind_model(self, places: Mapping[str, Place], token_ids: Place) -> BoundModel:
         """Bind a run of the session that reads `places`, by input name, and writes `token_ids`, int64[1, keep]."""
         keep = token_ids.shape[-1]
         binding = self._bind_common(keep)
         for name in self._token_inputs:
-            dtype, shape, address = places[name]
-            binding.bind_input(name, self.device, 0, dtype, shape, address)
-        logits = self.allocate((1, keep, self._head_rows), element_type(self.logits_type))
-        binding.bind_output(TOKEN_IDS, self.device, 0, *token_ids)
+            self.gpu.bind_input(binding, name, places[name])
+        logits = self.gpu.allocate((1, keep, self._head_rows), element_type(self.logits_type))
+        self.gpu.bind_output(binding, TOKEN_IDS, token_ids)
         binding.bind_ortvalue_output(LOGITS, logits)
-        return BoundModel(self._session, binding, run_options(), self.stream, logits, self.logits_type)
+        return BoundModel(self._session, binding, run_options(), self.gpu.stream, logits, self.logits_type)
 
     def replayed(self, enqueue: Callable[[], None], others: Sequence["OnnxRuntimeCudaEngine"] = ()) -> Replayed:
         """Make `enqueue` a CUDA graph, if the models of this engine and of `others` can be part of one."""
@@ -179,17 +159,17 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
             return True
 
         is_capturable = all(engine.is_capturable for engine in (self, *others))
-        return Replayed(self.stream, whole, lambda: is_capturable, _WARM_UP)
+        return Replayed(self.gpu.stream, whole, lambda: is_capturable, _WARM_UP)
 
     def _bind(self, length: int, keep: int) -> Step:
         return bind_step(self, length, keep)
 
     def _make_slots(self, vocab_map: VocabMap, rows: HeadRows, shape: tuple[int, int], onnx_type: str) -> DeviceSlots:
         def allocate(size: int) -> int:
-            self._slot_memory.append(self.allocate((size,), np.uint8))
+            self._slot_memory.append(self.gpu.allocate((size,), np.uint8))
             return int(self._slot_memory[-1].data_ptr())
 
-        slots = DeviceSlots(vocab_map, rows, shape, numpy_dtype(onnx_type), self.stream, allocate)
+        slots = DeviceSlots(vocab_map, rows, shape, numpy_dtype(onnx_type), self.gpu.stream, allocate)
         for name, array in slots.inputs.items():
             element = np.int64 if name == SLOT_TOKEN_IDS else element_type(onnx_type)
             self.slot_places[name] = Place(element, array.shape, slots.addresses[name])
@@ -197,12 +177,12 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
 
     def _bind_slots(self, binding: ort.IOBinding) -> None:
         for name, place in self.slot_places.items():
-            binding.bind_input(name, self.device, 0, *place)
+            self.gpu.bind_input(binding, name, place)
 
     def _allocate_cache(self, shape: tuple[int, ...], onnx_type: str) -> ort.OrtValue:
-        value = self.allocate(shape, element_type(onnx_type))
+        value = self.gpu.allocate(shape, element_type(onnx_type))
         size = int(np.prod(shape)) * numpy_dtype(onnx_type).itemsize
-        self.stream.zero(cuda.DeviceMemory(value.data_ptr(), size))
+        self.gpu.stream.zero(cuda.DeviceMemory(value.data_ptr(), size))
         return value
 
     def _read_cache(self, cache: ort.OrtValue, length: int) -> NDArray[np.generic]:

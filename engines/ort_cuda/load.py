@@ -10,6 +10,7 @@ from engines.errors import VocabtrimError
 from engines.ort.load import cache_owner
 from engines.ort_cuda.eagle import CudaEagleEngine, CudaFeatureEngine
 from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
+from engines.ort_cuda.gpu import Gpu
 from engines.ort_cuda.provider import open_cuda_session, require_provider
 from engines.refusals import refuse_profile
 
@@ -30,15 +31,15 @@ def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> OnnxRunt
     missing = require_provider()
     beside = neighbour()
     other = beside if isinstance(beside, OnnxRuntimeCudaEngine) else None
-    stream = other.stream if other else make_stream()
-    session = open_cuda_session(bundle, stream, missing)
+    gpu = other.gpu if other else Gpu(make_stream())
+    session = open_cuda_session(bundle, gpu.stream, missing)
     if bundle.manifest.interface == "feature-head":
         fuses = FEATURES_NAME in bundle.manifest.files
-        fuse = open_cuda_session(bundle, stream, missing, FEATURES_NAME) if fuses else None
-        return CudaEagleEngine(bundle, session, fuse, stream)
+        fuse = open_cuda_session(bundle, gpu.stream, missing, FEATURES_NAME) if fuses else None
+        return CudaEagleEngine(bundle, session, fuse, gpu)
     shared = other if cache_owner(bundle, other, "cuda") else None
     engine = CudaFeatureEngine if bundle.manifest.feature_layers else OnnxRuntimeCudaEngine
-    return engine(bundle, session, stream, shared)
+    return engine(bundle, session, gpu, shared)
 
 
 def _check(bundle: Bundle, profile: Path | None) -> None:

@@ -58,7 +58,7 @@ class PairRounds:
         """
         drafter = self._drafter
         # A token that the target lacks must not reach its embedding.
-        if drafter.stream is not target.stream or drafter.manifest.vocab_size > target.manifest.vocab_size:
+        if drafter.gpu.stream is not target.gpu.stream or drafter.manifest.vocab_size > target.manifest.vocab_size:
             return None
         unread, end = len(token_ids), drafter.length + len(token_ids) + draft_length - 1
         if target.length + draft_length >= target.capacity or end > drafter.capacity:

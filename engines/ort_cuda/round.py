@@ -74,11 +74,11 @@ class CudaRound:
         sampler: "DeviceSampler | None" = None,
     ) -> None:
         self._unread, self._draft_length, self._lag, self._sampler = unread, draft_length, drafter.lag, sampler
-        self._stream = target.stream
+        self._stream = target.gpu.stream
         at = self._at = make_layout(unread, draft_length, drafter.lag, sampler.chances if sampler else 0)
-        self._host = target.stream.pinned(at.end)
-        self._device = target.allocate((at.end,), np.int64)
-        self._events = [target.stream.event() for _ in range(3)]
+        self._host = self._stream.pinned(at.end)
+        self._device = target.gpu.allocate((at.end,), np.int64)
+        self._events = [self._stream.event() for _ in range(3)]
 
         def reads(step: int, position: int, token: int, count: int) -> dict[str, Place]:
             """Returns the inputs of a step that reads `count` tokens from number `token` on."""

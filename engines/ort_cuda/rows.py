@@ -83,8 +83,8 @@ def allocate_rows(engine: OnnxRuntimeCudaEngine, session: ort.InferenceSession, 
     """
     (value,) = (value for value in [*session.get_inputs(), *session.get_outputs()] if value.name == name)
     try:
-        memory = engine.allocate((1, count, int(value.shape[-1])), element_type(value.type))
+        memory = engine.gpu.allocate((1, count, int(value.shape[-1])), element_type(value.type))
     except Exception as error:
         explain_out_of_memory(error, engine._bundle)
         raise
-    return DeviceRows(memory, value.type, engine.stream)
+    return DeviceRows(memory, value.type, engine.gpu.stream)

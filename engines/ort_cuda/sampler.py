@@ -52,17 +52,17 @@ class DeviceSampler:
         slots = drafter.manifest.slots
         columns = rows + slots
         self._slot_tokens = {name: place for name, place in drafter.slot_places.items() if name == SLOT_TOKEN_IDS}
-        self._device, self._has_top_p, self._has_min_p = target.device, has_top_p, has_min_p
+        self._gpu, self._has_top_p, self._has_min_p = target.gpu, has_top_p, has_min_p
         self._draft_length = draft_length
         self.chances = _PARAMETERS + draft_length + (draft_length + 2) // 2
         self._options = run_options()
         choice = top_k, has_top_p, has_min_p
-        self._warp_draft = target.open_graph(warp_graph(columns, _TYPES[drafter.logits_type], *choice))
-        self._draw = target.open_graph(draw_graph(columns, kept, slots))
-        self._warp_verified = target.open_graph(warp_graph(vocab, _TYPES[target.logits_type], *choice))
-        self._accept = target.open_graph(sampled_acceptance(vocab, kept_columns, slots))
-        self._q = target.allocate((draft_length, columns), np.float32)
-        self._p = target.allocate((draft_length + 1, vocab), np.float32)
+        self._warp_draft = target.gpu.open_graph(warp_graph(columns, _TYPES[drafter.logits_type], *choice))
+        self._draw = target.gpu.open_graph(draw_graph(columns, kept, slots))
+        self._warp_verified = target.gpu.open_graph(warp_graph(vocab, _TYPES[target.logits_type], *choice))
+        self._accept = target.gpu.open_graph(sampled_acceptance(vocab, kept_columns, slots))
+        self._q = target.gpu.allocate((draft_length, columns), np.float32)
+        self._p = target.gpu.allocate((draft_length + 1, vocab), np.float32)
 
     def write_chances(self, values: NDArray[np.int64], sampling: Sampling) -> None:
         """Fill what `propose` and `judge` read on the device.
@@ -128,9 +128,9 @@ class DeviceSampler:
         binding = session.io_binding()
         for name, value in inputs.items():
             if isinstance(value, Place):
-                binding.bind_input(name, self._device, 0, *value)
+                self._gpu.bind_input(binding, name, value)
             else:
                 binding.bind_ortvalue_input(name, value)
         for name, place in outputs.items():
-            binding.bind_output(name, self._device, 0, *place)
+            self._gpu.bind_output(binding, name, place)
         return BoundSession(session, binding, self._options)

@@ -55,8 +55,8 @@ def bind_step(engine: "OnnxRuntimeCudaEngine", length: int, keep: int) -> Device
     # input_ids | position_ids | seqlens_k | token_ids, each aligned, on the host as on the device
     section = -(-length // _ALIGNED) * _ALIGNED
     seqlens, tokens = 2 * section, 2 * section + _ALIGNED
-    stream = engine.stream
-    host, memory = stream.pinned(tokens + keep), engine.allocate((tokens + keep,), np.int64)
+    stream = engine.gpu.stream
+    host, memory = stream.pinned(tokens + keep), engine.gpu.allocate((tokens + keep,), np.int64)
 
     def place(dtype: type[np.generic], shape: tuple[int, ...], start: int) -> Place:
         return Place(dtype, shape, memory.data_ptr() + 8 * start)

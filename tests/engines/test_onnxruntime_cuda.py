@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
@@ -17,12 +18,13 @@ from engines.bundle.read import MODEL_NAME
 from engines.cuda import runtime as cuda
 from engines.cuda.graph_replay import Replayed
 from engines.errors import VocabtrimError
-from engines.ort.session import open_session
+from engines.ort.session import new_session, open_session
 from engines.ort_cuda import load as cuda_load
 from engines.ort_cuda import pair as cuda_pair
 from engines.ort_cuda import provider as cuda_provider
 from engines.ort_cuda.binding import BoundModel, element_type
 from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
+from engines.ort_cuda.gpu import Gpu
 from engines.ort_cuda.load import make_stream
 from engines.ort_cuda.round import CudaRound
 from engines.ort_cuda.step import DeviceStep
@@ -78,6 +80,15 @@ class HostStream:
         event.clear()
 
 
+class HostGpu(Gpu):
+    """A GPU whose memory is the host's."""
+
+    memory = "cpu"
+
+    def open_graph(self, model):
+        return new_session(ir.to_proto(model).SerializeToString())
+
+
 @pytest.fixture(scope="module")
 def pair(random_model, export_pair):
     return export_pair(random_model("llama"), k=128, quantize_drafter="int4", slots=16)
@@ -86,7 +97,7 @@ def pair(random_model, export_pair):
 def device_engine(path, stream=None, shared=None):
     bundle = read_bundle(path)
     session = open_session(bundle.path / MODEL_NAME)
-    return OnnxRuntimeCudaEngine(bundle, session, stream or HostStream(), shared, device="cpu")
+    return OnnxRuntimeCudaEngine(bundle, session, HostGpu(stream or HostStream()), shared)
 
 
 # ------------------------------------------------------------------------------------------------------------ computing
@@ -163,14 +174,14 @@ def test_only_token_ids_come_back_unless_logits_are_asked_for(pair):
 
 
 def test_the_cache_starts_as_zeros(pair, monkeypatch):
-    allocate = OnnxRuntimeCudaEngine.allocate
+    allocate = Gpu.allocate
 
     def dirty(self, shape, element_type):
         value = allocate(self, shape, element_type)
         ctypes.memset(value.data_ptr(), 255, value.tensor_size_in_bytes())  # NaN
         return value
 
-    monkeypatch.setattr(OnnxRuntimeCudaEngine, "allocate", dirty)
+    monkeypatch.setattr(Gpu, "allocate", dirty)
     with device_engine(pair.target) as engine:
         assert all(not value.numpy().any() for value in engine._caches.values())
 
@@ -428,17 +439,7 @@ def test_a_stream_goes_with_its_last_user(monkeypatch):
 def simulated(monkeypatch):
     """`load_engine(…, "cuda")` on the host."""
 
-    class OnHost(OnnxRuntimeCudaEngine):
-        def allocate(self, shape, element):
-            return ort.OrtValue.ortvalue_from_shape_and_type(shape, element, "cpu", 0)
-
-        def bind_model(self, places, token_ids):
-            self.device = "cpu"
-            run = super().bind_model(places, token_ids)
-            self.device = "cuda"
-            return run
-
-    monkeypatch.setattr(cuda_load, "OnnxRuntimeCudaEngine", OnHost)
+    monkeypatch.setattr(cuda_load, "Gpu", HostGpu)
     monkeypatch.setattr(cuda_load, "require_provider", lambda: ())
     monkeypatch.setattr(cuda_load, "make_stream", HostStream)
     monkeypatch.setattr(
@@ -455,10 +456,10 @@ def test_engines_on_cuda_share_a_stream_and_those_of_one_model_a_cache(
     with load_engine(pair.target, "cuda") as target:
         for path, shares in [(pair.drafter, True), (other, False)]:
             with load_engine(path, "cuda", share_cache_with=target) as drafter:
-                assert drafter.stream is target.stream
+                assert drafter.gpu is target.gpu
                 assert (drafter.cache is target.cache) == shares
         with load_engine(pair.drafter, "cuda") as alone:
-            assert alone.stream is not target.stream
+            assert alone.gpu.stream is not target.gpu.stream
 
 
 @pytest.mark.parametrize(("device", "drafter_device"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", None)])
@@ -637,7 +638,7 @@ def test_a_full_gpu_gives_the_sizes_and_what_to_lower(where, pair, monkeypatch):
         with pytest.raises(VocabtrimError, match=expected):
             cuda_provider.open_cuda_session(read_bundle(pair.target), HostStream())
     elif where == "cache":
-        monkeypatch.setattr(OnnxRuntimeCudaEngine, "allocate", full)
+        monkeypatch.setattr(Gpu, "allocate", full)
         with pytest.raises(VocabtrimError, match=expected):
             device_engine(pair.target)
     else:

@@ -23,7 +23,7 @@ from engines.sampling_params import Sampling
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.drafting import Drafting
 from runtime.loop import decode_rounds
-from tests.engines.test_onnxruntime_cuda import SAMPLINGS, HostStream, host_round
+from tests.engines.test_onnxruntime_cuda import SAMPLINGS, HostGpu, HostStream, host_round
 from tests.integration import eagle_heads, layer_heads
 from tests.integration.eagle_heads import LAYERS, make_tensors
 
@@ -67,15 +67,15 @@ class Spied(HostStream):
 @contextmanager
 def on_device(pair):
     """Target and head, as if on CUDA, on one stream."""
-    stream = Spied()
+    gpu = HostGpu(stream := Spied())
     with ExitStack() as opened:
         path = pair.target
         session = open_session(path / MODEL_NAME)
-        target = opened.enter_context(CudaFeatureEngine(read_bundle(path), session, stream, device="cpu"))
+        target = opened.enter_context(CudaFeatureEngine(read_bundle(path), session, gpu))
         path = pair.drafter
         fuse = open_session(path / FEATURES_NAME) if (path / FEATURES_NAME).exists() else None
         session = open_session(path / MODEL_NAME)
-        head = opened.enter_context(CudaEagleEngine(read_bundle(path), session, fuse, stream, device="cpu"))
+        head = opened.enter_context(CudaEagleEngine(read_bundle(path), session, fuse, gpu))
         memory = target.features.memory
         stream.watched = range(memory.data_ptr(), memory.data_ptr() + memory.tensor_size_in_bytes())
         yield target, head, stream
@@ -311,11 +311,7 @@ def test_bfloat16_rounds_to_the_nearest():
 @pytest.fixture
 def simulated(monkeypatch):
     """`load_engine(…, "cuda")` on the host."""
-    for kind in (CudaFeatureEngine, CudaEagleEngine):
-        on_host = type(
-            kind.__name__, (kind,), {"__init__": lambda self, *a, k=kind: k.__init__(self, *a, device="cpu")}
-        )
-        monkeypatch.setattr(cuda_load, kind.__name__, on_host)
+    monkeypatch.setattr(cuda_load, "Gpu", HostGpu)
     monkeypatch.setattr(cuda_load, "require_provider", lambda: ())
     monkeypatch.setattr(cuda_load, "make_stream", HostStream)
     monkeypatch.setattr(
@@ -333,7 +329,6 @@ def test_pairs_load_onto_one_stream_and_dtypes_do_not_mix(simulated, pair, half)
         head.feed_features([*PROMPT[1:], 8], target.feed(PROMPT).features)
         target.feed([8])
         assert target.speculate(head, [9], 4) is None
-        target.device = head.device = "cuda"
         with pytest.raises(VocabtrimError, match="the target is fp32, the head fp16; export both together"):
             SpeculativeDecoder(target, head, draft_length=4)
 

@@ -126,8 +126,8 @@ def test_a_round_in_one_graph_is_the_stepwise_one(shared, draft_length, pair, mo
             drafter = load_engine(path, "cuda", share_cache_with=target if shared else None)
             if not shared:
                 drafter.close()
-                session = open_cuda_session(read_bundle(path), target.stream)
-                drafter = OnnxRuntimeCudaEngine(read_bundle(path), session, target.stream)
+                session = open_cuda_session(read_bundle(path), target.gpu.stream)
+                drafter = OnnxRuntimeCudaEngine(read_bundle(path), session, target.gpu)
             with drafter:
                 made = []
                 for stepwise in (False, True):
@@ -209,7 +209,7 @@ def check_greedy(pair, decoder):
 def test_speculation_gives_the_targets_own_greedy_output(pair):
     with SpeculativeDecoder.load(pair.target, pair.drafter, device="cuda", draft_length=4) as decoder:
         assert decoder.drafter.cache is decoder.target.cache
-        assert decoder.drafter.stream is decoder.target.stream
+        assert decoder.drafter.gpu is decoder.target.gpu
         check_greedy(pair, decoder)
 
 

@@ -144,7 +144,7 @@ def test_a_sampled_round_in_one_graph_is_the_hosts(params, pair):
 
 def test_speculation_gives_the_targets_own_greedy_output(pair):
     with SpeculativeDecoder.load(pair.target, pair.drafter, device="cuda", draft_length=4) as decoder:
-        assert decoder.drafter.stream is decoder.target.stream
+        assert decoder.drafter.gpu is decoder.target.gpu
         check_greedy(pair, decoder)
         sampled = decoder.generate(PROMPT, max_new_tokens=60, sampling=SamplingParams(temperature=1.0, seed=1))
         assert sampled.stats.drafted
