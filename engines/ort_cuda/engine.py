@@ -190,13 +190,13 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
         rows = np.empty((1, heads, length, size), numpy_dtype(cache.data_type()))
         row, address = size * rows.itemsize, int(cache.data_ptr())
         for head in range(heads):
-            self.stream.copy(rows[0, head].ctypes.data, address + head * capacity * row, length * row)
-        self.stream.synchronize()
+            self.gpu.stream.copy(rows[0, head].ctypes.data, address + head * capacity * row, length * row)
+        self.gpu.stream.synchronize()
         return rows
 
     def _write_cache(self, cache: ort.OrtValue, rows: NDArray[np.generic]) -> None:
         _, heads, capacity, size = cache.shape()
         row, address, whole = size * rows.itemsize, int(cache.data_ptr()), np.ascontiguousarray(rows)
         for head in range(heads):
-            self.stream.copy(address + head * capacity * row, whole[0, head].ctypes.data, rows.shape[2] * row)
-        self.stream.synchronize()  # before `whole` is freed
+            self.gpu.stream.copy(address + head * capacity * row, whole[0, head].ctypes.data, rows.shape[2] * row)
+        self.gpu.stream.synchronize()  # before `whole` is freed
