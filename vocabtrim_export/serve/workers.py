@@ -135,7 +135,7 @@ class Workers:
         kept = longest.decoder.kept_prefix(prompt)
         least = len(prompt) / 2
         if self.store.most_bytes:  # the others' texts are not lost with their worker
-            least = max(LEAST_TOKENS, self.store.longest_prefix(prompt) - LEAST_TOKENS + 1)
+            least = max(min(least, LEAST_TOKENS), self.store.longest_prefix(prompt) - LEAST_TOKENS + 1)
         if kept < least:
             longest = min(self._free, key=lambda worker: worker.last_use)
         self._free.remove(longest)
