@@ -262,6 +262,9 @@ def test_a_turn_goes_on_where_the_last_one_ended(client):
     client.chat.completions.create(**ask, messages=[{"role": "user", "content": "another conversation"}])
     second = client.chat.completions.create(**ask, messages=[*first, *turns])
     assert second.usage.prompt_tokens_details.cached_tokens >= begun.usage.prompt_tokens - 4
+    for prompt in ("fox dog lazy", "system over the lazy", "fox dog lazy"):  # short, and each with its own worker
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=1, temperature=0)
+    assert answer.usage.prompt_tokens_details.cached_tokens == answer.usage.prompt_tokens - 1
 
 
 def test_a_mistake_is_one_line(pair, capsys):
