@@ -81,7 +81,7 @@ def gauges(port: int) -> dict[str, float]:
     connection.request("GET", "/metrics")
     lines = [line.rsplit(" ", 1) for line in connection.getresponse().read().decode().splitlines()]
     connection.close()
-    return {name: float(value) for name, value in lines if name.startswith("vocabtrim_cache")}
+    return {name: float(value) for name, value in lines if name.startswith("vocabtrim_cache_")}
 
 
 def copies(options: argparse.Namespace, text: str) -> dict[str, Any]:
