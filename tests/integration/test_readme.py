@@ -24,7 +24,5 @@ def test_the_readmes_python_runs(random_model, export_pair, count_file, tmp_path
     with scope["SpeculativeDecoder"].load("out/target", "out/drafter") as decoder:
         wanted = decoder.generate("Hi!", max_new_tokens=64).text
         assert asyncio.run(scope["answer"](decoder, "Hi!")) == wanted
-        texts = scope["answers"](decoder, "the quick brown fox", [" jumps", " over"])
-        assert texts == [
-            decoder.generate(f"the quick brown fox{more}", chat=False).text for more in (" jumps", " over")
-        ]
+        texts = scope["answers"](decoder, "the quick brown fox", [" jumps"])
+        assert texts == [decoder.generate("the quick brown fox jumps", chat=False).text]
