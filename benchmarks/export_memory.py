@@ -4,9 +4,9 @@
 
 takes the options of `vocabtrim-export`, runs it, and adds a line of JSON: the peak resident memory of the process, with
 the pages of mapped files (`peak`) and without them (`peak_without_files`; the system drops those when memory is short),
-the seconds it took and those of each task, such as "load target" (`tasks`, by the lines of progress, which go on to
-standard error), the bytes of the largest tensor in float32, and the bound that an export should keep to without
-files: that tensor times (threads + 2), and 1.5 GB.
+the seconds it took, the bytes of the largest tensor in float32, and the bound that an export should keep to without
+files: that tensor times (threads + 2), and 1.5 GB. `tasks` has the seconds of each task, such as "load target", and its
+peak without files; a task is known by its lines of progress, which go on to standard error.
 """
 
 import json
@@ -17,7 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +26,75 @@ from safetensors import safe_open
 
 _EVERY = 0.05  # seconds
 _PARTS = {"RssAnon:", "RssShmem:"}
+_BETWEEN = "between tasks"
 
 
-def main() -> None:
+@dataclass
+class Tasks:
+    """The task that an export is at, and what each took: its seconds, and its peak memory without mapped files."""
+
+    now: str = _BETWEEN
+    began: float = field(default_factory=time.monotonic)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+
+    def follow(self, lines: Iterable[str]) -> None:
+        """Read the lines of progress until they end, and hand them on."""
+        for line in lines:
+            print(line, end="", file=sys.stderr, flush=True)
+            if match := re.match(r"([\w ]+): (\d+)/(\d+)", line):
+                self._enter(_BETWEEN if match[2] == match[3] else match[1])
+        self._enter(_BETWEEN)
+
+    def _enter(self, task: str) -> None:
+        now = time.monotonic()
+        self.seconds[self.now] = self.seconds.get(self.now, 0.0) + now - self.began
+        self.now, self.began = task, now
+
+    def sample(self, memory: int) -> None:
+        self.peaks[self.now] = max(self.peaks.get(self.now, 0), memory)
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            name: {"seconds": round(seconds, 1), "peak_without_files": self.peaks.get(name, 0)}
+            for name, seconds in self.seconds.items()
+        }
+
+
+def measure(options: Sequence[str]) -> dict[str, Any]:
+    """Run an export, and leave the program where it fails.
+
+    Args:
+        options: Those of `vocabtrim-export`.
+
+    Returns:
+        The figures that the module names.
+    """
     command = [sys.executable, "-c", "from vocabtrim_export.cli.main import export_main; export_main()", "--json"]
-    began, without_files, peak = time.monotonic(), 0, 0
+    began, tasks, peak = time.monotonic(), Tasks(), 0
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    tasks: dict[str, float] = {}
-    with subprocess.Popen([*command, *sys.argv[1:]], **pipes) as export:
-        threading.Thread(target=time_tasks, args=(export.stderr, tasks), daemon=True).start()
+    with subprocess.Popen([*command, *options], **pipes) as export:
+        reader = threading.Thread(target=tasks.follow, args=(export.stderr,), daemon=True)
+        reader.start()
         while export.poll() is None:
             status = [line.split() for line in Path(f"/proc/{export.pid}/status").read_text("utf-8").splitlines()]
             sizes = {words[0]: int(words[1]) * 1024 for words in status if words[0].startswith(("Rss", "VmHWM"))}
-            without_files = max(without_files, sum(sizes.get(name, 0) for name in _PARTS))
+            tasks.sample(sum(sizes.get(name, 0) for name in _PARTS))
             peak = max(peak, sizes.get("VmHWM:", 0))
             time.sleep(_EVERY)
+        reader.join()
     if export.returncode:
         sys.exit(export.returncode)
-    models = [Path(sys.argv[i + 1]) for i, name in enumerate(sys.argv) if name in ("--drafter", "--target")]
+    models = [Path(options[i + 1]) for i, name in enumerate(options) if name in ("--drafter", "--target")]
     largest = 4 * max(map(largest_tensor, models))
-    bound = largest * ((os.cpu_count() or 1) + 2) + 1.5e9
-    seconds = round(time.monotonic() - began)
-    figures = {"peak": peak, "peak_without_files": without_files, "seconds": seconds, "tasks": tasks}
-    print(json.dumps(figures | {"largest_tensor": largest, "bound": bound}))
-
-
-def time_tasks(lines: Iterable[str], tasks: dict[str, float]) -> None:
-    """Note the seconds from a task's first line of progress to its last, and hand the lines on."""
-    began: dict[str, float] = {}
-    for line in lines:
-        print(line, end="", file=sys.stderr, flush=True)
-        if match := re.match(r"([\w ]+): \d+/\d+", line):
-            begin = began.setdefault(match[1], time.monotonic())
-            tasks[match[1]] = round(time.monotonic() - begin, 1)
+    return {
+        "peak": peak,
+        "peak_without_files": max(tasks.peaks.values()),
+        "largest_tensor": largest,
+        "bound": round(largest * ((os.cpu_count() or 1) + 2) + 1.5e9),
+        "seconds": round(time.monotonic() - began),
+        "tasks": tasks.figures(),
+    }
 
 
 def largest_tensor(path: Path) -> int:
@@ -74,4 +111,4 @@ def largest_tensor(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(sys.argv[1:])))

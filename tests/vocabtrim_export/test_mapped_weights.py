@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines import VocabtrimError
 from engines.bundle.read import WEIGHTS_NAME
@@ -48,6 +49,37 @@ def test_a_model_runs_in_float32_and_keeps_its_own_weights(half):
         assert torch.equal(model(PROMPT).logits, wanted)
     assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == places
     assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "gpt_oss"])
+def test_experts_run_in_float32_one_at_a_time(architecture, random_model):
+    """Bit for bit as transformers runs them; gpt-oss has biases, and its matrices are transposed."""
+    model = load_source(str(random_model(architecture)), torch.float32).model.bfloat16().float()
+    with torch.inference_mode():
+        wanted = model(PROMPT).logits
+        with running_in(model.bfloat16(), torch.float32):
+            assert torch.equal(model(PROMPT).logits, wanted)
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+def test_an_export_holds_no_two_experts_in_float32(random_model, tmp_path, monkeypatch):
+    """Written in int4 and proven: no operation in PyTorch makes as many bytes as two experts' matrices have."""
+    sizes = {"num_experts": 16, "moe_intermediate_size": 256, "hidden_size": 256}
+    source = load_source(str(random_model("qwen3_moe", **sizes)), torch.bfloat16)
+    plan = BundlePlan("target", source, "fp32", "int4", context_length=128)
+    traced, allocated = trace_source(plan), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+                allocated.append(result.untyped_storage().nbytes())
+            return result
+
+    with Sizes():
+        write_bundle(tmp_path, traced, plan, lambda *_: None)
+        assert find_difference(tmp_path, plan) is None
+    assert max(allocated) < 2 * (3 * 256 * 256) * 4
 
 
 def test_a_half_precision_checkpoint_stays_in_its_file_and_gives_the_same_bundle(half, tmp_path):

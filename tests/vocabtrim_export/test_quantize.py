@@ -56,6 +56,22 @@ def test_rows_do_not_depend_on_each_other(weight, moments, bits):
         assert torch.equal(getattr(before, name), getattr(after, name)[rows])
 
 
+def test_the_bytes_do_not_depend_on_the_threads(moments):
+    """Nor on whether a weight is cast before, or as the rows of several matrices."""
+    weight = torch.randn(8, 500, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        written = []
+        for threads, rows in ((1, weight.flatten(0, 1).float()), (2, weight)):
+            torch.set_num_threads(threads)
+            written.append(quantize_blocks(rows, 4, moments, dtype=torch.float32))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for name in ("packed", "scales", "zero_points"):
+        assert torch.equal(getattr(written[0], name), getattr(written[1], name))
+
+
 def test_moments_lower_the_error_of_the_product(weight, moments):
     def cost(values):
         off = (torch.from_numpy(values) - weight).view(70, 3, BLOCK)

@@ -171,7 +171,7 @@ def _save_head_rows(directory: Path, traced: Traced, plan: BundlePlan) -> None:
     """Write the rows of the tokens that the trimmed head lacks, in the order of these tokens, and their ids."""
     rows = torch.from_numpy(plan.rows_of(plan.lost_token_ids))
     parts = lower_slot_rows(traced, plan.weights, rows, is_standard=plan.trt is not None)
-    tensors = {name: _as_bits(weight.load().contiguous()) for name, weight in parts.items()}
+    tensors = {name: _as_bits(weight.load()) for name, weight in parts.items()}
     save_file({TOKEN_IDS: torch.from_numpy(plan.lost_token_ids.copy()), **tensors}, directory / HEAD_ROWS_NAME)
     shutil.copymode(directory / MODEL_NAME, directory / HEAD_ROWS_NAME)  # save_file lets only the owner read it
 

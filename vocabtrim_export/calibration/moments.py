@@ -1,6 +1,8 @@
 """Second moments of the inputs of a model's linear layers: int4 quantisation weighs its rounding errors with them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ def input_moments(
         for name, module in linears.items()
     ]
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), without_logits(head):
             for piece in _pieces(tokenizer, model):
                 run(piece) if run else model(piece, use_cache=False)
     finally:
@@ -67,6 +69,20 @@ def _adder(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Ten
     return add
 
 
+@contextmanager
+def without_logits(head: Any) -> Iterator[None]:
+    """Let an LM head return zeros for the block, which take no time and no memory; its hooks run as ever."""
+    if head is None:
+        yield
+        return
+    columns = int(head.weight.shape[0])
+    head.forward = lambda x: x.new_zeros(1).expand(*x.shape[:-1], columns)
+    try:
+        yield
+    finally:
+        del head.forward
+
+
 def head_run(
     head: FeatureHead | ParallelHeads, target: PreTrainedModel, layers: Sequence[int]
 ) -> Callable[[Tensor], None]:
@@ -79,7 +95,7 @@ def head_run(
     """
 
     def run(piece: Tensor) -> None:
-        with layer_inputs(target, layers) as entered:
+        with layer_inputs(target, layers) as entered, without_logits(target.get_output_embeddings()):
             target(piece, use_cache=False)
         head.read_text(piece, torch.cat(entered(), -1))
 

@@ -27,8 +27,9 @@ class _ExpertLayer:
 
     Attributes:
         name: The composite's name.
-        up: [experts, 2·size, hidden], rows of gate and up alternating.
+        up: [experts, 2·size, hidden].
         down: [experts, hidden, size].
+        by_halves: The rows of `up` are those of all gates, then all others; else they alternate, as in the graph.
         biases: The names of the initializers of up's and down's biases; None where there are none.
         options: Attributes of the ONNX Runtime operator.
     """
@@ -36,6 +37,7 @@ class _ExpertLayer:
     name: str
     up: Weight
     down: Weight
+    by_halves: bool
     biases: tuple[str | None, str | None]
     options: dict[str, int | float | str]
 
@@ -76,9 +78,9 @@ def _layer(decoder: DecoderGraph, node: ir.Node) -> _ExpertLayer:
     up, down = (name_of(value) for value in node.inputs[3:5])
     up_bias, down_bias = (name_of(value) if value is not None else None for value in (*node.inputs[5:], None, None)[:2])
     if up_bias is not None and not interleaved:
-        bias = decoder.weights[up_bias]
+        bias = _by_turns(decoder.weights[up_bias], by_halves=True)
         up_bias = f"{up_bias}.interleaved"
-        decoder.add_weight(up_bias, replace(bias, load=lambda: interleave(bias.load())))
+        decoder.add_weight(up_bias, bias)
     options: dict[str, int | float | str] = {
         "k": int(numbers["k"]),
         "activation_type": "swiglu",
@@ -88,26 +90,20 @@ def _layer(decoder: DecoderGraph, node: ir.Node) -> _ExpertLayer:
     }
     if numbers["limit"]:
         options["swiglu_limit"] = float(numbers["limit"])
-    first, second = (
-        _out_in(decoder.weights[up], transposed, not interleaved),
-        _out_in(decoder.weights[down], transposed),
-    )
-    return _ExpertLayer(up.rpartition(".")[0], first, second, (up_bias, down_bias), options)
+    first, second = (_out_in(decoder.weights[name], transposed) for name in (up, down))
+    return _ExpertLayer(up.rpartition(".")[0], first, second, not interleaved, (up_bias, down_bias), options)
 
 
-def _out_in(weight: Weight, transposed: bool, by_halves: bool = False) -> Weight:
-    """Returns a weight of experts as [experts, out, in].
-
-    Rows of gate and up alternate, where `weight` has them `by_halves`.
-    """
+def _out_in(weight: Weight, transposed: bool) -> Weight:
+    """Returns a weight of experts as [experts, out, in]."""
     experts, rows, columns = weight.shape
     shape = (experts, columns, rows) if transposed else weight.shape
+    return Weight(shape, weight.dtype, lambda: rows_first(weight.stored(), transposed))
 
-    def load() -> Tensor:
-        rows = rows_first(weight.load(), transposed)
-        return interleave(rows) if by_halves else rows
 
-    return Weight(shape, weight.dtype, load)
+def _by_turns(weight: Weight, by_halves: bool) -> Weight:
+    """Returns a weight [experts, 2·n, …] with alternating rows of its halves, if they are `by_halves`."""
+    return replace(weight, stored=lambda: interleave(weight.stored())) if by_halves else weight
 
 
 def rows_first(tensor: Tensor, transposed: bool) -> Tensor:
@@ -141,7 +137,7 @@ def _cast(nodes: Nodes, value: ir.Value | None, dtype: ir.DataType) -> ir.Value 
 
 def _dense(nodes: Nodes, layer: _ExpertLayer, x: ir.Value | None, route: ir.Value) -> ir.Value:
     decoder, (up_bias, down_bias) = nodes.decoder, _biases(nodes, layer)
-    up = decoder.add_weight(f"{layer.name}.up", layer.up)
+    up = decoder.add_weight(f"{layer.name}.up", _by_turns(layer.up, layer.by_halves))
     down = decoder.add_weight(f"{layer.name}.down", layer.down)
     return nodes.contrib(MOE, x, route, up, up_bias, down, down_bias, **layer.options)
 
@@ -149,8 +145,11 @@ def _dense(nodes: Nodes, layer: _ExpertLayer, x: ir.Value | None, route: ir.Valu
 def _quantized(nodes: Nodes, layer: _ExpertLayer, x: ir.Value | None, route: ir.Value, bits: int) -> ir.Value:
     decoder, (up_bias, down_bias) = nodes.decoder, _biases(nodes, layer)
     up, down = (
-        [decoder.add_weight(f"{layer.name}.{name}.{part}", weight) for part, weight in _blocks(layer, dense, bits)]
-        for name, dense in (("up", layer.up), ("down", layer.down))
+        [
+            decoder.add_weight(f"{layer.name}.{name}.{part}", _by_turns(weight, by_halves))
+            for part, weight in _blocks(layer, dense, bits)
+        ]
+        for name, dense, by_halves in (("up", layer.up, layer.by_halves), ("down", layer.down, False))
     )
     first, second = (parts[:2] for parts in (up, down))
     inputs = [x, route, *first, up_bias, *second, down_bias, None, None, None, up[2], down[2], None, route]
@@ -171,6 +170,5 @@ def _blocks(layer: _ExpertLayer, dense: Weight, bits: int) -> list[tuple[str, We
             f"{layer.name} has experts of {size} inputs, which blocks of {BLOCK} do not divide: leave them unquantised "
             "(--quantize none)"
         )
-    flat = Weight((experts * rows, size), dense.dtype, lambda: dense.load().flatten(0, 1))
-    parts = quantized_parts(flat, bits, BLOCK).items()
+    parts = quantized_parts(dense, bits, BLOCK).items()
     return [(part, weight.reshaped((experts, rows, math.prod(weight.shape[1:])))) for part, weight in parts]

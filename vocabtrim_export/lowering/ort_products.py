@@ -1,5 +1,7 @@
 """Weight-only quantisation: Linear and Head composites → MatMul, or MatMulNBits with int4 or int8 blocks."""
 
+import math
+
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -54,14 +56,14 @@ def quantized_parts(dense: Weight, bits: int, block: int) -> dict[str, Weight]:
     They are computed when they are written, so that graphs that share this weight compute nothing.
 
     Args:
-        dense: The weight, [out, in].
+        dense: The weight, [out, in], or several such, [n, out, in], which count as n·out rows.
         bits: 4 or 8.
         block: The inputs of a block.
     """
-    rows, count = dense.shape[0], -(-dense.shape[1] // block)
+    rows, count = math.prod(dense.shape[:-1]), -(-dense.shape[-1] // block)
 
     def compute() -> tuple[Tensor, ...]:
-        blocks = quantize_blocks(dense.load(), bits, dense.moments if bits == 4 else None, block)
+        blocks = quantize_blocks(dense.stored(), bits, dense.moments if bits == 4 else None, block, dense.dtype)
         return blocks.packed, blocks.scales, blocks.zero_points
 
     parts = Parts(compute)

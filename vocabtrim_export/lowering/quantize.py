@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vocabtrim_export.lowering.cores import map_on_cores
+
 Quantization = Literal["none", "int8", "int4", "fp8"]
 BITS: dict[str, int] = {"int8": 8, "int4": 4}
 BLOCK = 32  # inputs of a block, but where 8 bits allow more
@@ -47,19 +49,26 @@ def block_size(bits: int, size: int) -> int:
     return next((block for block in wide if size % block == 0), BLOCK)
 
 
-def quantize_blocks(weight: Tensor, bits: int, moments: Tensor | None = None, block: int = BLOCK) -> Blocks:
+def quantize_blocks(
+    weight: Tensor, bits: int, moments: Tensor | None = None, block: int = BLOCK, dtype: torch.dtype | None = None
+) -> Blocks:
     """Quantise a weight, choosing for each block the best of several scales and zero points.
 
     With `moments` the best has the least error of the product, eᵀ·moments·e for the block's rounding error e; without,
     the least squared error.
 
     Args:
-        weight: [out, in].
+        weight: [out, in], or several such, [n, out, in], which count as n·out rows.
         bits: 4 or 8.
         moments: E[x xᵀ] of each block's inputs, float32[blocks, block, block].
         block: The inputs of a block.
+        dtype: The weight is first cast to this dtype, a few rows at a time; None leaves it as it is.
     """
-    parts = [_quantize_rows(rows, bits, moments, block) for rows in rows_in_cache(weight)]
+
+    def quantize(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _quantize_rows(rows.to(dtype or weight.dtype), bits, moments, block)
+
+    parts = map_on_cores(quantize, rows_in_cache(weight))
     packed, scales, zero_points = (torch.cat(part) for part in zip(*parts, strict=True))
     return Blocks(packed, scales, zero_points)
 
@@ -91,9 +100,12 @@ def _quantize_rows(weight: Tensor, bits: int, moments: Tensor | None, block: int
 
 
 def rows_in_cache(weight: Tensor) -> Sequence[Tensor]:
-    """Returns the rows of a weight [out, in] in parts, each with intermediate values that fit in a core's cache."""
-    parts: Sequence[Tensor] = weight.split(max(1, _WEIGHTS_AT_ONCE // weight.shape[1]))
-    return parts
+    """Returns the rows of a weight, [out, in] or [n, out, in], in parts [rows, in].
+
+    Each has intermediate values that fit in a core's cache.
+    """
+    rows = max(1, _WEIGHTS_AT_ONCE // weight.shape[-1])
+    return [part for matrix in (weight if weight.ndim == 3 else (weight,)) for part in matrix.split(rows)]
 
 
 def blocks_first(weight: Tensor, block: int = BLOCK) -> Tensor:

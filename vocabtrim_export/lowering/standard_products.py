@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.lowering.cores import map_on_cores
 from vocabtrim_export.lowering.graph import DecoderGraph, name_of
 from vocabtrim_export.lowering.nodes import Nodes
 from vocabtrim_export.lowering.quantize import (
@@ -144,7 +145,7 @@ def quantize_int4(weight: Tensor, block: int, moments: Tensor | None = None) -> 
     Returns:
         int8[out, in] from −8 to 7, and the scales, [out, in/block].
     """
-    parts = [_int4_rows(rows, block, moments) for rows in rows_in_cache(weight)]
+    parts = map_on_cores(lambda rows: _int4_rows(rows, block, moments), rows_in_cache(weight))
     values, scales = (torch.cat(part) for part in zip(*parts, strict=True))
     return values, scales
 

@@ -11,47 +11,49 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor of a known shape and dtype whose values `load` computes.
+    """A tensor of a known shape and dtype whose values are computed when they are asked for.
 
     Attributes:
         shape: Its shape.
         dtype: Its dtype.
-        load: Computes the values.
+        stored: Returns the values before they are cast to `dtype`; views of the model's memory where that is possible.
         moments: float32[blocks, BLOCK, BLOCK], the second moments of the inputs that a product multiplies this weight
             with; None if they are not known.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    load: Callable[[], Tensor]
+    stored: Callable[[], Tensor]
     moments: Tensor | None = None
 
     @classmethod
     def of(cls, tensor: Tensor, dtype: torch.dtype | None = None, moments: Tensor | None = None) -> "Weight":
         """Returns `tensor`, cast to `dtype` if it is a floating-point tensor."""
         target = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-        return cls(tuple(tensor.shape), target, lambda: tensor.detach().to(target), moments)
+        return cls(tuple(tensor.shape), target, tensor.detach, moments)
+
+    def load(self) -> Tensor:
+        """Returns the values, contiguous."""
+        return self.stored().to(self.dtype, memory_format=torch.contiguous_format)
 
     def rows(self, ids: Tensor) -> "Weight":
         """Returns the rows `ids: int64[n]`."""
-        return Weight((len(ids), *self.shape[1:]), self.dtype, lambda: self.load()[ids], self.moments)
+        return Weight((len(ids), *self.shape[1:]), self.dtype, lambda: self.stored()[ids], self.moments)
 
     def transposed(self) -> "Weight":
-        return Weight(self.shape[::-1], self.dtype, lambda: self.load().t().contiguous(), self.moments)
+        return Weight(self.shape[::-1], self.dtype, lambda: self.stored().t(), self.moments)
 
     def reshaped(self, shape: tuple[int, ...]) -> "Weight":
         """Returns the same numbers in another shape, without the moments of the inputs."""
-        return Weight(shape, self.dtype, lambda: self.load().reshape(shape))
+        return Weight(shape, self.dtype, lambda: self.stored().reshape(shape))
 
     def plus(self, number: float) -> "Weight":
         """Returns every value plus `number`, added in float32."""
-        return Weight(self.shape, self.dtype, lambda: (self.load().float() + number).to(self.dtype))
+        return Weight(self.shape, self.dtype, lambda: self.load().float() + number)
 
     def to_ir(self, name: str) -> ir.LazyTensor:
         dtype = from_torch_dtype(self.dtype)
-        return ir.LazyTensor(
-            lambda: TorchTensor(self.load().contiguous(), name=name), dtype, ir.Shape(self.shape), name=name
-        )
+        return ir.LazyTensor(lambda: TorchTensor(self.load(), name=name), dtype, ir.Shape(self.shape), name=name)
 
 
 class Parts:
@@ -76,4 +78,4 @@ def concatenate(weights: Sequence[Weight]) -> Weight:
     first = weights[0]
     rows = sum(weight.shape[0] for weight in weights)
     shape = rows, *first.shape[1:]
-    return Weight(shape, first.dtype, lambda: torch.cat([weight.load() for weight in weights]), first.moments)
+    return Weight(shape, first.dtype, lambda: torch.cat([weight.stored() for weight in weights]), first.moments)

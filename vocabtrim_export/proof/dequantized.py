@@ -8,23 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.lowering.embedding import EMBEDDING, EMBEDDING_BITS
-from vocabtrim_export.lowering.experts import deinterleave, interleave, rows_first
 from vocabtrim_export.lowering.quantize import BITS
 from vocabtrim_export.lowering.tidy import packed_name
+from vocabtrim_export.proof.blocks import from_blocks, is_rounded, read_tensor
+from vocabtrim_export.proof.dequantized_experts import dequantized_experts
 from vocabtrim_export.sources.source import Source
-from vocabtrim_export.tracing.experts import ExpertModule, find_experts
-
-_ROWS_AT_ONCE = 4096  # an LM head is the largest tensor: a copy more of it in float32 takes gigabytes
-# Largest root mean square error of a row, as a share of the row's own: what rounding to 4 or 8 bits in blocks never
-# comes near, and another row's values exceed.
-_MOST_ERROR = {"int4": 0.6, "int8": 0.1, "fp8": 0.1}
 
 
 @contextmanager
@@ -57,12 +51,11 @@ def dequantized(
         elif isinstance(module, nn.Embedding):
             for rows in (f"{prefix}{each}.weight.{EMBEDDING}" for each in _names(name, model)):
                 if f"{rows}.quantized" in written:
-                    load = partial(_from_blocks, written, rows, EMBEDDING_BITS)
+                    load = partial(from_blocks, written, rows, EMBEDDING_BITS)
                     handles += _swap(name, module, load, None, unlike, "int8")
-    for experts in find_experts(model):
-        handles += _swap_experts(experts, model, written, quantization, prefix, unlike)
     try:
-        yield unlike
+        with dequantized_experts(model, written, quantization, prefix, unlike):
+            yield unlike
     finally:
         for handle in handles:
             handle.remove()
@@ -101,47 +94,6 @@ def _swap(
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
 
-def _swap_experts(
-    experts: ExpertModule,
-    model: PreTrainedModel,
-    written: Mapping[str, ir.Value],
-    quantization: str,
-    prefix: str,
-    unlike: list[str],
-) -> list[Any]:
-    """Returns such hooks for a module of experts.
-
-    In the file the weights are [experts, out, in], rows of gate and up alternating.
-    """
-    module: Any = model.get_submodule(experts.name)
-    before: dict[str, nn.Parameter] = {}
-
-    def enter(_module: nn.Module, _inputs: Any) -> None:
-        for part, name in (("up", "gate_up_proj"), ("down", "down_proj")):
-            before[name] = own = getattr(module, name)
-            rows = rows_first(own.data, experts.transposed)
-            if part == "up" and not experts.interleaved:
-                rows = interleave(rows)
-            written_weight = _dequantize(written, f"{prefix}{experts.name}.{part}", quantization)
-            if written_weight is None or not is_rounded(written_weight, rows.flatten(0, 1), quantization):
-                unlike.append(experts.name)
-                continue
-            written_weight = written_weight.view_as(rows)
-            if part == "up" and not experts.interleaved:
-                written_weight = deinterleave(written_weight)
-            setattr(
-                module,
-                name,
-                nn.Parameter(rows_first(written_weight, experts.transposed).contiguous(), requires_grad=False),
-            )
-
-    def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        for name, parameter in before.items():
-            setattr(module, name, parameter)
-
-    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-
-
 def unlike_weights(source: Source, name: str, quantization: str) -> str:
     """Returns what to say of a module whose written weights are not the model's, to end a sentence.
 
@@ -154,24 +106,6 @@ def unlike_weights(source: Source, name: str, quantization: str) -> str:
             "download them again, or try another --dtype"
         )
     return f"its weights of {name} are not the model's, rounded to {quantization}"
-
-
-def is_rounded(given: Tensor, own: Tensor, quantization: str) -> bool:
-    """Returns whether `given` is `own`, [out, in], rounded to `quantization`: none of its rows is another's."""
-    most = _MOST_ERROR.get(quantization, 0.0)
-    return given.shape == own.shape and float(_row_errors(given, own).max()) <= most
-
-
-def _row_errors(given: Tensor, own: Tensor) -> Tensor:
-    """Returns the error of each row as a share of its size, [out]; 0 for a row of zeros that is still one."""
-    parts = [_part_errors(*rows) for rows in zip(given.split(_ROWS_AT_ONCE), own.split(_ROWS_AT_ONCE), strict=True)]
-    return torch.cat(parts)
-
-
-def _part_errors(given: Tensor, own: Tensor) -> Tensor:
-    own = own.float()
-    difference = torch.linalg.vector_norm(given - own, dim=-1)
-    return torch.where(difference == 0, 0, difference / torch.linalg.vector_norm(own, dim=-1))  # NaN stays NaN
 
 
 def _written(
@@ -211,29 +145,10 @@ def _names(name: str, model: PreTrainedModel) -> list[str]:
 def _dequantize(written: Mapping[str, ir.Value], tensor: str, quantization: str) -> Tensor | None:
     """Returns the weight [out, in] that the graph multiplies with; None where `tensor` is not in it."""
     if f"{tensor}.quantized" in written:
-        return _from_blocks(written, tensor, BITS[quantization])
+        return from_blocks(written, tensor, BITS[quantization])
     if f"{tensor}.{quantization}" in written:  # DequantizeLinear: q · scale, by rows or blocks of them
-        values, scales = (_read(written[f"{tensor}.{part}"]) for part in (quantization, f"{quantization}_scales"))
+        values, scales = (read_tensor(written[f"{tensor}.{part}"]) for part in (quantization, f"{quantization}_scales"))
         by_block = values.float().unflatten(1, (1 if scales.ndim == 1 else scales.shape[1], -1))
         by_row: Tensor = by_block.mul_(scales.view(len(values), -1, 1)).flatten(1)
         return by_row
     return None
-
-
-def _from_blocks(written: Mapping[str, ir.Value], tensor: str, bits: int) -> Tensor:
-    """Returns [out, in] from the blocks of MatMulNBits, QMoE and GatherBlockQuantized, (q − zero) · scale."""
-    parts = (_read(written[f"{tensor}.{part}"]) for part in ("quantized", "zero_points", "scales"))
-    values, zeros, scales = parts
-    if scales.ndim == 3:  # of experts
-        values, zeros, scales = (part.flatten(0, 1) for part in (values, zeros, scales))
-    if bits == 4:
-        values, zeros = (torch.stack([x & 15, x >> 4], -1).flatten(-2) for x in (values, zeros))
-    zeros, values = zeros[:, : scales.shape[1]], values.reshape(*scales.shape, -1)
-    return values.float().sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1)
-
-
-def _read(value: ir.Value) -> Tensor:
-    """Returns the tensor; a type that PyTorch cannot read from NumPy becomes float32, which holds it exactly."""
-    assert value.const_value is not None
-    numbers = value.const_value.numpy()
-    return torch.from_numpy(numbers.copy() if numbers.dtype.kind in "ui" else numbers.astype("float32"))

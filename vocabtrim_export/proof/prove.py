@@ -76,14 +76,14 @@ def _compare(directory: Path, plan: BundlePlan, window: Window | None) -> str | 
         return str(error)
     with _as_written(directory, plan) as unlike, _head_columns(plan, slots):
         wanted = expected_outputs(plan.source.model, DTYPES[plan.dtype], fed, window, plan.features_given)
-        if unlike:
-            return unlike_weights(plan.source, unlike[0], plan.quantization)
-        if slots:
-            wanted[LOGITS] = slots.with_empty(wanted[LOGITS], fed)
-        elif plan.quantization == "none":
-            wanted[LOGITS] = wanted[LOGITS][:, : plan.source.vocab_size]
-            wanted[LOGITS] = wanted[LOGITS][:, slice(None) if plan.head_rows is None else plan.head_rows]
-        return _first_difference(plan, fed, window, computed, wanted, slots)
+        if not unlike:
+            if slots:
+                wanted[LOGITS] = slots.with_empty(wanted[LOGITS], fed)
+            elif plan.quantization == "none":
+                wanted[LOGITS] = wanted[LOGITS][:, : plan.source.vocab_size]
+                wanted[LOGITS] = wanted[LOGITS][:, slice(None) if plan.head_rows is None else plan.head_rows]
+            return _first_difference(plan, fed, window, computed, wanted, slots)
+    return unlike_weights(plan.source, unlike[0], plan.quantization)  # when the model has its own again
 
 
 def _head_columns(plan: BundlePlan, slots: FilledSlots | None) -> AbstractContextManager[None]:

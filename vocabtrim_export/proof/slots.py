@@ -16,7 +16,7 @@ from engines.bundle.manifest import HEAD_ROWS_NAME
 from engines.bundle.vocab_map import NOT_KEPT
 from engines.slots import Slots
 from vocabtrim_export.bundles.writer import BundlePlan
-from vocabtrim_export.proof.dequantized import is_rounded
+from vocabtrim_export.proof.blocks import is_rounded
 from vocabtrim_export.proof.tokens import Calls
 
 _FILLED = 8

@@ -1,13 +1,15 @@
 """A loaded model in another dtype for the time of a block."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from vocabtrim_export.sources.expert_by_expert import expert_by_expert, stacks
 
 
 @contextmanager
@@ -50,13 +52,16 @@ def calibration_dtype() -> torch.dtype:
 def running_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
     """Let a model run in `dtype` until the context ends. Its parameters are cast as they are used, a layer's at a time.
 
-    It costs a cast of every parameter in each run, and no memory for more than the largest layer: for a few runs, not
-    for generating. Buffers stay as they are: rotary frequencies in half precision would rotate by wrong angles.
+    It costs a cast of every parameter in each run, and no memory for more than the largest layer, of whose experts one
+    is cast at a time: for a few runs, not for generating. Buffers stay as they are: rotary frequencies in half
+    precision would rotate by wrong angles.
     """
-    units = [unit for unit in _units(model) if any(each.dtype != dtype for each in unit.cast)]
+    apart = {id(stack) for stack in stacks(model) if stack.dtype != dtype}
+    units = [unit for unit in _units(model, apart) if any(each.dtype != dtype for each in unit.cast)]
     handles = [handle for unit in units for handle in unit.hook(dtype)]
     try:
-        yield
+        with expert_by_expert(model) if apart else nullcontext():
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -65,11 +70,11 @@ def running_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Unit:
-    """A module and the parameters that are cast while it runs."""
+    """A module and the parameters that are cast while it runs: those in floating point, without those `apart` by id."""
 
-    def __init__(self, module: nn.Module, parameters: Iterator[nn.Parameter]) -> None:
+    def __init__(self, module: nn.Module, parameters: Iterator[nn.Parameter], apart: Collection[int]) -> None:
         self._module = module
-        self.cast = [each for each in parameters if each.is_floating_point()]
+        self.cast = [each for each in parameters if each.is_floating_point() and id(each) not in apart]
         self._before: list[torch.Tensor] = []
 
     def hook(self, dtype: torch.dtype) -> list[Any]:
@@ -90,15 +95,15 @@ class _Unit:
         self._before = []
 
 
-def _units(module: nn.Module) -> Iterator[_Unit]:
+def _units(module: nn.Module, apart: Collection[int]) -> Iterator[_Unit]:
     """Returns a model's layers, whose code may read a parameter of any module in them, and its other modules."""
     if isinstance(module, nn.ModuleList):
         for layer in module:
-            yield _Unit(layer, layer.parameters())
+            yield _Unit(layer, layer.parameters(), apart)
         return
-    yield _Unit(module, module.parameters(recurse=False))
+    yield _Unit(module, module.parameters(recurse=False), apart)
     for child in module.children():
-        yield from _units(child)
+        yield from _units(child, apart)
 
 
 def _bfloat16_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,0 +1,58 @@
+"""Quantised weights read from a graph, dequantised, and compared with a model's own."""
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+_ROWS_AT_ONCE = 4096  # an LM head is the largest tensor: a copy more of it in float32 takes gigabytes
+# Largest root mean square error of a row, as a share of the row's own: what rounding to 4 or 8 bits in blocks never
+# comes near, and another row's values exceed.
+_MOST_ERROR = {"int4": 0.6, "int8": 0.1, "fp8": 0.1}
+
+
+def is_rounded(given: Tensor, own: Tensor, quantization: str) -> bool:
+    """Returns whether `given` is `own`, [out, in], rounded to `quantization`: none of its rows is another's."""
+    most = _MOST_ERROR.get(quantization, 0.0)
+    return given.shape == own.shape and float(_row_errors(given, own).max()) <= most
+
+
+def _row_errors(given: Tensor, own: Tensor) -> Tensor:
+    """Returns the error of each row as a share of its size, [out]; 0 for a row of zeros that is still one."""
+    parts = [_part_errors(*rows) for rows in zip(given.split(_ROWS_AT_ONCE), own.split(_ROWS_AT_ONCE), strict=True)]
+    return torch.cat(parts)
+
+
+def _part_errors(given: Tensor, own: Tensor) -> Tensor:
+    own = own.float()
+    difference = torch.linalg.vector_norm(given - own, dim=-1)
+    return torch.where(difference == 0, 0, difference / torch.linalg.vector_norm(own, dim=-1))  # NaN stays NaN
+
+
+def from_blocks(written: Mapping[str, ir.Value], tensor: str, bits: int, expert: int | None = None) -> Tensor:
+    """Returns the float32[out, in] that blocks of MatMulNBits, QMoE or GatherBlockQuantized stand for.
+
+    Args:
+        written: The graph's initializers.
+        tensor: The weight's name; its parts have longer ones.
+        bits: 4 or 8.
+        expert: The expert whose matrix is read, of QMoE's [experts, out, in]; None for other operators.
+    """
+    names = [f"{tensor}.{part}" for part in ("quantized", "zero_points", "scales")]
+    values, zeros, scales = (read_tensor(written[name], expert) for name in names)
+    if bits == 4:
+        values, zeros = (torch.stack([x & 15, x >> 4], -1).flatten(-2) for x in (values, zeros))
+    zeros, values = zeros[:, : scales.shape[1]], values.reshape(*scales.shape, -1)
+    return values.float().sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1)
+
+
+def read_tensor(value: ir.Value, index: int | None = None) -> Tensor:
+    """Returns the tensor, or its part at an index of the first axis.
+
+    A type that PyTorch cannot read from NumPy becomes float32, which holds it exactly.
+    """
+    assert value.const_value is not None
+    numbers = value.const_value.numpy()
+    numbers = numbers if index is None else numbers[index]
+    return torch.from_numpy(numbers.copy() if numbers.dtype.kind in "ui" else numbers.astype("float32"))
