@@ -11,6 +11,7 @@ from engines.bundle.graph_io import INPUT_IDS, POSITION_IDS, SEQLENS_K
 from engines.errors import VocabtrimError
 from engines.ort_cuda.binding import BoundSession, Place, Work
 from engines.ort_cuda.graphs.sampling import NO_TOKEN
+from engines.ort_cuda.mirrored import MirroredBlock, allocate_mirrored
 from engines.outputs import Accepted, Speculation, StepOutput
 from engines.sampling_params import Sampling
 
@@ -76,32 +77,22 @@ class CudaRound:
         self._unread, self._draft_length, self._lag, self._sampler = unread, draft_length, drafter.lag, sampler
         self._stream = target.gpu.stream
         at = self._at = make_layout(unread, draft_length, drafter.lag, sampler.chances if sampler else 0)
-        self._host = self._stream.pinned(at.end)
-        self._device = target.gpu.allocate((at.end,), np.int64)
+        block = self._block = allocate_mirrored(target.gpu, at.end)
         self._events = [self._stream.event() for _ in range(3)]
-
-        def reads(step: int, position: int, token: int, count: int) -> dict[str, Place]:
-            """Returns the inputs of a step that reads `count` tokens from number `token` on."""
-            return {
-                SEQLENS_K: self._place(step, np.int32, (1,)),
-                POSITION_IDS: self._place(at.positions + position, np.int64, (1, count)),
-                INPUT_IDS: self._place(at.tokens + token, np.int64, (1, count)),
-            }
-
         self._draft: list[Work] = drafter.prepare(target, unread)
         for i in range(draft_length):
             first, count = (unread + i - 1, 1) if i else (0, unread)
-            places = reads(i, first, first, count) | drafter.beside_tokens(i, unread)
-            step = drafter.bind_model(places, self._place(at.drafted + i, np.int64, (1, 1)))
+            places = _places(block, at, i, first, first, count) | drafter.beside_tokens(i, unread)
+            step = drafter.bind_model(places, block.place(at.drafted + i, np.int64, (1, 1)))
             self._draft.append(step)
             if sampler:
-                self._draft += sampler.propose(i, step.logits, self._address(at.chances), self._address(at.drafted + i))
-        places = reads(draft_length, unread - 1 + drafter.lag, unread - 1, draft_length + 1)
-        self._verify = target.bind_model(places, self._place(at.verified, np.int64, (1, draft_length + 1)))
+                self._draft += sampler.propose(i, step.logits, block.address(at.chances), block.address(at.drafted + i))
+        places = _places(block, at, draft_length, unread - 1 + drafter.lag, unread - 1, draft_length + 1)
+        self._verify = target.bind_model(places, block.place(at.verified, np.int64, (1, draft_length + 1)))
         self._judge: list[BoundSession] = []
         if sampler:
-            drafted, verdict = self._address(at.drafted), self._address(at.verdict)
-            self._judge = sampler.judge(self._verify.logits, self._address(at.chances), drafted, verdict)
+            addresses = [block.address(index) for index in (at.chances, at.drafted, at.verdict)]
+            self._judge = sampler.judge(self._verify.logits, *addresses)
         self._work = target.replayed(self._enqueue, (drafter,))
 
     @property
@@ -119,7 +110,7 @@ class CudaRound:
             length: Tokens in the target's cache, which lacks only the last of `token_ids`.
             sampling: The settings to draw tokens with; needed with a sampler.
         """
-        at, host = self._at, self._host
+        at, host = self._at, self._block.host
         first = length - self._unread + 1 - self._lag  # position of the first unread token, in the drafter's cache
         steps = self._draft_length + 1
         host[:steps] = np.arange(length, length + steps)
@@ -144,9 +135,8 @@ class CudaRound:
         self._events.clear()
 
     def _enqueue(self) -> None:
-        at, stream = self._at, self._stream
-        here, there = self._host.ctypes.data, self._device.data_ptr()
-        stream.copy(there, here, 8 * at.drafted)
+        stream = self._stream
+        self._block.send(self._at.drafted)
         stream.record(self._events[0])
         for step in self._draft:
             step.enqueue()
@@ -154,14 +144,25 @@ class CudaRound:
         for step in (self._verify, *self._judge):
             step.enqueue()
         stream.record(self._events[2])
-        stream.copy(here + 8 * at.drafted, there + 8 * at.drafted, 8 * (at.end - at.drafted))
+        self._block.receive(self._at.drafted)
 
-    def _address(self, index: int) -> int:
-        """The device's address of value `index`."""
-        return int(self._device.data_ptr()) + 8 * index
 
-    def _place(self, index: int, dtype: type[np.generic], shape: tuple[int, ...]) -> Place:
-        return Place(dtype, shape, self._address(index))
+def _places(block: MirroredBlock, at: Layout, step: int, position: int, token: int, count: int) -> dict[str, Place]:
+    """Returns the inputs of a step of a round.
+
+    Args:
+        block: The numbers of the round.
+        at: Where they stand.
+        step: The number of the step; γ is the verification.
+        position: The first of its positions, counted from the round's first one.
+        token: The first of its tokens, counted from the first unread one.
+        count: The tokens that it reads.
+    """
+    return {
+        SEQLENS_K: block.place(step, np.int32, (1,)),
+        POSITION_IDS: block.place(at.positions + position, np.int64, (1, count)),
+        INPUT_IDS: block.place(at.tokens + token, np.int64, (1, count)),
+    }
 
 
 def _accepted(verdict: NDArray[np.int64]) -> Accepted:

@@ -10,7 +10,8 @@ from engines.bundle.graph_io import INPUT_IDS, POSITION_IDS, SEQLENS_K
 from engines.cuda import runtime as cuda
 from engines.cuda.graph_replay import Replayed
 from engines.ort.step import Step
-from engines.ort_cuda.binding import BoundModel, Place
+from engines.ort_cuda.binding import BoundModel
+from engines.ort_cuda.mirrored import allocate_mirrored
 
 if TYPE_CHECKING:
     from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
@@ -55,33 +56,27 @@ def bind_step(engine: "OnnxRuntimeCudaEngine", length: int, keep: int) -> Device
     # input_ids | position_ids | seqlens_k | token_ids, each aligned, on the host as on the device
     section = -(-length // _ALIGNED) * _ALIGNED
     seqlens, tokens = 2 * section, 2 * section + _ALIGNED
-    stream = engine.gpu.stream
-    host, memory = stream.pinned(tokens + keep), engine.gpu.allocate((tokens + keep,), np.int64)
-
-    def place(dtype: type[np.generic], shape: tuple[int, ...], start: int) -> Place:
-        return Place(dtype, shape, memory.data_ptr() + 8 * start)
-
+    block = allocate_mirrored(engine.gpu, tokens + keep)
     places = {
-        INPUT_IDS: place(np.int64, (1, length), 0),
-        POSITION_IDS: place(np.int64, (1, length), section),
-        SEQLENS_K: place(np.int32, (1,), seqlens),
+        INPUT_IDS: block.place(0, np.int64, (1, length)),
+        POSITION_IDS: block.place(section, np.int64, (1, length)),
+        SEQLENS_K: block.place(seqlens, np.int32, (1,)),
     }
-    run = engine.bind_model(places, place(np.int64, (1, keep), tokens))
+    run = engine.bind_model(places, block.place(tokens, np.int64, (1, keep)))
 
     def enqueue() -> None:
-        there, here = memory.data_ptr(), host.ctypes.data
-        stream.copy(there, here, 8 * (seqlens + 1))
+        block.send(seqlens + 1)
         run.enqueue()
-        stream.copy(here + 8 * tokens, there + 8 * tokens, 8 * keep)
+        block.receive(tokens)
 
     return DeviceStep(
         run.session,
         run.binding,
-        host[None, :length],
-        host[None, section : section + length],
-        host[seqlens:].view(np.int32)[:1],
-        host[None, tokens:],
-        stream,
+        block.host[None, :length],
+        block.host[None, section : section + length],
+        block.host[seqlens:].view(np.int32)[:1],
+        block.host[None, tokens:],
+        engine.stream,
         run,
         engine.replayed(enqueue),
     )
