@@ -74,13 +74,17 @@ def decode_rounds(
     rule = make_rule(sampling, target, drafter, prompt, force_accepted, masks)
     drafting = Drafting(target, drafter, prompt, length, rule, stop, masks, profiler)
     loop = _Loop(target, drafting, rule, prompt, max_new_tokens, stop, masks, logprobs, profiler)
-    claim = Claim([engine.use for engine in (target, drafter) if engine])
+    yield from _claimed_rounds(loop, Claim([engine.use for engine in (target, drafter) if engine]), keep_prefix)
+
+
+def _claimed_rounds(loop: "_Loop", claim: Claim, keep_prefix: bool) -> Generator[Round, None, None]:
+    """Run the rounds of `loop`, each with the engines of `claim`, which is released when the last one has run."""
     try:
-        with claim, profiler.span("round", length=0):
+        with claim, loop.profiler.span("round", length=0):
             entry = loop.prefill(keep_prefix)
         yield entry  # never within a span: what the caller does meanwhile is not the round's
         while not loop.finish_reason:
-            with claim, profiler.span("round", length=len(loop.sequence)):
+            with claim, loop.profiler.span("round", length=len(loop.sequence)):
                 entry = loop.round()
             yield entry
     finally:

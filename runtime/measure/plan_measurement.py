@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 from engines.base import Engine
 from engines.errors import VocabtrimError
+from engines.sampling_params import SamplingParams
 from runtime.measure.bench import TARGET_ONLY, measured_on
 from runtime.measure.percentiles import call_percentiles, draft_percentiles, round_percentiles
 from runtime.measure.planner import DrafterTimes, Plan, RoundTimes, expected_block_efficiency, plan
@@ -69,12 +71,7 @@ def make_plan(
     }
     runs = measure(target, longest, 1, lambda done, _: report(done, total))
     acceptance = {name: _acceptance(runs[name]) for name in drafters}
-    prompt = sorted(encoded, key=len)[len(encoded) // 2]
-    ways = {TARGET_ONLY: Way(None, 1, [prompt], _ROUNDS, 0, settings.sampling)} | {
-        _label(name, length): replace(_timed_way(drafter, length, prompt, acceptance[name]), sampling=settings.sampling)
-        for name, drafter in drafters.items()
-        for length in lengths
-    }
+    ways = _timed_ways(drafters, lengths, acceptance, sorted(encoded, key=len)[len(encoded) // 2], settings.sampling)
     times = measure(target, ways, settings.repeats, lambda done, _: report(done_before + done, total))
     step_ms = _median(round_percentiles(times[TARGET_ONLY][0], 0))
     measured = tuple(
@@ -93,11 +90,30 @@ def _acceptance(runs: Sequence[Sequence[TimedGeneration]]) -> tuple[float, ...]:
     return summarize(entry for repeats in runs for run in repeats for entry in run.rounds).acceptance
 
 
-def _timed_way(drafter: Engine, draft_length: int, prompt: Sequence[int], acceptance: Sequence[float]) -> Way:
-    """Returns a mode of a few full rounds that accept the expected number of tokens, on which catching up depends."""
-    accepted = min(round(expected_block_efficiency(acceptance, draft_length) - 1), draft_length)
-    room = drafter.capacity - len(prompt)
-    return Way(drafter, draft_length, [prompt], min(_ROUNDS * (accepted + 1) + draft_length, room), accepted)
+def _timed_ways(
+    drafters: Mapping[str, Engine],
+    lengths: Sequence[int],
+    acceptance: Mapping[str, Sequence[float]],
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+) -> dict[str, Way]:
+    """Returns the ways that are timed, by their labels: the target alone, and each drafter at each γ.
+
+    They are a few full rounds that accept the expected number of tokens, on which catching up depends.
+
+    Args:
+        drafters: The drafters by name.
+        lengths: The values of γ.
+        acceptance: The measured acceptance of each drafter, by position.
+        prompt: Token ids.
+        sampling: Greedy, with rules on logits.
+    """
+    ways = {TARGET_ONLY: Way(None, 1, [prompt], _ROUNDS, 0, sampling)}
+    for (name, drafter), length in product(drafters.items(), lengths):
+        accepted = min(round(expected_block_efficiency(acceptance[name], length) - 1), length)
+        tokens = min(_ROUNDS * (accepted + 1) + length, drafter.capacity - len(prompt))
+        ways[_label(name, length)] = Way(drafter, length, [prompt], tokens, accepted, sampling)
+    return ways
 
 
 def _drafter_times(
