@@ -85,37 +85,66 @@ def export(
     """
     drafter, output = model_text("drafter", drafter), Path(output)
     target = None if target is None else model_text("target", target)
-    roles: list[Role] = ["drafter", "target"] if target else ["drafter"]
+    roles: tuple[Role, ...] = ("drafter", "target") if target else ("drafter",)
     names = [*roles, *settings.formats]
     check_output(output, names, settings.force)
-    data = _read_checked(settings, drafter, target)
-    sources = _load(drafter, target, settings.weights_dtype, existing_parent(output), progress)
-    shared = proposable_tokens(sources["drafter"], sources.get("target", sources["drafter"]))
-    _check_disk(output, sources, settings)
-    notes = (*_fit(sources, settings), *differing_note(shared))  # refuses before the long work, as the next line does
-    notes += tuple(rule_notes(sources["target"].model.generation_config, settings.formats)) if target else ()
+    models = _load_checked(drafter, target, output, settings, progress)
     skipped: list[Skipped] = []
     counted: list[str] = []
     with reserved(output):
         check_output(output, names, settings.force)  # again: a killed run's bundles may be whole by now
         counts = count_tokens(
-            sources,
-            data,
+            models.sources,
+            models.data,
             settings.calibration,
             output / COUNTS_NAME,
             rows_to_choose(settings.k),
             Listener(progress, skipped.append, counted.append),
         )
-        notes += tuple(counted)
         with placing([output / name for name in names]) as directories:
             places = dict(zip(roles, directories, strict=False))
-            pair = _write_pair(places, sources, data, counts, shared.token_ids, settings, progress)
-            notes += pair.notes
+            pair = _write_pair(places, models, counts, settings, progress)
             vocab_map = None if pair.selection.is_noop else pair.selection.vocab_map
             others = dict(zip(settings.formats, directories[len(roles) :], strict=True))
-            write_formats(others, Exported(places, pair.manifests, sources, vocab_map), progress)
-    notes += (*no_gain(pair.manifests["drafter"], pair.manifests.get("target")), *skipped_note(skipped))
+            write_formats(others, Exported(places, pair.manifests, models.sources, vocab_map), progress)
+    gain = no_gain(pair.manifests["drafter"], pair.manifests.get("target"))
+    notes = (*models.notes, *counted, *pair.notes, *gain, *skipped_note(skipped))
     return _result(output, pair, settings.formats, notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """The loaded models of an export that can be made, and what its tokens are counted on.
+
+    Attributes:
+        sources: The models by role.
+        data: The calibration's data.
+        available: int64[n], the ids of the tokens that both models share.
+        notes: Notes for the user.
+    """
+
+    sources: dict[Role, Source]
+    data: CalibrationInput
+    available: NDArray[np.int64]
+    notes: tuple[str, ...]
+
+
+def _load_checked(
+    drafter: str, target: str | None, output: Path, settings: ExportSettings, progress: Progress
+) -> _Models:
+    """Read all that an export needs, and refuse what cannot be exported, before the long work.
+
+    Raises:
+        VocabtrimError: The models, the settings or the calibration data are not valid, or the disk has no room.
+    """
+    data = _read_checked(settings, drafter, target)
+    sources = _load(drafter, target, settings.weights_dtype, existing_parent(output), progress)
+    shared = proposable_tokens(sources["drafter"], sources.get("target", sources["drafter"]))
+    _check_disk(output, sources, settings)
+    notes = (*_fit(sources, settings), *differing_note(shared))
+    if target:
+        notes += tuple(rule_notes(sources["target"].model.generation_config, settings.formats))
+    return _Models(sources, data, shared.token_ids, notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,21 +170,16 @@ def _result(output: Path, pair: _Pair, formats: Sequence[str], notes: tuple[str,
 
 
 def _write_pair(
-    places: Mapping[Role, Path],
-    sources: Mapping[Role, Source],
-    data: CalibrationInput,
-    counts: TokenCounts,
-    available: NDArray[np.int64],
-    settings: ExportSettings,
-    progress: Progress,
+    places: Mapping[Role, Path], models: _Models, counts: TokenCounts, settings: ExportSettings, progress: Progress
 ) -> _Pair:
-    """Choose the kept tokens and fill the directories of the pair; `available` are the ids that both models share."""
+    """Choose the kept tokens and fill the directories of the pair."""
+    sources, available = models.sources, models.available
     manifests: dict[Role, Manifest] = {}
     notes: tuple[str, ...] = ()
     writer = PairWriter(sources, counts, settings, progress)
     k, slots = settings.k, settings.slots or 0
     if k == "auto":
-        choice, manifests = choose_head(places, writer, sources, data, counts, available, settings, progress)
+        choice, manifests = choose_head(places, writer, sources, models.data, counts, available, settings, progress)
         k, slots = choice.best.k, choice.best.slots
         notes += choice.reasons()
     selection = select(counts, sources, k, available)

@@ -101,14 +101,7 @@ def select_vocab(
     limit = counts.full_vocab if full_vocab is None else full_vocab
     counts = counts.resized(max(limit, counts.full_vocab))
     rank, always = kept_order(counts, always_keep, limit, available)
-    check_k(k)
-    rows = _rows_to_cover(counts, rank, k.share, len(always)) if isinstance(k, Coverage) else int(k)
-    kept_rows = min(_round_up(rows), len(rank))
-    if kept_rows < len(always):
-        raise VocabtrimError(
-            f"K = {rows} is too small: {len(always)} special and structural tokens are always kept; "
-            f"give at least {min(_round_up(len(always)), len(rank))}"
-        )
+    kept_rows = _kept_rows(counts, rank, k, len(always))
     kept = rank[:kept_rows]
     held_out = int(counts.held_out.sum())
     seen = counts.counts[kept] > 0
@@ -205,6 +198,23 @@ def rows_to_choose(k: "int | Coverage | Literal['auto']") -> int | float | None:
     if k == "auto":
         return None
     return k.share if isinstance(k, Coverage) else int(k)
+
+
+def _kept_rows(counts: TokenCounts, rank: NDArray[np.int64], k: int | Coverage, always: int) -> int:
+    """Returns how many leading ids of `rank` are kept, `always` of them whatever was counted.
+
+    Raises:
+        VocabtrimError: K is out of range, or smaller than `always`.
+    """
+    check_k(k)
+    rows = _rows_to_cover(counts, rank, k.share, always) if isinstance(k, Coverage) else int(k)
+    kept_rows = min(_round_up(rows), len(rank))
+    if kept_rows < always:
+        raise VocabtrimError(
+            f"K = {rows} is too small: {always} special and structural tokens are always kept; "
+            f"give at least {min(_round_up(always), len(rank))}"
+        )
+    return kept_rows
 
 
 def _rows_to_cover(counts: TokenCounts, rank: NDArray[np.int64], coverage: float, always: int) -> int:

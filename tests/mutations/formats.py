@@ -25,8 +25,8 @@ FORMATS = (
         "A format that cannot be written changes nothing",
         "bundles take their places before the formats are written",
         "vocabtrim_export/pipeline.py",
-        "            write_formats(others, Exported(places, pair.manifests, sources, vocab_map), progress)\n",
-        "        write_formats(others, Exported(places, pair.manifests, sources, vocab_map), progress)\n",
+        "            write_formats(others, Exported(places, pair.manifests, models.sources, vocab_map), progress)\n",
+        "        write_formats(others, Exported(places, pair.manifests, models.sources, vocab_map), progress)\n",
         f"{FORMAT_TESTS} -k fails_changes",
     ),
     Mutation(

@@ -69,11 +69,8 @@ def calibrate(
     Raises:
         VocabtrimError: The model is missing, the checkpoint comes from other settings, or the corpus yields no token.
     """
-    facts = ModelFacts.of(model) if model is not None else workers.facts if workers is not None else None
-    if settings.source == "text":
-        model = facts = None
-    elif facts is None and settings.endpoint is None:
-        raise VocabtrimError(f"calibrating on the {settings.source}'s generations needs the {settings.source} model")
+    model = None if settings.source == "text" else model
+    facts = None if settings.source == "text" else _model_facts(model, workers, settings)
     settings = replace(settings, chat=replace(settings.chat, now=CALIBRATION_DATE))
     fresh = _fresh_counts(facts, tokenizer, corpus, settings)
     skipped: list[Skipped] = []
@@ -89,6 +86,20 @@ def calibrate(
     for each in skipped:
         events.on_skip(each)
     return counts
+
+
+def _model_facts(
+    model: "PreTrainedModel | None", workers: CountWorkers | None, settings: CountSettings
+) -> ModelFacts | None:
+    """Returns the facts of the model that generates, here or in `workers`; None where an endpoint does.
+
+    Raises:
+        VocabtrimError: Nothing generates.
+    """
+    facts = ModelFacts.of(model) if model is not None else workers.facts if workers is not None else None
+    if facts is None and settings.endpoint is None:
+        raise VocabtrimError(f"calibrating on the {settings.source}'s generations needs the {settings.source} model")
+    return facts
 
 
 def _count(task: CountTask, counts: TokenCounts, evidence: Evidence | None, skipped: list[Skipped]) -> TokenCounts:

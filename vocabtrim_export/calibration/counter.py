@@ -126,24 +126,10 @@ def _count_corpus(
     job: CountJob,
     model_digest: str,
 ) -> TokenCounts:
-    asked, listener = job.settings, job.listener
+    listener, settings = job.listener, _count_settings(job, model_digest)
     for skipped in corpus.skipped:
         listener.on_skip(skipped)
     job.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    is_auto = asked.calibration_tokens == "auto"
-    most = MOST_OF_TEXT if job.source == "text" else MOST_GENERATED
-    url, name = asked.calibration_endpoint, asked.calibration_model
-    endpoint = Endpoint(url, name) if url and name else None
-    settings = CountSettings(
-        job.source,
-        asked.calibration_tokens if asked.calibration_tokens != "auto" else most,
-        asked.seed,
-        asked.temperature,
-        chat=ChatOptions(asked.chat_template, template_args=asked.template_args),
-        enough_for=job.rows if is_auto else None,
-        endpoint=endpoint,
-        model_digest=model_digest,
-    )
     looks: list[Sufficiency] = []
 
     def look(sufficiency: Sufficiency) -> None:
@@ -154,11 +140,28 @@ def _count_corpus(
     counts = calibrate(
         model, tokenizer, corpus, settings, checkpoint=job.checkpoint, workers=job.workers, events=events
     )
-    if is_auto:
+    if settings.enough_for is not None:
         listener.progress("calibrate", counts.total, counts.total)
     for sufficiency in looks[-1:]:
         listener.on_note(str(replace(sufficiency, tokens=counts.total)))
     return counts
+
+
+def _count_settings(job: CountJob, model_digest: str) -> CountSettings:
+    """Returns a user's settings as `calibrate` takes them; `model_digest` identifies the weights of the model."""
+    asked = job.settings
+    most = MOST_OF_TEXT if job.source == "text" else MOST_GENERATED
+    url, name = asked.calibration_endpoint, asked.calibration_model
+    return CountSettings(
+        job.source,
+        asked.calibration_tokens if asked.calibration_tokens != "auto" else most,
+        asked.seed,
+        asked.temperature,
+        chat=ChatOptions(asked.chat_template, template_args=asked.template_args),
+        enough_for=job.rows if asked.calibration_tokens == "auto" else None,
+        endpoint=Endpoint(url, name) if url and name else None,
+        model_digest=model_digest,
+    )
 
 
 def _take_apart(checkpoint: Path, places: Mapping[str, Path]) -> None:

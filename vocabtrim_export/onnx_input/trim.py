@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from engines.bundle.graph_file import GraphFile
 from engines.bundle.read import MODEL_NAME, VOCAB_MAP_NAME
 from engines.bundle.tokenizer import TEMPLATES_NAME, tokenizer_digest
+from engines.bundle.vocab_map import VocabMap
 from engines.bundle.vocabulary import Vocabulary
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, placing, reserved
@@ -121,16 +122,28 @@ def trim_onnx(
         cut_head(model, head, selection.vocab_map)
         after = _bytes(head.product)
         RemoveUnusedNodesPass()(model)
-        with placing([output / "drafter"]) as (fresh,):
-            save_graph(model, fresh, "write drafter", progress)
-            unproven = prove_cut(source.graph, fresh / MODEL_NAME, selection.vocab_map)
-            (fresh / VOCAB_MAP_NAME).write_bytes(selection.vocab_map.to_bytes())
-            _copy_beside(source.graph.parent, fresh)
+        notes = _write(output / "drafter", model, source, selection.vocab_map, progress)
     skipped = [each for corpus in data.corpora for each in corpus.skipped]
-    notes = skipped_note(skipped)
-    if unproven:
-        notes += (f"the trimmed model was not run against the whole one, which this CPU cannot run: {unproven}",)
+    notes = (*skipped_note(skipped), *notes)
     return OnnxTrim(output / "drafter", head.product.op_type, (before, after), selection, notes)
+
+
+def _write(
+    directory: Path, model: ir.Model, source: OnnxSource, vocab_map: VocabMap, progress: Progress
+) -> tuple[str, ...]:
+    """Write the trimmed `model` and what stands beside its source, and prove it against the whole one.
+
+    Returns:
+        A note for the user where that cannot be proved.
+    """
+    with placing([directory]) as (fresh,):
+        save_graph(model, fresh, "write drafter", progress)
+        unproven = prove_cut(source.graph, fresh / MODEL_NAME, vocab_map)
+        (fresh / VOCAB_MAP_NAME).write_bytes(vocab_map.to_bytes())
+        _copy_beside(source.graph.parent, fresh)
+    if not unproven:
+        return ()
+    return (f"the trimmed model was not run against the whole one, which this CPU cannot run: {unproven}",)
 
 
 def _open(directory: Path) -> OnnxSource:

@@ -87,15 +87,21 @@ def write_tensorrt(
     if steps:
         save_sharing_weights(lower_unrolled(traced, weights, cache, steps).model, directory, DRAFT_MODEL_NAME)
     plans = replace(plans, draft_length=steps)
-    if settings.flavor == "none":
-        return lowered, plans
-    builder = _Builder(load_library(settings.flavor), directory, _options(settings), progress)
-    capabilities = builder.build(MODEL_NAME, PLAN_NAME, NETWORK_NAME, [dimensions(x) for x in shapes], f"build {role}")
-    if steps:
-        sizes = [{"span": span} for span in plans.spans]
-        builder.build(DRAFT_MODEL_NAME, DRAFT_PLAN_NAME, DRAFT_NETWORK_NAME, sizes, "build draft engine")
-    library = builder.library
-    return lowered, replace(
+    return lowered, plans if settings.flavor == "none" else _build_plans(directory, role, plans, settings, progress)
+
+
+def _build_plans(
+    directory: Path, role: Role, plans: TensorRT, settings: TensorRTSettings, progress: Progress
+) -> TensorRT:
+    """Build a plan of each graph in `directory`. Returns `plans` with the library and the GPUs that they are for."""
+    library = load_library(settings.flavor)
+    builder = _Builder(library, directory, _options(settings), progress)
+    sizes = [dimensions(profile) for profile in plans.profiles]
+    capabilities = builder.build(MODEL_NAME, PLAN_NAME, NETWORK_NAME, sizes, f"build {role}")
+    if plans.draft_length:
+        spans = [{"span": span} for span in plans.spans]
+        builder.build(DRAFT_MODEL_NAME, DRAFT_PLAN_NAME, DRAFT_NETWORK_NAME, spans, "build draft engine")
+    return replace(
         plans,
         flavor=library.flavor,
         version=library.version,
