@@ -51,6 +51,8 @@ def plan_calls(
         tiles: Where else a call must begin.
         features: [n, features_read], or None; see `Call`.
     """
+    if len(ids) <= longest and not tiles.cuts:  # almost every feed, so that planning costs a step nothing
+        return [Call(ids, keep, True, features)]
     calls, start = list[Call](), 0
     for length in _lengths(len(ids), keep, begin, longest, tiles):
         stop = start + length
