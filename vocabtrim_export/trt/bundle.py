@@ -87,15 +87,14 @@ def write_tensorrt(
     if steps:
         save_sharing_weights(lower_unrolled(traced, weights, cache, steps).model, directory, DRAFT_MODEL_NAME)
     plans = replace(plans, draft_length=steps)
-    return lowered, plans if settings.flavor == "none" else _build_plans(directory, role, plans, settings, progress)
+    if settings.flavor == "none":
+        return lowered, plans
+    builder = _Builder(load_library(settings.flavor), directory, _options(settings), progress)
+    return lowered, _build_plans(builder, role, plans, settings.strip_weights)
 
 
-def _build_plans(
-    directory: Path, role: Role, plans: TensorRT, settings: TensorRTSettings, progress: Progress
-) -> TensorRT:
-    """Build a plan of each graph in `directory`. Returns `plans` with the library and the GPUs that they are for."""
-    library = load_library(settings.flavor)
-    builder = _Builder(library, directory, _options(settings), progress)
+def _build_plans(builder: "_Builder", role: Role, plans: TensorRT, strip_weights: bool) -> TensorRT:
+    """Build a plan of each graph. Returns `plans` with the library and the GPUs that they are for."""
     sizes = [dimensions(profile) for profile in plans.profiles]
     capabilities = builder.build(MODEL_NAME, PLAN_NAME, NETWORK_NAME, sizes, f"build {role}")
     if plans.draft_length:
@@ -103,10 +102,10 @@ def _build_plans(
         builder.build(DRAFT_MODEL_NAME, DRAFT_PLAN_NAME, DRAFT_NETWORK_NAME, spans, "build draft engine")
     return replace(
         plans,
-        flavor=library.flavor,
-        version=library.version,
+        flavor=builder.library.flavor,
+        version=builder.library.version,
         compute_capabilities=capabilities,
-        weights_stripped=settings.strip_weights,
+        weights_stripped=strip_weights,
     )
 
 
