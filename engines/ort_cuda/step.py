@@ -76,7 +76,7 @@ def bind_step(engine: "OnnxRuntimeCudaEngine", length: int, keep: int) -> Device
         block.host[None, section : section + length],
         block.host[seqlens:].view(np.int32)[:1],
         block.host[None, tokens:],
-        engine.stream,
+        block.stream,
         run,
         engine.replayed(enqueue),
     )
