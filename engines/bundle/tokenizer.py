@@ -17,6 +17,11 @@ TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
+_LOST = "\ufffd"  # in the place of bytes that are no character by themselves
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that a byte-level vocabulary spells so
+_OTHERS = sorted(set(range(256)) - set(_PRINTED))  # it spells these with the characters from 256 on
+_BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 TEMPLATES_NAME = "additional_chat_templates"  # a directory of templates with other names than "default"
 
 
@@ -102,6 +107,21 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of `token_ids`; bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """Returns the text of one token as it is within a text, special ones included: a space it begins with stays."""
+        once, twice = (self.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
+        return twice[len(once) :]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns the UTF-8 bytes of one token, special ones included; it may hold a part of a character."""
+        text = self.token_text(token_id)
+        if _LOST not in text:
+            return text.encode()
+        piece = self.backend.id_to_token(token_id) or ""
+        if byte := _BYTE_TOKEN.fullmatch(piece):
+            return bytes.fromhex(byte[1])
+        return bytes(_BYTES[letter] for letter in piece) if _BYTES.keys() >= set(piece) else text.encode()
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if half := _HALF_PAIR.search(text):

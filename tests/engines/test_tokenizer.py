@@ -129,6 +129,24 @@ def test_byte_fallback_that_rewrites_the_past_does_not_stop_the_stream():
     assert text.startswith("é")
 
 
+def test_the_bytes_of_each_token_are_those_of_the_text(bundle):
+    """Also where a character has several tokens, or a decoder takes a space from the beginning of a text."""
+    decoders, tokenizer = tokenizers.decoders, Tokenizer.load(bundle)
+    text = " é🙂\ufffd</s>"
+    ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
+    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"▁the": 256}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    tokenizer = Tokenizer(backend, {}, None)
+    assert [tokenizer.token_text(256), tokenizer.token_bytes(0xC3), tokenizer.token_bytes(0x41)] == [
+        " the",
+        b"\xc3",
+        b"A",
+    ]
+
+
 def test_the_digest_is_of_the_token_table_alone(bundle):
     digest = Tokenizer.load(bundle).digest
     backend = make_backend()

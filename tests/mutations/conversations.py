@@ -60,6 +60,14 @@ CONVERSATIONS = (
         "tests/vocabtrim_export/test_gguf_tokenizer.py -k template",
     ),
     Mutation(
+        "The bytes of a token in an answer are those of the text, also within a character",
+        "they are those of U+FFFD",
+        "engines/bundle/tokenizer.py",
+        "return bytes(_BYTES[letter] for letter in piece) if _BYTES.keys() >= set(piece) else text.encode()",
+        "return text.encode()",
+        "tests/engines/test_tokenizer.py -k bytes",
+    ),
+    Mutation(
         "No template runs for long",
         "loops are not metered",
         SANDBOX,

@@ -207,6 +207,22 @@ FILES = (
         "tests/vocabtrim_export/test_weight_files.py -k backup",
     ),
     Mutation(
+        "A GGUF's YaRN is the rotation that llama.cpp computes",
+        "its factor of the queries and keys is left out",
+        "vocabtrim_export/sources/gguf_rotation.py",
+        "attention = float(stated.get(_ATTENTION, 1.0)) * (1 + 0.1 * math.log(max(1.0, factor)))",
+        "attention = 1 + 0.1 * math.log(max(1.0, factor))",
+        "tests/vocabtrim_export/test_gguf.py -k yarn",
+    ),
+    Mutation(
+        "A GGUF's LongRoPE is the model's, table by table",
+        "the short table is used for long texts too",
+        "vocabtrim_export/sources/gguf_rotation.py",
+        '"long_factor": long,',
+        '"long_factor": short,',
+        "tests/vocabtrim_export/test_gguf.py -k phi_4",
+    ),
+    Mutation(
         "No model's own code runs",
         "remote code is allowed",
         "vocabtrim_export/sources/checkpoint.py",

@@ -239,6 +239,59 @@ def test_positions_that_a_file_divides_are_divided(says, gguf_file):
     torch.testing.assert_close(found, LlamaRotaryEmbedding(config()).inv_freq / 4)
 
 
+def test_yarn_is_the_rotation_that_llama_cpp_computes(gguf_file):
+    """The file's factor of the queries and keys multiplies the one that follows from its lengths."""
+
+    def says(writer):
+        writer.add_rope_scaling_orig_ctx_len(32)
+        writer.add_rope_scaling_attn_factors(1.25)
+        writer.add_float32("llama.rope.scaling.yarn_beta_fast", 8.0)
+
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 8.0}
+    wanted = LlamaRotaryEmbedding(config(**yarn))
+    path, _ = gguf_file(lambda _: "Q8_0", scaling=gguf.RopeScalingType.YARN, says=says)
+    rotary = load_source(str(path), torch.float32).model.model.rotary_emb
+    torch.testing.assert_close(rotary.inv_freq, wanted.inv_freq)
+    assert rotary.attention_scaling == pytest.approx(1.25 * wanted.attention_scaling)
+
+
+def test_phi_4_minis_two_tables_for_a_part_of_a_head(tokenizer, tmp_path):
+    """Its file says how many numbers of a head are rotated, and has a tensor of divisors for each range of lengths."""
+    tables = {f"{name}_factor": np.linspace(1, last, 24).tolist() for name, last in (("short", 2), ("long", 9))}
+    rotation = {
+        "rope_type": "longrope",
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 32,
+        **tables,
+    }
+    shape = {key: getattr(config(), key) for key in ("vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps")}
+    shape |= {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    shape |= {"eos_token_id": 1, "pad_token_id": 1}
+    settings = CONFIG_MAPPING["phi3"](**shape, max_position_embeddings=256, rope_parameters=rotation)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(settings).eval()
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "phi3")
+    describe(writer, tokenizer)
+    writer.kv_data[0].pop("phi3.rope.dimension_count")
+    writer.add_rope_dimension_count(48)
+    writer.add_pad_token_id(1)
+    writer.add_rope_scaling_orig_ctx_len(32)
+    writer.add_rope_scaling_attn_factors(model.model.rotary_emb.attention_scaling)
+    for name, divisors in tables.items():
+        writer.add_tensor(f"rope_factors_{name.removesuffix('_factor')}.weight", np.array(divisors, np.float32))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, LAYERS)
+    for name, weight in model.state_dict().items():
+        writer.add_tensor(f"{names.get_name(name.removesuffix('.weight'))}.weight", weight.numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    found = load_source(str(tmp_path / "model.gguf"), torch.float32).model
+    for length in (32, 48):  # the short tables, the long ones
+        ids = torch.randint(0, 400, (1, length), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            torch.testing.assert_close(found(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
+
+
 def test_layers_with_a_window_keep_their_rotation(gguf_file):
     """Gemma 3's larger models have such files."""
     path, _ = gguf_file(lambda _: "Q8_0", says=lambda writer: writer.add_rope_scaling_factor(8.0))
@@ -252,7 +305,8 @@ def test_layers_with_a_window_keep_their_rotation(gguf_file):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"scaling": gguf.RopeScalingType.YARN}, r"scales its rotation \(yarn\)"),
+        ({"scaling": gguf.RopeScalingType.LONGROPE}, r"scales its rotation \(longrope\)"),
+        ({"says": lambda writer: writer.add_rope_scaling_attn_factors(1.2)}, r"scales its rotation"),
         ({"rope_factors": np.linspace(1, 8, HEAD // 2, dtype=np.float32)}, "not as Llama 3 does"),
     ],
 )

@@ -115,13 +115,13 @@ class Form:
     def _entry(self, entry: TokenLogprob) -> dict[str, Any]:
         pairs = [(entry.token_id, entry.logprob), *entry.top]
         own, *top = [
-            {"token": self._name(token), "logprob": value, "bytes": list(self._name(token).encode())}
+            {"token": self._name(token), "logprob": value, "bytes": list(self.tokenizer.token_bytes(token))}
             for token, value in pairs
         ]
         return own | {"top_logprobs": top}
 
     def _name(self, token_id: int) -> str:
-        return self.tokenizer.decode([token_id], skip_special_tokens=False)
+        return self.tokenizer.token_text(token_id)
 
 
 def usage(generations: Sequence[Generation], prompts: Sequence[list[int]]) -> dict[str, Any]:

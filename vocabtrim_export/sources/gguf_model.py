@@ -150,7 +150,11 @@ def _turn(config: Any, stated: Mapping[str, Any], header: GgufHeader) -> None:
     """Set what the file states of the rotation, most of which transformers' tables of a file's keys lack."""
     rotation = getattr(config, "rope_parameters", None)
     if isinstance(rotation, dict):
-        rotation.get("full_attention", rotation).update(stated)
+        rotation = rotation.get("full_attention", rotation)
+        rotation.update(stated)
+        rotated, size = (header.hyperparameters().get(key) for key in ("rope.dimension_count", "attention.key_length"))
+        if rotated and "partial_rotary_factor" in rotation:  # only these architectures rotate a part of a head
+            rotation["partial_rotary_factor"] = rotated / (size or config.hidden_size // config.num_attention_heads)
     elif "rope_type" in stated:
         raise VocabtrimError(
             f"{header.path} scales its rotation ({stated['rope_type']}), which transformers' {config.model_type} does "
