@@ -215,6 +215,22 @@ FILES = (
         "tests/vocabtrim_export/test_gguf.py -k yarn",
     ),
     Mutation(
+        "The layers with a window are those that a GGUF file names",
+        "those of transformers' default are",
+        "vocabtrim_export/sources/gguf_model.py",
+        'config.layer_types = ["sliding_attention" if each else "full_attention" for each in slides]',
+        "config.layer_types = config.layer_types",
+        "tests/vocabtrim_export/test_gguf.py -k with_a_window",
+    ),
+    Mutation(
+        "A GGUF's epsilon is read, whatever the kind of norm",
+        "transformers' table alone is read",
+        "vocabtrim_export/sources/gguf_model.py",
+        "setattr(config, attribute, float(value))",
+        "pass",
+        "tests/vocabtrim_export/test_gguf.py -k epsilon",
+    ),
+    Mutation(
         "A GGUF's LongRoPE is the model's, table by table",
         "the short table is used for long texts too",
         "vocabtrim_export/sources/gguf_rotation.py",

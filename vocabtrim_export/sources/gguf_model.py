@@ -18,11 +18,21 @@ from vocabtrim_export.sources.refusals import check_architecture
 from vocabtrim_export.sources.unread_tensors import check_unread
 
 _BIASES = {"attn_q.bias": "attention_bias", "ffn_up.bias": "mlp_bias"}
-_ATTRIBUTES = ("attn_logit_softcapping", "final_logit_softcapping")
+_EPSILON = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon")
+# What a file states of what the model computes, and the names that transformers' configurations have for it.
+_STATED = {
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "attention.layer_norm_epsilon": _EPSILON,
+    "attention.layer_norm_rms_epsilon": _EPSILON,
+}
 # Gemma's 27B models divide their queries by another number than the smaller ones; the file does not say so.
 _QUERIES_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}
 # Factors that change what the model computes and that transformers does not read from a file.
-_FACTORS = ("logit_scale", "residual_scale", "embedding_scale", "attention.scale", "attention.clamp_kqv")
+_FACTORS = (
+    *("logit_scale", "residual_scale", "embedding_scale", "attention.scale", "attention.clamp_kqv"),
+    "attention.max_alibi_bias",
+)
 
 _SAMPLING = "general.sampling."
 # Architectures that transformers reads tensor by tensor, with rearrangements that its older tables do not have.
@@ -130,14 +140,20 @@ def _correct(config: Any, header: GgufHeader) -> tuple[str, ...]:
             raise VocabtrimError(f"{header.path} scales by {name}, which is not read: give the original weights")
     _turn(config, rope_parameters(header), header)
     _set_head_size(config, parameters, header)
-    for name in _ATTRIBUTES:
-        if name in parameters:
-            setattr(config, name, float(parameters[name]))
-    window = parameters.get("attention.sliding_window")
-    if isinstance(window, int) and 0 < window < config.max_position_embeddings and hasattr(config, "sliding_window"):
-        config.sliding_window = window
-    if (header.architecture, parameters.get("block_count")) in _QUERIES_BY_WIDTH:
-        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+    for key, names in _STATED.items():
+        if value := parameters.get(key):
+            attribute = next((name for name in names if hasattr(config, name)), None)
+            if attribute is None:
+                raise VocabtrimError(
+                    f"{header.path} states {key}, which transformers' {config.model_type} lacks: give the original "
+                    "weights"
+                )
+            setattr(config, attribute, float(value))
+    _set_windows(config, parameters)
+    if header.architecture in ("gemma2", "gemma3"):
+        by_width = (header.architecture, parameters.get("block_count")) in _QUERIES_BY_WIDTH
+        width = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = width if by_width else config.head_dim
     assumed: list[str] = []
     for tensor, switch in _BIASES.items():
         if f"blk.0.{tensor}" in header.tensors and getattr(config, switch, None) is False:
@@ -150,9 +166,15 @@ def _turn(config: Any, stated: Mapping[str, Any], header: GgufHeader) -> None:
     """Set what the file states of the rotation, most of which transformers' tables of a file's keys lack."""
     rotation = getattr(config, "rope_parameters", None)
     if isinstance(rotation, dict):
+        parameters = header.hyperparameters()
+        if "sliding_attention" in rotation and (base := parameters.get("rope.freq_base_swa")):
+            rotation["sliding_attention"]["rope_theta"] = float(base)
         rotation = rotation.get("full_attention", rotation)
         rotation.update(stated)
-        rotated, size = (header.hyperparameters().get(key) for key in ("rope.dimension_count", "attention.key_length"))
+        first = stated.get("original_max_position_embeddings")
+        if first and hasattr(config, "original_max_position_embeddings"):  # Phi-3's own, which goes before the other
+            config.original_max_position_embeddings = first
+        rotated, size = (parameters.get(key) for key in ("rope.dimension_count", "attention.key_length"))
         if rotated and "partial_rotary_factor" in rotation:  # only these architectures rotate a part of a head
             rotation["partial_rotary_factor"] = rotated / (size or config.hidden_size // config.num_attention_heads)
     elif "rope_type" in stated:
@@ -160,6 +182,19 @@ def _turn(config: Any, stated: Mapping[str, Any], header: GgufHeader) -> None:
             f"{header.path} scales its rotation ({stated['rope_type']}), which transformers' {config.model_type} does "
             "not: give the original weights"
         )
+
+
+def _set_windows(config: Any, parameters: Mapping[str, Any]) -> None:
+    """Set the length of the window, and which layers have one where the file says so, as llama.cpp reads it."""
+    window = parameters.get("attention.sliding_window")
+    if isinstance(window, int) and 0 < window < config.max_position_embeddings and hasattr(config, "sliding_window"):
+        config.sliding_window = window
+    pattern: Any = parameters.get("attention.sliding_window_pattern")
+    if pattern is None or not getattr(config, "layer_types", None):
+        return
+    layers = range(config.num_hidden_layers)
+    slides = [not pattern or i % pattern < pattern - 1 for i in layers] if isinstance(pattern, int) else list(pattern)
+    config.layer_types = ["sliding_attention" if each else "full_attention" for each in slides]
 
 
 def _set_head_size(config: Any, parameters: Mapping[str, Any], header: GgufHeader) -> None:
