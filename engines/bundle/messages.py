@@ -11,7 +11,7 @@ from engines.errors import VocabtrimError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first
 _CONTENT = "content"
-_TEXT_PARTS = ("text", "input_text", "output_text")
+TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file")
 
 
@@ -138,7 +138,7 @@ def _fit_role(message: dict[str, Any], forms: MessageForms) -> dict[str, Any]:
 
 def _part_text(part: Any) -> str | None:
     """Returns the text of one part of a content; None where it is not text."""
-    if isinstance(part, dict) and part.get("type") in _TEXT_PARTS:
+    if isinstance(part, dict) and part.get("type") in TEXT_PARTS:
         part = part.get("text")
     return part if isinstance(part, str) else None
 

@@ -137,7 +137,8 @@ def _read_manifest(root: Path) -> Manifest:
         raise VocabtrimError(f"no bundle at {root}: make one with `vocabtrim-export --output {root.parent}`")
     if not path.is_file():
         inside = [name for name in ("target", "drafter") if (root / name / MANIFEST_NAME).is_file()]
-        hint = f"; did you mean {root / inside[0]}?" if inside else ""
+        is_model = not inside and (root / "config.json").is_file()
+        hint = f"; did you mean {root / inside[0]}?" if inside else "; it is a model: export it" if is_model else ""
         raise VocabtrimError(f"{root} is not a bundle: it has no {MANIFEST_NAME}{hint}")
     try:
         if path.stat().st_size > MAX_BYTES:

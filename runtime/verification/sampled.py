@@ -148,10 +148,9 @@ def verify_sampling(
     Raises:
         VocabtrimError: There is no drafter or no prompt, the draws are too few, or a setting is greedy.
     """
-    if decoder.drafter is None or not prompts or not settings or draws < 5 * BINS:
-        raise VocabtrimError(f"a test of sampling needs a drafter, a prompt and at least {5 * BINS} draws")
-    if any(params.is_greedy for params in settings):
-        raise VocabtrimError("a test of sampling needs temperatures above 0: greedy output is compared token by token")
+    check_test(settings, draws)
+    if decoder.drafter is None or not prompts or not settings:
+        raise VocabtrimError("a test of sampling needs a drafter, a prompt and a way of sampling")
     reports = []
     for index, params in enumerate(settings):
         points: list[_Point] = []
@@ -163,6 +162,18 @@ def verify_sampling(
                 break
         reports.append(_report(params, points, ALPHA / len(settings)))
     return SamplingReport(tuple(reports), decoder.draft_length)
+
+
+def check_test(settings: Sequence[SamplingParams], draws: int) -> None:
+    """Check the arguments of `verify_sampling` before any work.
+
+    Raises:
+        VocabtrimError: The draws are too few, or a setting is greedy.
+    """
+    if draws < 5 * BINS:
+        raise VocabtrimError(f"a test of sampling needs at least {5 * BINS} draws for each setting, not {draws}")
+    if any(params.is_greedy for params in settings):
+        raise VocabtrimError("a test of sampling needs temperatures above 0: greedy output is compared token by token")
 
 
 def _points(

@@ -177,6 +177,7 @@ def test_wrong_options(attempt):
     assert_one_line(attempt(quantize="fp8"), "no fp8 products on the CPU")
     assert_one_line(attempt(dtype="fp64"), "fp64")
     assert_one_line(attempt(quantise="int4"), "unrecognized arguments: --quantise int4; did you mean --quantize?")
+    assert_one_line(attempt(k="-x"), "expected one argument; a value that begins with a dash is given as --k=-VALUE")
     assert_one_line(attempt(calibration_tok=5), "did you mean --calibration-tokens N?")  # no abbreviations
     assert_one_line(attempt(k=None), "--k")
     assert_one_line(attempt(target=None, calibration=None, calibration_source="target"), "--target")
@@ -248,6 +249,8 @@ def test_wrong_bundles(bundles, tmp_path, capsys):
 
     assert_one_line(generate(tmp_path / "none", bundles.drafter), "no bundle")
     assert_one_line(generate(bundles.target.parent, bundles.drafter), "did you mean")
+    (tmp_path / "config.json").touch()
+    assert_one_line(generate(tmp_path, bundles.drafter), "it is a model: export it")
     assert_one_line(generate(bundles.drafter, bundles.target), "holds a drafter")
     assert_one_line(generate(bundles.target, bundles.drafter, "--max-new-tokens", "0"), "max_new_tokens")
     assert_one_line(generate(bundles.target, bundles.drafter, "--device", "abacus"), "abacus")

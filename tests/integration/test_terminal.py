@@ -1,6 +1,7 @@
 """The commands on terminals, in pipes and with input as shells give them: a result or one clear line."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -58,6 +59,14 @@ def test_an_ascii_terminal_shows_what_it_can(bundle):
         text = decoder.generate("the fox", max_new_tokens=40).text
     assert not text.isascii()
     assert out.splitlines() == (text + "\n").encode("ascii", "replace").splitlines()
+
+
+def test_what_is_not_read_of_a_request_is_named(bundle, tmp_path, capsys):
+    request = {"messages": [{"role": "user", "content": "the fox"}], "model": "m", "temperature": 0.5, "n": 2}
+    (tmp_path / "body.json").write_text(json.dumps(request))
+    options = ["--target", str(bundle), "--max-new-tokens", "2"]
+    assert main(["generate", *options, "--messages", str(tmp_path / "body.json")]) == 0
+    assert "body.json: n, temperature; give options instead" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -110,4 +110,5 @@ def test_mistakes_are_one_line(verify, model, random_model, export_pair, tmp_pat
     ]:
         code, _, error = verify(*options, target=target)
         assert code == 2, message
+        assert "verify: 1" not in error  # before any prompt runs
         assert [message in line for line in error.splitlines() if line.startswith("error: ")] == [True], error

@@ -89,8 +89,8 @@ def test_the_right_rule_passes(decoder):
     assert [setting["draws"] for setting in written["settings"]] == [600, 600]
     assert all(setting["missed_mass"] > 0.4 for setting in written["settings"])
     assert report == verify_sampling(decoder, [[5, 6], [7]], SETTINGS, draws=600)
-    for wrong in ({"draws": 10}, {"prompts": []}):
-        with pytest.raises(VocabtrimError, match="at least 85 draws"):
+    for wrong, message in (({"draws": 10}, "at least 85 draws"), ({"prompts": []}, "needs a drafter, a prompt")):
+        with pytest.raises(VocabtrimError, match=message):
             verify_sampling(decoder, **{"prompts": [[5]]} | wrong)
 
 

@@ -103,6 +103,14 @@ def test_empty_records_among_others_are_passed_over(tmp_path):
     assert read_corpus([path]).documents == (Document("Hi"),)
 
 
+def test_a_conversation_in_which_no_user_speaks_is_named(tmp_path):
+    parts = [{"type": "input_text", "text": "Hi"}]  # as OpenAI's Responses have them
+    roles = {"messages": [{"role": "customer", "content": "Hello"}]}, {"messages": [{"role": "user", "content": parts}]}
+    corpus = read_corpus([records(tmp_path, *roles)])
+    assert [document.text for document in corpus.documents] == ["Hi"]
+    assert "line 1: no message in it is a user's: their roles are customer" in describe_skipped(corpus.skipped)
+
+
 def test_unusual_characters_survive(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"text": "\\ud800 a lone surrogate"}\r\n{"text": "one\xe2\x80\xa8record"}\r\n')

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from engines.bundle.messages import TEXT_PARTS
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.document import Document, Message, cut_text, without_surrogates
 
@@ -32,7 +33,7 @@ def parse_record(record: object, where: str) -> Iterator[Document]:
         where: The record's place, which errors begin with.
 
     Raises:
-        VocabtrimError: The record has another form.
+        VocabtrimError: The record has another form, or no message of a user.
     """
     if not isinstance(record, str | list | dict):
         raise VocabtrimError(f"{where}: expected an object with one of {', '.join(FIELDS)}; got {_kind(record)}")
@@ -56,11 +57,14 @@ def parse_record(record: object, where: str) -> Iterator[Document]:
             yield Document(piece, where=where)
         return
     messages = _messages(fields, field, where)
+    spoken = [message for message in messages if message.content.strip()]
     if prompt := _first_prompt(messages):
-        spoken = [message for message in messages if message.content.strip()]
         answers = tuple(message.content for message in spoken if message.role == "assistant")
         parts = tuple(message.content for message in spoken) + (replies or ())
         yield Document("\n\n".join(parts), prompt, where, parts, answers if replies is None else replies)
+    elif spoken:
+        roles = ", ".join(dict.fromkeys(message.role[:40] for message in spoken))
+        raise VocabtrimError(f"{where}: no message in it is a user's: their roles are {roles}")
 
 
 def _replies(response: object, where: str) -> tuple[str, ...]:
@@ -110,7 +114,7 @@ def _message(item: object, where: str) -> Message:
 def _content(value: object, where: str) -> str:
     """Returns the text of a string, or of the text parts of a list of content parts."""
     if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
-        value = "".join(str(part.get("text", "")) for part in value if part.get("type") == "text")
+        value = "".join(str(part.get("text", "")) for part in value if part.get("type") in TEXT_PARTS)
     if not isinstance(value, str):
         raise VocabtrimError(f"{where}: expected text, got {_kind(value)}")
     return without_surrogates(value)

@@ -123,6 +123,8 @@ def _prompt(options: argparse.Namespace) -> tuple[Any, Any]:
     if isinstance(messages, dict):
         body = messages["body"] if isinstance(messages.get("body"), dict) else messages
         messages, tools = body.get("messages"), tools if tools is not None else body.get("tools")
+        if unread := sorted(body.keys() - {"messages", "tools", "model"}):
+            print(f"note: not read in {options.messages}: {', '.join(unread)}; give options instead", file=sys.stderr)
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise VocabtrimError(f"--messages {options.messages} holds no list of messages: see docs/conversations.md")
     return messages, tools

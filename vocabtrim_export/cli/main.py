@@ -56,6 +56,9 @@ class Parser(argparse.ArgumentParser):
             if close:
                 value = self._option_string_actions[close[0]].metavar
                 message += f"; did you mean {close[0]}{f' {value}' if isinstance(value, str) else ''}?"
+        if message.endswith(": expected one argument"):
+            option = message.split()[1].split("/")[-1].rstrip(":")
+            message += f"; a value that begins with a dash is given as {option}=-VALUE"
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 

@@ -82,9 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command. Returns 0, or 1 for a difference that rounding does not explain."""
     from runtime import SamplingParams
-    from runtime.verification.sampled import verify_sampling
+    from runtime.verification.sampled import check_test, verify_sampling
 
     settings, rules = _settings(options), SamplingParams(**rule_options(options))
+    draws = _DRAWS if options.draws is None else options.draws
+    check_test(settings, draws)
     for name in ("num_prompts", "max_new_tokens"):
         if getattr(options, name) < 1:
             raise VocabtrimError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give 1 or more")
@@ -100,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
                 decoder,
                 prompts,
                 settings,
-                draws=_DRAWS if options.draws is None else options.draws,
+                draws=draws,
                 progress=lambda *done: progress("sampling", *done),
             )
     passed = greedy.passed and (sampled is None or sampled.passed)
