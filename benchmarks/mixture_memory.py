@@ -1,10 +1,11 @@
 """Peak memory and seconds of exporting mixtures of experts of several sizes, with random weights made on the spot.
 
-    python benchmarks/mixture_memory.py --layers 1 2 4 --directory DIR > results.json
+    python benchmarks/mixture_memory.py --layers 1 2 4 --directory DIR > results.jsonl
 
 For each number of layers it writes a checkpoint of Qwen3-30B-A3B's shape (bfloat16, a shard a layer: 1.3 GB for each
 layer of 128 experts, and 1.2 GB), exports it in int4 with a small drafter of the same vocabulary, lets the two generate
-a few tokens, deletes all of it, and notes what `export_memory.measure` returns. `--experts` makes the layers smaller.
+a few tokens, deletes all of it, and prints a line of JSON: what `export_memory.measure` returns. `--experts` makes the
+layers smaller.
 """
 
 import argparse
@@ -34,8 +35,8 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--directory", type=Path, required=True, help="it gets 4 GB for a layer, for a while")
     options = parser.parse_args()
-    figures = [_measured(options.directory / "mixture", layers, options.experts) for layers in options.layers]
-    print(json.dumps({"threads": torch.get_num_threads(), "experts": options.experts, "sizes": figures}, indent=1))
+    for layers in options.layers:
+        print(json.dumps(_measured(options.directory / "mixture", layers, options.experts)), flush=True)
 
 
 def _measured(directory: Path, layers: int, experts: int) -> dict[str, Any]:
@@ -48,10 +49,10 @@ def _measured(directory: Path, layers: int, experts: int) -> dict[str, Any]:
         text = ["--calibration", __file__, "--calibration-source", "text"]
         stored = sum(file.stat().st_size for file in target.glob("*.safetensors"))
         figures = measure([*pair, *text, "--k", "16384", "--quantize", "int4", "--max-length", "1024"])
-        generate = ["generate", "--target", output / "target", "--drafter", output / "drafter", "--prompt", _PROMPT]
+        generate = ["generate", "--target", f"{output}/target", "--drafter", f"{output}/drafter", "--prompt", _PROMPT]
         code = "from vocabtrim_export.cli.main import main; main()"
         subprocess.run([sys.executable, "-c", code, *generate, "--max-new-tokens", "8"], check=True, stdout=sys.stderr)
-        return {"layers": layers, "checkpoint": stored, **figures}
+        return {"layers": layers, "experts": experts, "checkpoint": stored, **figures}
     finally:
         shutil.rmtree(directory)
 

@@ -61,9 +61,9 @@ class PairWriter:
             plan = self._with_moments(_plan(role, self._sources, selection, self._counts, self._settings, slots))
             name = plan.source.name
             if name not in self._traced:  # a model that drafts for itself is traced once
-                self._progress("trace", 0, 1)
+                self._progress(f"trace {role}", 0, 1)
                 self._traced = {name: trace_source(plan)}
-                self._progress("trace", 1, 1)
+                self._progress(f"trace {role}", 1, 1)
             manifests[role], self._traced[name] = write_proven(directory, self._traced[name], plan, self._progress)
         return manifests
 
@@ -73,9 +73,9 @@ class PairWriter:
             return plan
         name = plan.source.name
         if name not in self._moments:
-            self._progress("measure inputs", 0, 1)
+            self._progress(f"measure {plan.role} inputs", 0, 1)
             self._moments[name] = _moments(plan.source, self._sources)
-            self._progress("measure inputs", 1, 1)
+            self._progress(f"measure {plan.role} inputs", 1, 1)
         return replace(plan, moments=self._moments[name])
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_ROWS_AT_ONCE = 4096  # an LM head is the largest tensor: a copy more of it in float32 takes gigabytes
+_ROWS_AT_ONCE = 1024  # an LM head is the largest tensor: a copy more of it in float32 takes gigabytes
 # Largest root mean square error of a row, as a share of the row's own: what rounding to 4 or 8 bits in blocks never
 # comes near, and another row's values exceed.
 _MOST_ERROR = {"int4": 0.6, "int8": 0.1, "fp8": 0.1}
@@ -39,20 +41,32 @@ def from_blocks(written: Mapping[str, ir.Value], tensor: str, bits: int, expert:
         bits: 4 or 8.
         expert: The expert whose matrix is read, of QMoE's [experts, out, in]; None for other operators.
     """
-    names = [f"{tensor}.{part}" for part in ("quantized", "zero_points", "scales")]
-    values, zeros, scales = (read_tensor(written[name], expert) for name in names)
+    arrays = [_array(written[f"{tensor}.{part}"]) for part in ("quantized", "zero_points", "scales")]
+    values, zeros, scales = arrays if expert is None else [array[expert] for array in arrays]
+    weight = torch.empty(len(values), values[0].size * 8 // bits)
+    for begin in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = slice(begin, begin + _ROWS_AT_ONCE)
+        weight[rows] = _rows_from_blocks(_tensor(values[rows]), _tensor(zeros[rows]), _tensor(scales[rows]), bits)
+    return weight
+
+
+def _rows_from_blocks(values: Tensor, zeros: Tensor, scales: Tensor, bits: int) -> Tensor:
     if bits == 4:
         values, zeros = (torch.stack([x & 15, x >> 4], -1).flatten(-2) for x in (values, zeros))
     zeros, values = zeros[:, : scales.shape[1]], values.reshape(*scales.shape, -1)
     return values.float().sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1)
 
 
-def read_tensor(value: ir.Value, index: int | None = None) -> Tensor:
-    """Returns the tensor, or its part at an index of the first axis.
+def read_tensor(value: ir.Value) -> Tensor:
+    """Returns the tensor; a type that PyTorch cannot read from NumPy becomes float32, which holds it exactly."""
+    return _tensor(_array(value))
 
-    A type that PyTorch cannot read from NumPy becomes float32, which holds it exactly.
-    """
+
+def _array(value: ir.Value) -> NDArray[np.generic]:
+    """Returns the tensor as it lies in the mapped file."""
     assert value.const_value is not None
-    numbers = value.const_value.numpy()
-    numbers = numbers if index is None else numbers[index]
+    return value.const_value.numpy()
+
+
+def _tensor(numbers: NDArray[np.generic]) -> Tensor:
     return torch.from_numpy(numbers.copy() if numbers.dtype.kind in "ui" else numbers.astype("float32"))

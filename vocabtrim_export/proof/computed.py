@@ -138,7 +138,9 @@ def run_graph(
             hidden = None if calls.hidden is None else calls.hidden[begin:end]
             rows.append(decoding.feed(calls.token_ids[begin:end], hidden, slots[call] if slots else None))
     joined = {name: np.concatenate([each[name] for each in rows]) for name in rows[0]}
-    return Computed(joined, {name: value[0, :, : len(calls)] for name, value in decoding.cache.items()})
+    # Copies: an array of a session keeps all of the session's memory.
+    cache = {name: value[0, :, : len(calls)].copy() for name, value in decoding.cache.items()}
+    return Computed(joined, cache)
 
 
 def _empty_slots(shapes: Mapping[str, list[int]]) -> dict[str, Array]:
