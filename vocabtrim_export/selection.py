@@ -43,7 +43,7 @@ class Coverage:
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise VocabtrimError(f"a coverage of {self.share} cannot be: it must be above 0 and at most 1")
+            raise VocabtrimError(f"the coverage is {self.share}: give a number above 0 and at most 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,9 +177,7 @@ def _check_map(root: Path, manifest: Manifest) -> None:
 
 def _check_tokenizer(root: Path, manifest: Manifest) -> None:
     if Tokenizer.load(root).digest != manifest.tokenizer:
-        raise VocabtrimError(
-            f"{root / TOKENIZER_NAME} is not the tokenizer that {MANIFEST_NAME} names: its tokens have other ids"
-        )
+        raise VocabtrimError(f"{root / TOKENIZER_NAME} is not the tokenizer that {MANIFEST_NAME} names: export again")
 
 
 def _check_metadata(path: Path, manifest: Manifest) -> None:

@@ -53,7 +53,7 @@ class VocabMap:
             raise VocabtrimError("a VocabMap needs a non-empty list of integer token ids")
         ids = ids.astype(np.int64)  # a copy: nobody else can change it
         if not 0 < self.full_vocab <= MAX_VOCAB:
-            raise VocabtrimError(f"a vocabulary of {str(self.full_vocab)[:40]} tokens cannot be")
+            raise VocabtrimError(f"a vocabulary has 1 to {MAX_VOCAB} tokens, not {str(self.full_vocab)[:40]}")
         if ids[0] < 0 or ids[-1] >= self.full_vocab:
             raise VocabtrimError(f"a VocabMap of a {self.full_vocab}-token vocabulary names ids outside it")
         if np.any(ids[1:] <= ids[:-1]):  # not their difference, which may overflow

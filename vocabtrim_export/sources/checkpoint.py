@@ -115,8 +115,12 @@ def read_config(spec: str, where: str) -> PreTrainedConfig:
     stated = raw.get("model_type") if isinstance(raw, dict) else None
     if stated and stated not in CONFIG_MAPPING:
         if "auto_map" in raw:
-            raise VocabtrimError(f"{spec} ({stated}) brings its own code (auto_map in config.json), which is never run")
-        raise VocabtrimError(f"{spec}: transformers {transformers_version} has no architecture {stated!r}")
+            raise VocabtrimError(
+                f"{spec} ({stated}) brings its own code (auto_map in config.json), which is never run: give another"
+            )
+        raise VocabtrimError(
+            f"{spec}: transformers {transformers_version} has no architecture {stated!r}: update transformers"
+        )
     config: PreTrainedConfig = AutoConfig.from_pretrained(where, **_NO_CODE)
     return config
 

@@ -172,7 +172,7 @@ def _check(spec: str, model: PreTrainedModel, tokenizer: Any) -> None:
             f"the tokenizer of {spec} does not match its weights: it has ids up to {beyond}, the model {rows} rows"
         )
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
-        raise VocabtrimError(f"{spec} ({model.config.model_type}) has no linear LM head to trim")
+        raise VocabtrimError(f"{spec} ({model.config.model_type}) has no linear LM head to trim: give another model")
 
 
 def _digest(files: list[Path]) -> str:

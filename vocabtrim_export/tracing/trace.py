@@ -159,7 +159,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
     candidates = [each for each in lists if len(each) == config.num_hidden_layers]
     if len(candidates) != 1:
-        raise VocabtrimError(f"a {config.model_type} model does not show its layers, whose inputs a head would read")
+        raise VocabtrimError(f"a {config.model_type} model has no list of layers that a head could read")
     return candidates[0]
 
 
