@@ -116,7 +116,8 @@ def read_config(spec: str, where: str) -> PreTrainedConfig:
     if stated and stated not in CONFIG_MAPPING:
         if "auto_map" in raw:
             raise VocabtrimError(
-                f"{spec} ({stated}) brings its own code (auto_map in config.json), which is never run: give another"
+                f"{spec} ({stated}) brings its own code (auto_map in config.json), which is never run: give a model of "
+                "an architecture that transformers has"
             )
         raise VocabtrimError(
             f"{spec}: transformers {transformers_version} has no architecture {stated!r}: update transformers"
