@@ -36,7 +36,9 @@ def open_head_rows(bundle: Bundle, inputs: Mapping[str, Sequence[int | str]], co
         wanted |= {SLOT_BIAS: (count,)} if rows.has_bias else {}
         if shapes == wanted and rows.holds(hidden) and columns == len(vocab_map) + count:
             return rows
-    raise VocabtrimError(f"the slots of the graph in {bundle.path} are not those of {HEAD_ROWS_NAME}: export again")
+    raise VocabtrimError(
+        f"the slots of the graph in {bundle.path} are not those that {HEAD_ROWS_NAME} is for: export again"
+    )
 
 
 class Slots:
