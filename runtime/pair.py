@@ -80,13 +80,13 @@ def make_draft_length(
 
 
 def length_for(length: DraftLength, sampling: SamplingParams) -> DraftLength:
-    """Returns what decides how long the drafts of one generation are.
+    """Returns the draft length of one generation.
 
     Where a seed promises the same text, neither measured times nor what was learnt from earlier texts may count.
 
     Args:
-        length: What decides it for all generations of a decoder.
-        sampling: How the generation chooses tokens.
+        length: The draft length of all generations of a decoder.
+        sampling: The settings that choose the generation's tokens.
     """
     return length.afresh(_SEEDED_COSTS) if length.adapts and sampling.must_repeat_itself else length
 

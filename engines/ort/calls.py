@@ -48,7 +48,7 @@ def plan_calls(
         keep: The last positions to predict after, between 1 and both `n` and `longest`.
         begin: The tokens in the cache.
         longest: The most tokens of a call.
-        tiles: Where else a call must begin.
+        tiles: The other places where a call must begin.
         features: [n, features_read], or None; see `Call`.
     """
     if len(ids) <= longest and not tiles.cuts:  # almost every feed, so that planning costs a step nothing

@@ -13,7 +13,9 @@ from engines.ort_cuda.provider import open_cuda_graph
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Where an engine runs. Engines that feed each other may share one, and engines that share a cache must.
+    """The memory and the stream that an engine runs on.
+
+    Engines that feed each other may share one, and engines that share a cache must.
 
     Attributes:
         memory: ONNX Runtime's name of the memory.

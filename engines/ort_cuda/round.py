@@ -152,7 +152,7 @@ def _places(block: MirroredBlock, at: Layout, step: int, position: int, token: i
 
     Args:
         block: The numbers of the round.
-        at: Where they stand.
+        at: Their places in the block.
         step: The number of the step; γ is the verification.
         position: The first of its positions, counted from the round's first one.
         token: The first of its tokens, counted from the first unread one.

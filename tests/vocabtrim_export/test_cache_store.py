@@ -1,4 +1,4 @@
-"""What the store of KV caches saves, loads and drops, on engines that notice every token that they should not hold."""
+"""The store of KV caches saves, loads and drops them, on engines that notice every token that they should not hold."""
 
 import threading
 from random import Random

@@ -309,7 +309,7 @@ def test_phi_4_minis_two_tables_for_a_part_of_a_head(tokenizer, tmp_path):
 
 
 def test_the_layers_with_a_window_and_their_rotation_are_those_that_a_file_names(tokenizer, tmp_path):
-    """Where transformers' Gemma 3 would take five of six and a base of 10,000."""
+    """By default transformers' Gemma 3 takes five layers of six and a base of 10,000."""
     rotations = {"full_attention": {"rope_theta": 5e4}, "sliding_attention": {"rope_theta": 100.0}}
     model = random_decoder(
         "gemma3_text",

@@ -27,7 +27,7 @@ def dequantized_experts(
         model: Its weights are as they were after the block.
         written: The graph's initializers.
         quantization: "int8" or "int4".
-        prefix: What the graph puts before the model's own name of a weight.
+        prefix: The graph's prefix to the model's own name of a weight.
         unlike: Gets the names of modules whose written weights are not the model's, rounded, as the model runs.
     """
     with ExitStack() as stack:

@@ -75,7 +75,7 @@ class Metrics:
 
 
 class _StoreFigures(Collector):
-    """What the store counts itself, in its workers' threads."""
+    """The figures that the store counts itself, in its workers' threads."""
 
     def __init__(self, store: CacheStore) -> None:
         self._store = store
