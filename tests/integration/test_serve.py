@@ -1,5 +1,6 @@
 """`vocabtrim serve` through the clients that people use: what they get is what `generate` gives."""
 
+import argparse
 import asyncio
 import contextlib
 import gc
@@ -13,6 +14,7 @@ import pytest
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.stream import Stream
 from vocabtrim_export.cli.main import main
+from vocabtrim_export.cli.serve_command import memory_size
 from vocabtrim_export.serve.settings import ServeSettings
 
 openai = pytest.importorskip("openai")
@@ -278,3 +280,11 @@ def test_a_mistake_is_one_line(pair, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
     listener.close()
+
+
+def test_amounts_of_memory():
+    amounts = {"500MB": 500_000_000, "1.5GB": 1_500_000_000, "0": 0}
+    assert {text: memory_size(text) for text in amounts} == amounts
+    for text in ("", "5", "-1GB", "1 GB", "1TB", "GB"):
+        with pytest.raises(argparse.ArgumentTypeError, match="give a number and its unit"):
+            memory_size(text)
