@@ -95,8 +95,11 @@ def test_lm_eval_scores_given_answers(server, pair, random_model, tmp_path):
     with SpeculativeDecoder.load(pair.target) as decoder:
         for row in rows:
             question, answer = row["arguments"]["gen_args_0"].values()
-            read = len(decoder.encode(question, chat=False))
-            scores = decoder.prompt_logprobs(decoder.encode(question + answer, chat=False), 1)[read - 1 :]
+            read, whole = (  # the harness adds no special tokens, unless it is told to
+                decoder.tokenizer.backend.encode(text, add_special_tokens=False).ids
+                for text in (question, question + answer)
+            )
+            scores = decoder.prompt_logprobs(whole, 1)[len(read) - 1 :]
             logprob, is_greedy = row["resps"][0][0]
             assert float(logprob) == pytest.approx(sum(entry.logprob for entry in scores), abs=1e-3)
             assert (is_greedy in (True, "True")) == all(entry.token_id == entry.top[0][0] for entry in scores)
