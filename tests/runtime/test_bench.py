@@ -39,8 +39,8 @@ def test_every_mode_is_measured_against_the_target_alone(make_target, make_draft
     assert trimmed["equal_prompts"] == 3
     assert trimmed["speedup"] == trimmed["tokens_per_second"] / alone["tokens_per_second"]
     context = 2 + 20 / 2  # a prompt's mean length, and half of what is generated
-    assert trimmed["bytes_per_step"] == 200 + 10 * context
-    ratio = (200 + 10 * context) / (1000 + 10 * context)
+    assert trimmed["bytes_per_step"] == 200 + 8 * context
+    ratio = (200 + 8 * context) / (1000 + 8 * context)
     assert trimmed["mbsu"] == pytest.approx(mbsu(trimmed["block_efficiency"], ratio, 4))
     assert trimmed["bandwidth_fraction"] == pytest.approx(320 / (trimmed["draft_step_ms"] / 1e3) / 1e9)
     assert 1 < trimmed["block_efficiency"] <= 5
@@ -149,7 +149,7 @@ def test_steps_are_timed_by_their_kind_and_runs_by_their_median(make_target, mak
     assert (report.verify_ms, report.draft_step_ms) == (500, 100)
     assert report.tokens_per_second == 8 / 3
     assert report.speedup == 2
-    assert report.bandwidth_fraction == pytest.approx((200 + 10 * (2 + 4 / 2)) / 0.1 / 1e4)
+    assert report.bandwidth_fraction == pytest.approx((200 + 8 * (2 + 4 / 2)) / 0.1 / 1e4)
     assert mode_report(alone, alone, target, None, FixedLength(2), bandwidth=1e4).verify_ms == pytest.approx(300)
 
 

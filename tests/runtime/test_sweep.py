@@ -19,8 +19,8 @@ def test_every_combination_is_measured_against_the_target_at_its_context(make_ta
     assert steps[-1] == (60, 60)
     assert report.lossless
     by = {(row.drafter, row.draft_length, row.context): row.report for row in report.rows}
-    assert by["target_only", 0, 8].bytes_per_step == 1000 + 10 * (8 + 6)
-    assert by["few", 2, 40].bytes_per_step == 200 + 10 * (40 + 6)
+    assert by["target_only", 0, 8].bytes_per_step == 1000 + 8 * (8 + 6)
+    assert by["few", 2, 40].bytes_per_step == 200 + 8 * (40 + 6)
     assert by["few", 2, 8].speedup == by["few", 2, 8].tokens_per_second / by["target_only", 0, 8].tokens_per_second
     assert {row.drafter: row.head_rows for row in report.rows} == {"target_only": 48, "few": 22, "full": 48}
     data = json.loads(json.dumps(report.to_dict()))
