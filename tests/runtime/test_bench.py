@@ -42,7 +42,7 @@ def test_every_mode_is_measured_against_the_target_alone(make_target, make_draft
     assert trimmed["bytes_per_step"] == 200 + 8 * context
     ratio = (200 + 8 * context) / (1000 + 8 * context)
     assert trimmed["mbsu"] == pytest.approx(mbsu(trimmed["block_efficiency"], ratio, 4))
-    assert trimmed["bandwidth_fraction"] == pytest.approx(320 / (trimmed["draft_step_ms"] / 1e3) / 1e9)
+    assert trimmed["bandwidth_fraction"] == pytest.approx(296 / (trimmed["draft_step_ms"] / 1e3) / 1e9)
     assert 1 < trimmed["block_efficiency"] <= 5
     assert trimmed["verify_ms"] > alone["verify_ms"]  # five positions of a fake cost more than one
     assert 0 < trimmed["overhead"] < 1
