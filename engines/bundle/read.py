@@ -133,6 +133,8 @@ def _stop_at_first(checks: list[Check]) -> None:
 def _read_manifest(root: Path) -> Manifest:
     finish_if_free(root.absolute().parent)
     path = root / MANIFEST_NAME
+    if root.is_file():
+        raise VocabtrimError(f"{root} is a file, a bundle is a directory: make one of a model with `vocabtrim-export`")
     if not root.is_dir():
         raise VocabtrimError(f"no bundle at {root}: make one with `vocabtrim-export --output {root.parent}`")
     if not path.is_file():

@@ -250,6 +250,7 @@ def test_wrong_bundles(bundles, tmp_path, capsys):
     assert_one_line(generate(tmp_path / "none", bundles.drafter), "no bundle")
     assert_one_line(generate(bundles.target.parent, bundles.drafter), "did you mean")
     (tmp_path / "config.json").touch()
+    assert_one_line(generate(tmp_path / "config.json", bundles.drafter), "is a file, a bundle is a directory")
     assert_one_line(generate(tmp_path, bundles.drafter), "it is a model: export it")
     assert_one_line(generate(bundles.drafter, bundles.target), "holds a drafter")
     assert_one_line(generate(bundles.target, bundles.drafter, "--max-new-tokens", "0"), "max_new_tokens")
