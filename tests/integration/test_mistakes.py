@@ -30,6 +30,7 @@ def attempt(model, count_file, tmp_path, capsys):
     counts = count_file(model)
 
     def run(**changes):
+        capsys.readouterr()  # transformers' bar of a model that was saved just now
         options = {
             "drafter": model,
             "target": model,
