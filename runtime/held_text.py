@@ -71,7 +71,7 @@ class HeldText:
     def prompt_logprobs(self, token_ids: Sequence[int], top: int = 0) -> tuple[TokenLogprob, ...]:
         """Compute the log-probability of each token of a text after those before it; the first one has none.
 
-        The text is read anew. A generation after the same token ids then goes on from there.
+        The text is read from its first token on. A generation after the same token ids then goes on from there.
 
         Args:
             token_ids: The text, as `encode` returns it.

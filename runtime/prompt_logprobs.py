@@ -10,7 +10,7 @@ from runtime.logprobs import TokenLogprob, token_logprobs
 def prompt_logprobs(
     target: Engine, drafter: Engine | None, token_ids: Sequence[int], top: int
 ) -> tuple[TokenLogprob, ...]:
-    """Read a text anew, in as few calls as the target's `max_keep` allows.
+    """Read a text from its first token on, in as few calls as the target's `max_keep` allows.
 
     The target's cache then holds the text but its last token, so that a generation can go on from it.
 

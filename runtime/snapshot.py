@@ -16,7 +16,7 @@ from runtime.kept_prefix import note_text
 class Snapshot:
     """A copy of a decoder's text and KV caches, in the host's memory. Nothing changes it.
 
-    In-context slots and prompt lookup are made of the text anew; a head's features are read again from its last token.
+    In-context slots and prompt lookup are made from the text; a head's features are read again from its last token.
 
     Attributes:
         token_ids: int64[length + 1]; the target's cache holds all but the last.
