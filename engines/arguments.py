@@ -7,7 +7,8 @@ import numpy as np
 
 from engines.errors import VocabtrimError
 
-LARGEST = float(np.finfo(np.float32).max)  # logits are float32: a larger number would become infinite
+# logits are float32: a larger number would become infinite, a smaller one zero
+LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 def whole_number(name: str, value: Any) -> int:

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass, fields
 
-import numpy as np
-
+from engines.arguments import LARGEST, SMALLEST
 from engines.errors import VocabtrimError
 
-_FLOAT32 = np.finfo(np.float32)  # the dtype of logits
 UNSUPPORTED_NOTE = "not applied, although the model's generation config has it"
 
 
@@ -41,9 +39,10 @@ class GenerationRules:
     unsupported: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not _FLOAT32.tiny <= self.repetition_penalty <= _FLOAT32.max:
+        if not SMALLEST <= self.repetition_penalty <= LARGEST:
             raise VocabtrimError(
-                f"repetition_penalty is {self.repetition_penalty}: give a number above 0; 1 changes nothing"
+                f"repetition_penalty is {self.repetition_penalty}: give a number above 0 and up to {LARGEST:.1e}; "
+                "1 changes nothing"
             )
         if not all(self.bad_words_ids):
             raise VocabtrimError("bad_words_ids has an empty sequence: leave it out")

@@ -91,14 +91,21 @@ class LogitRules:
             row[at] += self._biases[has]
         if rules.repetition_penalty != 1 or self._presence or self._frequency:
             at, has = columns.find(text.ids)
-            values = row[at]
-            if (penalty := np.float32(rules.repetition_penalty)) != 1:
-                values = np.where(values < 0, values * penalty, values / penalty)
-            counts = text.output_counts[has]
-            row[at] = values - np.float32(self._frequency) * counts - np.float32(self._presence) * (counts > 0)
+            row[at] = self._penalised(row[at], text.output_counts[has])
         for forbidden in self._forbidden():
             row[columns.find(np.asarray(forbidden, np.int64))[0]] = FORBIDDEN
         return row
+
+    def _penalised(self, values: NDArray[np.float32], counts: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns the logits of tokens that the text holds, which the output holds so many times.
+
+        What float32 cannot hold becomes infinite, as in transformers, and nothing becomes NaN.
+        """
+        penalties = self._frequency * counts.astype(np.float64) + self._presence * (counts > 0)
+        with np.errstate(over="ignore"):
+            if (factor := np.float32(self._rules.repetition_penalty)) != 1:
+                values = np.where(values < 0, values * factor, values / factor)
+            return (values - penalties).astype(np.float32)
 
     def _forbidden(self) -> Iterable[Sequence[int] | NDArray[np.int64]]:
         rules, tokens = self._rules, self._text.tokens

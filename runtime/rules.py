@@ -154,6 +154,11 @@ class Sampled:
         return accepted
 
     def warped(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        if self.rules and logits.max() == np.inf:
+            raise VocabtrimError(
+                "the penalties make a logit infinite: give presence_penalty and frequency_penalty nearer to 0, "
+                "repetition_penalty nearer to 1"
+            )
         probabilities: NDArray[np.float32] = distribution(logits[None], self.sampling.params)[0]
         return probabilities
 

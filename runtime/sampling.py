@@ -30,8 +30,9 @@ def distribution(logits: NDArray[np.float32], params: SamplingParams) -> NDArray
     if params.is_greedy:
         raise ValueError("greedy decoding has no distribution: take the most likely token")
     probabilities = np.empty(logits.shape, np.float32)
-    for row, result in zip(logits, probabilities, strict=True):
-        _warp(row, params, result)
+    with np.errstate(over="ignore"):  # a bias or a penalty may be as large as float32 allows
+        for row, result in zip(logits, probabilities, strict=True):
+            _warp(row, params, result)
     return probabilities
 
 
@@ -41,7 +42,8 @@ def largest_probability(logits: NDArray[np.float32]) -> float:
     Args:
         logits: float32[n].
     """
-    return float(1 / np.exp(logits - logits.max()).sum())
+    with np.errstate(over="ignore", invalid="ignore"):  # a bias or a penalty may be as large as float32 allows
+        return float(1 / np.exp(logits - logits.max()).sum())
 
 
 def sample(weights: NDArray[np.float32], rng: np.random.Generator) -> int:

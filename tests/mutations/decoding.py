@@ -157,6 +157,14 @@ DECODING = (
         f"{EXACT} -k under_rules",
     ),
     Mutation(
+        "No penalty makes a logit NaN",
+        "penalties are added up in float32",
+        "runtime/logit_rules.py",
+        "counts.astype(np.float64)",
+        "counts",
+        "tests/runtime/test_logit_rules.py -k enormous",
+    ),
+    Mutation(
         "Greedy output is the target's own",
         "every greedy draft is accepted",
         ACCEPT,

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
+from engines.arguments import LARGEST
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from engines.generation_rules import GenerationRules
@@ -75,6 +76,48 @@ def test_rules_are_those_of_transformers_after_any_text_and_draft(make_target, t
             np.testing.assert_array_equal(row, before)
         mine.extend(output[done : done + cut])
         done = min(len(output), done + cut)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("penalty", [float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)])
+def test_an_enormous_repetition_penalty_gives_the_values_of_transformers(make_target, penalty):
+    """Infinite ones among them, and no warning."""
+    row, text = np.linspace(-40, 40, VOCAB, dtype=np.float32), list(range(2, VOCAB))
+    rules = LogitRules(SamplingParams(repetition_penalty=penalty), make_target().manifest, text)
+    expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([text]), torch.from_numpy(row[None]))
+    assert expected.isinf().any()
+    np.testing.assert_array_equal(rules.apply(row, [], Columns(VOCAB)), expected[0].numpy())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"frequency_penalty": LARGEST}, [-LARGEST, -np.inf, 1.0, -1.0]),  # of tokens that occur once, twice, never
+        ({"frequency_penalty": -LARGEST}, [LARGEST, np.inf, 1.0, -1.0]),
+        ({"frequency_penalty": LARGEST, "presence_penalty": -LARGEST}, [1.0, -LARGEST, 1.0, -1.0]),
+        ({"frequency_penalty": -LARGEST, "repetition_penalty": LARGEST}, [LARGEST, -np.inf, 1.0, -LARGEST]),
+        ({"logit_bias": {2: LARGEST, 3: -LARGEST}}, [LARGEST, -LARGEST, 1.0, -1.0]),
+    ],
+)
+def test_enormous_penalties_and_biases_give_no_nan_and_no_warning(make_target, params, expected):
+    rules = LogitRules(SamplingParams(**params), make_target().manifest, [5])
+    rules.extend([2, 3, 3])
+    row = np.ones(VOCAB, np.float32)
+    row[[3, 5]] = -1e3, -1.0
+    np.testing.assert_array_equal(rules.apply(row, [], Columns(VOCAB))[2:6], expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_enormous_bias_decides_and_an_infinite_logit_is_refused(make_target, make_drafter):
+    def generate(**params):
+        decoder = SpeculativeDecoder(make_target(eos_bias=-100.0), make_drafter(), draft_length=4)
+        return decoder.generate([5], max_new_tokens=9, sampling=SamplingParams(0.5, seed=1, **params)).token_ids
+
+    assert generate(logit_bias={7: LARGEST, 8: -LARGEST}) == (7,) * 9
+    assert len(set(generate(repetition_penalty=LARGEST, frequency_penalty=LARGEST))) == 9
+    with pytest.raises(VocabtrimError, match="make a logit infinite: give presence_penalty"):
+        generate(frequency_penalty=-LARGEST)
 
 
 @pytest.mark.parametrize("min_p", [0.05, 0.5, 1.0])
@@ -152,6 +195,7 @@ def test_verify_judges_by_the_rules(make_target, make_drafter, monkeypatch):
     [
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"repetition_penalty": float("nan")}, "repetition_penalty is nan"),
+        ({"repetition_penalty": 1e308}, "repetition_penalty is 1e\\+308: give a number above 0 and up to 3.4e\\+38"),
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"min_p": float("nan")}, "min_p is nan"),
         ({"presence_penalty": float("inf")}, "presence_penalty is inf"),
@@ -178,6 +222,7 @@ def test_verify_judges_by_the_rules(make_target, make_drafter, monkeypatch):
         ({"min_new_tokens": float("nan")}, "min_new_tokens is nan"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_rules_out_of_range_are_refused_in_one_line(make_target, wrong, message):
     with pytest.raises(VocabtrimError, match=message) as caught:
         SpeculativeDecoder(make_target()).generate([5], sampling=SamplingParams(**wrong))
