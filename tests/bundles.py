@@ -56,11 +56,14 @@ ARCHITECTURES = {
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 256, "scale_attn_by_inverse_layer_idx": True},
     "gpt_neox": {"rotary_pct": 0.5, "hidden_size": 128, "use_parallel_residual": True},
 }
-# mixtures of experts, which TensorRT does not take: shared experts with weights that add up to less than one; attention
-# sinks, a clamped gate by turns, and biases
+# mixtures of experts, which TensorRT does not take: shared experts with weights that add up to less than one, and a
+# window that only the mask states; attention sinks, a clamped gate by turns, and biases
 _EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4}
 MIXTURES = {
-    "qwen2_moe": {**_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    "qwen2_moe": {
+        **{**_EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+        **{"use_sliding_window": True, "sliding_window": 5, "layer_types": WINDOWS["layer_types"]},
+    },
     "gpt_oss": {**WINDOWS, **_EXPERTS, "swiglu_limit": 2.0, "rope_parameters": {"rope_type": "default"}},
 }
 

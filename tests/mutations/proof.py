@@ -32,6 +32,14 @@ PROOF = (
         f"{TESTS} -k norm_behind",
     ),
     Mutation(
+        "A window that only a model's mask states is exported",
+        "masks state no window",
+        "vocabtrim_export/tracing/composites.py",
+        "None if local_size is None else",
+        "None if True else",
+        f"{ARCHITECTURES} -k qwen2_moe",
+    ),
+    Mutation(
         "Each wrong graph is caught by the export itself",
         "the limit is a thousand times the logits' spread",
         "engines/deviation.py",
@@ -75,7 +83,7 @@ PROOF = (
         "A head's window is proven, too",
         "its attention reaches back to the first token",
         "vocabtrim_export/tracing/composites.py",
-        "window=sliding_window or 0",
+        "window=(attention_mask.size if attention_mask else sliding_window) or 0",
         "window=0",
         f"{SLOTS} -k past_its_window",
     ),

@@ -122,3 +122,22 @@ def test_a_known_architecture_with_code_of_its_own_says_so(model, tokenizer, tmp
     (tmp_path / "config.json").write_text(json.dumps(config | own))
     (note,) = sources.load_source(str(tmp_path), torch.float32).notes
     assert "auto_map" in note
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_noted"),
+    [
+        ({"sliding_window": 5}, True),
+        ({"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}, True),
+        ({"sliding_window": 5, "layer_types": ["full_attention"] * 2}, False),
+        ({"sliding_window": None}, False),
+    ],
+)
+def test_a_window_that_the_architecture_does_not_have_is_noted(changes, is_noted, random_model):
+    notes = sources.load_source(str(random_model("llama", **changes)), torch.float32).notes
+    assert [note for note in notes if "states a sliding window of 5" in note] == list(notes)
+    assert bool(notes) == is_noted
+
+
+def test_a_window_that_the_architecture_has_is_not_noted(random_model):
+    assert sources.load_source(str(random_model("mistral", sliding_window=5)), torch.float32).notes == ()

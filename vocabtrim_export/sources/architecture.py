@@ -85,6 +85,13 @@ def has_sinks(_config: Config, kind: ModelClass) -> bool:
     return "s_aux" in inspect.getsource(sys.modules[kind.__module__])
 
 
+def ignores_its_window(config: Config, kind: ModelClass) -> bool:
+    """Returns whether the configuration states a sliding window that the class has no code for."""
+    slides = {"sliding_attention"} & (_layer_types(config) or {"sliding_attention"})
+    window = getattr(config, "sliding_window", None) if slides else None
+    return bool(window) and "sliding_window" not in inspect.getsource(sys.modules[kind.__module__])
+
+
 def shares_caches(config: Config, _kind: ModelClass) -> bool:
     """Returns whether the last layers read the KV caches of earlier ones."""
     return bool(getattr(config, "num_kv_shared_layers", None))

@@ -21,6 +21,7 @@ from transformers import __version__ as transformers_version
 from engines.bundle.typed_json import read
 from engines.errors import VocabtrimError
 from vocabtrim_export.progress import BytesDone
+from vocabtrim_export.sources.config_notes import ignored_window_note, own_code_note
 from vocabtrim_export.sources.expert_tensors import check_experts, check_room_for_experts
 from vocabtrim_export.sources.half_precision import half_dtype, put_back_float32
 from vocabtrim_export.sources.mapped import MappedResults, holder
@@ -96,7 +97,7 @@ def load_checkpoint(
     if (Path(where) / "generation_config.json").is_file():  # transformers passes over one that it cannot read
         model.generation_config = GenerationConfig.from_pretrained(where)
     notes += (multimodal_note(spec, text),) if is_multimodal(config, text) else ()
-    notes += _own_code_note(spec, config)
+    notes += own_code_note(spec, config) + ignored_window_note(spec, text, type(model))
     notes += check_unread(spec, loading["unexpected_keys"], int(model.config.num_hidden_layers))
     return Loaded(model, tokenizer, notes=notes)
 
@@ -124,16 +125,6 @@ def read_config(spec: str, where: str) -> PreTrainedConfig:
         )
     config: PreTrainedConfig = AutoConfig.from_pretrained(where, **_NO_CODE)
     return config
-
-
-def _own_code_note(spec: str, config: PreTrainedConfig) -> tuple[str, ...]:
-    """Returns a note where a checkpoint of a known architecture brings a model class of its own."""
-    if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
-        return ()
-    return (
-        f"{spec} brings its own code (auto_map in config.json), which is not run: it is read as transformers' own "
-        f"{config.model_type}",
-    )
 
 
 def _unquantized_note(

@@ -86,7 +86,7 @@ def composites(skeleton: PreTrainedModel, modeling: ModuleType, parts: Parts) ->
     """
     handed_on: list[tuple[Tensor, Tensor]] = []
     AttentionInterface.register(ATTENTION, _attention(handed_on))
-    AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+    AttentionMaskInterface.register(ATTENTION, _mask)
     skeleton.config._attn_implementation = ATTENTION
     head = skeleton.get_output_embeddings()
     with ExitStack() as stack:
@@ -153,6 +153,18 @@ def _rms_norm(norm: Norm) -> Callable[[nn.Module, Tensor], Tensor]:
     return forward
 
 
+@dataclass(frozen=True, slots=True)
+class _WindowMask:
+    """What a layer gets for its mask where attention reaches back `size` tokens; other layers get None."""
+
+    size: int
+
+
+def _mask(*_: object, local_size: int | None = None, **__: object) -> _WindowMask | None:
+    """Stands in for transformers' masks. Some models (Qwen2-MoE, PhiMoE) state a layer's window by its mask alone."""
+    return None if local_size is None else _WindowMask(local_size)
+
+
 def _attention(handed_on: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, None]]:
     """Returns an attention function for transformers; it takes the rotary tables out of `handed_on`."""
 
@@ -161,7 +173,7 @@ def _attention(handed_on: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[Te
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        attention_mask: None,  # noqa: ARG001  (some models name it)
+        attention_mask: _WindowMask | None,
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
@@ -184,7 +196,7 @@ def _attention(handed_on: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[Te
             num_kv_heads=k.shape[1],
             head_dim=head_dim,
             scale=float(key_dim**-0.5 if scaling is None else scaling),
-            window=sliding_window or 0,
+            window=(attention_mask.size if attention_mask else sliding_window) or 0,
             softcap=float(softcap or 0),
         )
         return out.reshape(1, length, heads, head_dim)[..., :value_dim], None
