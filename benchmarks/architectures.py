@@ -229,7 +229,7 @@ def save(path: Path, rows: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="JSON file with a row for each architecture")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="run these, also where the file has them")
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after the model that is running then")

@@ -53,7 +53,9 @@ def genai_step(directory: Path, past: int) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--ours", type=Path, required=True, help="a target's bundle")
     parser.add_argument("--genai", type=Path, required=True, help="the output of ONNX Runtime GenAI's builder")
     parser.add_argument("--past", type=int, default=128, help="tokens in the cache")

@@ -32,7 +32,9 @@ TRIMMED, FULL, DRAFT_LENGTH, CONTEXT = "32768 rows", "full", 4, 128  # of what i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--target", default="llama-3.1-8b", metavar="SHAPE")
     parser.add_argument("--drafter", default="llama-3.2-1b", metavar="SHAPE")
     parser.add_argument("--bundles", type=Path, metavar="DIR", help="keep the random weights there (about 30 GB)")

@@ -51,7 +51,9 @@ class Work:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--update", action="store_true", help="record the ratios measured now as the new reference")
     options = parser.parse_args()
     conclude({"environment": environment(), "ratios": measure()}, RESULTS, options.update)

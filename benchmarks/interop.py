@@ -32,7 +32,7 @@ PACKAGES = ("onnxruntime", "onnxruntime-genai", "openvino", "openvino-genai", "t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="the output of vocabtrim-export, in every format")
     parser.add_argument("--model", type=Path, required=True, help="the .gguf file that it was exported from")
     options = parser.parse_args()

@@ -30,7 +30,9 @@ _PROMPT = "Once upon a time"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--directory", type=Path, required=True, help="it gets 4 GB for a layer, for a while")

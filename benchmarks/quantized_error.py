@@ -56,7 +56,7 @@ def measure(name: str, quantization: "Quantization", work: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--only", nargs="*", metavar="NAME", default=NAMES, help="architectures")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -117,7 +117,9 @@ def save(options: argparse.Namespace, bundles: Mapping[str, Manifest], generatio
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--target", type=Path, required=True, metavar="DIR")
     parser.add_argument("--drafter", nargs="+", required=True, metavar="NAME=DIR")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="NAME=FILE")

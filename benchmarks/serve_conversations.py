@@ -109,7 +109,9 @@ def copies(options: argparse.Namespace, text: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--drafter", type=Path)
     parser.add_argument("--prompts", type=Path, nargs="+", required=True)

@@ -182,7 +182,9 @@ def gauges_afterwards(served: Served) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--drafter", type=Path)
     parser.add_argument("--prompts", type=Path, nargs="+", required=True)

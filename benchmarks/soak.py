@@ -187,7 +187,9 @@ def read_texts(paths: list[Path], decoder: SpeculativeDecoder) -> list[list[int]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--target", type=Path)
     parser.add_argument("--drafter", type=Path)
     parser.add_argument("--random-weights", metavar="SHAPE")

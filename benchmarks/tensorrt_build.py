@@ -23,7 +23,9 @@ from vocabtrim_export.trt.settings import TensorRTSettings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--counts", type=Path, required=True)
     parser.add_argument("--k", type=int, default=8192)

@@ -53,7 +53,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", required=True, help="the model whose tokenizer counts the text")
     parser.add_argument("--megabytes", type=int, default=100, help="text to count for the seconds")
     parser.add_argument("--rounds", type=int, default=3)

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="the .gguf file of SmolLM2-135M-Instruct")
     parser.add_argument("--output", type=Path, required=True, help="directory for the bundles")
     options = parser.parse_args()

@@ -173,3 +173,12 @@ def test_contributing_names_only_modules_that_exist():
     for name in re.findall(r"`([a-z][a-z/_0-9]*)`", house):
         found = any((home / name).is_dir() or (home / f"{name}.py").is_file() for home in homes)
         assert found or name == "engine", name
+
+
+def test_every_program_takes_an_option_by_its_whole_name_only():
+    """An abbreviation means another option as soon as there is one with the same beginning."""
+    programs = [path for folder in ("benchmarks", "examples", "tests/fuzz") for path in (ROOT / folder).rglob("*.py")]
+    calls = [node for path in programs for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    parsers = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "argparse.ArgumentParser"]
+    assert len(parsers) > 20
+    assert not [parser for parser in parsers if "allow_abbrev=False" not in parser]

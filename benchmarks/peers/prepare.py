@@ -27,7 +27,9 @@ PEERS = {"fp32": ("genai", "openvino", "hf"), "int8": ("genai", "openvino"), "in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", type=Path, required=True, metavar="FILE.gguf", help="the target")
     parser.add_argument("--drafter", type=Path, metavar="FILE.gguf", help="a smaller model of the same tokenizer")
     parser.add_argument("--head", type=Path, metavar="DIR", help="an EAGLE-3 head of the target")

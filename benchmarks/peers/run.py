@@ -84,7 +84,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--models", type=Path, required=True, metavar="DIR")
     parser.add_argument("--precision", required=True, choices=("fp32", "int8", "int4"), help="the target's precision")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="NAME=FILE")

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--target", type=Path, required=True, help="Hugging Face directory of the target")
     parser.add_argument("--head", type=Path, help="directory of the head; without it, one that was never trained")
     parser.add_argument(

@@ -22,7 +22,7 @@ MARK = "MESSAGE"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--target", type=Path, required=True, help="Hugging Face directory of the target")
     parser.add_argument("--work", type=Path, required=True, help="directory for the shards")
     parser.add_argument("--prompts", type=Path, nargs="*", default=[], help="JSONL with turns, or ShareGPT JSON")

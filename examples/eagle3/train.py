@@ -21,7 +21,7 @@ LOG = "training_log.jsonl"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--target", type=Path, required=True, help="Hugging Face directory of the target")
     parser.add_argument(
         "--work", type=Path, required=True, help="directory of the shards and of the state to resume from"

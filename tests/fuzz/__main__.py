@@ -64,7 +64,7 @@ def fuzz(target: str, seconds: float, seed: int) -> tuple[int, list[str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__, allow_abbrev=False)
     parser.add_argument("--seconds", type=float, default=8.0, help="for each target")
     parser.add_argument("--target", choices=TARGETS)
     parser.add_argument("--seed", type=int, default=0)
