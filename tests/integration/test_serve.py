@@ -15,6 +15,7 @@ from runtime import SamplingParams, SpeculativeDecoder
 from runtime.stream import Stream
 from vocabtrim_export.cli.main import main
 from vocabtrim_export.cli.serve_command import memory_size
+from vocabtrim_export.memory import all_memory
 from vocabtrim_export.serve.settings import ServeSettings
 
 openai = pytest.importorskip("openai")
@@ -283,6 +284,7 @@ def test_a_mistake_is_one_line(pair, capsys):
 
 
 def test_amounts_of_memory():
+    assert ServeSettings("tiny").cache_bytes == all_memory() // 8
     amounts = {"500MB": 500_000_000, "1.5GB": 1_500_000_000, "0": 0}
     assert {text: memory_size(text) for text in amounts} == amounts
     for text in ("", "5", "-1GB", "1 GB", "1TB", "GB"):

@@ -162,6 +162,14 @@ SERVER = (
         f"{STORE} -k room",
     ),
     Mutation(
+        "Stored KV caches stay within their memory",
+        "a container's limit is not read",
+        "vocabtrim_export/memory.py",
+        "*filter(None, map(_limit, _LIMITS))",
+        "",
+        "tests/vocabtrim_export/test_memory.py",
+    ),
+    Mutation(
         "Log-probabilities are each token's own",
         "those of a prompt are one token off",
         "runtime/prompt_logprobs.py",

@@ -1,6 +1,5 @@
 """Bundles of random weights in the shape of a known model, to measure its latency without its weights."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from vocabtrim_export.bundles.size import bundle_bytes
 from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
 from vocabtrim_export.drafters.source import HeadSource
 from vocabtrim_export.lowering.quantize import Quantization
+from vocabtrim_export.memory import available_memory
 from vocabtrim_export.progress import Progress
 from vocabtrim_export.random_weights.models import HEAD_SHAPES, SHAPES, random_head, random_source
 from vocabtrim_export.sources.rotation import context_length
@@ -185,12 +185,3 @@ def _check_room(shape: str, directory: Path, plans: Mapping[str, BundlePlan], mi
 def _bytes(plan: BundlePlan) -> float:
     rows = None if plan.vocab_map is None else len(plan.vocab_map)
     return bundle_bytes(plan.source.model, plan.dtype, plan.quantization, rows)
-
-
-def available_memory() -> int:
-    """Returns the bytes that can be used without swapping, where the system states them; otherwise all memory."""
-    info = Path("/proc/meminfo")
-    for line in info.read_text("utf-8").splitlines() if info.is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

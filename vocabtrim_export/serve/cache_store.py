@@ -1,29 +1,20 @@
 """`CacheStore`: the KV caches of conversations that no worker holds any more, in memory."""
 
-import os
-from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
 from runtime import Snapshot, SpeculativeDecoder
+from vocabtrim_export.memory import all_memory
 
 LEAST_TOKENS = 32  # fewer are not worth a copy
 _LEAST_SHARE = 8  # a text of which less than an eighth would be lost is not copied
 _SHARE_OF_MEMORY = 8  # by default the store takes an eighth of the machine's memory
-_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def default_cache_bytes() -> int:
     """Returns an eighth of the memory that this process may use, in bytes."""
-    least = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in _LIMIT_FILES:  # of a container
-        try:
-            text = Path(name).read_text().strip()
-        except OSError:
-            continue
-        least = min(least, int(text)) if text.isdecimal() else least
-    return least // _SHARE_OF_MEMORY
+    return all_memory() // _SHARE_OF_MEMORY
 
 
 class CacheStore:
