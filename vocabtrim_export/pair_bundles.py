@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engines.bundle.experts import Picks
 from engines.bundle.read import Manifest, Role
 from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.calibration import TokenCounts
+from vocabtrim_export.calibration.expert_picks import distinct_experts
 from vocabtrim_export.calibration.moments import head_run, input_moments
 from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.drafters.source import HeadSource
@@ -21,6 +23,7 @@ from vocabtrim_export.settings import ExportSettings
 from vocabtrim_export.sources.precision import calibration_dtype, running_in
 from vocabtrim_export.sources.rotation import context_length
 from vocabtrim_export.sources.source import Source
+from vocabtrim_export.tracing.experts import expert_modules
 from vocabtrim_export.tracing.trace import Traced
 
 
@@ -41,6 +44,7 @@ class PairWriter:
         self._settings, self._progress = settings, progress
         self._traced: dict[str, Traced | None] = {}  # of the last model alone: a trace holds its whole graph
         self._moments: dict[str, Mapping[str, Tensor]] = {}
+        self._picks: Picks | None = None
 
     def write(self, places: Mapping[Role, Path], selection: Selection, slots: int) -> dict[Role, Manifest]:
         """Fill empty directories.
@@ -58,7 +62,7 @@ class PairWriter:
         """
         manifests: dict[Role, Manifest] = {}
         for role, directory in places.items():
-            plan = self._with_moments(_plan(role, self._sources, selection, self._counts, self._settings, slots))
+            plan = self._measured(_plan(role, self._sources, selection, self._counts, self._settings, slots))
             name = plan.source.name
             if name not in self._traced:  # a model that drafts for itself is traced once
                 self._progress(f"trace {role}", 0, 1)
@@ -67,16 +71,32 @@ class PairWriter:
             manifests[role], self._traced[name] = write_proven(directory, self._traced[name], plan, self._progress)
         return manifests
 
-    def _with_moments(self, plan: BundlePlan) -> BundlePlan:
-        """Returns the plan with the second moments of the layers' inputs, where int4 needs them."""
-        if plan.quantization != "int4":
-            return plan
-        name = plan.source.name
-        if name not in self._moments:
-            self._progress(f"measure {plan.role} inputs", 0, 1)
-            self._moments[name] = _moments(plan.source, self._sources)
-            self._progress(f"measure {plan.role} inputs", 1, 1)
-        return replace(plan, moments=self._moments[name])
+    def _measured(self, plan: BundlePlan) -> BundlePlan:
+        """Returns the plan with what has to be measured of its model along text.
+
+        These are the second moments of the layers' inputs, where int4 needs them, and how many experts of a target's
+        layers consecutive tokens pick.
+        """
+        source = plan.source
+        if plan.quantization == "int4":
+            if source.name not in self._moments:
+                self._progress(f"measure {plan.role} inputs", 0, 1)
+                self._moments[source.name] = _moments(source, self._sources)
+                self._progress(f"measure {plan.role} inputs", 1, 1)
+            plan = replace(plan, moments=self._moments[source.name])
+        if plan.role == "target" and self._picks is None:
+            self._picks = self._picks_of(source)
+        return replace(plan, picks=self._picks or {}) if plan.role == "target" else plan
+
+    def _picks_of(self, target: Source) -> Picks:
+        """Returns how many experts of the target's layers consecutive tokens pick; nothing for a dense model."""
+        if not any(expert_modules(target.model)):
+            return {}
+        self._progress("measure target experts", 0, 1)
+        with running_in(target.model, calibration_dtype()):
+            picks = distinct_experts(target.model, target.tokenizer)
+        self._progress("measure target experts", 1, 1)
+        return picks
 
 
 def _moments(source: Source, sources: Mapping[Role, Source]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from engines.bundle.read import Manifest, Role
 from engines.errors import VocabtrimError
-from vocabtrim_export.bundles.notes import no_gain
+from vocabtrim_export.bundles.notes import mixture_note, no_gain
 from vocabtrim_export.bundles.output import COUNTS_NAME, check_output, existing_parent, placing, reserved
 from vocabtrim_export.bundles.size import bundle_bytes
 from vocabtrim_export.calibration import Skipped, TokenCounts, skipped_note
@@ -108,6 +108,7 @@ def export(
             others = dict(zip(settings.formats, directories[len(roles) :], strict=True))
             write_formats(others, Exported(places, pair.manifests, models.sources, vocab_map), progress)
     gain = no_gain(pair.manifests["drafter"], pair.manifests.get("target"))
+    gain += mixture_note(pair.manifests["drafter"], pair.manifests.get("target"))
     notes = (*models.notes, *counted, *pair.notes, *gain, *skipped_note(skipped))
     return _result(output, pair, settings.formats, notes)
 

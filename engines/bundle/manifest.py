@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from engines.bundle.experts import Experts
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT
 from engines.bundle.plans import TensorRT
 from engines.bundle.typed_json import decode, parse
@@ -27,29 +28,6 @@ EXPECTED_NAME = "expected_logits.safetensors"
 
 Role = Literal["target", "drafter"]
 Interface = Literal["language-model", "feature-head", "parallel-heads"]
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """Experts of which a layer's router picks a few for each token.
-
-    Attributes:
-        num_experts: The experts of a layer.
-        per_token: Those that one token picks.
-        bytes: Bytes of the weights of all of them, in all layers of this form.
-    """
-
-    num_experts: int
-    per_token: int
-    bytes: int
-
-    def expected_bytes(self, tokens: float) -> float:
-        """Bytes that a step of several tokens is expected to read, if each token picks independently of the others.
-
-        Tokens of one text pick the same experts more often than that, so a step may read less.
-        """
-        untouched: float = (1 - self.per_token / self.num_experts) ** tokens
-        return self.bytes * (1 - untouched)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,13 +171,17 @@ class Manifest:
             )
         if data.pop("digest", None) != _digest(data):
             raise VocabtrimError(f"{where} was edited, it does not match its own digest: export the bundle again")
-        manifest: Manifest = decode(cls, {**_ADDED, **data}, where)
+        manifest: Manifest = decode(cls, _with_added(data), where)
         if not 0 < manifest.head_rows <= manifest.vocab_size <= MAX_VOCAB or not manifest.context_length:
             raise VocabtrimError(f"{where} has a vocabulary, head or context of an impossible size: export again")
         if manifest.slots > manifest.vocab_size - manifest.head_rows:
             raise VocabtrimError(f"{where} has more slots than tokens that its head lacks: export the bundle again")
         if manifest.slots and HEAD_ROWS_NAME not in manifest.files:
             raise VocabtrimError(f"{where} has slots and names no {HEAD_ROWS_NAME}: export the bundle again")
+        if not all(
+            0 < each.per_token <= each.num_experts >= max(each.distinct, default=0) for each in manifest.experts
+        ):
+            raise VocabtrimError(f"{where} has experts of an impossible number: export the bundle again")
         return manifest
 
 
@@ -212,6 +194,14 @@ _ADDED: Mapping[str, Any] = {
     "slots": 0,
     "experts": [],
 }
+
+
+def _with_added(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a manifest's fields with those that were added later."""
+    whole = {**_ADDED, **data}
+    if isinstance(whole["experts"], list):
+        whole["experts"] = [{"distinct": []} | each if isinstance(each, dict) else each for each in whole["experts"]]
+    return whole
 
 
 def _digest(data: Mapping[str, Any]) -> str:

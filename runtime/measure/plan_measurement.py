@@ -78,8 +78,8 @@ def make_plan(
         _drafter_times(name, drafter, acceptance[name], {n: times[_label(name, n)][0] for n in lengths})
         for name, drafter in drafters.items()
     )
-    used = replace(settings, draft_lengths=lengths)
-    return PlanReport(plan(step_ms, measured), step_ms, measured, len(prompts), used, measured_on(target, drafters))
+    used, made = replace(settings, draft_lengths=lengths), plan(step_ms, measured, target.manifest)
+    return PlanReport(made, step_ms, measured, len(prompts), used, measured_on(target, drafters))
 
 
 def _label(name: str, draft_length: int) -> str:

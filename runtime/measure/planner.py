@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engines.bundle.manifest import Manifest
+from runtime.measure.expert_reads import ExpertReads
+
 # Thresholds of the reasons that a plan states. They change no choice.
-_COMPUTE_BOUND = 0.5  # of a step: what each further verified token costs
+_COMPUTE_BOUND = 0.5  # of a step: what each further verified token costs beyond the bytes that it reads
+_MORE_EXPERTS = 1.1  # of a step's weights: what a verification of a mixture reads
 _SMALL_HEAD = 0.25  # of the bytes of a draft step
 _LOW_ACCEPTANCE = 0.5  # of the first drafted tokens
 _LOST_ACCEPTANCE = 0.05  # of the first drafted tokens, by a trim
@@ -101,12 +105,13 @@ class Plan:
         return verdicts | {"best": asdict(self.best)} | asdict(self)
 
 
-def plan(target_step_ms: float, drafters: Sequence[DrafterTimes]) -> Plan:
+def plan(target_step_ms: float, drafters: Sequence[DrafterTimes], target: Manifest | None = None) -> Plan:
     """Choose the drafter and γ with the most expected tokens a round over the round's measured time.
 
     Args:
         target_step_ms: A whole round of the target alone, in ms.
         drafters: At least one, each with a round.
+        target: The target, whose experts may be a reason; None for a dense one.
     """
     candidates = sorted(
         (_candidate(target_step_ms, drafter, times) for drafter in drafters for times in drafter.rounds),
@@ -116,7 +121,8 @@ def plan(target_step_ms: float, drafters: Sequence[DrafterTimes]) -> Plan:
     gain = _trimming_gain(candidates)
     chosen = next(drafter for drafter in drafters if drafter.name == best.drafter)
     times = next(times for times in chosen.rounds if times.draft_length == best.draft_length)
-    reasons = [*_against_speculation(target_step_ms, chosen, times), *_against_trimming(drafters, gain)]
+    reads = ExpertReads.of(target, best.draft_length + 1) if target else None
+    reasons = [*_against_speculation(target_step_ms, chosen, times, reads), *_against_trimming(drafters, gain)]
     return Plan(tuple(candidates), 1e3 / target_step_ms, gain, tuple(reasons))
 
 
@@ -153,11 +159,16 @@ def _trimming_gain(candidates: Sequence[PlanCandidate]) -> float | None:
     return trimmed.tokens_per_second / full.tokens_per_second if trimmed and full else None
 
 
-def _against_speculation(target_step_ms: float, drafter: DrafterTimes, times: RoundTimes) -> list[str]:
+def _against_speculation(
+    target_step_ms: float, drafter: DrafterTimes, times: RoundTimes, reads: ExpertReads | None
+) -> list[str]:
     """Returns the reasons why even the best candidate is not faster, in words."""
     reasons = []
     width, cost = times.draft_length + 1, times.verify_ms / target_step_ms
-    if (cost - 1) / times.draft_length > _COMPUTE_BOUND:
+    weights = reads.weights if reads else 1.0
+    if reads and weights > _MORE_EXPERTS:
+        reasons.append(f"the target is a mixture of experts: {reads}; a verification takes {cost:.1f} of its steps")
+    if (cost - weights) / times.draft_length > _COMPUTE_BOUND:
         reasons.append(
             f"verifying {width} tokens costs {cost:.1f} steps of the target: it is bound by compute here, not by "
             "memory; a target of a wider dtype, or another device, gains more"

@@ -7,6 +7,7 @@ from typing import Any
 from engines.sampling_params import SamplingParams
 from runtime.alarm import Collapse
 from runtime.loop import GREEDY
+from runtime.measure.expert_reads import ExpertReads
 from runtime.measure.outputs import OutputDifference
 from runtime.stats import Percentiles
 
@@ -35,7 +36,10 @@ class ModeReport:
         bytes_per_step: Bytes that one draft step reads, weights and KV cache at the mean context; in target-only
             decoding, those of a target step.
         bandwidth_fraction: bytes_per_step over that step's time over the measured bandwidth of its engine's memory.
-        mbsu: τ/(c·γ + 1), where c is the drafter's bytes_per_step over the target's.
+        mbsu: τ/(c·γ + v), where c is the drafter's bytes_per_step over the target's, and v is 1 but for a mixture of
+            experts, whose verification reads more experts than its step.
+        expert_reads: What a verification reads of a mixture of experts; None for a dense target, and where nothing is
+            verified.
         latency_speedup: The decode_speedup that the measured steps predict, see `stats.latency_speedup`.
         predicted_tokens_per_second: The decode_tokens_per_second that the steps and overhead_ms predict.
         coverage: From the drafter's manifest.
@@ -65,6 +69,7 @@ class ModeReport:
     bytes_per_step: float
     bandwidth_fraction: float | None
     mbsu: float
+    expert_reads: ExpertReads | None
     latency_speedup: float | None
     predicted_tokens_per_second: float | None
     coverage: float | None

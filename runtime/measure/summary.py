@@ -8,6 +8,7 @@ from engines.base import DeviceName, Engine
 from engines.bundle.read import Manifest
 from runtime.alarm import find_collapse
 from runtime.draft_length import DraftLength
+from runtime.measure.expert_reads import ExpertReads
 from runtime.measure.outputs import OutputDifference, output_differences
 from runtime.measure.percentiles import call_percentiles, draft_percentiles, host_percentiles, round_percentiles
 from runtime.measure.report import ModeReport
@@ -80,6 +81,7 @@ def mode_report(
         bandwidth_fraction=step_bytes / (step.p50 / 1e3) / bandwidth if step else None,
         drafted_per_round=drafted,
         mbsu=mbsu(stats.block_efficiency, step_bytes / target_bytes, length_used, 1 + more_experts / target_bytes),
+        expert_reads=ExpertReads.of(target, length_used + 1) if drafter else None,
         coverage=drafter.coverage if drafter else None,
         **_times(flat, call_percentiles(_flat(baseline), "target", 1), stats.block_efficiency, fixed, drafted),
         **_outputs(runs, baseline, drafter, differences),

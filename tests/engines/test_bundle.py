@@ -60,6 +60,12 @@ def test_a_bundle_from_before_a_field_was_added_has_its_default(bundle):
     assert (found.kind, found.feature_layers, found.rules) == ("language-model", (), GenerationRules())
 
 
+def test_experts_from_before_their_picks_were_measured_are_read(bundle):
+    edit(bundle, experts=[{"num_experts": 8, "per_token": 2, "bytes": 80}])
+    (experts,) = read_bundle(bundle).manifest.experts
+    assert (experts.distinct, experts.expected_bytes(2)) == ((), 35)
+
+
 def test_another_valid_map_is_refused(bundle):
     other = VocabMap.from_ids([3, 4], 8)
     (bundle / "vocab_map.safetensors").write_bytes(other.to_bytes())
@@ -91,6 +97,9 @@ ENTRY = {"bytes": 0, "sha256": "0"}
         ({"inputs": "input_ids"}, "inputs is"),
         ({"tensorrt": {"flavor": "cuda"}}, "tensorrt has missing"),
         ({"role": "judge"}, "role is"),
+        ({"experts": [{"num_experts": 0, "per_token": 0, "bytes": 8}]}, "experts of an impossible number"),
+        ({"experts": [{"num_experts": 4, "per_token": 2, "bytes": 8, "distinct": [5.0]}]}, "experts of an impossible"),
+        ({"experts": 3}, "experts is 3"),
     ],
 )
 def test_a_manifest_that_says_what_cannot_be_is_refused(bundle, changes, message):

@@ -9,7 +9,11 @@ import jsonschema
 import pytest
 
 import runtime.rules
+from engines.bundle.experts import Experts
 from runtime.accept import Accepted, accept_greedy
+from runtime.measure.bench import bench as run_bench
+from tests.runtime.conftest import make_drafter, make_target
+from vocabtrim_export.cli.bench_tables import show
 from vocabtrim_export.cli.main import main
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "bench.schema.json").read_text("utf-8"))
@@ -65,6 +69,15 @@ def test_an_output_that_is_not_the_targets_own_is_exit_code_1(options, pair, pro
     assert main([*given, "--json"]) == 1
     data = validated(capsys.readouterr().out)
     assert data["lossless"] is False
+
+
+def test_a_mixture_that_speculation_does_not_pay_for_is_named(capsys):
+    """A fake's verification costs as much for each token as a step does."""
+    target = make_target(experts=(Experts(8, 2, 2400, (2.0, 3.5, 5.0)),))
+    show(run_bench(target, {"drafter": make_drafter()}, [[3, 4], [5]], max_new_tokens=24, draft_length=2))
+    verdict, reads = capsys.readouterr().out.splitlines()[-2:]
+    assert verdict.startswith("speculation does not pay here: at best 0.")
+    assert reads.startswith("the target is a mixture of experts: 3 tokens read 5.0 experts of a layer where one ")
 
 
 def test_a_single_configuration(bench, pair):

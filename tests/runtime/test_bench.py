@@ -2,12 +2,14 @@ import json
 
 import pytest
 
+from engines.bundle.experts import Experts
 from engines.errors import VocabtrimError
 from engines.generation_rules import GenerationRules
 from runtime import SamplingParams, SpeculativeDecoder, mbsu
 from runtime.draft_length import FixedLength
 from runtime.measure.bandwidth import read_bandwidth
 from runtime.measure.bench import bench
+from runtime.measure.expert_reads import ExpertReads
 from runtime.measure.outputs import output_differences
 from runtime.measure.summary import mode_report
 from runtime.measure.sweep import SweepSettings, sweep
@@ -47,6 +49,22 @@ def test_every_mode_is_measured_against_the_target_alone(make_target, make_draft
     assert trimmed["verify_ms"] > alone["verify_ms"]  # five positions of a fake cost more than one
     assert 0 < trimmed["overhead"] < 1
     assert data["environment"]["tool_versions"] == {"fake": "1"}
+
+
+def test_a_mixture_reads_more_for_a_verification(make_target, make_drafter):
+    """Of 1,000 bytes of weights 600 are two experts; five tokens pick three and a half."""
+    experts = (Experts(4, 2, 1200, (2.0, 3.0, 3.25, 3.375, 3.5)),)
+    report = bench(
+        make_target(experts=experts), {"drafter": make_drafter(noise=0.3)}, PROMPTS, max_new_tokens=20, draft_length=4,
+        bandwidth=1e9,
+    )  # fmt: skip
+    mode, context = report.modes["drafter"], 2 + 20 / 2
+    target = 1000 + 8 * context
+    assert mode.mbsu == mbsu(mode.block_efficiency, (200 + 8 * context) / target, 4, 1 + 450 / target)
+    assert mode.expert_reads == ExpertReads(5, 2, 3.5, 1.45, is_measured=True)
+    assert report.modes["target_only"].expert_reads is None
+    beyond = ExpertReads.of(make_target(experts=experts).manifest, 6)
+    assert (beyond.distinct, beyond.is_measured) == (3.75, False)
 
 
 def test_by_default_drafts_are_as_long_as_a_decoders(make_target, make_drafter):

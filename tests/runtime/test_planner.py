@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from engines.bundle.experts import Experts
 from engines.errors import VocabtrimError
 from runtime.measure.plan_measurement import make_plan
 from runtime.measure.planner import DrafterTimes, RoundTimes, expected_block_efficiency, plan
@@ -51,6 +52,20 @@ def test_why_speculation_does_not_pay(changes, pays, reason):
     assert made.speculation_pays is pays
     assert made.trimming_pays is None
     assert [text for text in made.reasons if reason and reason in text] if reason else made.reasons == ()
+
+
+def test_a_mixture_whose_verification_reads_more_experts_is_a_reason_of_its_own(make_target):
+    """A step reads 1,000 bytes, 600 of them experts' of which it picks 2 of 8; three tokens pick 7."""
+    target = make_target(experts=(Experts(8, 2, 2400, (2.0, 5.0, 7.0)),)).manifest
+    made = plan(10.0, [drafter(verify=25.0)], target)
+    assert (made.best.draft_length, made.speculation_pays) == (2, False)
+    assert made.reasons == (
+        "the target is a mixture of experts: 3 tokens read 7.0 experts of a layer where one token reads 2, and 2.50 "
+        "times its weights (measured along text); a verification takes 2.5 of its steps",
+    )
+    assert "bound by compute" in plan(10.0, [drafter(verify=60.0)], target).reasons[1]
+    same = make_target(experts=(Experts(8, 2, 2400, (2.0, 2.0, 2.0)),)).manifest
+    assert plan(10.0, [drafter()], same).reasons == ()
 
 
 def test_why_a_trim_does_not_pay():

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from engines.errors import VocabtrimError
+from tests.runtime.conftest import make_drafter, make_target
 from vocabtrim_export.calibration import Corpus, Document
 from vocabtrim_export.calibration.counting import CalibrationInput
 from vocabtrim_export.calibration.domains import Domain
 from vocabtrim_export.head_choice.choose import choose
 from vocabtrim_export.head_choice.replay import NEVER_KEPT, Text, preferred, right_tokens, rounds_of
-from vocabtrim_export.head_choice.steps import StepTimes
+from vocabtrim_export.head_choice.steps import StepTimes, measure_steps
 from vocabtrim_export.head_choice.texts import held_out_places
 
 VOCAB = 40
@@ -97,7 +98,16 @@ def test_a_drafter_that_is_never_right_is_expected_to_draft_nothing():
     never = Text("a", [0], np.array([1] * 20), [None] * 20)
     choice = choose([never], np.arange(3000), TIMES, 3000, (0,))
     assert choice.best.domains[0].draft_length == 0
+    assert "a: speculation does not pay" in choice.reasons()[1]
     assert choice.best.speedup == 1
+
+
+def test_steps_are_timed_on_a_text():
+    """Which experts a verification reads depends on its tokens; a text that is short is repeated."""
+    target, drafter = make_target(), make_drafter()
+    text = list(range(3, 28))
+    assert set(measure_steps(target, drafter, 8, text).verify) == {1, 2, 3, 5, 9, 17}
+    assert (target.tokens, drafter.tokens) == ([*text, *text[:8]], text[:17])
 
 
 def corpus_of(*files):

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.bundle.checks import graph_metadata
+from engines.bundle.experts import Picks
 from engines.bundle.graph_file import HEAD_TENSORS, GraphFile
 from engines.bundle.graph_io import SLOT_WEIGHT, TOKEN_IDS, TOKEN_TABLE
 from engines.bundle.read import (
@@ -65,6 +66,7 @@ class BundlePlan:
         coverage: The share of held-out tokens that the head keeps, if it was measured.
         calibration: The source of the token counts (`TokenCounts.describe`).
         moments: See `input_moments`; int4 is better with them.
+        picks: See `distinct_experts`; empty where it was not measured.
         trt: Settings for TensorRT plans; None makes a bundle for ONNX Runtime.
         features_given: The layers of a target whose inputs a head reads.
         slots: In-context slots of a trimmed head.
@@ -80,6 +82,7 @@ class BundlePlan:
     coverage: float | None = None
     calibration: Mapping[str, Any] | None = None
     moments: Mapping[str, Tensor] | None = None
+    picks: Picks = field(default_factory=dict)
     trt: TensorRTSettings | None = None
     features_given: tuple[int, ...] = ()
     slots: int = 0
@@ -230,7 +233,9 @@ def _manifest(plan: BundlePlan, lowered: Lowered) -> Manifest:
         calibration=plan.calibration,
         rules=generation_rules(source.model.generation_config) if plan.role == "target" else GenerationRules(),
         slots=plan.slots,
-        experts=lowered.experts,
+        experts=tuple(
+            replace(each, distinct=plan.picks.get((each.num_experts, each.per_token), ())) for each in lowered.experts
+        ),
         **_features(plan),
     )
 

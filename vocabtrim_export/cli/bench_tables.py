@@ -1,5 +1,6 @@
 """The reports of `vocabtrim bench` as tables for people."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vocabtrim_export.cli.console import print_table
@@ -60,6 +61,7 @@ def show_bench(report: "BenchReport") -> None:
         if mode.collapse:
             print(f"warning, {name.replace('_', ' ')}: {mode.collapse}")
         _show_differences(name.replace("_", " "), mode)
+    _show_verdict([mode for name, mode in report.modes.items() if name != "target_only"], forced)
     if report.lossless is False:
         print("NOT LOSSLESS")
 
@@ -79,6 +81,7 @@ def show_sweep(report: "SweepReport") -> None:
         if row.report.collapse:
             print(f"warning, {row.drafter.replace('_', ' ')} with γ = {row.draft_length}: {row.report.collapse}")
         _show_differences(f"{row.drafter.replace('_', ' ')}, γ = {row.draft_length}", row.report)
+    _show_verdict([row.report for row in report.rows if row.draft_length], settings.force_accepted is not None)
     if report.lossless is not None:
         near = " but for near-ties" if any(row.report.near_ties for row in report.rows) else ""
         print(f"all outputs equal target only's{near}" if report.lossless else "NOT LOSSLESS")
@@ -112,6 +115,22 @@ def show_plan(report: "PlanReport") -> None:
         print(f"{verdict}: the best trimmed drafter has {plan.trimming_gain:.2f}× the speed of the full one")
     for reason in plan.reasons:
         print(f"why not more: {reason}")
+
+
+def _show_verdict(speculating: Sequence["ModeReport"], forced: bool) -> None:
+    """Print whether speculation pays, where it does not, and what a verification reads of a mixture of experts.
+
+    Args:
+        speculating: The ways of decoding with drafts.
+        forced: Whether acceptance was forced, so that speed-ups say nothing of it.
+    """
+    if not speculating:
+        return
+    best = max(speculating, key=lambda mode: mode.decode_speedup)
+    if 0 < best.decode_speedup <= 1 and not forced:
+        print(f"speculation does not pay here: at best {best.decode_speedup:.2f}× the speed of the target alone")
+    if best.expert_reads:
+        print(f"the target is a mixture of experts: {best.expert_reads}")
 
 
 def _show_differences(name: str, report: "ModeReport") -> None:

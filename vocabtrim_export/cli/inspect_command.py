@@ -197,6 +197,7 @@ def _facts(manifest: "Manifest") -> dict[str, str]:
         "coverage": "unknown" if manifest.coverage is None else f"{manifest.coverage:.2%} of held-out tokens",
         "context length": f"{manifest.context_length:,} tokens",
         "weights per step": f"{manifest.weight_bytes_per_step:,} bytes, of the head {manifest.head_bytes:,}",
+        "experts": _experts(manifest),
         "rules": _rules(manifest),
         "KV cache": f"{manifest.kv_bytes_per_token:,} bytes a token",
     }
@@ -230,6 +231,14 @@ def _shape(shape: list[Any]) -> str:
 def _tensors(tensors: list[Any]) -> str:
     """Returns the shapes of a parsed network's tensors, or the names of a graph's, which have no shapes there."""
     return ", ".join(tensor if isinstance(tensor, str) else _shape(tensor["shape"]) for tensor in tensors)
+
+
+def _experts(manifest: "Manifest") -> str:
+    """Returns the experts of a mixture in words."""
+    from runtime.measure.expert_reads import ExpertReads
+
+    forms = ", ".join(f"{each.num_experts} a layer, a token picks {each.per_token}" for each in manifest.experts)
+    return f"{forms}; {ExpertReads.of(manifest, 5)}" if forms else "none"
 
 
 def _rules(manifest: "Manifest") -> str:

@@ -82,8 +82,11 @@ class Choice:
         lines = [f"--k auto chose {rows}: expected {best.speedup:.2f}× the target alone{than}"]
         pairs = sorted(zip(best.domains, full.domains, strict=True), key=lambda pair: pair[0].speedup / pair[1].speedup)
         for mine, its in pairs:
+            speed = f"{mine.speedup:.2f}× with γ = {mine.draft_length}"
+            if not mine.draft_length:
+                speed = "speculation does not pay, the target alone is faster than drafts of any length"
             lines.append(
-                f"{mine.domain}: {mine.speedup:.2f}× with γ = {mine.draft_length}, full head {its.speedup:.2f}×; "
+                f"{mine.domain}: {speed}, full head {its.speedup:.2f}×; "
                 f"block efficiency {mine.block_efficiency:.2f} and {its.block_efficiency:.2f} on {mine.texts} texts"
             )
         return tuple(lines)

@@ -58,7 +58,8 @@ def choose_head(
     hidden = drafter.model.get_output_embeddings().weight.shape[1]
     with load_engine(places["target"]) as verifier, load_engine(places["drafter"], "cpu", verifier) as proposer:
         texts = replayed_texts(prompts, verifier, proposer, lambda done, total: progress("replay", done, total))
-        times = measure_steps(verifier, proposer, hidden)
+        longest = max(texts, key=lambda text: len(text.prompt) + len(text.tokens))
+        times = measure_steps(verifier, proposer, hidden, [*longest.prompt, *longest.tokens.tolist()])
     choice = choose(texts, order, times, manifests["drafter"].head_rows, _slots_to_try(settings))
     if choice.best != choice.full:
         shutil.rmtree(places["drafter"])

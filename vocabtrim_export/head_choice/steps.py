@@ -1,5 +1,6 @@
 """Times of a pair's steps on this machine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -7,6 +8,7 @@ from time import perf_counter
 import numpy as np
 
 from engines.base import Engine
+from runtime.measure.sweep import at_context
 
 _ROWS = (1, 2, 3, 5, 9, 17)  # the numbers of tokens for which a verification is timed
 _REPEATS, _WARM_UP = 15, 2
@@ -42,23 +44,25 @@ class StepTimes:
         return float(np.interp(tokens, rows, [self.verify[n] for n in rows]))
 
 
-def measure_steps(target: Engine, drafter: Engine, hidden: int) -> StepTimes:
-    """Time a pair's engines.
+def measure_steps(target: Engine, drafter: Engine, hidden: int, text: Sequence[int]) -> StepTimes:
+    """Time a pair's engines on a text: what a verification reads of a mixture of experts depends on its tokens.
 
     Args:
         target: The target's engine.
         drafter: The engine of the drafter with its full head.
         hidden: The width of the drafter's head.
+        text: Token ids, repeated where they are few.
     """
     capacity = min(target.capacity, drafter.capacity)
     context = min(_CONTEXT, capacity // 2)
     rows = [n for n in _ROWS if n <= target.max_keep and context + n <= capacity]
+    ids = at_context(text, context + max(rows))
     calls = [(drafter, 1), *((target, n) for n in rows)]
     for engine in (drafter, target):
         engine.rewind(0)
-        engine.feed([1] * context)
+        engine.feed(ids[:context])
     # All calls in turn: a machine that slows down in between slows all of them.
-    rounds = [[_seconds(engine, n) for engine, n in calls] for _ in range(_WARM_UP + _REPEATS)]
+    rounds = [[_seconds(engine, ids[context : context + n]) for engine, n in calls] for _ in range(_WARM_UP + _REPEATS)]
     step, *verify = (median(times) for times in zip(*rounds[_WARM_UP:], strict=True))
     manifest = drafter.manifest
     itemsize = 2 if manifest.dtype == "fp16" else 4
@@ -71,15 +75,11 @@ def measure_steps(target: Engine, drafter: Engine, hidden: int) -> StepTimes:
     )
 
 
-def _seconds(engine: Engine, tokens: int) -> float:
-    """Time one call on `tokens` tokens after the context that is in the cache.
-
-    The tokens differ: equal tokens would pick the same experts of a mixture, and a verification's do not.
-    """
+def _seconds(engine: Engine, token_ids: Sequence[int]) -> float:
+    """Time one call on tokens after the context that is in the cache."""
     context = engine.length
-    token_ids = [token % engine.manifest.vocab_size for token in range(tokens)]
     start = perf_counter()
-    engine.feed(token_ids, keep=tokens)
+    engine.feed(token_ids, keep=len(token_ids))
     seconds = perf_counter() - start
     engine.rewind(context)
     return seconds

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from engines.bundle.experts import Experts
 from engines.bundle.graph_io import PAST, SLOT_WEIGHT
-from engines.bundle.manifest import Experts
 from engines.errors import VocabtrimError
 from vocabtrim_export.lowering.embedding import GATHER_BLOCKS
 from vocabtrim_export.lowering.experts import MOE, QMOE
