@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from runtime.draft_length import RoundPlan
 from runtime.prompt_lookup import LOOKUP_PRIORS
+from runtime.round import Round
 from runtime.round_costs import Costs, MeasuredCosts
 from runtime.shares import Shares
 
@@ -80,15 +81,14 @@ class AdaptiveLength:
         self._bins: list[int] = []  # of the draft at hand
         self._chance = 1.0  # that all of it is accepted
         self._wait, self._left = _FIRST_WAIT, 0
-        self._rounds, self._is_lookup = 0, False
+        self._rounds = 0
 
     def begin(self, chances: Sequence[float] = ()) -> RoundPlan:
         self._bins, self._chance = [], 1.0
         self._rounds += 1
         pays = self._pays()
         looked_up, gain = self._looked_up(chances)
-        self._is_lookup = looked_up > 0 and gain > (self._drafter_gain() if pays else 0.0)
-        if self._is_lookup:
+        if looked_up > 0 and gain > (self._drafter_gain() if pays else 0.0):
             return RoundPlan(looked_up, 0)
         if pays:
             self._left = 0
@@ -105,19 +105,20 @@ class AdaptiveLength:
         gain = self._chance * self._next_is_right[index]
         return gain > self._rate() * self._costs.next_drafted
 
-    def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
-        stepped = 0 if self._is_lookup else drafted
-        if self._costs.observe(stepped, drafted, draft_seconds, verify_seconds, seconds):
+    def observe(self, entry: Round) -> None:
+        accepted, stepped = entry.accepted, entry.drafted - entry.looked_up
+        seconds = entry.seconds - entry.prefill_seconds
+        if self._costs.observe(stepped, entry.drafted, entry.draft_seconds, entry.verify_seconds, seconds):
             self._loop, self._drafted = _TokenRate(_LOOP_MEMORY), _TokenRate(_DRAFTED_MEMORY)
             self._wait, self._left = _FIRST_WAIT, 0
-        spent = self._costs.round(stepped, drafted)
+        spent = self._costs.round(stepped, entry.drafted)
         self._loop.add(accepted + 1, spent)
-        if drafted == 0 or self._is_lookup:
+        if stepped == 0:
             return
         if self._drafted.value == 0:
             self._drafted.add(_PRIOR_TOKENS, self._costs.round(1, 1))
         self._drafted.add(accepted + 1, spent)
-        self._learn(drafted, accepted)
+        self._learn(stepped, accepted)
         if self._pays():
             self._wait = _FIRST_WAIT
         elif self._left == 0:  # this was a probe, or the draft that told that drafting does not pay

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from runtime.round import Round
 from runtime.round_costs import Costs
 from runtime.shares import Shares
 
@@ -60,16 +61,8 @@ class DraftLength(Protocol):
             confidence: The drafter's probability of its most likely token, at the token that was drafted last.
         """
 
-    def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
-        """Learn from a round that was planned.
-
-        Args:
-            drafted: Drafted tokens, looked-up ones included.
-            accepted: Those of them that were accepted.
-            draft_seconds: Time of drafting.
-            verify_seconds: Time of the verification.
-            seconds: Time of the whole round.
-        """
+    def observe(self, entry: Round) -> None:
+        """Learn from the round that was planned last."""
 
     def afresh(self, costs: Costs) -> "DraftLength":
         """Returns a length by the same rule that has learnt nothing.
@@ -93,7 +86,7 @@ class FixedLength:
     def goes_on(self, confidence: float) -> bool:  # noqa: ARG002
         return True
 
-    def observe(self, drafted: int, accepted: int, draft_seconds: float, verify_seconds: float, seconds: float) -> None:
+    def observe(self, entry: Round) -> None:
         """Do nothing: the length is fixed."""
 
     def afresh(self, costs: Costs) -> "FixedLength":  # noqa: ARG002

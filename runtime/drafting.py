@@ -11,7 +11,8 @@ from runtime.draft_length import DraftLength, RoundPlan
 from runtime.profiling import DRAFTER, TARGET, Profiler
 from runtime.prompt_lookup import NO_MATCH, PromptLookup
 from runtime.readers import TokenReader, make_reader
-from runtime.rules import Rule
+from runtime.round import Round
+from runtime.rules import Q, Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Draft:
 
     Attributes:
         tokens: The drafted tokens that can be used; none where the target decodes alone.
+        q: See `Rule.accept`; empty where the engines decide what is accepted.
         seconds: The time to propose them, without `prefill_seconds`.
         prefill_seconds: The time of the drafter's prefill, if this was its first draft.
         looked_up: See `Round`.
@@ -28,6 +30,7 @@ class Draft:
     """
 
     tokens: list[int]
+    q: Sequence[Q]
     seconds: float
     prefill_seconds: float = 0.0
     looked_up: int = 0
@@ -99,28 +102,21 @@ class Drafting:
             if draft := self._speculate(self._reader, text, steps, is_paused):
                 return draft
         start = perf_counter()
-        tokens, prefill_seconds, looked_up = list[int](), 0.0, 0
+        tokens, q, prefill_seconds, looked_up = list[int](), list[Q](), 0.0, 0
         if self._reader and steps > 0:
             with self._profiler.span("draft", DRAFTER, length=len(text)):
-                tokens, prefill_seconds = self._draft(self._reader, text, steps)
+                tokens, q, prefill_seconds = self._draft(self._reader, text, steps)
         elif plan.looked_up:
             tokens = self._look_up(match.tokens[: min(plan.looked_up, room)])
-            looked_up = len(tokens)
+            q, looked_up = [None] * len(tokens), len(tokens)
         if self._reader:
             self._reader.hold()
-        return Draft(tokens, perf_counter() - start - prefill_seconds, prefill_seconds, looked_up, is_paused)
+        return Draft(tokens, q, perf_counter() - start - prefill_seconds, prefill_seconds, looked_up, is_paused)
 
-    def learn(self, draft: Draft, accepted: int, verify_seconds: float, seconds: float) -> None:
-        """Let the draft length learn from a round.
-
-        Args:
-            draft: The proposed draft.
-            accepted: The number of its tokens that the target accepted.
-            verify_seconds: The time of the verification.
-            seconds: The time of the round so far, without prefills.
-        """
+    def learn(self, entry: Round) -> None:
+        """Let the draft length learn from the round that the last `propose` began."""
         if self._reader or self._lookup:
-            self._length.observe(len(draft.tokens), accepted, draft.seconds, verify_seconds, seconds)
+            self._length.observe(entry)
 
     def observe(self, output: StepOutput, kept: int, tokens: Sequence[int]) -> None:
         """Note what the target's last call gave.
@@ -169,37 +165,37 @@ class Drafting:
         tokens, accepted = self._usable(speculation.drafted.tolist()), speculation.accepted
         if accepted and accepted.count > len(tokens):  # the accepted draft goes on after an EOS
             speculation = replace(speculation, accepted=Accepted(len(tokens), accepted.next_token))
-        return Draft(tokens, speculation.draft_seconds, is_paused=is_paused, speculation=speculation)
+        return Draft(tokens, (), speculation.draft_seconds, is_paused=is_paused, speculation=speculation)
 
-    def _draft(self, reader: TokenReader, text: Sequence[int], room: int) -> tuple[list[int], float]:
-        """Returns the drafted tokens, and the seconds of the drafter's prefill if this was its first draft."""
-        tokens: list[int] = []
+    def _draft(self, reader: TokenReader, text: Sequence[int], room: int) -> tuple[list[int], list[Q], float]:
+        """Returns the drafted tokens, their q, and the seconds of the drafter's prefill if this was its first draft."""
+        tokens, q = list[int](), list[Q]()
         drafter, start = reader.drafter, perf_counter()
         unread, is_first = reader.unread(text), not self._has_drafted
         self._has_drafted = True
         is_argmax = self._rule.runs_on_device and self._rule.sampling is None
         at_once = is_argmax and not is_first and drafter.unrolled == room and not self._length.is_stepwise
         if at_once and (drafted := drafter.draft(unread)) is not None:
-            return self._usable(drafted.tolist()), 0.0
+            return self._usable(drafted.tolist()), q, 0.0
         with self._profiler.span("prefill" if is_first else "catch_up", DRAFTER, tokens=len(unread)):
             output = reader.read(unread)
         prefill_seconds = perf_counter() - start if is_first else 0.0
-        while (token := self._rule.propose(tokens, output)) is not None:
-            if token >= self._vocab_size:  # a head padded further than the target's
+        while (proposal := self._rule.propose(tokens, output)) is not None:
+            if proposal.token >= self._vocab_size:  # a head padded further than the target's
                 break
-            tokens.append(token)
-            if len(tokens) == room or token in self._stop:  # nothing after an EOS can be used
+            tokens.append(proposal.token)
+            q.append(proposal.q)
+            if len(tokens) == room or proposal.token in self._stop:  # nothing after an EOS can be used
                 break
-            if self._length.is_stepwise and not self._length.goes_on(self._rule.confidence(output)):
+            if self._length.is_stepwise and not self._length.goes_on(proposal.confidence()):
                 break
             output = drafter.feed(tokens[-1:])
-        return tokens, prefill_seconds
+        return tokens, q, prefill_seconds
 
     def _look_up(self, matched: Sequence[int]) -> list[int]:
         tokens = self._usable(list(matched))
         if self._masks:
             tokens = tokens[: self._masks.fitting(tokens)]
-        self._rule.look_up(len(tokens))
         return tokens
 
     def _usable(self, drafted: list[int]) -> list[int]:

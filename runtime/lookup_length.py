@@ -16,9 +16,7 @@ class LookupLength(AdaptiveLength):
     is_stepwise = False
 
     def begin(self, chances: Sequence[float] = ()) -> RoundPlan:
-        looked_up, _ = self._looked_up(chances)
-        self._is_lookup = looked_up > 0
-        return RoundPlan(looked_up, 0)
+        return RoundPlan(self._looked_up(chances)[0], 0)
 
     def afresh(self, costs: Costs) -> "LookupLength":
         return LookupLength(self.longest, costs=costs)

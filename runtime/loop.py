@@ -130,7 +130,7 @@ class _Loop:
             output = self.target.feed(unread)
         fed = perf_counter()
         with self.profiler.span("accept", drafted=0):
-            token = self.rule.accept([], output).next_token
+            token = self.rule.accept([], [], output).next_token
         self.drafting.observe(output, len(unread), [token])
         self.sequence.append(token)
         note_text(self.target, self.drafting.drafter, self.sequence)
@@ -142,7 +142,6 @@ class _Loop:
         start = perf_counter()
         draft = self.drafting.propose(self.sequence, self.room())
         output, accepted, verify_seconds = self.verify(draft)
-        self.drafting.learn(draft, accepted.count, verify_seconds, perf_counter() - start - draft.prefill_seconds)
         tokens = draft.tokens[: accepted.count]
         if not tokens or tokens[-1] not in self.stop:
             tokens.append(accepted.next_token)
@@ -152,7 +151,7 @@ class _Loop:
             self.drafting.observe(output, len(tokens), tokens)
             self.drafting.rewind(len(self.sequence) - 1)
             note_text(self.target, self.drafting.drafter, self.sequence)
-        return Round(
+        entry = Round(
             tuple(tokens),
             False,
             len(draft.tokens),
@@ -166,6 +165,8 @@ class _Loop:
             draft.looked_up,
             draft.is_paused,
         )
+        self.drafting.learn(entry)
+        return entry
 
     def room(self) -> int:
         """Returns the most drafted tokens that can be used, as the target adds one, and that its cache holds."""
@@ -181,7 +182,7 @@ class _Loop:
                 output = self.target.feed([self.sequence[-1], *draft.tokens], keep=len(draft.tokens) + 1)
             seconds = perf_counter() - start
         with self.profiler.span("accept", drafted=len(draft.tokens)):
-            return output, accepted or self.rule.accept(draft.tokens, output), seconds
+            return output, accepted or self.rule.accept(draft.tokens, draft.q, output), seconds
 
     def logprobs_of(self, tokens: Sequence[int], output: StepOutput) -> tuple[TokenLogprob, ...]:
         """Returns nothing where none were asked for, so that an engine need not hand its logits over."""

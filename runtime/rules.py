@@ -1,7 +1,7 @@
 """Rules to propose and accept tokens: greedy, sampled, or a number of accepted tokens that is set beforehand."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,23 @@ from runtime.constraint import ConstrainedRules, Masks
 from runtime.logit_rules import FORBIDDEN, Columns, LogitRules, make_logit_rules
 from runtime.sampling import distribution, largest_probability, sample
 
+# float32[rows], the distribution that a drafted token was drawn from; None for a token that was not drawn.
+Q = NDArray[np.float32] | None
+
+
+class Proposal(NamedTuple):
+    """A token that the drafter proposes. It is valid until the drafter's next call.
+
+    Attributes:
+        token: The token's id.
+        confidence: Returns the drafter's probability of its most likely token.
+        q: The distribution that it was drawn from.
+    """
+
+    token: int
+    confidence: Callable[[], float]
+    q: Q = None
+
 
 class Rule(Protocol):
     """A rule to propose a round's tokens and to accept them."""
@@ -27,20 +44,15 @@ class Rule(Protocol):
     def sampling(self) -> Sampling | None:
         """The parameters with which a device can do both by itself; None where it takes the most likely tokens."""
 
-    def propose(self, draft: list[int], output: StepOutput) -> int | None:
+    def propose(self, draft: list[int], output: StepOutput) -> Proposal | None:
         """Returns the drafter's next token after the text and `draft`; None where no token may be chosen."""
 
-    def look_up(self, count: int) -> None:
-        """Note that the draft begins with `count` looked-up tokens, which were not drawn from a distribution."""
-
-    def confidence(self, output: StepOutput) -> float:
-        """Returns the drafter's probability of its most likely token, after `propose` has chosen one."""
-
-    def accept(self, draft: list[int], output: StepOutput) -> Accepted:
+    def accept(self, draft: list[int], q: Sequence[Q], output: StepOutput) -> Accepted:
         """Accept a draft, and append what stays to the text.
 
         Args:
             draft: The drafted tokens; an empty draft only asks for the target's next token.
+            q: The distribution that each of them was drawn from.
             output: The target's output, with keep = len(draft) + 1.
         """
 
@@ -51,16 +63,15 @@ class Greedy:
     runs_on_device = True
     sampling: Sampling | None = None
 
-    def look_up(self, count: int) -> None:
-        """Nothing: any token may be drafted."""
+    def propose(self, draft: list[int], output: StepOutput) -> Proposal | None:  # noqa: ARG002
+        return Proposal(int(output.token_ids[-1]), lambda: largest_probability(output.logits[-1]))
 
-    def propose(self, draft: list[int], output: StepOutput) -> int | None:  # noqa: ARG002
-        return int(output.token_ids[-1])
-
-    def confidence(self, output: StepOutput) -> float:
-        return largest_probability(output.logits[-1])
-
-    def accept(self, draft: list[int], output: StepOutput) -> Accepted:
+    def accept(
+        self,
+        draft: list[int],
+        q: Sequence[Q],  # noqa: ARG002
+        output: StepOutput,
+    ) -> Accepted:
         return accept_greedy(draft, output.token_ids)
 
 
@@ -70,7 +81,12 @@ class ForcedAcceptance(Greedy):
     def __init__(self, count: int) -> None:
         self.count = count
 
-    def accept(self, draft: list[int], output: StepOutput) -> Accepted:
+    def accept(
+        self,
+        draft: list[int],
+        q: Sequence[Q],  # noqa: ARG002
+        output: StepOutput,
+    ) -> Accepted:
         return accept_forced(draft, output.token_ids, self.count)
 
 
@@ -83,21 +99,19 @@ class RuledGreedy:
     def __init__(self, rules: LogitRules | ConstrainedRules, drafter: Engine | None, vocab_size: int) -> None:
         self.rules, self.columns = rules, Columns(vocab_size)
         self.head = DrafterHead(drafter, vocab_size)
-        self.proposed_from = np.zeros(0, np.float32)  # the row that `propose` has just chosen from
 
-    def look_up(self, count: int) -> None:
-        """Nothing: any token may be drafted."""
-
-    def propose(self, draft: list[int], output: StepOutput) -> int | None:
+    def propose(self, draft: list[int], output: StepOutput) -> Proposal | None:
         head = self.head
         row = self.rules.apply(output.logits[-1, : head.columns.width], draft, head.columns)
-        self.proposed_from, best = row, int(row.argmax())
-        return None if row[best] == FORBIDDEN else head.token(best)
+        best = int(row.argmax())
+        return None if row[best] == FORBIDDEN else Proposal(head.token(best), lambda: largest_probability(row))
 
-    def confidence(self, output: StepOutput) -> float:  # noqa: ARG002
-        return largest_probability(self.proposed_from)
-
-    def accept(self, draft: list[int], output: StepOutput) -> Accepted:
+    def accept(
+        self,
+        draft: list[int],
+        q: Sequence[Q],  # noqa: ARG002
+        output: StepOutput,
+    ) -> Accepted:
         logits, chosen = output.logits, list[int]()
         for i in range(len(draft) + 1):
             row = require_choice(self.rules.apply(logits[i], draft[:i], self.columns))
@@ -110,7 +124,7 @@ class RuledGreedy:
 
 
 class Sampled:
-    """Keeps the distribution behind each proposed token until the draft is judged."""
+    """Draws tokens, and accepts by the distributions that they were drawn from."""
 
     def __init__(
         self,
@@ -122,26 +136,18 @@ class Sampled:
         self.sampling = Sampling(params, np.random.default_rng(params.seed))
         self.rules, self.runs_on_device = rules, rules is None
         self.columns, self.head = Columns(vocab_size), DrafterHead(drafter, vocab_size)
-        self.q: list[NDArray[np.float32] | None] = []
 
-    def look_up(self, count: int) -> None:
-        self.q = [None] * count
-
-    def propose(self, draft: list[int], output: StepOutput) -> int | None:
+    def propose(self, draft: list[int], output: StepOutput) -> Proposal | None:
         row = output.logits[-1, : self.head.columns.width]
         if self.rules:
             row = self.rules.apply(row, draft, self.head.columns)
             if row.max() == FORBIDDEN:
                 return None
         q = self.warped(row)
-        self.q.append(q)
-        return self.head.token(sample(q, self.sampling.rng))
+        return Proposal(self.head.token(sample(q, self.sampling.rng)), lambda: float(q.max()), q)
 
-    def confidence(self, output: StepOutput) -> float:  # noqa: ARG002
-        return 0.0 if self.q[-1] is None else float(self.q[-1].max())
-
-    def accept(self, draft: list[int], output: StepOutput) -> Accepted:
-        logits, q, self.q = output.logits, self.q, []
+    def accept(self, draft: list[int], q: Sequence[Q], output: StepOutput) -> Accepted:
+        logits = output.logits
 
         def p(i: int) -> NDArray[np.float32]:
             if self.rules is None:

@@ -8,6 +8,7 @@ from runtime import SamplingParams, SpeculativeDecoder
 from runtime.adaptive_length import AdaptiveLength
 from runtime.draft_length import DraftLength, FixedLength
 from runtime.draft_tiers import TIERS, TieredLength, tiers_up_to
+from runtime.round import Round
 from runtime.round_costs import GivenCosts
 
 STEP, OVERHEAD = 5.0, 0.2  # ms of a draft step, and of a round outside the engines
@@ -61,9 +62,10 @@ def speed(length: DraftLength, text, verify, tokens=4000, slowed=undisturbed, be
         slow_draft, slow_verify = slowed(made)
         drafting = STEP * len(draft) * slow_draft
         verifying = verify(len(draft) + 1) * rng.uniform(0.97, 1.03) * slow_verify
-        length.observe(len(draft), accepted, drafting, verifying, drafting + verifying + OVERHEAD)
+        seconds = drafting + verifying + OVERHEAD
+        length.observe(Round((), False, len(draft), accepted, 0.0, drafting, verifying, seconds, None))
         if made >= begin:
-            spent += drafting + verifying + OVERHEAD
+            spent += seconds
             counted += accepted + 1
         made += accepted + 1
     return counted / spent

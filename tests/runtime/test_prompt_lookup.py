@@ -1,6 +1,7 @@
 """Prompt lookup: the index against a search of the whole text, and in the loop."""
 
 import random
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -102,6 +103,25 @@ def test_useless_matches_are_not_drafted_for_long(make_target, make_drafter):
     decoded(make_target(), make_drafter(noise=9.0), prompt, length)
     _, stats = decoded(make_target(), make_drafter(noise=9.0), prompt, length)
     assert stats.looked_up < 6
+
+
+class RecordedCosts(GivenCosts):
+    """Records the tokens that the drafter is said to have drafted, and those verified, of each round."""
+
+    rounds: ClassVar[list[tuple[int, int]]] = []
+
+    def observe(self, drafted, verified, draft_seconds, verify_seconds, seconds):
+        self.rounds.append((drafted, verified))
+        return False
+
+
+def test_looked_up_tokens_are_no_steps_of_the_drafter(make_target, make_drafter, monkeypatch):
+    monkeypatch.setattr(RecordedCosts, "rounds", [])
+    length = AdaptiveLength(8, costs=RecordedCosts(step=0.3, row=0.02))
+    _, stats = decoded(repeating(make_target()), make_drafter(), PROMPT, length)
+    stepped, verified = map(sum, zip(*RecordedCosts.rounds, strict=True))
+    assert stats.looked_up > 0
+    assert (stepped, verified) == (stats.drafted - stats.looked_up, stats.drafted)
 
 
 def test_off_by_a_flag(make_target, make_drafter):
