@@ -1,7 +1,6 @@
-"""Engines on ONNX Runtime's CPU with hidden states: a target that gives features, a head that reads them."""
+"""Heads on ONNX Runtime's CPU that read their target's hidden states and have a KV cache."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,26 +14,6 @@ from engines.ort.calls import Call
 from engines.ort.engine import OnnxRuntimeEngine
 from engines.ort.step import HostStep, Step
 from engines.outputs import StepOutput
-
-
-class FeatureEngine(OnnxRuntimeEngine):
-    """A target whose graph gives features with every call."""
-
-    def __init__(self, bundle: Bundle, session: ort.InferenceSession, shared: OnnxRuntimeEngine | None = None) -> None:
-        super().__init__(bundle, session, shared)
-        self.features_given = bundle.manifest.feature_size
-
-    def fork(self, share_cache_with: Engine | None = None) -> Engine:
-        shared = share_cache_with if isinstance(share_cache_with, OnnxRuntimeEngine) else None
-        return FeatureEngine(self._bundle, self._session, shared)
-
-    def _execute(self, step: Step, call: Call) -> StepOutput:
-        assert isinstance(step, HostStep)
-        output = super()._execute(step, call)
-        rows = step.hidden[FEATURES_OUTPUT][0]
-        if not call.is_last:
-            rows = rows.copy()
-        return replace(output, read_features=lambda: rows.astype(np.float32, copy=False))
 
 
 class EagleEngine(OnnxRuntimeEngine):

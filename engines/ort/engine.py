@@ -1,6 +1,8 @@
 """`OnnxRuntimeEngine`: a bundle on ONNX Runtime, with everything it touches bound once."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -62,6 +64,9 @@ class OnnxRuntimeEngine(Engine):
     last token once more, makes a token's logits the same bit for bit in a step of any length. Its keys and values lie
     after the cached tokens, where the next step overwrites them; the cache holds a token less for it. Where a head has
     more than 128 numbers, a feed may take two calls (see `KeyTiles`).
+
+    Attributes:
+        traces: The sessions that trace their operators, by the files that the traces go to when the engine is closed.
     """
 
     pads_lone_rows = True  # on the CPU; what runs elsewhere has other kernels
@@ -88,11 +93,13 @@ class OnnxRuntimeEngine(Engine):
         self._head_rows = int(logits.shape[-1])
         self.logits_type: str = logits.type
         self.slots = self._open_slots()
+        self.traces: Mapping[Path, ort.InferenceSession] = {}
         self._hidden = {
             value.name: (int(value.shape[-1]), numpy_dtype(value.type))
             for value in [*self._session.get_inputs(), *self._session.get_outputs()]
             if value.name in (FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT)
         }
+        self.features_given = bundle.manifest.feature_size if FEATURES_OUTPUT in self._hidden else 0
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         return self._feed(token_ids, keep)
@@ -130,6 +137,9 @@ class OnnxRuntimeEngine(Engine):
         return {"onnxruntime": ort.__version__}
 
     def _release(self) -> None:
+        for path, session in self.traces.items():
+            os.replace(session.end_profiling(), path)
+        self.traces = {}
         self._steps.clear()
         self._caches.clear()
         if hasattr(self, "_session"):
@@ -145,9 +155,10 @@ class OnnxRuntimeEngine(Engine):
         if self.vocab_map is None and isinstance(step, HostStep):
             step.check_chosen()
         self.length += count
+        features = step.features_reader(copied=not call.is_last)
         if call.is_last:
-            return StepOutput(step.token_ids[0], step.read_logits)
-        return StepOutput(step.token_ids[0, : call.keep], step.read_logits).copied()
+            return StepOutput(step.token_ids[0], step.read_logits, features)
+        return StepOutput(step.token_ids[0, : call.keep], step.read_logits, features).copied()
 
     def _step(self, length: int, keep: int) -> Step:
         step = self._steps.get((length, keep))

@@ -5,10 +5,9 @@ from pathlib import Path
 from engines.base import DeviceName, Engine, Neighbour
 from engines.bundle.read import FEATURES_NAME, MODEL_NAME, Bundle
 from engines.errors import VocabtrimError
-from engines.ort.eagle import EagleEngine, FeatureEngine
+from engines.ort.eagle import EagleEngine
 from engines.ort.engine import OnnxRuntimeEngine
 from engines.ort.medusa import MedusaEngine
-from engines.ort.profiled import load_profiled
 from engines.ort.session import open_session
 from engines.refusals import refuse_bf16
 
@@ -17,18 +16,34 @@ def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> Engine:
     """Load a bundle of `--format onnx`; see `engines.load.load_engine`."""
     manifest = bundle.manifest
     refuse_bf16(bundle)
-    if profile and manifest.interface == "parallel-heads":
-        raise VocabtrimError("the operators of Medusa heads are not profiled yet: leave --profile out")
-    if profile:
-        return load_profiled(bundle, profile, cache_owner(bundle, neighbour(), "cpu"))
-    session = open_session(bundle.path / MODEL_NAME)
     if manifest.interface == "parallel-heads":
-        return MedusaEngine(bundle, session)
+        if profile:
+            raise VocabtrimError("the operators of Medusa heads are not profiled yet: leave --profile out")
+        return MedusaEngine(bundle, open_session(bundle.path / MODEL_NAME))
+    traces = _trace_files(profile)
+    sessions = {
+        name: open_session(bundle.path / name, _trace_prefix(traces.get(name)))
+        for name in (MODEL_NAME, FEATURES_NAME)
+        if name in manifest.files
+    }
     if manifest.interface == "feature-head":
-        fuses = FEATURES_NAME in manifest.files
-        return EagleEngine(bundle, session, open_session(bundle.path / FEATURES_NAME) if fuses else None)
-    engine = FeatureEngine if manifest.feature_layers else OnnxRuntimeEngine
-    return engine(bundle, session, cache_owner(bundle, neighbour(), "cpu"))
+        engine: OnnxRuntimeEngine = EagleEngine(bundle, sessions[MODEL_NAME], sessions.get(FEATURES_NAME))
+    else:
+        engine = OnnxRuntimeEngine(bundle, sessions[MODEL_NAME], cache_owner(bundle, neighbour(), "cpu"))
+    engine.traces = {traces[name]: session for name, session in sessions.items() if name in traces}
+    return engine
+
+
+def _trace_files(profile: Path | None) -> dict[str, Path]:
+    """Returns the files of the operators' traces by the graphs' names."""
+    if profile is None:
+        return {}
+    return {MODEL_NAME: profile, FEATURES_NAME: profile.with_stem(f"{profile.stem}_features")}
+
+
+def _trace_prefix(file: Path | None) -> Path | None:
+    """Returns what ONNX Runtime, which adds a date, is to call the trace until the engine is closed."""
+    return file and file.with_name(f".{file.stem}")
 
 
 def cache_owner(bundle: Bundle, neighbour: Engine | None, device: DeviceName) -> OnnxRuntimeEngine | None:

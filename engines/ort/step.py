@@ -1,7 +1,7 @@
 """`Step`: one input length of an engine, with its buffers bound once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from engines.bundle.graph_io import FEATURES_OUTPUT
 from engines.errors import VocabtrimError
 
 
@@ -43,6 +44,14 @@ class Step(ABC):
     @abstractmethod
     def read_logits(self) -> NDArray[np.float32]:
         """Returns float32[keep, head_rows], the logits of the last `run`."""
+
+    def features_reader(self, copied: bool) -> Callable[[], NDArray[np.float32]] | None:  # noqa: ARG002
+        """Returns what reads the features of the last `run`, see `StepOutput`; None where the graph gives none.
+
+        Args:
+            copied: They must outlive the next `run`.
+        """
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +91,11 @@ class HostStep(Step):
     def read_logits(self) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self.logits[0].astype(np.float32, copy=False)
         return logits
+
+    def features_reader(self, copied: bool) -> Callable[[], NDArray[np.float32]] | None:
+        if FEATURES_OUTPUT not in self.hidden:
+            return None
+        rows = self.hidden[FEATURES_OUTPUT][0]
+        if copied:
+            rows = rows.copy()
+        return lambda: rows.astype(np.float32, copy=False)

@@ -36,7 +36,6 @@ class CudaFeatureEngine(OnnxRuntimeCudaEngine):
         shared: OnnxRuntimeCudaEngine | None = None,
     ) -> None:
         super().__init__(bundle, session, gpu, shared)
-        self.features_given = bundle.manifest.feature_size
         self.features = self._rows(MAX_KEEP)
         self._given_from = 0  # number of the token in the first row
 

@@ -8,7 +8,8 @@ import pytest
 from engines import load_engine, read_bundle
 from engines.base import Engine
 from engines.bundle.read import FEATURES_NAME
-from engines.ort.eagle import EagleEngine, FeatureEngine
+from engines.ort.eagle import EagleEngine
+from engines.ort.engine import OnnxRuntimeEngine
 from engines.ort.session import open_session
 from engines.ort_cuda.engine import OnnxRuntimeCudaEngine
 from engines.ort_cuda.rows import DeviceRows
@@ -63,7 +64,7 @@ def exact_pair(pair, directory):
             for name in names:
                 write_exact(path / name, directory / path.name / name)
         sessions = [open_session(directory / path.name / "model.onnx") for path in (pair.target, pair.drafter)]
-        target = opened.enter_context(FeatureEngine(read_bundle(pair.target), sessions[0]))
+        target = opened.enter_context(OnnxRuntimeEngine(read_bundle(pair.target), sessions[0]))
         fuse = open_session(directory / pair.drafter.name / FEATURES_NAME)
         yield target, opened.enter_context(EagleEngine(read_bundle(pair.drafter), sessions[1], fuse))
 
