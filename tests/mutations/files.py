@@ -239,9 +239,17 @@ FILES = (
         "tests/vocabtrim_export/test_gguf.py -k phi_4",
     ),
     Mutation(
+        "A checkpoint whose config.json asks for FlashAttention loads without it",
+        "the stated attention is kept",
+        "vocabtrim_export/sources/config.py",
+        "config._attn_implementation = None",
+        "config.vocabtrim = None",
+        "tests/vocabtrim_export/test_config.py -k attention",
+    ),
+    Mutation(
         "No model's own code runs",
         "remote code is allowed",
-        "vocabtrim_export/sources/checkpoint.py",
+        "vocabtrim_export/sources/config.py",
         '{"trust_remote_code": False}',
         '{"trust_remote_code": True}',
         "tests/vocabtrim_export/test_weight_files.py -k own_code",
@@ -257,7 +265,7 @@ FILES = (
     Mutation(
         "A model that a config.json makes too large is refused before it is allocated",
         "its size is not compared with the weights",
-        "vocabtrim_export/sources/checkpoint.py",
+        "vocabtrim_export/sources/config.py",
         "if wanted > _MOST_RATIO * weights:",
         "if False:",
         "tests/vocabtrim_export/test_weight_files.py",

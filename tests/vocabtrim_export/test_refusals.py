@@ -22,6 +22,7 @@ FEW = {"num_hidden_layers": 2}
         ("t5", {}, "encoder-decoder"),
         ("bert", {}, "bidirectional"),
         ("gemma", {"use_bidirectional_attention": True}, "bidirectional"),  # PaliGemma's text model
+        ("llama", {"is_causal": False}, "bidirectional"),  # a model of embeddings
         ("gemma3n_text", {}, "KV caches of earlier ones"),
         ("vit", {}, "no language model"),
     ],

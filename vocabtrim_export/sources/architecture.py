@@ -38,6 +38,7 @@ def is_bidirectional(config: Config, kind: ModelClass) -> bool:
     """
     builds_either = "create_bidirectional_mask" in inspect.getsource(sys.modules[kind.__module__])
     is_encoder = builds_either and getattr(config, "is_decoder", None) is False
+    is_encoder = is_encoder or getattr(config, "is_causal", None) is False
     return is_encoder or getattr(config, "use_bidirectional_attention", None) in (True, "all")
 
 

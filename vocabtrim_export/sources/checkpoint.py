@@ -7,20 +7,18 @@ from typing import Any
 
 import torch
 from transformers import (
-    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers import __version__ as transformers_version
 
 from engines.bundle.typed_json import read
 from engines.errors import VocabtrimError
 from vocabtrim_export.progress import BytesDone
+from vocabtrim_export.sources.config import NO_CODE, check_size, first_line, read_config
 from vocabtrim_export.sources.config_notes import ignored_window_note, own_code_note
 from vocabtrim_export.sources.expert_tensors import check_experts, check_room_for_experts
 from vocabtrim_export.sources.half_precision import half_dtype, put_back_float32
@@ -35,9 +33,6 @@ from vocabtrim_export.sources.text_models import (
     text_weights,
 )
 from vocabtrim_export.sources.unread_tensors import check_unread
-
-_NO_CODE = {"trust_remote_code": False}  # transformers must neither ask on the terminal nor run a model's own code
-_MOST_RATIO = 16  # a checkpoint may pack several weights in a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +78,7 @@ def load_checkpoint(
     config = read_config(spec, where)
     text = text_config(spec, config)
     check_architecture(spec, text)
-    _check_size(spec, text, weights)
+    check_size(spec, text, weights)
     check_experts(spec, files)
     tokenizer = read_checkpoint_tokenizer(spec, where)
     notes = _unquantized_note(spec, files, config, text)
@@ -100,31 +95,6 @@ def load_checkpoint(
     notes += own_code_note(spec, config) + ignored_window_note(spec, text, type(model))
     notes += check_unread(spec, loading["unexpected_keys"], int(model.config.num_hidden_layers))
     return Loaded(model, tokenizer, notes=notes)
-
-
-def read_config(spec: str, where: str) -> PreTrainedConfig:
-    """Read the config of a model whose architecture transformers itself has.
-
-    Args:
-        spec: MODEL as the user gave it, for errors.
-        where: The directory.
-
-    Raises:
-        VocabtrimError: transformers lacks the architecture.
-    """
-    raw = read(Path(where) / "config.json")
-    stated = raw.get("model_type") if isinstance(raw, dict) else None
-    if stated and stated not in CONFIG_MAPPING:
-        if "auto_map" in raw:
-            raise VocabtrimError(
-                f"{spec} ({stated}) brings its own code (auto_map in config.json), which is never run: give a model of "
-                "an architecture that transformers has"
-            )
-        raise VocabtrimError(
-            f"{spec}: transformers {transformers_version} has no architecture {stated!r}: update transformers"
-        )
-    config: PreTrainedConfig = AutoConfig.from_pretrained(where, **_NO_CODE)
-    return config
 
 
 def _unquantized_note(
@@ -183,7 +153,7 @@ def read_checkpoint_tokenizer(spec: str, where: str) -> Any:
         VocabtrimError: transformers cannot read it.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **_NO_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(where, **NO_CODE)
     except Exception as error:  # transformers and tokenizers raise many kinds
         raise VocabtrimError(
             f"cannot read the tokenizer of {spec}: {first_line(error)}; fetch its files again (tokenizer.json or "
@@ -210,22 +180,3 @@ def _check_fit(spec: str, loading: Mapping[str, Any]) -> None:
     if missing:
         names = f"; they have names such as {unread[0]}" if unread else ""
         raise VocabtrimError(f"{begin}no usable {missing[0]} among them{names}")
-
-
-def _check_size(spec: str, config: PreTrainedConfig, weights: int) -> None:
-    """Refuse a config.json that describes far more weights than there are, before memory is allocated."""
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(config)
-    wanted = sum(parameter.numel() for parameter in skeleton.parameters())
-    if wanted > _MOST_RATIO * weights:
-        raise VocabtrimError(
-            f"the weights of {spec} do not fit its config.json: it asks for {wanted}, there are {weights}"
-        )
-
-
-def first_line(error: Exception) -> str:
-    """Returns the message of an exception of transformers, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines or isinstance(error, KeyError):
-        return " ".join([type(error).__name__, *lines])
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -100,8 +100,8 @@ REFUSALS = (
     ),
     Refusal(
         "a model with bidirectional attention",
-        "its tokens see those behind them (is_decoder, or use_bidirectional_attention, in config.json), so it cannot "
-        "continue a text token by token",
+        "its tokens see those behind them (is_decoder, is_causal or use_bidirectional_attention in config.json), so it "
+        "cannot continue a text token by token",
         is_bidirectional,
         "give a model trained as a decoder",
     ),

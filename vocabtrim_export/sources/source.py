@@ -14,13 +14,8 @@ from engines.bundle.tokenizer import tokenizer_digest
 from engines.bundle.vocabulary import Vocabulary
 from engines.errors import VocabtrimError
 from vocabtrim_export.progress import BytesDone
-from vocabtrim_export.sources.checkpoint import (
-    Loaded,
-    first_line,
-    load_checkpoint,
-    read_checkpoint_tokenizer,
-    read_config,
-)
+from vocabtrim_export.sources.checkpoint import Loaded, load_checkpoint, read_checkpoint_tokenizer
+from vocabtrim_export.sources.config import first_line, read_config
 from vocabtrim_export.sources.end_tokens import add_end_tokens, eos_token_ids
 from vocabtrim_export.sources.gguf_header import check_whole, read_header
 from vocabtrim_export.sources.gguf_model import load_gguf
