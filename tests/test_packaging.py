@@ -155,26 +155,6 @@ def test_help_needs_nothing_heavy(arguments):
     assert "usage: vocabtrim" in done.stdout
 
 
-def test_documents_name_only_files_that_exist():
-    """Links between the documents, and the files that the README's commands name."""
-    for document in [*ROOT.glob("*.md"), *ROOT.glob("examples/**/*.md"), *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
-
-
-def test_contributing_names_only_modules_that_exist():
-    """The two lives in CONTRIBUTING.md: every word in code quotes that looks like a path is a module or a folder."""
-    import re
-
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    house = text[text.index("## The house") : text.index("## A new kind")]
-    homes = [ROOT, *(ROOT / package for package in MAY_IMPORT), ROOT / "vocabtrim_export" / "lowering"]
-    homes.append(ROOT / "engines")
-    for name in re.findall(r"`([a-z][a-z/_0-9]*)`", house):
-        found = any((home / name).is_dir() or (home / f"{name}.py").is_file() for home in homes)
-        assert found or name == "engine", name
-
-
 def test_every_program_takes_an_option_by_its_whole_name_only():
     """An abbreviation means another option as soon as there is one with the same beginning."""
     programs = [path for folder in ("benchmarks", "examples", "tests/fuzz") for path in (ROOT / folder).rglob("*.py")]

@@ -12,21 +12,23 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vocabtrim_export.cli.arguments import add_engine_arguments, add_json_argument, add_rule_arguments, rule_options
 from vocabtrim_export.cli.bench_options import (
     PLAN_DRAFT_LENGTHS,
     Bundles,
+    add_output_arguments,
     add_random_weight_arguments,
     add_sweep_arguments,
     check_options,
 )
 from vocabtrim_export.cli.console import progress_reporter
+from vocabtrim_export.cli.decoder_arguments import add_device_arguments
 from vocabtrim_export.cli.prompt_arguments import (
     add_prompts_argument,
     add_template_arguments,
     chat_options,
     print_skipped,
 )
+from vocabtrim_export.cli.rule_arguments import add_rule_arguments, rule_options
 
 if TYPE_CHECKING:
     from engines import Engine
@@ -37,15 +39,25 @@ if TYPE_CHECKING:
     from vocabtrim_export.calibration import Corpus
     from vocabtrim_export.progress import Progress
 
+EXAMPLE = "--target out/target --drafter out/drafter --prompts prompts.jsonl"
 DEFAULT_PROMPTS = 8
 RANDOM_PROMPT_TOKENS = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    add_engine_arguments(parser)
+    _add_model_arguments(parser)
+    _add_prompt_arguments(parser)
     add_sweep_arguments(parser)
-    parser.add_argument(
+    add_rule_arguments(parser)
+    add_random_weight_arguments(parser)
+    add_output_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("models")
+    group.add_argument("--target", type=Path, metavar="DIR", help="the target's bundle")
+    group.add_argument(
         "--drafter",
         type=Path,
         nargs="+",
@@ -53,22 +65,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the trimmed drafter's bundle, or several to compare",
     )
-    parser.add_argument(
+    group.add_argument(
         "--baseline-drafter",
         type=Path,
         metavar="DIR",
         help="the bundle of the same drafter with its full head, to compare with",
     )
-    add_prompts_argument(parser)
-    add_template_arguments(parser)
-    parser.add_argument(
+    add_device_arguments(group)
+
+
+def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts")
+    add_prompts_argument(group)
+    add_template_arguments(group)
+    group.add_argument(
         "--num-prompts", type=int, metavar="N", help="use the first N prompts (default: 8; with --random-weights 1)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="the most tokens to generate")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each prompt with each drafter")
-    add_rule_arguments(parser)
-    add_random_weight_arguments(parser)
-    add_json_argument(parser)
+    group.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="the most tokens to generate")
+    group.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each prompt with each drafter")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.cli.arguments import add_json_argument
 from vocabtrim_export.cli.combinations import refuse_stated
 
 if TYPE_CHECKING:
@@ -60,9 +61,8 @@ def head_rows(text: str) -> tuple[int | None, ...]:
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a sweep. They replace those of `add_engine_arguments` that take one value or are required."""
-    group = parser.add_argument_group("what is measured", conflict_handler="resolve")
-    group.add_argument("--target", type=Path, metavar="DIR", help="the target's bundle")
+    """Add the options that say what is measured. Several values of one make a sweep."""
+    group = parser.add_argument_group("what is measured")
     group.add_argument(
         "--draft-length",
         type=numbers,
@@ -88,6 +88,11 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--plan", action="store_true", help="say which drafter and draft length are fastest here, and what limits them"
     )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is written and printed."""
+    group = parser.add_argument_group("output")
     group.add_argument(
         "--profile",
         type=Path,
@@ -96,6 +101,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
         "(CPU only)",
     )
     group.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the results of the sweep")
+    add_json_argument(group)
 
 
 def add_random_weight_arguments(parser: argparse.ArgumentParser) -> None:

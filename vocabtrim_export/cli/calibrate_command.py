@@ -12,6 +12,8 @@ from vocabtrim_export.cli.console import RATES, progress_reporter
 if TYPE_CHECKING:
     from vocabtrim_export.calibration import Skipped
 
+EXAMPLE = "--target Qwen/Qwen2.5-Coder-1.5B-Instruct --calibration prompts.jsonl --output counts.safetensors"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""

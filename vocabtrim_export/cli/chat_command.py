@@ -12,6 +12,7 @@ from engines.errors import ContextExceededError, VocabtrimError
 from vocabtrim_export.cli.decoder_arguments import (
     add_decoder_arguments,
     add_sampling_arguments,
+    add_stop_argument,
     load_decoder,
     sampling_params,
 )
@@ -22,6 +23,7 @@ from vocabtrim_export.cli.streams import prepare_input, read_line, utf8_text
 if TYPE_CHECKING:
     from runtime import SpeculativeDecoder
 
+EXAMPLE = "--target out/target --drafter out/drafter --temperature 0.7"
 _PROMPT = "> "
 _COMMANDS = {
     "/reset": "start a new conversation",
@@ -39,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="the most tokens of an answer (default: to the context's end)"
     )
+    add_stop_argument(parser)
     add_sampling_arguments(parser)
 
 

@@ -4,23 +4,52 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vocabtrim_export.cli.arguments import (
-    add_engine_arguments,
-    add_prompt_lookup_argument,
-    add_rule_arguments,
-    rule_options,
-)
 from vocabtrim_export.cli.combinations import check_drafter_options, check_sampling_options
+from vocabtrim_export.cli.rule_arguments import add_rule_arguments, rule_options
 
 if TYPE_CHECKING:
     from runtime import SamplingParams, SpeculativeDecoder
+    from runtime.pair import Auto
 
 
-def add_decoder_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `load_decoder` reads."""
-    add_engine_arguments(parser)
-    add_prompt_lookup_argument(parser)
-    parser.add_argument("--drafter", type=Path, metavar="DIR", help="the drafter's bundle (default: the target alone)")
+def add_decoder_arguments(parser: argparse.ArgumentParser, needs_drafter: bool = False) -> None:
+    """Add the options that `load_decoder` reads.
+
+    Args:
+        parser: The command's parser.
+        needs_drafter: Whether the command cannot do without a drafter.
+    """
+    group = parser.add_argument_group("models")
+    group.add_argument("--target", type=Path, required=True, metavar="DIR", help="the target's bundle")
+    alone = "" if needs_drafter else " (default: the target alone)"
+    group.add_argument(
+        "--drafter", type=Path, required=needs_drafter, metavar="DIR", help=f"the drafter's bundle{alone}"
+    )
+    add_device_arguments(group)
+    group.add_argument(
+        "--draft-length",
+        type=draft_length,
+        metavar="N",
+        help="tokens drafted per round (γ); auto, the default with a drafter: as many as save time on this text and "
+        "machine, up to 16 on the CPU, 1, 3 or 7 on a GPU; auto without a drafter: prompt lookup alone",
+    )
+    group.add_argument(
+        "--no-prompt-lookup",
+        action="store_false",
+        dest="prompt_lookup",
+        help="with --draft-length auto: do not draft text that repeats an earlier part of the prompt or the output",
+    )
+
+
+def add_device_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add `--device` and `--drafter-device`."""
+    group.add_argument("--device", default="cpu", help="where the models run: cpu or cuda")
+    group.add_argument("--drafter-device", metavar="DEVICE", help="where the drafter runs (default: as --device)")
+
+
+def draft_length(text: str) -> "int | Auto":
+    """Parse `--draft-length`: a number, or "auto"."""
+    return "auto" if text == "auto" else int(text)
 
 
 def load_decoder(options: argparse.Namespace) -> "SpeculativeDecoder":
@@ -44,29 +73,34 @@ def load_decoder(options: argparse.Namespace) -> "SpeculativeDecoder":
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--stop` and the options that `sampling_params` reads."""
-    parser.add_argument(
+    """Add the options that `sampling_params` reads."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy, always the most likely token"
+    )
+    group.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens; 0: from all")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the most likely tokens whose probabilities reach this sum"
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="sample from the tokens that have at least this share of the most likely token's probability",
+    )
+    group.add_argument("--seed", type=int, help="seed of the sampling (default: another one each time)")
+    add_rule_arguments(parser)
+
+
+def add_stop_argument(group: argparse._ActionsContainer) -> None:
+    """Add `--stop`."""
+    group.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
         help="end the output before this text; may be given several times",
     )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy, always the most likely token"
-    )
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens; 0: from all")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from the most likely tokens whose probabilities reach this sum"
-    )
-    parser.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        help="sample from the tokens that have at least this share of the most likely token's probability",
-    )
-    parser.add_argument("--seed", type=int, help="seed of the sampling (default: another one each time)")
-    add_rule_arguments(parser)
 
 
 def sampling_params(options: argparse.Namespace) -> "SamplingParams":

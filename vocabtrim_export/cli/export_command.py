@@ -20,6 +20,10 @@ from vocabtrim_export.cli.tensorrt_arguments import add_tensorrt_arguments, tens
 if TYPE_CHECKING:
     from vocabtrim_export.pipeline import ExportResult
 
+EXAMPLE = (
+    "--drafter Qwen/Qwen2.5-Coder-0.5B-Instruct --target Qwen/Qwen2.5-Coder-1.5B-Instruct --quantize-drafter int4 "
+    "--k 32000 --calibration prompts.jsonl --output out"
+)
 _MODEL = "a hub id, a local model directory, a .gguf file, or a directory with an ONNX decoder"
 
 

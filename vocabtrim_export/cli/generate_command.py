@@ -11,6 +11,7 @@ from vocabtrim_export.cli.arguments import add_json_argument
 from vocabtrim_export.cli.decoder_arguments import (
     add_decoder_arguments,
     add_sampling_arguments,
+    add_stop_argument,
     load_decoder,
     sampling_params,
 )
@@ -21,21 +22,29 @@ from vocabtrim_export.cli.streams import read_prompt
 if TYPE_CHECKING:
     from runtime.stream import Stream
 
+EXAMPLE = "--target out/target --drafter out/drafter --prompt 'Write a binary search in Python.'"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add_decoder_arguments(parser)
     _add_input_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="the most tokens to generate")
+    _add_output_arguments(parser)
     add_sampling_arguments(parser)
-    parser.add_argument(
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="the most tokens to generate")
+    add_stop_argument(group)
+    group.add_argument(
         "--logprobs",
         type=int,
         metavar="N",
         help="with --json: print each token's log-probability and those of the N most likely",
     )
-    add_json_argument(parser)
-    form = parser.add_mutually_exclusive_group()
+    add_json_argument(group)
+    form = group.add_mutually_exclusive_group()
     form.add_argument(
         "--json-schema",
         type=Path,

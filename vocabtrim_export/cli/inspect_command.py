@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _CACHE = (PAST, PRESENT)
 Graph = dict[str, list[dict[str, Any]]]
 
+EXAMPLE = "--check out/drafter"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""

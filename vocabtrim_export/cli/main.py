@@ -36,6 +36,7 @@ _WORDS = """words:
   bundle     a directory that holds an exported model: graphs or plans, weights, tokenizer and a manifest
   MODEL      a model to export: a hub id, a local directory or a .gguf file
 """
+_EXAMPLE = "example:"
 # The packages that the extra `export` installs.
 _EXPORT_PACKAGES = {"accelerate", "gguf", "onnx_ir", "onnxscript", "sentencepiece", "torch", "transformers"}
 
@@ -72,6 +73,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
             else action.help
         )
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Leaves the example in one line, as it is copied."""
+        return text if text.startswith(_EXAMPLE) else super()._fill_text(text, width, indent)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vocabtrim COMMAND …`.
@@ -107,14 +112,21 @@ def run_command(command: str, arguments: Sequence[str], prog: str) -> int:
     return _in_one_line(lambda: _run(command, arguments, prog))
 
 
-def _run(command: str, arguments: Sequence[str], prog: str) -> int:
+def make_parser(command: str, prog: str) -> Parser:
+    """Returns the parser of a command. The arguments are those of `run_command`."""
     module = importlib.import_module(f"vocabtrim_export.cli.{command}_command")
-    parser = Parser(prog=prog, description=module.__doc__, formatter_class=HelpFormatter)
+    example = f"{_EXAMPLE}\n  {prog} {module.EXAMPLE}"
+    parser = Parser(prog=prog, description=module.__doc__, epilog=example, formatter_class=HelpFormatter)
     _add_version(parser)
     module.add_arguments(parser)
-    options = parser.parse_args(arguments)
+    parser.set_defaults(run=module.run)
+    return parser
+
+
+def _run(command: str, arguments: Sequence[str], prog: str) -> int:
+    options = make_parser(command, prog).parse_args(arguments)
     _quiet_libraries()
-    return module.run(options) or 0
+    return options.run(options) or 0
 
 
 def _main(arguments: Sequence[str]) -> int:

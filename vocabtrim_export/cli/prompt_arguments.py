@@ -32,7 +32,7 @@ def add_template_arguments(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_prompts_argument(parser: argparse.ArgumentParser) -> None:
+def add_prompts_argument(parser: argparse._ActionsContainer) -> None:
     """Add `--prompts`."""
     parser.add_argument(
         "--prompts",

@@ -9,6 +9,8 @@ from vocabtrim_export.cli.combinations import refuse_stated
 
 PAGE_NAME = "report.html"
 
+EXAMPLE = "out --bench bench.json"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""

@@ -6,10 +6,15 @@ import re
 import socket
 import sys
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.cli.decoder_arguments import add_decoder_arguments, load_decoder
 
+if TYPE_CHECKING:
+    from vocabtrim_export.serve.settings import ServeSettings
+
+EXAMPLE = "--target out/target --drafter out/drafter --port 8000"
 _KEY = "VOCABTRIM_API_KEY"
 _UNITS = {"MB": 10**6, "GB": 10**9}
 _PACKAGES = {"starlette", "uvicorn", "prometheus_client"}
@@ -18,29 +23,30 @@ _PACKAGES = {"starlette", "uvicorn", "prometheus_client"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add_decoder_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0: every address")
-    parser.add_argument("--port", type=int, default=8000, help="the port to listen on")
-    parser.add_argument(
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0: every address")
+    group.add_argument("--port", type=int, default=8000, help="the port to listen on")
+    group.add_argument(
         "--api-key", help=f"a key that clients must send (default: that of the environment variable {_KEY}, if any)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--model-name", metavar="NAME", help="the name that clients ask for (default: the target's directory)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--slots-in-parallel", type=int, default=1, metavar="N", help="requests that are answered at the same time"
     )
-    parser.add_argument(
+    group.add_argument(
         "--queue", type=int, default=64, metavar="N", help="requests that may wait; beyond them the answer is 429"
     )
-    parser.add_argument(
+    group.add_argument(
         "--cache-memory",
         type=memory_size,
         metavar="SIZE",
         help="memory for the KV caches of conversations that no slot holds, such as 500MB or 1GB; the least recently "
         "used leave; 0 keeps none (default: an eighth of the machine's memory)",
     )
-    parser.add_argument("--max-body", type=float, default=4.0, metavar="MIB", help="the largest request, in MiB")
-    parser.add_argument(
+    group.add_argument("--max-body", type=float, default=4.0, metavar="MIB", help="the largest request, in MiB")
+    group.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="the longest time for one request"
     )
 
@@ -59,23 +65,11 @@ def run(options: argparse.Namespace) -> None:
         import uvicorn
 
         from vocabtrim_export.serve.app import Server
-        from vocabtrim_export.serve.settings import ServeSettings
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in _PACKAGES:
             raise VocabtrimError("a server needs more packages: pip install 'vocabtrim-export[serve]'") from error
         raise
-    limits = {} if options.cache_memory is None else {"cache_bytes": options.cache_memory}
-    settings = ServeSettings(
-        model_name=options.model_name or options.target.resolve().name,
-        host=options.host,
-        port=options.port,
-        api_key=options.api_key if options.api_key is not None else os.environ.get(_KEY, ""),
-        workers=options.slots_in_parallel,
-        waiting=options.queue,
-        body_mb=options.max_body,
-        request_seconds=options.timeout,
-        **limits,
-    )
+    settings = _settings(options)
     decoder = load_decoder(options)
     if decoder.tokenizer is None:
         decoder.close()
@@ -91,6 +85,23 @@ def run(options: argparse.Namespace) -> None:
         print(f"serving {settings.model_name} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
         with suppress(KeyboardInterrupt):  # uvicorn has shut down and passes the signal on
             uvicorn.Server(config).run(sockets=[listener])
+
+
+def _settings(options: argparse.Namespace) -> "ServeSettings":
+    from vocabtrim_export.serve.settings import ServeSettings
+
+    limits = {} if options.cache_memory is None else {"cache_bytes": options.cache_memory}
+    return ServeSettings(
+        model_name=options.model_name or options.target.resolve().name,
+        host=options.host,
+        port=options.port,
+        api_key=options.api_key if options.api_key is not None else os.environ.get(_KEY, ""),
+        workers=options.slots_in_parallel,
+        waiting=options.queue,
+        body_mb=options.max_body,
+        request_seconds=options.timeout,
+        **limits,
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -8,20 +8,13 @@ The exit code is 1 where a difference is larger than rounding explains.
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.cli.arguments import (
-    add_engine_arguments,
-    add_json_argument,
-    add_prompt_lookup_argument,
-    add_rule_arguments,
-    rule_options,
-)
+from vocabtrim_export.cli.arguments import add_json_argument
 from vocabtrim_export.cli.combinations import refuse_stated
 from vocabtrim_export.cli.console import progress_reporter
-from vocabtrim_export.cli.decoder_arguments import load_decoder
+from vocabtrim_export.cli.decoder_arguments import add_decoder_arguments, load_decoder
 from vocabtrim_export.cli.prompt_arguments import (
     add_prompts_argument,
     add_template_arguments,
@@ -29,6 +22,7 @@ from vocabtrim_export.cli.prompt_arguments import (
     print_skipped,
     template_args,
 )
+from vocabtrim_export.cli.rule_arguments import add_rule_arguments, rule_options
 
 if TYPE_CHECKING:
     from runtime import SamplingParams, SpeculativeDecoder
@@ -36,6 +30,7 @@ if TYPE_CHECKING:
     from runtime.verification.greedy import VerifyReport
     from runtime.verification.sampled import SamplingReport
 
+EXAMPLE = "--target out/target --drafter out/drafter --prompts prompts.jsonl --sampling"
 PROMPTS = (
     "Write a haiku about memory bandwidth.",
     "What is 17 times 23? Explain each step.",
@@ -48,9 +43,7 @@ _DRAWS = 2000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    add_engine_arguments(parser)
-    add_prompt_lookup_argument(parser)
-    parser.add_argument("--drafter", type=Path, required=True, metavar="DIR", help="the drafter's bundle")
+    add_decoder_arguments(parser, needs_drafter=True)
     parser.add_argument(
         "--reference",
         metavar="MODEL",
@@ -63,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="the most tokens to generate for a prompt"
     )
+    _add_sampling_test_arguments(parser)
+    add_rule_arguments(parser)
+    add_json_argument(parser)
+
+
+def _add_sampling_test_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--sampling", action="store_true", help="test the distribution of sampled tokens too")
     group.add_argument(
@@ -75,8 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-p", type=float, help="min-p of that test")
     group.add_argument("--draws", type=int, metavar="N", help="sampled tokens to test in each setting (default: 2000)")
     group.add_argument("--seed", type=int, help="seed of the first generation; each later one adds 1 (default: 0)")
-    add_rule_arguments(parser)
-    add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:

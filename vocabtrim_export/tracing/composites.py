@@ -165,6 +165,13 @@ def _mask(*_: object, local_size: int | None = None, **__: object) -> _WindowMas
     return None if local_size is None else _WindowMask(local_size)
 
 
+def _flattened(x: Tensor, head_dim: int) -> Tensor:
+    """Returns [1, heads, length, size] as [1, length, heads · head_dim]; zeros, which change nothing, fill it up."""
+    if x.shape[-1] < head_dim:
+        x = nn.functional.pad(x, (0, head_dim - x.shape[-1]))
+    return x.transpose(1, 2).reshape(1, x.shape[2], -1)
+
+
 def _attention(handed_on: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, None]]:
     """Returns an attention function for transformers; it takes the rotary tables out of `handed_on`."""
 
@@ -183,9 +190,7 @@ def _attention(handed_on: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[Te
         _, heads, length, key_dim = q.shape
         value_dim = v.shape[-1]
         head_dim = max(key_dim, value_dim)
-        if key_dim != value_dim:  # zeros beyond a key or a value change nothing
-            q, k, v = (nn.functional.pad(x, (0, head_dim - x.shape[-1])) for x in (q, k, v))
-        flat = [x.transpose(1, 2).reshape(1, length, -1) for x in (q, k, v)]
+        flat = [_flattened(x, head_dim) for x in (q, k, v)]
         tables = list(handed_on.pop() if handed_on else () if sink is None else (None, None))
         out = emit(
             "Attention",
