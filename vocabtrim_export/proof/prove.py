@@ -15,7 +15,7 @@ from engines.deviation import TOLERANCE, deviation
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan
 from vocabtrim_export.drafters.base import ParallelHeads
-from vocabtrim_export.proof.computed import Computed, run_graph
+from vocabtrim_export.proof.computed import Computed, run_graph, written_logits
 from vocabtrim_export.proof.dequantized import dequantized, unlike_weights
 from vocabtrim_export.proof.expected import FloatArray, expected_cache, expected_outputs
 from vocabtrim_export.proof.products import fusion_difference, heads_difference
@@ -57,7 +57,7 @@ def _check_range(directory: Path, plan: BundlePlan) -> None:
         VocabtrimError: A logit is NaN or infinite.
     """
     fed = calls(plan.source, plan.context_length, None)
-    logits = run_graph(directory, fed, None, as_written=True).outputs[LOGITS].astype(np.float32)
+    logits = written_logits(directory, fed)
     if broken := (np.isnan(logits) | np.isposinf(logits)).any(-1).sum():
         raise VocabtrimError(
             f"{plan.source.name}: in fp16 it computes NaN or infinite logits after {broken} of {len(logits)} tokens, "

@@ -1,6 +1,6 @@
 """The tokens that a proof feeds, and the calls in which it feeds them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,26 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """What one call of a graph feeds.
+
+    Attributes:
+        begin: Tokens in the KV cache before it.
+        token_ids: int64[S].
+        hidden: float32[S, hidden], see `Calls`.
+    """
+
+    begin: int
+    token_ids: NDArray[np.int64]
+    hidden: NDArray[np.float32] | None = None
+
+    @property
+    def end(self) -> int:
+        """Tokens in the KV cache after the call."""
+        return self.begin + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
 class Calls:
     """The input of a proof's run.
 
@@ -47,6 +67,12 @@ class Calls:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def __iter__(self) -> Iterator[Call]:
+        begin = 0
+        for length in self.lengths:
+            call = slice(begin, begin := begin + length)
+            yield Call(call.start, self.token_ids[call], None if self.hidden is None else self.hidden[call])
 
 
 def window_of(model: PreTrainedModel, context_length: int, narrow: bool) -> Window | None:

@@ -10,7 +10,8 @@ from engines.bundle.read import DRAFT_MODEL_NAME, MODEL_NAME
 from engines.deviation import TOLERANCE
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.writer import BundlePlan
-from vocabtrim_export.proof.computed import Decoding, proof_session
+from vocabtrim_export.proof.computed import proof_session
+from vocabtrim_export.proof.decoding import Decoding
 from vocabtrim_export.proof.slots import filled_slots
 from vocabtrim_export.proof.tokens import calls
 
