@@ -138,3 +138,18 @@ def test_a_template_without_a_system_role_gets_its_text(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('never') }}")
     with pytest.raises(VocabtrimError, match="chat template refused the messages: never"):
         encode_document(runtime_tokenizer(tokenizer), chat)
+
+
+def test_the_head_reads_the_last_positions_without_gaps(model):
+    """PyTorch multiplies a view of them row by row, and in bfloat16 copies the head for each row of the batch."""
+    read = []
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda _head, inputs, _output: read.append((tuple(inputs[0].shape), inputs[0].is_contiguous()))
+    )
+    try:
+        generate(model, [list(range(5, 45)), list(range(60, 98))])
+    finally:
+        handle.remove()
+    assert read[0][0][:2] == (2, 1)
+    assert all(is_contiguous for _, is_contiguous in read)
+    assert not model.get_output_embeddings()._forward_pre_hooks
