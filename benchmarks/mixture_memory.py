@@ -3,9 +3,9 @@
     python benchmarks/mixture_memory.py --layers 1 2 4 --directory DIR > results.jsonl
 
 For each number of layers it writes a checkpoint of Qwen3-30B-A3B's shape (bfloat16, a shard a layer: 1.3 GB for each
-layer of 128 experts, and 1.2 GB), exports it in int4 with a small drafter of the same vocabulary, lets the two generate
+layer of 128 experts, and 1.2 GB), exports it with a small drafter of the same vocabulary, lets the two generate
 a few tokens, deletes all of it, and prints a line of JSON: what `export_memory.measure` returns. `--experts` makes the
-layers smaller.
+layers smaller; `--quantize int8` exports that instead of int4.
 """
 
 import argparse
@@ -35,13 +35,15 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--quantize", choices=("int4", "int8"), default="int4")
     parser.add_argument("--directory", type=Path, required=True, help="it gets 4 GB for a layer, for a while")
     options = parser.parse_args()
     for layers in options.layers:
-        print(json.dumps(_measured(options.directory / "mixture", layers, options.experts)), flush=True)
+        figures = _measured(options.directory / "mixture", layers, options.experts, options.quantize)
+        print(json.dumps(figures), flush=True)
 
 
-def _measured(directory: Path, layers: int, experts: int) -> dict[str, Any]:
+def _measured(directory: Path, layers: int, experts: int, quantize: str) -> dict[str, Any]:
     directory.mkdir(parents=True)
     try:
         target, drafter, output = (directory / name for name in ("target", "drafter", "output"))
@@ -50,11 +52,11 @@ def _measured(directory: Path, layers: int, experts: int) -> dict[str, Any]:
         pair = ["--drafter", f"{drafter}", "--target", f"{target}", "--output", f"{output}"]
         text = ["--calibration", __file__, "--calibration-source", "text"]
         stored = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-        figures = measure([*pair, *text, "--k", "16384", "--quantize", "int4", "--max-length", "1024"])
+        figures = measure([*pair, *text, "--k", "16384", "--quantize", quantize, "--max-length", "1024"])
         generate = ["generate", "--target", f"{output}/target", "--drafter", f"{output}/drafter", "--prompt", _PROMPT]
         code = "from vocabtrim_export.cli.main import main; main()"
         subprocess.run([sys.executable, "-c", code, *generate, "--max-new-tokens", "8"], check=True, stdout=sys.stderr)
-        return {"layers": layers, "experts": experts, "checkpoint": stored, **figures}
+        return {"layers": layers, "experts": experts, "quantize": quantize, "checkpoint": stored, **figures}
     finally:
         shutil.rmtree(directory)
 

@@ -52,7 +52,8 @@ def new_session(
         profile_prefix: The prefix of the file to write a profile to; None for no profile.
         weights_in_file: Whether weights stay in the mapped file, as they are, and products are slower. Otherwise
             ONNX Runtime copies them into the layouts of its kernels, computes once what depends on them alone, and
-            fuses products with `DequantizeLinear` behind their weights into kernels that round activations to 8 bits.
+            fuses products with `DequantizeLinear` behind their weights into kernels that round activations to 8 bits;
+            `QMoE` rounds them in its copied layout alone.
 
     Raises:
         Exception: An error of ONNX Runtime's; its exceptions have no common base.

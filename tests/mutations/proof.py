@@ -184,6 +184,14 @@ PROOF = (
         f"{TESTS} -k quantized_graph and oss",
     ),
     Mutation(
+        "A proof of 8-bit experts computes in float32",
+        "their inputs are rounded to 8 bits",
+        "engines/ort/session.py",
+        'options.add_session_config_entry("session.disable_prepacking", "1")',
+        "pass",
+        f"{TESTS} -k quantized_graph and oss and int8",
+    ),
+    Mutation(
         "Attention sinks take their share",
         "the sinks are left out",
         "vocabtrim_export/lowering/ort_operators.py",

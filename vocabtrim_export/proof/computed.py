@@ -15,7 +15,6 @@ from engines.bundle.read import MODEL_NAME
 from engines.ort.session import open_session
 from vocabtrim_export.proof.decoding import Array, Decoding, call_inputs, empty_cache, run_session
 from vocabtrim_export.proof.float32_view import float32_view
-from vocabtrim_export.proof.float_experts import float_experts
 from vocabtrim_export.proof.float_products import float_products
 from vocabtrim_export.proof.lockstep import by_call, call_name, in_lockstep
 from vocabtrim_export.proof.tokens import Calls, Window
@@ -101,7 +100,6 @@ def proof_session(graph: Path, window: Window | None, calls: int | None = None) 
     """
     model = onnx.load(graph, load_external_data=False)
     float32_view(model)
-    float_experts(model)
     float_products(model)
     if calls is not None:
         in_lockstep(model, calls)
