@@ -69,8 +69,8 @@ def accept_sampled(
         q_token = 1.0 if q_i is None else _probability(token, q_i, head_tokens)
         if not (0 < q_token < math.inf and 0 <= p_token < math.inf):  # NaN compares false
             raise VocabtrimError(
-                f"token {token} was drafted with probability {q_token} and has {p_token} in the target: "
-                "the first must be a positive number, the second none below zero"
+                f"token {token} has probability {q_token} in the drafter and {p_token} in the target, which no model "
+                "gives: export both bundles again, with a wider --dtype"
             )
         # q <= p: always accept. q > p: accept with probability p / q.
         if rng.random() * q_token >= p_token:

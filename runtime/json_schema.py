@@ -117,7 +117,7 @@ def _checked(schema: Mapping[str, Any] | bool) -> str:
     try:
         text = json.dumps(dict(schema), allow_nan=False)
         if len(text) > MOST_BYTES:
-            raise VocabtrimError(f"the JSON schema has {len(text)} bytes: at most {MOST_BYTES} are compiled")
+            raise VocabtrimError(f"the JSON schema has {len(text)} bytes: shorten it to at most {MOST_BYTES}")
         multiples = {Fraction(str(value)) for value in _multiples(json.loads(text)) if value > 0}
     except (TypeError, ValueError, RecursionError) as error:
         raise VocabtrimError(f"json_schema is not JSON, or nested too deeply: {_one_line(str(error))}") from error
@@ -139,7 +139,9 @@ def _multiples(node: Any) -> Iterator[float]:
 
 def _read_tokenizer(tokenizer: Tokenizer | None, target: Manifest) -> "LLTokenizer":
     if tokenizer is None:
-        raise VocabtrimError("json_schema needs the target's tokenizer: this decoder has none")
+        raise VocabtrimError(
+            "json_schema needs the target's tokenizer, and this decoder has none: make it with SpeculativeDecoder.load"
+        )
     try:
         from llguidance import LLTokenizer
     except ModuleNotFoundError as error:
@@ -147,7 +149,10 @@ def _read_tokenizer(tokenizer: Tokenizer | None, target: Manifest) -> "LLTokeniz
     known = 1 + max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
     eos = [token for token in target.eos_token_ids if token < min(known, target.vocab_size)]
     if not eos:
-        raise VocabtrimError("json_schema needs a target with an EOS token, which ends the JSON: this one has none")
+        raise VocabtrimError(
+            "json_schema needs a target with an EOS token, which ends the JSON, and this one has none: leave "
+            "json_schema out"
+        )
     try:
         return LLTokenizer(tokenizer.backend.to_str(), n_vocab=max(known, target.vocab_size), eos_token=eos)
     except Exception as error:  # ValueError, or a panic of the library

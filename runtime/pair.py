@@ -38,7 +38,10 @@ def resolve_draft_length(target: Engine, drafter: Engine | None, draft_length: i
         raise VocabtrimError("the target's engine verifies no drafts: export it with a --draft-length of 1 or more")
     drafted = drafter.max_draft if drafter else None
     if drafted is not None and (draft_length or 0) > drafted:
-        raise VocabtrimError(f"draft_length is {draft_length}: the drafter's heads draft {drafted} tokens at most")
+        raise VocabtrimError(
+            f"draft_length is {draft_length}: the drafter drafts as many tokens as it has heads; "
+            f"give a number from 1 to {drafted}"
+        )
     most = min(most, drafted or most)
     if draft_length is None:
         return min(DEFAULT_DRAFT_LENGTH, most)

@@ -42,7 +42,10 @@ def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, chat: bool, op
     elif len(prompt) and not hasattr(prompt[0], "__index__"):
         return require_tokenizer(tokenizer).encode_chat(cast(Sequence[Any], prompt), options)
     if options != ChatOptions():
-        raise VocabtrimError("tools and template arguments are for messages that a chat template renders")
+        raise VocabtrimError(
+            "tools and template arguments are for messages that a chat template renders: leave them out, or "
+            "give messages"
+        )
     if isinstance(prompt, str):
         return require_tokenizer(tokenizer).encode(prompt)
     try:

@@ -61,7 +61,10 @@ def sample(weights: NDArray[np.float32], rng: np.random.Generator) -> int:
     sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64).cumsum()
     whole = float(sums[-1])  # NaN or infinite if any weight is
     if not 0 < whole < math.inf:
-        raise VocabtrimError(f"cannot sample: the weights add up to {whole}, where a finite positive number is needed")
+        raise VocabtrimError(
+            f"cannot sample: the probabilities add up to {whole}, which is no positive number; export the "
+            "model again with a wider --dtype"
+        )
     point = rng.random() * whole  # below the whole, as random() is below 1
     block = int(sums.searchsorted(point, "right"))
     inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)

@@ -63,7 +63,7 @@ def _check_tokens(spec: str, source: Source, engine: Engine) -> None:
     file = engine.tokenizer_file
     try:
         if file is None:
-            raise VocabtrimError("the target's bundle has no tokenizer to compare it with")
+            raise VocabtrimError("the target's bundle has no tokenizer to compare: leave --reference out")
         ours = Vocabulary.load(file, engine.manifest.vocab_size)
         shared_tokens(ours, Vocabulary.of(source.tokenizer.backend_tokenizer, source.vocab_size))
     except VocabtrimError as error:

@@ -125,13 +125,13 @@ def resolve_force_accepted(force_accepted: ForceAccepted, length: DraftLength) -
         VocabtrimError: More tokens are to be accepted than are drafted, or drafts have no fixed length.
     """
     if force_accepted is not None and length.adapts:
-        raise VocabtrimError("acceptance can be forced in drafts of one length only: give --draft-length a number")
+        raise VocabtrimError("--force-accepted needs drafts of one length: give --draft-length a number")
     draft_length = length.longest
     if force_accepted == "all":
         return draft_length
     if force_accepted is not None and not 0 <= force_accepted <= draft_length:
         raise VocabtrimError(
-            f"{force_accepted} tokens cannot be accepted of the {draft_length} that a round drafts: "
-            f"give a number from 0 to {draft_length}"
+            f"--force-accepted is {force_accepted} and a round drafts {draft_length} tokens: give a number from 0 to "
+            f"{draft_length}"
         )
     return force_accepted

@@ -196,8 +196,8 @@ def test_a_random_eagle_head_for_a_target_that_gives_what_it_reads(capsys, tmp_p
     ("options", "message"),
     [
         (["--context", "120"], "a context of 120 tokens and 16 new ones do not fit in the 128 that the bundles hold"),
-        (["--force-accepted", "5"], "5 tokens cannot be accepted of the 4 that a round drafts"),
-        (["--draft-length", "1,4", "--force-accepted", "2"], "2 tokens cannot be accepted of the 1 that"),
+        (["--force-accepted", "5"], "--force-accepted is 5 and a round drafts 4 tokens"),
+        (["--draft-length", "1,4", "--force-accepted", "2"], "--force-accepted is 2 and a round drafts 1 tokens"),
         (["--force-accepted", "x"], "argument --force-accepted: 'x': give a number from 0 up, or all"),
         (["--draft-length", "1,x"], "argument --draft-length: '1,x': give numbers from 1 up, separated by commas"),
         (["--context", "0"], "argument --context: '0': give numbers from 1 up"),

@@ -32,7 +32,7 @@ def without(name):
 
 
 TABLES = {
-    "too short": (reduced(d2t=offsets()[:99]), r"d2t is int64\[99\], the head's 100 rows need as many integers"),
+    "too short": (reduced(d2t=offsets()[:99]), r"d2t is int64\[99\], and the head's 100 rows need as many integers"),
     "no integers": (reduced(d2t=offsets().half()), "d2t is float"),
     "outside": (reduced(d2t=offsets() + 400), "d2t names the token 499, which is outside the vocabulary of 448"),
     "negative": (reduced(d2t=offsets() - 1), "d2t names the token -1"),
@@ -66,7 +66,7 @@ CONFIGS = {
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     "odd heads": ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads"),
     "rope": ({"rope_scaling": {"rope_type": "spiral"}}, "describes no such head"),
-    "several layers": ({"num_hidden_layers": 2}, "has several layers"),
+    "several layers": ({"num_hidden_layers": 2}, "head of several layers"),
     "a norm": ({"norm_before_fc": True}, "sets norm_before_fc, which cannot be exported yet"),
 }
 
@@ -94,7 +94,7 @@ def test_ways_of_asking_that_make_no_sense(attempt, write_head, model, tmp_path)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     assert_one_line(attempt(drafter=pickled), "pytorch_model.bin is a pickle checkpoint.*save_file")
     (pickled / "pytorch_model.bin").unlink()
-    assert_one_line(attempt(drafter=pickled), "holds an EAGLE head without .safetensors weights")
+    assert_one_line(attempt(drafter=pickled), "holds an EAGLE head and no .safetensors weights")
     (pickled / "model.safetensors").write_bytes((head / "model.safetensors").read_bytes()[:-8])
     assert_one_line(attempt(drafter=pickled), "fetch it again")
     (pickled / "config.json").write_text(json.dumps(CONFIG)[:-1])

@@ -10,7 +10,7 @@ from .test_mistakes import assert_one_line, attempt, model  # noqa: F401
 HEADS = {
     "hidden size": ({}, {"hidden_size": 128}, "for targets of hidden size 128, .* has 64"),
     "vocabulary": ({}, {"vocab_size": 500}, "for a vocabulary of 500 tokens, .* has 448"),
-    "several layers": ({}, {"num_hidden_layers": 2}, "has several layers"),
+    "several layers": ({}, {"num_hidden_layers": 2}, "head of several layers"),
     "speculators' norms": ({}, {"layernorms": True}, "sets layernorms, which cannot be exported yet"),
     "HASS's norms": (
         {"embed_layernorm.weight": torch.ones(HIDDEN)},

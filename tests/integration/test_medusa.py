@@ -82,7 +82,7 @@ def test_the_output_is_the_targets(pair, target_model):
                 assert [*prompt, *each.generate(prompt, max_new_tokens=40).token_ids] == wanted[0].tolist()
             check_rules(decoder, target_model, prompt)
         assert verify_sampling(decoder, PROMPTS, [SamplingParams(temperature=0.5, seed=1)], draws=300).passed
-    with pytest.raises(VocabtrimError, match=r"draft_length is 4: the drafter's heads draft 3 tokens at most"):
+    with pytest.raises(VocabtrimError, match=r"draft_length is 4: .*give a number from 1 to 3"):
         SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=4)
 
 
@@ -119,8 +119,8 @@ MISTAKES = {
         {},
         r"is \[500, 64\].* must be \[448, 64\]",
     ),
-    "fewer heads": ({}, {"medusa_num_heads": 5}, "holds 3 Medusa heads, its config.json says 5"),
-    "no heads": ({}, {"medusa_num_heads": 0}, "holds 3 Medusa heads, its config.json says 0"),
+    "fewer heads": ({}, {"medusa_num_heads": 5}, "holds 3 Medusa heads and its config.json says 5"),
+    "no heads": ({}, {"medusa_num_heads": 0}, "holds 3 Medusa heads and its config.json says 0"),
     "a word": ({}, {"medusa_num_heads": "many"}, 'medusa_num_heads is "many"; expected a whole number'),
     "fewer blocks": (
         {},

@@ -93,7 +93,7 @@ BAD = {
     ),
     "a large one": (
         {"type": "json_schema", "json_schema": {"schema": {"enum": list(range(20_000))}}},
-        "bytes: at most 65536 are compiled",
+        "bytes: shorten it to at most 65536",
     ),
 }
 

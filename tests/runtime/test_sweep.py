@@ -33,7 +33,7 @@ def test_a_forced_sweep_accepts_the_same_in_each_row_or_all(make_target, make_dr
     report = sweep(target, {"d": make_drafter(noise=5.0)}, PROMPTS, settings, bandwidth=1e9)
     assert [row.report.block_efficiency for row in report.rows] == [1, 2, 4]
     assert report.lossless is None
-    with pytest.raises(VocabtrimError, match="2 tokens cannot be accepted of the 1"):
+    with pytest.raises(VocabtrimError, match="--force-accepted is 2 and a round drafts 1 tokens"):
         sweep(make_target(), {"d": make_drafter()}, PROMPTS, SweepSettings((1, 3), force_accepted=2))
 
 

@@ -257,15 +257,15 @@ def test_an_added_token_alone_may_lack_a_column(kind, code, directory, tmp_path,
     text.write_text("a <image> b\n" * 20)
     given = ["--calibration", str(text), "--calibration-source", "text", "--output", str(tmp_path / "out")]
     assert main(["export", "--drafter", str(directory), "--k", "192", *given]) == code
-    assert ("has ids up to 448, its head 448 columns" in capsys.readouterr().err) == (code == 2)
+    assert ("has ids up to 448 and its head 448 columns" in capsys.readouterr().err) == (code == 2)
 
 
 def test_mistakes_are_one_line(directory, count_file, tmp_path, capsys):
     given = ["export", "--drafter", str(directory), "--k", "192", "--output", str(tmp_path / "out")]
     for options, message in [
-        (["--target", "x"], "--target needs the original weights"),
-        (["--quantize", "int4"], "--quantize needs the original weights"),
-        (["--format", "trt"], "--format needs the original weights"),
+        (["--target", "x"], "--target does not apply to a drafter that is an ONNX model"),
+        (["--quantize", "int4"], "--quantize does not apply to a drafter that is an ONNX model"),
+        (["--format", "trt"], "--format does not apply to a drafter that is an ONNX model"),
         (["--calibration", str(count_file(directory)), "--k", "few"], "K = 'few' is not understood"),
         (["--calibration-source", "drafter"], "an ONNX model is not run to calibrate"),
     ]:

@@ -306,7 +306,7 @@ def test_rtx_has_no_timing_cache(tmp_path):
 def test_version_compatible_plans_are_tensorrts_and_keep_their_weights():
     with pytest.raises(VocabtrimError, match="TensorRT-RTX has no lean runtime: leave --version-compatible out"):
         target_capabilities(RTX, BuildOptions(version_compatible=True))
-    with pytest.raises(VocabtrimError, match="lean runtime cannot refit"):
+    with pytest.raises(VocabtrimError, match="give only one of"):
         target_capabilities(FULL, BuildOptions(strip_weights=True, version_compatible=True))
 
 
@@ -360,9 +360,9 @@ def test_layer_of_a_node(name, layer):
 
 
 def test_how_a_builder_ended():
-    with pytest.raises(VocabtrimError, match="want of memory"):
+    with pytest.raises(VocabtrimError, match="memory ran out"):
         raise_ended("TensorRT-RTX", "model.onnx", -signal.SIGKILL, "")
-    with pytest.raises(VocabtrimError, match=r"TensorRT-RTX broke down on model\.onnx \(SIGABRT\): CHECK failed"):
+    with pytest.raises(VocabtrimError, match=r"TensorRT-RTX crashed on model\.onnx \(SIGABRT\): CHECK failed"):
         raise_ended("TensorRT-RTX", "model.onnx", -signal.SIGABRT, "first\nCHECK failed\n")
     with pytest.raises(RuntimeError, match="Traceback"):
         raise_ended("TensorRT-RTX", "model.onnx", 1, "Traceback …")

@@ -136,8 +136,8 @@ def _check_grown(before: int, counts: TokenCounts, task: CountTask) -> None:
     """Refuse another pass after one that counted nothing: it would go on for ever."""
     if counts.total == before:
         raise VocabtrimError(
-            f"a whole pass over {task.corpus.source} counted no token, the {task.settings.source} generates nothing: "
-            f"the {before} tokens counted so far are kept"
+            f"a whole pass over {task.corpus.source} counted no token, as the {task.settings.source} generates "
+            f"nothing; the {before} tokens counted so far are kept: give other prompts"
         )
 
 

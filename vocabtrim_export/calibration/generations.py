@@ -146,7 +146,9 @@ def _prompt_tokens(tokenizer: Tokenizer, batch: BatchDocuments, rows: int) -> tu
         try:
             prompt = encode_document(tokenizer, document, batch.chat)[-batch.run.max_prompt_tokens :]
             if max(prompt, default=0) >= rows:
-                raise VocabtrimError(f"the model has no row for token {max(prompt)} of the prompt")
+                raise VocabtrimError(
+                    f"the prompt has the token id {max(prompt)}, and the model has rows up to {rows - 1} only"
+                )
         except VocabtrimError as error:
             prompt = []
             skipped.append(Skipped(document.where, str(error)))

@@ -132,7 +132,8 @@ class _Work:
             except ray.exceptions.RayTaskError as error:
                 raise _one_line(error) from error
         raise VocabtrimError(
-            f"{_ATTEMPTS} Ray workers died of one batch, for want of memory perhaps: the counts so far are kept"
+            f"{_ATTEMPTS} Ray workers died at one batch, perhaps because memory ran out; the counts so far are kept: "
+            "run it again with more memory"
         )
 
     def cancel(self) -> None:
@@ -188,8 +189,9 @@ def _check_same(workers: RayWorkers, ray: Any) -> None:
         raise VocabtrimError(f"a Ray worker died as it started: {first_words(error)}") from error
     if any(each != facts[0] for each in facts):
         raise VocabtrimError(
-            "the machines of the Ray cluster have different models or compute in different dtypes, so that counts "
-            f"would depend on where they are made: {facts[0]} and {next(each for each in facts if each != facts[0])}"
+            "the machines of the Ray cluster have different models or compute in different dtypes, so counts would "
+            "depend on where they are made: give all of them the same files and hardware; "
+            f"found {facts[0]} and {next(each for each in facts if each != facts[0])}"
         )
     if facts[0] is not None:
         workers.facts, workers.digest = facts[0]

@@ -47,8 +47,8 @@ def _checked_k(options: argparse.Namespace) -> "int | Coverage":
     unusable += ["quantize"] if options.quantize != "none" else []
     if unusable:
         raise VocabtrimError(
-            f"--{unusable[0].replace('_', '-')} needs the original weights: a drafter that is an ONNX model keeps all "
-            "but its head, and is trimmed alone"
+            f"--{unusable[0].replace('_', '-')} does not apply to a drafter that is an ONNX model, of which only the "
+            "head changes: leave it out, or give the original weights"
         )
     tensorrt_settings(options)  # refuses options of TensorRT
     k = parse_k(options.k)

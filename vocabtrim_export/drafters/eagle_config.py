@@ -66,7 +66,9 @@ def read_head_config(directory: Path, tensors: Iterable[str]) -> HeadConfig:
     raw = inner if isinstance(inner, dict) else data
     kind = eagle_kind(data, tensors)
     if raw.get("num_hidden_layers", 1) != 1:
-        raise VocabtrimError(f"{directory} has several layers: only EAGLE heads of one can be exported")
+        raise VocabtrimError(
+            f"{directory} holds an EAGLE head of several layers: only heads of one layer can be exported"
+        )
     for option in _UNCOVERED[kind]:
         if data.get(option):
             raise VocabtrimError(f"{where} sets {option}, which cannot be exported yet")

@@ -129,7 +129,9 @@ def load_medusa(spec: str, target: Source) -> HeadSource:
     names = {file: {name: _PREFIX.sub("heads.", name) for name in tensor_shapes(file)} for file in files}
     numbers = {int(match[1]) for each in names.values() for name in each.values() if (match := _NUMBER.match(name))}
     if not 0 < heads <= _MOST or blocks > _MOST or numbers != set(range(heads)):
-        raise VocabtrimError(f"{spec} holds {len(numbers)} Medusa heads, its config.json says {heads}: is it whole?")
+        raise VocabtrimError(
+            f"{spec} holds {len(numbers)} Medusa heads and its config.json says {heads}: fetch it again"
+        )
     text = target.model.config.get_text_config()
     sizes = {"feature_size": text.hidden_size, "head_rows": target.vocab_size, "num_heads": heads, "blocks": blocks}
     context = getattr(text, "max_position_embeddings", 4096)

@@ -65,7 +65,10 @@ def find_mtp(target: str) -> MtpTensors:
     """
     directory = local_path(target)
     if not directory.is_dir():
-        raise VocabtrimError(f"--drafter mtp reads a layer out of the target's files: {target} is no local directory")
+        raise VocabtrimError(
+            f"--drafter mtp reads a layer from the target's files, and {target} is no local directory: download it and "
+            "give its directory"
+        )
     own = checkpoint_files(directory)
     beside = sorted(set(directory.glob("*.safetensors")) - set(own))
     for group in (own, beside):  # some releases hold the layer in a file that the model's index does not name

@@ -29,12 +29,13 @@ def row_token_ids(
         if listed is None:
             raise VocabtrimError(
                 f"{where} has {rows} rows for a vocabulary of {vocab_size} tokens, but no d2t that says which tokens "
-                "they are: take the whole checkpoint"
+                "they are: give the whole checkpoint"
             )
         return _checked(listed, rows, vocab_size, f"{where}: t2d")
     if d2t.shape != (rows,) or not np.issubdtype(d2t.dtype, np.integer):
         raise VocabtrimError(
-            f"{where}: d2t is {d2t.dtype}{list(d2t.shape)}, the head's {rows} rows need as many integers"
+            f"{where}: d2t is {d2t.dtype}{list(d2t.shape)}, and the head's {rows} rows need as many integers: the "
+            "checkpoint is damaged"
         )
     stated = d2t.astype(np.int64)
     ids = np.arange(rows) + stated
@@ -47,7 +48,10 @@ def row_token_ids(
 
 def _listed(t2d: NDArray[np.generic], vocab_size: int, where: str) -> NDArray[np.int64]:
     if t2d.shape != (vocab_size,):
-        raise VocabtrimError(f"{where}: t2d has shape {list(t2d.shape)}, the vocabulary {vocab_size} tokens")
+        raise VocabtrimError(
+            f"{where}: t2d has shape {list(t2d.shape)}, and the vocabulary {vocab_size} tokens: the checkpoint is "
+            "damaged"
+        )
     return np.flatnonzero(t2d)
 
 
@@ -56,7 +60,10 @@ def _checked(ids: NDArray[np.int64], rows: int, vocab_size: int, where: str) -> 
         raise VocabtrimError(f"{where} names {len(ids)} tokens, the head has {rows} rows: the checkpoint is damaged")
     if ids.min() < 0 or ids.max() >= vocab_size:
         worst = ids.min() if ids.min() < 0 else ids.max()
-        raise VocabtrimError(f"{where} names the token {worst}, which is outside the vocabulary of {vocab_size}")
+        raise VocabtrimError(
+            f"{where} names the token {worst}, which is outside the vocabulary of {vocab_size}: the checkpoint is "
+            "damaged"
+        )
     if len(np.unique(ids)) < rows:
         raise VocabtrimError(f"{where} names a token twice: the checkpoint is damaged")
     return ids

@@ -113,7 +113,9 @@ def weight_files(directory: Path, what: str) -> list[Path]:
                 'nothing to lose: python -c "import torch; from safetensors.torch import save_file; '
                 f"save_file(torch.load('{pickle.name}', weights_only=True), 'model.safetensors')\""
             )
-        raise VocabtrimError(f"{directory} holds {what} without .safetensors weights")
+        raise VocabtrimError(
+            f"{directory} holds {what} and no .safetensors weights: fetch it again, or convert its weights"
+        )
     return files
 
 

@@ -48,7 +48,9 @@ def _shapes(config: Mapping[str, Any], name: str) -> dict[str, tuple[int, ...]]:
         heads = int(config["num_attention_heads"])
         vocab, rows = int(config["vocab_size"]), int(config["draft_vocab_size"])
     except (KeyError, TypeError, ValueError) as error:
-        raise VocabtrimError(f"{name}: its config.json lacks a number, {error}") from error
+        raise VocabtrimError(
+            f"{name}: its config.json lacks a size, or states one that is no number: {error}"
+        ) from error
     size = int(config.get("head_dim") or hidden // heads)
     queries, keys = heads * size, int(config.get("num_key_value_heads") or heads) * size
     aux = _AUX_STATES * int(config.get("target_hidden_size") or hidden)

@@ -44,7 +44,9 @@ def _check_attention(graph: Path, context: int) -> None:
                 f"keep to: give --max-length {window}"
             )
         if node.op_type == "GroupQueryAttention" and numbers.get("softcap", 0):
-            raise VocabtrimError("--format openvino: the model caps its attention scores, which OpenVINO does not")
+            raise VocabtrimError(
+                "--format openvino: the model caps its attention scores, which OpenVINO does not do: leave openvino out"
+            )
 
 
 def _write_graph(exported: Exported, role: Role, directory: Path) -> None:

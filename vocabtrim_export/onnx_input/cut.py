@@ -74,7 +74,10 @@ class _Cutter:
         if stored.ndim and stored.shape[-1] == self.vocab:
             node.replace_input_with(index, self._add(value, stored[..., self.rows]))
         elif stored.ndim and stored.shape[-1] != 1:
-            raise VocabtrimError(f"the head's {node.op_type} has a constant of shape {stored.shape}: not one a column")
+            raise VocabtrimError(
+                f"the head's {node.op_type} has a constant of shape {stored.shape}, which does not have a number for "
+                "each token: the rows cannot be cut"
+            )
 
     def cut(self, value: ir.Value, axis: int, before: ir.Node) -> ir.Value:
         """Keep only `rows` along an axis of `value`, a matrix that is constant or computed from one.
@@ -131,7 +134,9 @@ class _Cutter:
     def _constant(self, value: ir.Value, node: ir.Node) -> NDArray[np.generic]:
         stored = constant(value)
         if stored is None:
-            raise VocabtrimError(f"the head's {node.op_type} reads {value.name}, which is no constant")
+            raise VocabtrimError(
+                f"the head's {node.op_type} reads {value.name}, which is no constant: the rows cannot be cut"
+            )
         array: NDArray[np.generic] = stored.numpy()
         return array
 

@@ -151,7 +151,9 @@ def _open(directory: Path) -> OnnxSource:
     graph = directory / MODEL_NAME if directory / MODEL_NAME in graphs else graphs[0]
     if len(graphs) > 1 and graph.name != MODEL_NAME:
         names = ", ".join(path.name for path in graphs)
-        raise VocabtrimError(f"{directory} holds several ONNX models ({names}): leave the decoder alone in a directory")
+        raise VocabtrimError(
+            f"{directory} holds several ONNX models ({names}): move the decoder into a directory of its own"
+        )
     GraphFile.read(graph)  # refuses what points outside the directory, before anything of it is opened
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -165,7 +167,10 @@ def _open(directory: Path) -> OnnxSource:
 def _check_vocabulary(source: OnnxSource, columns: int, drafter: str) -> None:
     beyond = Vocabulary.of(source.tokenizer.backend_tokenizer, columns).beyond
     if beyond is not None:
-        raise VocabtrimError(f"the tokenizer of {drafter} has ids up to {beyond}, its head {columns} columns")
+        raise VocabtrimError(
+            f"the tokenizer of {drafter} has ids up to {beyond} and its head {columns} columns: give the tokenizer "
+            "that belongs to it"
+        )
 
 
 def _generation_config(directory: Path) -> GenerationConfig:

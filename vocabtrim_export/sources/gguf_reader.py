@@ -75,7 +75,9 @@ class GgufReader:
                 f"{self.path} is a big-endian GGUF: convert it with gguf's `gguf-convert-endian FILE little`"
             )
         if version not in (2, 3):
-            raise VocabtrimError(f"{self.path} is GGUF version {version}, of which 2 and 3 can be read: convert it")
+            raise VocabtrimError(
+                f"{self.path} is GGUF version {version}, and only versions 2 and 3 can be read: convert it"
+            )
         tensors, keys = self.number("<Q"), self.number("<Q")
         if max(tensors, keys) > _MOST_VALUES:
             raise self.broken(f"it claims {tensors} tensors and {keys} metadata keys")

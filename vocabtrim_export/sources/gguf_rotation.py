@@ -82,7 +82,9 @@ def _by_divisors(header: GgufHeader, name: str, base: float) -> dict[str, Any]:
     factor = float(divisors.max())
     wanted = _divisors(len(divisors), base, factor)
     if name != "rope_freqs.weight" or not np.allclose(divisors, wanted):
-        raise VocabtrimError(f"{header.path} turns by {name}, not as Llama 3 does: give the original weights")
+        raise VocabtrimError(
+            f"{header.path} scales its rotation by {name} in another way than Llama 3: give the original weights"
+        )
     return {
         "rope_type": "llama3",
         "rope_theta": base,

@@ -49,7 +49,7 @@ def _awq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
         quantization.get("bits", quantization.get("w_bit")) != 4
         or str(quantization.get("version", "gemm")).lower() != "gemm"
     ):
-        raise VocabtrimError("of AWQ checkpoints only the 4-bit GEMM layout is read: give the unquantised weights")
+        raise VocabtrimError("only the 4-bit GEMM layout of AWQ is read: give the unquantised weights")
     place = torch.tensor(_AWQ_ORDER).argsort()
     scales = parts["scales"].float()
     values, zeros = (

@@ -51,7 +51,9 @@ def checkpoint_files(directory: Path) -> list[Path]:
     index = read(directory / _INDEX)
     shards = decode(Mapping[str, str], index.get("weight_map") if isinstance(index, dict) else None, _INDEX)
     if odd := next((name for name in shards.values() if Path(name).name != name), None):
-        raise VocabtrimError(f"{directory / _INDEX} names {odd!r}, which is no file of that directory")
+        raise VocabtrimError(
+            f"{directory / _INDEX} names {odd!r}, which is no file of that directory: download it again"
+        )
     files = sorted({directory / name for name in shards.values()})
     if missing := next((file for file in files if not file.is_file()), None):
         raise VocabtrimError(

@@ -115,7 +115,9 @@ def target_capabilities(library: Library, options: BuildOptions) -> tuple[str, .
         VocabtrimError: `library` cannot build for them, or does not offer one of the options.
     """
     if options.version_compatible and options.strip_weights:
-        raise VocabtrimError("the lean runtime cannot refit a plan: give --strip-weights or --version-compatible")
+        raise VocabtrimError(
+            "the lean runtime cannot refit a plan: give only one of --strip-weights and --version-compatible"
+        )
     if library.flavor == "tensorrt":
         return _this_gpu(library, options.compute_capabilities)
     if options.timing_cache is not None:

@@ -69,8 +69,8 @@ def raise_ended(library_name: str, onnx_name: str, code: int, stderr: str) -> No
         raise RuntimeError(f"the builder of {onnx_name} failed:\n{stderr}")
     if -code == signal.SIGKILL:
         raise VocabtrimError(
-            f"the builder of {onnx_name} was killed, most often for want of memory: close other programs, or export "
+            f"the builder of {onnx_name} was killed, probably because memory ran out: close other programs, or export "
             "with a smaller --draft-length or --quantize"
         )
     last = one_line((stderr.strip().splitlines() or ["it gave no reason"])[-1])
-    raise VocabtrimError(f"{library_name} broke down on {onnx_name} ({signal.Signals(-code).name}): {last}")
+    raise VocabtrimError(f"{library_name} crashed on {onnx_name} ({signal.Signals(-code).name}): {last}")

@@ -57,7 +57,7 @@ class TensorRTSettings:
         _check_range("--prefill-chunk", self.prefill_chunk, 1, _LONGEST_CHUNK)
         for span in self.spans:
             if span < 1:
-                raise VocabtrimError(f"--span is {span}: attention reads 1 token or more")
+                raise VocabtrimError(f"--span is {span}: give 1 or more")
         if self.timing_cache is not None and self.timing_cache.is_dir():
             raise VocabtrimError(f"--timing-cache is {self.timing_cache}, a directory: name a file")
         if self.flavor == "none":
