@@ -3,6 +3,8 @@
 import importlib
 import pkgutil
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -28,6 +30,14 @@ def test_public_names_are_what_their_homes_have_in_any_order_and_again(package):
             assert home.__name__.split(".")[0] in PACKAGES
             assert scope[name] is getattr(home, name)
             assert name in dir(module)
+
+
+def test_a_name_that_needs_the_extra_says_what_to_install():
+    code = "import sys; sys.modules['torch'] = None; from vocabtrim_export import Coverage, {name}"
+    for name, code_of_exit in (("VocabMap", 1), ("export", 1), ("select_vocab", 0)):
+        done = subprocess.run([sys.executable, "-c", code.format(name=name)], capture_output=True, text=True)
+        assert done.returncode == code_of_exit
+        assert ("pip install 'vocabtrim-export[export]'" in done.stderr) == (name == "export")
 
 
 def test_what_measures_is_not_on_the_front_page():

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vocabtrim_export.extras import missing_extra
 from vocabtrim_export.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -44,7 +45,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if (message := missing_extra(error)) is None:
+            raise
+        raise ModuleNotFoundError(f"vocabtrim_export.{name}: {message}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

@@ -357,7 +357,7 @@ def test_layers_with_a_window_keep_their_rotation(gguf_file):
     [
         ({"scaling": gguf.RopeScalingType.LONGROPE}, r"scales its rotation \(longrope\)"),
         ({"says": lambda writer: writer.add_rope_scaling_attn_factors(1.2)}, r"scales its rotation"),
-        ({"rope_factors": np.linspace(1, 8, HEAD // 2, dtype=np.float32)}, "not as Llama 3 does"),
+        ({"rope_factors": np.linspace(1, 8, HEAD // 2, dtype=np.float32)}, "in another way than Llama 3"),
     ],
 )
 def test_a_rotation_that_would_be_lost_is_refused(given, message, gguf_file):

@@ -134,7 +134,7 @@ def test_a_quantised_checkpoint_is_the_weights_it_stands_for(form, checkpoint):
         ("awq", {"group_size": 32}, "6 groups of 32 do not make 96"),
         ("compressed-tensors", {"transform_config": {"config_groups": {"R3": {}}}}, "weights that are rotated"),
         ("fp8", {"quant_method": "bitsandbytes"}, "is quantised by bitsandbytes, which is not read"),
-        ("awq", {"version": "gemv"}, "only the 4-bit GEMM layout is read"),
+        ("awq", {"version": "gemv"}, "only the 4-bit GEMM layout of AWQ is read"),
         ("compressed-tensors", {"config_groups": {}}, r"weights of \[\] bits are not read"),
     ],
 )

@@ -99,7 +99,7 @@ def test_a_worker_that_is_killed_at_work_changes_nothing(cluster, place, monkeyp
 def test_a_batch_that_every_worker_dies_of_is_one_line(cluster, place, monkeypatch):
     monkeypatch.setattr(ray_workers.TextWorker, "tokens", lambda _worker, _batch, _work: os._exit(1))
     monkeypatch.setattr(ray_workers, "_ATTEMPTS", 2)
-    with pytest.raises(VocabtrimError, match=r"2 Ray workers died of one batch, .*: the counts so far are kept"):
+    with pytest.raises(VocabtrimError, match=r"2 Ray workers died at one batch, .*; the counts so far are kept"):
         count(place, "ray", calibration_source="text", calibration_tokens=10**7, ray=cluster)
 
 

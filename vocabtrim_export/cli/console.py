@@ -89,14 +89,21 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on standard output; the first column is left-aligned, the others right."""
+def print_table(title: str, columns: list[str], rows: list[list[str]], numbers: bool = True) -> None:
+    """Print a table on standard output.
+
+    Args:
+        title: Stands above the table.
+        columns: The columns' heads.
+        rows: The cells of each row.
+        numbers: The columns behind the first one hold numbers, which are right-aligned.
+    """
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="right" if index and numbers else "left")
     for row in rows:
         table.add_row(*row)
 

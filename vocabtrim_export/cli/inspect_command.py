@@ -74,7 +74,7 @@ def run_checks(path: Path, as_json: bool) -> None:
         print(json.dumps({"bundle": str(path), "ok": not failed, "checks": [asdict(c) for c in checks]}, indent=2))
     else:
         rows = [[escape(check.name), escape(check.wrong or "ok")] for check in checks]
-        print_table(escape(str(path)), ["check", "result"], rows)
+        print_table(escape(str(path)), ["check", "result"], rows, numbers=False)
     if failed:
         raise VocabtrimError(f"{len(failed)} of {len(checks)} checks failed, first: {failed[0].wrong}")
 
@@ -165,13 +165,14 @@ def _print(
     from rich.markup import escape  # brackets in a name would be read as markup
 
     manifest = bundle.manifest
-    print_table(escape(str(bundle.path)), ["", "value"], [[name, value] for name, value in _facts(manifest).items()])
+    facts = [[name, value] for name, value in _facts(manifest).items()]
+    print_table(escape(str(bundle.path)), ["", "value"], facts, numbers=False)
     if manifest.tensorrt is not None:
         rows = [[p.phase, str(p.tokens), str(p.keep), str(p.span)] for p in manifest.tensorrt.profiles]
         print_table("profiles", ["phase", "tokens", "predicted", "slots attended to"], rows)
     for name, graph in graphs.items():
         rows = [[v["name"], side, v["dtype"], _shape(v["shape"])] for side, v in _without_caches(graph)]
-        print_table(name, ["tensor", "", "type", "shape"], rows)
+        print_table(name, ["tensor", "", "type", "shape"], rows, numbers=False)
     for name, network in networks.items():
         rows = [[type_, str(count)] for type_, count in network.counts().items()]
         rows.append(["kernels built from them", str(len(network.kernels))])
@@ -182,7 +183,7 @@ def _print(
             [escape(layer["name"]), layer["type"], _tensors(layer["inputs"]), _tensors(layer["outputs"])]
             for layer in found
         ]
-        print_table(f"layers of {name}", ["name", "type", "inputs", "outputs"], rows)
+        print_table(f"layers of {name}", ["name", "type", "inputs", "outputs"], rows, numbers=False)
 
 
 def _facts(manifest: "Manifest") -> dict[str, str]:

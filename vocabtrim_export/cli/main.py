@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.cli.streams import BROKEN_PIPE, discard_output, prepare_output
+from vocabtrim_export.extras import missing_extra
 from vocabtrim_export.version import __version__
 
 COMMANDS = {
@@ -37,8 +38,6 @@ _WORDS = """words:
   MODEL      a model to export: a hub id, a local directory or a .gguf file
 """
 _EXAMPLE = "example:"
-# The packages that the extra `export` installs.
-_EXPORT_PACKAGES = {"accelerate", "gguf", "onnx_ir", "onnxscript", "sentencepiece", "torch", "transformers"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -162,9 +161,9 @@ def _in_one_line(run: Callable[[], int]) -> int:
     except VocabtrimError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
-        if (package := (error.name or "").partition(".")[0]) not in _EXPORT_PACKAGES:
+        if (message := missing_extra(error)) is None:
             raise
-        return _fail(f"this needs {package}, which is not installed: pip install 'vocabtrim-export[export]'")
+        return _fail(message)
     except KeyboardInterrupt:
         print("interrupted: nothing half-written was left behind", file=sys.stderr)
         return 130
