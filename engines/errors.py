@@ -2,7 +2,7 @@
 
 
 class VocabtrimError(Exception):
-    """Something the caller can mend: the message is one line that says what is wrong and what to do.
+    """A mistake that the caller can correct. The message is one line that says what is wrong and what to do.
 
     The command line prints it and exits with code 2; it never shows a traceback for it.
     """

@@ -85,7 +85,7 @@ def _probability(token: int, q: NDArray[np.float32], head_tokens: HeadTokens | N
 
 
 def _without(p: NDArray[np.float32], token: int) -> NDArray[np.float32]:
-    """`p` less a q that is certain of `token`, which was rejected. Not normalised."""
+    """Returns `p` less a q that is certain of `token`, which was rejected. Not normalised."""
     rest = p.copy()
     if token < len(rest):
         rest[token] = 0

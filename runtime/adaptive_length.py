@@ -129,7 +129,7 @@ class AdaptiveLength:
         return AdaptiveLength(self.longest, self.lookups is not None, costs)
 
     def _most_drafted(self) -> int:
-        """The most tokens that the drafter drafts in a round."""
+        """Returns the most tokens that the drafter drafts in a round."""
         return self.longest
 
     def _learn(self, drafted: int, accepted: int) -> None:  # noqa: ARG002
@@ -167,9 +167,9 @@ class AdaptiveLength:
         return not self._costs.knows_plain or self._rounds % _PLAIN_EVERY == 0
 
     def _plain_rate(self) -> float:
-        """Tokens per second of rounds without a draft."""
+        """Returns the tokens per second of rounds without a draft."""
         return 1 / self._costs.round(0, 0)
 
     def _rate(self) -> float:
-        """Tokens per second: the loop's, or target-only decoding's where that is more."""
+        """Returns the tokens per second: the loop's, or target-only decoding's where that is more."""
         return max(self._loop.value, self._plain_rate())

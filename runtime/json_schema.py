@@ -128,7 +128,7 @@ def _checked(schema: Mapping[str, Any] | bool) -> str:
 
 
 def _multiples(node: Any) -> Iterator[float]:
-    """The values of every `multipleOf` in a schema."""
+    """Returns the values of every `multipleOf` in a schema."""
     if isinstance(node, dict):
         value = node.get("multipleOf")
         if isinstance(value, int | float) and not isinstance(value, bool):

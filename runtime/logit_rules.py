@@ -21,7 +21,7 @@ class Columns:
         self.width, self._head_tokens = width, head_tokens
 
     def find(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """The columns of those of `ids` that the head has, and which these are: bool[len(ids)]."""
+        """Returns the columns of those of `ids` that the head has, and which these are: bool[len(ids)]."""
         if self._head_tokens is None:
             has = ids < self.width
             return ids[has], has
@@ -32,7 +32,7 @@ class Columns:
         return columns[has], has
 
     def spread(self, by_token: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """The value of each column's token: bool[width] of bool[tokens]; false for an empty slot."""
+        """Returns bool[width] of bool[tokens]: the value of each column's token; false for an empty slot."""
         if self._head_tokens is None:
             return by_token[: self.width]
         tokens = self._head_tokens.kept_token_ids[: self.width]
@@ -48,7 +48,7 @@ class LogitRules:
     """
 
     def __init__(self, params: SamplingParams, target: Manifest, prompt: Sequence[int]) -> None:
-        """Raises `VocabtrimError` where `params` name tokens that the target lacks."""
+        """Make the rules of a generation. Raises `VocabtrimError` where `params` name tokens that the target lacks."""
         params.check_token_ids(target.vocab_size)
         self._rules = rules = params.rules(target.rules)
         self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
@@ -73,7 +73,7 @@ class LogitRules:
         self._length = len(self._text.tokens)
 
     def apply(self, row: NDArray[np.float32], draft: Sequence[int], columns: Columns) -> NDArray[np.float32]:
-        """The logits after the text and `draft`, as the rules leave them.
+        """Returns the logits after the text and `draft`, as the rules leave them.
 
         Args:
             row: float32[columns.width], as the model gives them.
@@ -131,7 +131,7 @@ class LogitRules:
 
 
 def make_logit_rules(params: SamplingParams, target: Manifest, prompt: Sequence[int]) -> LogitRules | None:
-    """None where nothing changes the logits. Raises as `LogitRules` does."""
+    """Returns the rules of a generation; None where nothing changes the logits. Raises as `LogitRules` does."""
     additions = params.presence_penalty, params.frequency_penalty, params.logit_bias
     changes_nothing = GenerationRules(unsupported=target.rules.unsupported)
     if params.rules(target.rules) == changes_nothing and not any(additions):
@@ -145,7 +145,7 @@ def ruled_rows(
     rules: LogitRules | None,
     first: int = 0,
 ) -> NDArray[np.float32]:
-    """Rows of logits along a generation, as `rules` leave them.
+    """Returns the rows of logits along a generation, as `rules` leave them.
 
     Args:
         rows: float32[n, width]; row i comes after the prompt and the first `first + i` of `tokens`.
@@ -208,7 +208,7 @@ class _Text:
                 del self._slots[token]
 
     def repeats(self) -> Sequence[int]:
-        """Tokens that would complete an n-gram which the text has already."""
+        """Returns the tokens that would complete an n-gram which the text has already."""
         if len(self.tokens) + 1 < self._ngram_size:
             return ()
         return self._followers.get(self._key(len(self.tokens)), ())

@@ -27,7 +27,7 @@ class TokenLogprob:
 
 
 def token_logprobs(logits: NDArray[np.float32], tokens: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:
-    """The log-probability of each of `tokens`, and the `top` most likely alternatives.
+    """Returns the log-probability of each of `tokens`, and the `top` most likely alternatives.
 
     Args:
         logits: float32[len(tokens) or more, vocabulary]; row i predicts `tokens[i]`.

@@ -117,7 +117,7 @@ def check_pair(target: Engine, drafter: Engine | None) -> None:
 
 
 def _check_tokens(target: Engine, drafter: Engine) -> None:
-    """The tokens that both have must mean the same, and those that the drafter can propose must be the target's."""
+    """Check that shared tokens mean the same to both, and that all that the drafter can propose are the target's."""
     if drafter.manifest.tokenizer == target.manifest.tokenizer:
         return
     files = target.tokenizer_file, drafter.tokenizer_file

@@ -129,7 +129,7 @@ class ChromeTrace:
             self._spans.append(_Span(name, track, begin, perf_counter_ns(), payload))
 
     def events(self) -> list[dict[str, Any]]:
-        """The trace's events: the tracks' names, then the spans as they began, outer ones first."""
+        """Returns the trace's events: the tracks' names, then the spans as they began, outer ones first."""
         used = {span.track: None for span in self._spans}
         tracks = [track for track in (LOOP, TARGET, DRAFTER) if track in used]
         tracks += [track for track in used if track not in tracks]

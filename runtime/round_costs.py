@@ -90,7 +90,7 @@ class _Recent:
         return len(self._values)
 
     def was_slowed(self, value: float) -> bool:
-        """Whether `value` tells that the values before it were slowed down."""
+        """Returns whether `value` tells that the values before it were slowed down."""
         return value < _FASTER * self.median
 
     def add(self, value: float) -> None:

@@ -196,7 +196,7 @@ def make_rule(
     force_accepted: int | None = None,
     masks: Masks | None = None,
 ) -> Rule:
-    """The rule of one generation after `prompt`.
+    """Returns the rule of one generation after `prompt`.
 
     The rules on logits are those of the target's bundle, where `params` give none; `masks` come before them. Forced
     acceptance measures times alone and applies none. Raises `VocabtrimError` for token ids that the target lacks.

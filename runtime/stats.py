@@ -65,7 +65,7 @@ class Stats:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and what follows from them, ready for `json.dumps`."""
+        """Returns all fields and what follows from them, ready for `json.dumps`."""
         derived = "other_seconds", "block_efficiency", "tokens_per_second"
         return asdict(self) | {name: getattr(self, name) for name in derived}
 

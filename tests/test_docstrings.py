@@ -35,6 +35,22 @@ def test_parameters_and_fields_are_described_in_sections(package):
     assert not [f"{path}:{line}" for path in paths for line in described_in_prose(path.read_text("utf-8"))]
 
 
+NOUNS = re.compile(r"(The|A|An|All|Every|Each|None|Whether|Tokens|Rows|Bytes|Milliseconds|`)\b")
+
+
+def without_verb(source: str) -> list[str]:
+    """Returns "line name" of each function, properties apart, whose docstring is no sentence about what it does."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in functions if "property" not in " ".join(map(ast.unparse, node.decorator_list))]
+    return [f"{node.lineno} {node.name}" for node in functions if NOUNS.match(ast.get_docstring(node) or "")]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_functions_say_what_they_do(package):
+    found = {str(path): without_verb(path.read_text("utf-8")) for path in (ROOT / package).rglob("*.py")}
+    assert not {path: lines for path, lines in found.items() if lines}
+
+
 def test_prose_descriptions_are_recognised():
     assert described_in_prose('class A:\n    """A thing. x: its size."""\n    x: int') == ["1 A: x"]
     assert described_in_prose('def f(y):\n    """Do it.\n\n    y: how.\n    """') == ["1 f: y"]

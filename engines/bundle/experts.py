@@ -45,5 +45,5 @@ class Experts:
         return self.num_experts - (self.num_experts - known[-1]) * untouched
 
     def expected_bytes(self, tokens: float) -> float:
-        """Bytes that a step of several tokens is expected to read of these experts, in all layers of this form."""
+        """Returns the bytes that a step of several tokens is expected to read of these experts, in all layers."""
         return self.bytes * self.expected_distinct(tokens) / self.num_experts

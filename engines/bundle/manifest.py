@@ -128,7 +128,7 @@ class Manifest:
         return "parallel-heads" if FEATURES_OUTPUT in self.inputs else "language-model"
 
     def weight_bytes(self, tokens: float) -> float:
-        """Bytes of weights that a step of so many tokens is expected to read: more experts than one token picks."""
+        """Returns the bytes of weights that a step of so many tokens is expected to read, experts included."""
         more = sum(each.expected_bytes(tokens) - each.expected_bytes(1) for each in self.experts)
         return self.weight_bytes_per_step + more
 
@@ -143,7 +143,7 @@ class Manifest:
         return _digest(asdict(self))
 
     def to_json(self) -> str:
-        """The text of `vocabtrim.json`: the fields, and `digest`, by which an edit shows."""
+        """Returns the text of `vocabtrim.json`: the fields, and `digest`, by which an edit shows."""
         return json.dumps(asdict(self) | {"digest": self.digest}, indent=2, sort_keys=True) + "\n"
 
     @classmethod

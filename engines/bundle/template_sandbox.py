@@ -167,7 +167,7 @@ def _size(operator: str, left: Any, right: Any) -> int:
 
 
 def _largest_width(form: str, values: Iterable[Any]) -> int:
-    """The largest number in a format, or among its values where it takes a width from them."""
+    """Returns the largest number in a format, or among its values where it takes a width from them."""
     taken = [abs(value) for value in values if isinstance(value, int)] if "*" in form or "{" in form else []
     return max([*taken, *(int(digits[:20]) for digits in re.findall(r"[0-9]+", form))], default=0)
 

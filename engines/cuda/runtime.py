@@ -42,7 +42,7 @@ def check(result: tuple[Any, ...], asked: int = 0) -> Any:
         asked: Bytes that the call was to allocate.
 
     Raises:
-        VocabtrimError: The user can mend it, such as a GPU without enough memory.
+        VocabtrimError: The user can correct it, such as a GPU without enough memory.
         RuntimeError: Anything else.
     """
     error, *values = result

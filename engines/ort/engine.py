@@ -115,7 +115,7 @@ class OnnxRuntimeEngine(Engine):
         return join_outputs([self._execute(self._step(len(call.ids), call.predicted), call) for call in calls])
 
     def fork(self, share_cache_with: Engine | None = None) -> Engine:
-        """A session runs for several threads at once; bindings, and what is bound, are each engine's own."""
+        """Fork as `Engine.fork` does: a session runs for several threads, and what is bound is each engine's own."""
         if self.device != "cpu":
             return super().fork(share_cache_with)
         shared = share_cache_with if isinstance(share_cache_with, OnnxRuntimeEngine) else None

@@ -136,7 +136,7 @@ class StaticEngine(Engine):
         return StepOutput(output.token_ids[:kept], lambda: output.logits[:kept])
 
     def draft(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64] | None:
-        again = MOST_UNREAD - len(token_ids)  # tokens fed before, whose keys and values are computed anew
+        again = MOST_UNREAD - len(token_ids)  # tokens fed before, whose keys and values are computed again
         begin, steps = self.length - again, self.unrolled
         end = self.length + len(token_ids) + steps - 1
         if not steps or again < 0 or begin < 0 or end > self.capacity:

@@ -79,7 +79,7 @@ def pick_device() -> torch.device:
     """The GPU if there is one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, and decoding has a new one each step
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans again for every length, and decoding has a new one each step
     return torch.device("cuda")
 
 

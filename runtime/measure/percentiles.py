@@ -11,7 +11,7 @@ from runtime.stats import Percentiles
 def call_percentiles(
     runs: Sequence[TimedGeneration], engine: Literal["target", "drafter"], tokens: int | None
 ) -> Percentiles | None:
-    """Milliseconds of an engine's calls. Prefills are left out, however short they are.
+    """Returns the milliseconds of an engine's calls. Prefills are left out, however short they are.
 
     Args:
         runs: The runs of one mode.
@@ -26,7 +26,7 @@ def call_percentiles(
 
 
 def round_percentiles(runs: Sequence[TimedGeneration], length: int | None) -> Percentiles | None:
-    """Milliseconds of rounds that drafted `length` tokens, or of all rounds where `length` is None.
+    """Returns the milliseconds of rounds that drafted `length` tokens, or of all rounds where `length` is None.
 
     The round in which a drafter reads the prompt is left out.
     """
@@ -34,13 +34,13 @@ def round_percentiles(runs: Sequence[TimedGeneration], length: int | None) -> Pe
 
 
 def host_percentiles(runs: Sequence[TimedGeneration], length: int | None) -> Percentiles | None:
-    """Milliseconds of the same rounds that are spent neither drafting nor verifying."""
+    """Returns the milliseconds of the same rounds that are spent neither drafting nor verifying."""
     rounds = _full_rounds(runs, length)
     return Percentiles.of(1e3 * (entry.seconds - entry.draft_seconds - entry.verify_seconds) for entry in rounds)
 
 
 def draft_percentiles(runs: Sequence[TimedGeneration], length: int) -> Percentiles | None:
-    """Milliseconds that a draft of `length` tokens takes per token.
+    """Returns the milliseconds that a draft of `length` tokens takes per token.
 
     They include what a drafter with a KV cache of its own reads first.
     """

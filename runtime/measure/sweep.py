@@ -95,12 +95,16 @@ class SweepReport:
 
 
 def at_context(prompt: Sequence[int], tokens: int) -> list[int]:
-    """`prompt`, repeated and cut to `tokens` ids."""
+    """Returns `prompt`, repeated and cut to `tokens` ids."""
     return [int(token) for token in (list(prompt) * -(-tokens // len(prompt)))[:tokens]]
 
 
 def prompts_at(engines: Sequence[Engine], prompts: Prompts, settings: SweepSettings) -> Prompts:
-    """`prompts` at the one context of `settings`, or as they are. Raises `VocabtrimError` where that does not fit."""
+    """Returns `prompts` at the one context of `settings`, or as they are.
+
+    Raises:
+        VocabtrimError: They do not fit into the bundles.
+    """
     _check_contexts(engines, settings)
     return [at_context(prompt, settings.contexts[0]) for prompt in prompts] if settings.contexts else prompts
 
@@ -162,7 +166,7 @@ def _way(drafter: Engine | None, length: int, prompts: Prompts, settings: SweepS
 def check_settings(
     target: Engine, drafters: Mapping[str, Engine], prompts: Prompts, settings: SweepSettings
 ) -> tuple[int, ...]:
-    """The draft lengths, ascending. Raises `VocabtrimError` for what cannot run."""
+    """Returns the draft lengths, ascending. Raises `VocabtrimError` for settings that cannot run."""
     if not prompts or settings.repeats < 1 or settings.max_new_tokens < 2:
         raise VocabtrimError("a sweep needs at least one prompt, one repeat and two new tokens")
     check_greedy(settings.sampling)

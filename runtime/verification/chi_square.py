@@ -18,7 +18,10 @@ def critical(alpha: float, freedom: int) -> float:
 
 
 def power(noncentrality: float, alpha: float, freedom: int) -> float:
-    """P(a test at level `alpha` rejects) where the statistic is noncentral: a Poisson(λ/2) mixture of central ones."""
+    """Returns the chance that a test at level `alpha` rejects a noncentral statistic.
+
+    Such a statistic is a Poisson(λ/2) mixture of central ones.
+    """
     limit = critical(alpha, freedom)
     terms = int(noncentrality / 2 + 12 * math.sqrt(noncentrality / 2 + 1)) + 12  # the rest weighs under 1e-20
     weights = _poisson(noncentrality / 2, terms)
@@ -31,14 +34,14 @@ def noncentrality_for(wanted: float, alpha: float, freedom: int) -> float:
 
 
 def _poisson(mean: float, count: int) -> Iterator[float]:
-    """The probabilities of 0, 1, …, count − 1 events."""
+    """Returns the probabilities of 0, 1, …, count − 1 events."""
     log_mean = math.log(mean) if mean else -math.inf
     for k in range(count):
         yield math.exp(k * log_mean - mean - math.lgamma(k + 1)) if k else math.exp(-mean)
 
 
 def _root(rising: Callable[[float], float]) -> float:
-    """The argument, from 0 up, at which a rising function is zero."""
+    """Returns the argument, from 0 up, at which a rising function is zero."""
     high = 1.0
     while rising(high) < 0:
         high *= 2

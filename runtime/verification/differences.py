@@ -57,7 +57,7 @@ def differences(rows: NDArray[np.float32], tokens: Sequence[int], manifest: Mani
 
 
 def tolerance(row: NDArray[np.float32], manifest: Manifest) -> float:
-    """The gap between two logits of `row`, float32[columns], that rounding explains.
+    """Returns the gap between two logits of `row`, float32[columns], that rounding explains.
 
     It is ROUNDINGS_PER_LAYER · layers · ε of the dtype · the largest absolute logit.
     """

@@ -135,7 +135,7 @@ def verify_sampling(
     """Sample with target and drafter until `draws` tokens are tested, for each of `settings`.
 
     The first draft has 1 token, the next 2, and so on up to γ, and then 1 again. With γ alone the token after a draft
-    that is accepted whole would hardly be tested, because long drafts seldom are. With an adaptive draft length, drafts
+    that is accepted whole would hardly be tested, because long drafts rarely are. With an adaptive draft length, drafts
     have 1 to 4 tokens first, then the decoder's own lengths, prompt lookup included.
 
     Args:

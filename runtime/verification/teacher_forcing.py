@@ -82,7 +82,7 @@ def stepped_logits(engine: Engine, text: GivenText) -> Iterator[NDArray[np.float
 
 
 def _drafter_blocks(target: Engine, drafter: Engine, text: GivenText) -> Iterator[NDArray[np.float32]]:
-    """Rows of the drafter's logits, with what its slots held then until the next block is asked for."""
+    """Yield rows of the drafter's logits, with what its slots held then until the next block is asked for."""
     fed, first = text.fed, len(text.prompt)
     if drafter.features_read:
         target.rewind(0)

@@ -45,7 +45,7 @@ def test_a_right_pair_is_lossless(verify, model, judge, tmp_path):
     code, out, _ = verify(*options)
     assert (code, out.splitlines()[-1]) == (0, "lossless")
     assert "prompt 1: equal" in out
-    assert ("compared with nothing but the target's own engine" in out) == (judge == "the engine")
+    assert ("compared only with the target's own engine" in out) == (judge == "the engine")
     code, out, _ = verify(*options, "--json", "--num-prompts", "1")
     data = json.loads(out)
     assert (code, data["passed"], data["sampling"]) == (0, True, None)

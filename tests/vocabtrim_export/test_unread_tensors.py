@@ -58,5 +58,5 @@ def test_layers_that_predict_several_tokens_are_noted(name):
 
 def test_an_adapter_is_not_left_out(checkpoint):
     path = checkpoint("adapter_model.safetensors", **{"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)})
-    with pytest.raises(VocabtrimError, match=r"an adapter beside full weights.*merge it"):
+    with pytest.raises(VocabtrimError, match=r"an adapter next to full weights.*merge it"):
         load_source(path, torch.float32)

@@ -87,7 +87,7 @@ def replacing(paths: list[Path]) -> Iterator[list[Path]]:
 def placing(paths: list[Path]) -> Iterator[list[Path]]:
     """Create empty directories to fill. When the block succeeds they replace `paths`, all of them or none.
 
-    Each is created beside its place, so that moving it there is one rename. On any failure, Ctrl-C included, they are
+    Each is created next to its place, so that moving it there is one rename. On any failure, Ctrl-C included, they are
     removed and the directories that were there before are as they were. After a kill, a reader sees either the old
     directories or all of the new ones (`engines.bundle.atomic_replace`). The directory must be `reserved`.
 
@@ -142,7 +142,7 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def _clear(directory: Path) -> None:
-    """Remove what killed runs were filling. The lock is held, so nobody is filling it now."""
+    """Remove what killed runs were filling. The lock is held, so no run is filling it now."""
     for path in directory.glob(f"{ASIDE}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -135,7 +135,7 @@ def write_bundle(
 
 
 def add_file(directory: Path, manifest: Manifest, name: str) -> Manifest:
-    """Name one more file of a bundle in its manifest, which is written anew and returned."""
+    """Name one more file of a bundle in its manifest, which is written again and returned."""
     manifest = replace(manifest, files={**manifest.files, name: _digest(directory / name)})
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
     return manifest
@@ -163,7 +163,7 @@ def _write_graphs(
     if isinstance(model, FeatureHead) and model.fuse is not None:
         if twin:
             features = f"{FEATURES_NAME}.data"
-            shutil.copyfile(twin / FEATURES_NAME, directory / FEATURES_NAME)  # its metadata is written anew below
+            shutil.copyfile(twin / FEATURES_NAME, directory / FEATURES_NAME)  # its metadata is written again below
             clone_file(twin / features, directory / features)
         else:
             save_small(lower_features(model.fuse, weights), directory / FEATURES_NAME)

@@ -56,7 +56,7 @@ def calibrate(
         tokenizer: The model's fast tokenizer.
         corpus: The documents to count on.
         settings: The settings of the counting.
-        checkpoint: A file that is rewritten as tokens come in; beside it, in a directory of its name with ".partial"
+        checkpoint: A file that is rewritten as tokens come in; next to it, in a directory of its name with ".partial"
             added, is the work on an unfinished batch. A run goes on from an existing one, and ends where it would have
             ended uninterrupted; a larger `max_tokens` continues a finished run.
         save_seconds: The seconds between two savings, which is what a killed run can lose.

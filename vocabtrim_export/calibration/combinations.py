@@ -1,4 +1,4 @@
-"""Settings of a calibration that would be ignored beside others; they are refused before any file is read."""
+"""Refuses settings of a calibration that would be ignored because of others, before any file is read."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -12,7 +12,7 @@ from vocabtrim_export.calibration.document_file import kept
 from vocabtrim_export.calibration.hub_data import is_hub_data, read_hub_data
 from vocabtrim_export.calibration.records import parse_record
 
-# What `save_to_disk` of `datasets` writes beside its Arrow files.
+# What `save_to_disk` of `datasets` writes next to its Arrow files.
 _SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 

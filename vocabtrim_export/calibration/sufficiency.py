@@ -77,7 +77,7 @@ class Evidence:
         self.held_out: list[NDArray[np.int64]] = np.split(ids, ends)[:-1] if len(ends) else []
 
     def tensors(self) -> dict[str, NDArray[np.int64]]:
-        """Returns the state, to be saved beside the counts."""
+        """Returns the state, to be saved with the counts."""
         ids = np.concatenate([np.empty(0, np.int64), *self.held_out])
         ends = np.cumsum([len(document) for document in self.held_out], dtype=np.int64)
         return {_COUNTS: self.halfway, _TOKENS: ids, _ENDS: ends}

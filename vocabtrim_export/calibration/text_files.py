@@ -89,7 +89,7 @@ def read_table(stream: IO[bytes], path: Path) -> Records:
             cells = {name: value for name, value in row.items() if isinstance(name, str)}
             yield f"{path}, line {rows.line_num}", table_cells(cells)
     except csv.Error as error:
-        raise VocabtrimError(f"{path} is not a table of {path.suffix} ({error}): mend it, or write .jsonl") from error
+        raise VocabtrimError(f"{path} is not a table of {path.suffix} ({error}): correct it, or use .jsonl") from error
     finally:
         csv.field_size_limit(before)
 
@@ -183,7 +183,7 @@ def _items(chunks: Iterator[str], path: Path) -> Records:
         except (ValueError, RecursionError) as error:  # the rest of it may be in the next chunk
             more = next(chunks, "")
             if not more or len(text) > MAX_LINE:
-                raise VocabtrimError(f"{where} is not valid JSON: mend or remove it") from error
+                raise VocabtrimError(f"{where} is not valid JSON: correct or remove it") from error
             text += more
             continue
         yield where, value
@@ -221,4 +221,4 @@ def _parse(text: str, where: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         place = f" (at line {error.lineno})" if isinstance(error, json.JSONDecodeError) and error.lineno > 1 else ""
-        raise VocabtrimError(f"{where} is not valid JSON{place}: mend or remove it") from error
+        raise VocabtrimError(f"{where} is not valid JSON{place}: correct or remove it") from error

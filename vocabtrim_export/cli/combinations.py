@@ -1,4 +1,4 @@
-"""Options that would have no effect beside others: they are refused, so that nobody relies on them."""
+"""Refuses options that would have no effect together with others."""
 
 import argparse
 from collections.abc import Mapping

@@ -73,7 +73,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         )
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Leaves the example in one line, as it is copied."""
+        """Leave the example in one line, as it is copied."""
         return text if text.startswith(_EXAMPLE) else super()._fill_text(text, width, indent)
 
 

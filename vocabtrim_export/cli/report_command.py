@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _default_page(export: Path) -> Path:
-    """Returns the page beside the bundles that it describes; never within a bundle, which holds only its own files."""
+    """Returns the path of the page: next to the bundles that it describes, never within one."""
     from engines.bundle.read import MANIFEST_NAME
 
     is_export = export.is_dir() and not (export / MANIFEST_NAME).exists()

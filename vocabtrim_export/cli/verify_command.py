@@ -196,7 +196,7 @@ def _show(greedy: "VerifyReport", sampled: "SamplingReport | None", decoder: "Sp
                 _show_difference(by, each, decoder)
     if not greedy.is_independent:
         print(
-            "compared with nothing but the target's own engine, which shows what speculation changes and not whether "
+            "compared only with the target's own engine, which shows what speculation changes and not whether "
             "the target computes what its model does: give --reference MODEL for that"
         )
     for setting in sampled.settings if sampled else ():

@@ -1,4 +1,4 @@
-"""The multi-token-prediction layer that some checkpoints hold beside their model, which transformers leaves out."""
+"""The multi-token-prediction layer that some checkpoints hold, which transformers leaves out."""
 
 import copy
 import hashlib

@@ -1,4 +1,4 @@
-"""The formats that an export writes beside its bundles, for programs that do not read bundles.
+"""The formats that an export writes in addition to its bundles, for programs that do not read bundles.
 
 A format is a module in this folder with `write(exported, directory)`, which fills an empty directory, and an entry in
 `FORMATS`. This module imports little: the command line reads the names of the formats to answer `--help`.

@@ -1,4 +1,4 @@
-"""`Exported`: the input of the formats that are written beside an export's bundles."""
+"""`Exported`: the input of the formats that are written in addition to an export's bundles."""
 
 import json
 import shutil

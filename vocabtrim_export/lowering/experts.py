@@ -118,7 +118,7 @@ def interleave(tensor: Tensor) -> Tensor:
 
 
 def deinterleave(tensor: Tensor) -> Tensor:
-    """Undoes `interleave`."""
+    """Undo `interleave`."""
     by_halves: Tensor = tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
     return by_halves
 

@@ -1,4 +1,4 @@
-"""Writing graphs: weights are in a file beside the graph, and graphs of one bundle can share them."""
+"""Writing graphs: weights are in a file next to the graph, and graphs of one bundle can share them."""
 
 import fcntl
 import shutil
@@ -109,12 +109,12 @@ def clone_file(source: Path, place: Path) -> None:
 
 
 def save_small(model: ir.Model, path: Path) -> None:
-    """Write `model` to `path`, and its weights to a file of their own beside it."""
+    """Write `model` to `path`, and its weights to a file of their own next to it."""
     ir.save(model, path, external_data=f"{path.name}.data")
 
 
 def save_sharing_weights(model: ir.Model, directory: Path, name: str) -> None:
-    """Write `model` as `name` beside a `model.onnx` whose weights it shares by their names."""
+    """Write `model` as `name` next to a `model.onnx` whose weights it shares by their names."""
     written = ir.load(directory / MODEL_NAME).graph.initializers
     for value in model.graph.initializers.values():
         if value.name is not None and value.name in written:

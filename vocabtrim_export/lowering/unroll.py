@@ -12,7 +12,7 @@ def unroll(decoder: DecoderGraph, steps: int) -> list[ir.Value]:
     """Repeat the graph of composites `steps` times. Its outputs become token_ids: int64[1, steps].
 
     The first step reads MOST_UNREAD tokens: what a drafter may lack after a round. A caller that lacks one feeds the
-    one before it again, which computes the same keys and values anew.
+    one before it again, which computes the same keys and values.
 
     Returns:
         The positions of each step: int64[1, S].

@@ -131,7 +131,7 @@ def trim_onnx(
 def _write(
     directory: Path, model: ir.Model, source: OnnxSource, vocab_map: VocabMap, progress: Progress
 ) -> tuple[str, ...]:
-    """Write the trimmed `model` and what stands beside its source, and prove it against the whole one.
+    """Write the trimmed `model` and the files next to its source, and prove it against the whole one.
 
     Returns:
         A note for the user where that cannot be proved.
@@ -207,7 +207,7 @@ def _count(
 
 
 def _copy_beside(source: Path, directory: Path) -> None:
-    """Copy the tokenizer and the configs that stand beside the graph."""
+    """Copy the tokenizer and the configs next to the graph."""
     for name in _COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)

@@ -109,7 +109,7 @@ def proof_session(graph: Path, window: Window | None, calls: int | None = None) 
                 attribute.i = window.narrowed
             if attribute.name == "accuracy_level":
                 attribute.i = _FLOAT32
-    path = graph.with_name(f"{graph.stem}.proof.onnx")  # beside the weights, which it names
+    path = graph.with_name(f"{graph.stem}.proof.onnx")  # next to the weights, which it names
     path.write_bytes(model.SerializeToString())
     try:
         yield open_session(path, weights_in_file=True)

@@ -93,7 +93,7 @@ def _model_names(model: Any, processor: Any) -> dict[str, str]:
 class _Level:
     """A model as `get_gguf_hf_weights_map` looks at it: itself and its direct children.
 
-    The function descends into every module and builds the table of all names anew for each, which takes seconds.
+    The function descends into every module and builds the table of all names again for each, which takes seconds.
     Names below the base model (`model.layers…` or, where a converter wrote the base model, `layers…`) are never used.
     """
 

@@ -46,7 +46,7 @@ def _locate_directory(path: Path) -> tuple[list[Path], str]:
         raise VocabtrimError(f"{path} is a head and no model: give it as --drafter, with its --target")
     weights = checkpoint_files(path)
     if (path / "adapter_config.json").is_file() or any(path.glob("adapter_*.safetensors")):
-        what = "an adapter beside full weights, which would be left out" if weights else "an adapter and no model"
+        what = "an adapter next to full weights, which would be left out" if weights else "an adapter and no model"
         raise VocabtrimError(f"{path} holds {what}: {MERGE}")
     if (path / "config.json").is_file() and weights:
         return weights, str(path)

@@ -38,7 +38,7 @@ def pickled(path: Path) -> VocabtrimError:
 def checkpoint_files(directory: Path) -> list[Path]:
     """Returns the .safetensors files of the model in a directory, those that transformers takes.
 
-    Other files beside them, such as a backup or the same weights in another layout, are no part of the model. Where
+    Other files next to them, such as a backup or the same weights in another layout, are no part of the model. Where
     transformers would find none, all but adapters are returned.
 
     Raises:

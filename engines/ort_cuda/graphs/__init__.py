@@ -1,1 +1,1 @@
-"""Small ONNX graphs that run beside the models on the device: sampling and acceptance."""
+"""Small ONNX graphs that run on the device between the models' calls: sampling and acceptance."""
