@@ -18,7 +18,7 @@ class LayerHead(FeatureHead):
     The layer reads the output of `fc`, whose input is the token's embedding and the hidden state side by side. The
     features are the input of the target's LM head; the next draft step reads the input of this head's own LM head.
 
-    The configuration holds the layer's own settings, and: head_rows, the rows of the LM head; biases, the linear layers that
+    The configuration holds the layer's own settings, and: head_rows, the rows of the LM head; biases, the layers that
     have a bias although the architecture has none there; has_norms, whether there are norms of the embedding, of the
     hidden state, of the layer's input and of its output (EAGLE has none of these); hidden_first, whether the hidden
     state comes before the embedding in front of `fc`.
