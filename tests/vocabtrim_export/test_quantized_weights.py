@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources.packed_weights import READERS
 from vocabtrim_export.sources.source import load_source
 
 GROUP = 16
@@ -44,6 +45,12 @@ def gptq(weight):
     return parts | {"g_idx": groups[shuffled].int()}, dense[:, shuffled]
 
 
+def gptq_v2(weight):
+    """As `gptq`, with zero points that are stored as they are."""
+    parts, dense = gptq(weight)
+    return parts | {"qzeros": packed(quantised(weight)[1].T, 1)}, dense
+
+
 def awq(weight):
     q, zeros, scales, dense = quantised(weight)
     order = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -63,22 +70,37 @@ def compressed_int8(weight):
     return {"weight": q, "weight_scale": scales}, q.float() * scales
 
 
-def fp8(scales_name):
+BLOCK = [48, 40]
+
+
+def fp8(scales_name, block=BLOCK):
     def quantise(weight):
         """float8 with a scale for each block of 48 rows and 40 columns; the last blocks are smaller."""
         generator = torch.Generator().manual_seed(weight.numel())
         q = (torch.randn(weight.shape, generator=generator) * 50).to(torch.float8_e4m3fn)
-        scales = torch.rand(
-            [-(-size // block) for size, block in zip(q.shape, BLOCK, strict=True)], generator=generator
-        )
-        spread = scales.repeat_interleave(BLOCK[0], 0)[: len(q)].repeat_interleave(BLOCK[1], 1)[:, : q.shape[1]]
+        scales = torch.rand([-(-size // of) for size, of in zip(q.shape, block, strict=True)], generator=generator)
+        spread = scales.repeat_interleave(block[0], 0)[: len(q)].repeat_interleave(block[1], 1)[:, : q.shape[1]]
         return {"weight": q, scales_name: scales}, q.float() * spread
 
     return quantise
 
 
-BLOCK = [48, 40]
+def auto_fp8(weight):
+    """float8 with one scale by the name that AutoFP8 gives it, and the scale of its input."""
+    q, scale = (weight * 50).to(torch.float8_e4m3fn), torch.tensor(0.03)
+    return {"weight": q, "weight_scale": scale, "input_scale": torch.tensor(0.5)}, q.float() * scale
+
+
 FORMS = {
+    "gptq, stated by format": (gptq_v2, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "format": "gptq_v2"}),
+    "fp8 of AutoFP8": (auto_fp8, {"quant_method": "fp8", "activation_scheme": "static"}),
+    "compressed-tensors of several groups": (
+        compressed,
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"weights": {"weights": {"num_bits": 4}}, "activations": {"weights": None}},
+        },
+    ),
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}),
     "compressed-tensors": (compressed, COMPRESSED),
@@ -134,13 +156,59 @@ def test_a_quantised_checkpoint_is_the_weights_it_stands_for(form, checkpoint):
         ("awq", {"group_size": 32}, "6 groups of 32 do not make 96"),
         ("compressed-tensors", {"transform_config": {"config_groups": {"R3": {}}}}, "weights that are rotated"),
         ("fp8", {"quant_method": "bitsandbytes"}, "is quantised by bitsandbytes, which is not read"),
+<<<<<<< HEAD
         ("awq", {"version": "gemv"}, "only the 4-bit GEMM layout of AWQ is read"),
+=======
+        ("awq", {"version": "gemv"}, "only the 4-bit GEMM layout is read"),
+        ("gptq", {"bits": "4"}, "weights of '4' bits are not read"),
+        (
+            "compressed-tensors, fp8",
+            {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}},
+            "config.json states no size for its 2 groups of 96 numbers",
+        ),
+>>>>>>> 97edc95 (Quantised checkpoints: GPTQ's format key, transformers' fp8 blocks and AutoFP8 are read right; unexplained integers are refused)
         ("compressed-tensors", {"config_groups": {}}, r"weights of \[\] bits are not read"),
     ],
 )
 def test_forms_that_are_not_read_are_refused(form, changes, message, checkpoint):
     with pytest.raises(VocabtrimError, match=message):
         load_source(str(checkpoint(form, **changes)[0]), torch.float32)
+
+
+def test_packed_floats_of_compressed_tensors_are_refused_by_name(checkpoint):
+    place, _ = checkpoint("compressed-tensors", format="nvfp4-pack-quantized")
+    stored = load_file(place / "model.safetensors")
+    packed_bytes = {name: t.view(torch.uint8) for name, t in stored.items() if name.endswith("_packed")}
+    save_file(stored | packed_bytes, place / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VocabtrimError, match="packed weights integers are read, not nvfp4-pack-quantized"):
+        load_source(str(place), torch.float32)
+
+
+def test_blocks_of_fp8_that_no_config_states_are_those_that_transformers_takes():
+    from transformers import FineGrainedFP8Config
+
+    block = FineGrainedFP8Config().weight_block_size
+    parts, dense = fp8("weight_scale_inv", block)(torch.zeros(192, 320))
+    torch.testing.assert_close(READERS["fp8"](parts, {"quant_method": "fp8"}), dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_integers_that_nothing_explains_are_no_weights(dtype, random_model):
+    place, name = random_model("qwen2"), "model.layers.1.mlp.up_proj.weight"
+    stored = load_file(place / "model.safetensors")
+    save_file(stored | {name: (stored[name] * 50).to(dtype)}, place / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VocabtrimError, match=rf"stores {name} as [A-Z0-9]+, and its config.json has no quantization"):
+        load_source(str(place), torch.float32)
+
+
+def test_scales_of_a_quantised_kv_cache_are_left_with_a_note(checkpoint):
+    place, dense = checkpoint("fp8 of AutoFP8")
+    stored = load_file(place / "model.safetensors")
+    scales = {f"model.layers.{i}.self_attn.{which}_scale": torch.tensor(0.5) for i in (0, 1) for which in "kv"}
+    save_file(stored | scales, place / "model.safetensors", {"format": "pt"})
+    source = load_source(str(place), torch.float32)
+    assert "scales for a KV cache of 8 bits" in source.notes[0]
+    assert dense.keys() == source.model.state_dict().keys()
 
 
 def test_plain_tensors_beside_a_quantised_config_are_read_and_named(random_model):
@@ -158,7 +226,7 @@ def test_parts_that_do_not_fit_are_named(checkpoint):
     stored = load_file(place / "model.safetensors")
     del stored["model.layers.1.mlp.up_proj.qzeros"]
     save_file(stored, place / "model.safetensors", {"format": "pt"})
-    with pytest.raises(VocabtrimError, match=r"model\.layers\.1\.mlp\.up_proj are not understood: 'qzeros'"):
+    with pytest.raises(VocabtrimError, match=r"model\.layers\.1\.mlp\.up_proj are not understood: there is no qzeros"):
         load_source(str(place), torch.float32)
 
 

@@ -23,7 +23,7 @@ from vocabtrim_export.sources.config_notes import ignored_window_note, own_code_
 from vocabtrim_export.sources.expert_tensors import check_experts, check_room_for_experts
 from vocabtrim_export.sources.half_precision import half_dtype, put_back_float32
 from vocabtrim_export.sources.mapped import MappedResults, holder
-from vocabtrim_export.sources.quantized_checkpoints import dense_weights, is_quantized
+from vocabtrim_export.sources.quantized_checkpoints import check_plain, dense_weights, is_quantized
 from vocabtrim_export.sources.refusals import check_architecture
 from vocabtrim_export.sources.text_models import (
     is_multimodal,
@@ -102,7 +102,10 @@ def _unquantized_note(
 ) -> tuple[str, ...]:
     """Remove a quantisation from the config that the tensors do not have. Returns a note about it."""
     quantization: Any = getattr(config, "quantization_config", None)
-    if not isinstance(quantization, dict) or is_quantized(spec, files, quantization):
+    if not isinstance(quantization, dict):
+        check_plain(spec, files)
+        return ()
+    if is_quantized(spec, files, quantization):
         return ()
     for each in {id(config): config, id(text): text}.values():
         if hasattr(each, "quantization_config"):

@@ -17,7 +17,7 @@ _NO_FLOATS = {"BOOL", "I64"}
 
 def half_dtype(files: Sequence[Path]) -> torch.dtype | None:
     """Returns float16 or bfloat16 where a checkpoint's weights are so, some in float32 apart; None for others."""
-    dtypes = set().union(*map(tensor_dtypes, files)) - _NO_FLOATS - {_FLOAT32}
+    dtypes = {dtype for file in files for dtype in tensor_dtypes(file).values()} - _NO_FLOATS - {_FLOAT32}
     return _HALF.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 
@@ -51,7 +51,7 @@ def put_back_float32(
 def _float32_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     """Yields the float32 tensors of a checkpoint by name; they stay in their files."""
     for file in files:
-        if _FLOAT32 not in tensor_dtypes(file):
+        if _FLOAT32 not in tensor_dtypes(file).values():
             continue
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (no dictionary)

@@ -10,6 +10,7 @@ from engines.errors import VocabtrimError
 
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the numbers of 4 bits; the highest bit is the sign
 Parts: TypeAlias = Mapping[str, Tensor]  # the tensors of one matrix, by the last part of their names
+_FP8_BLOCK = (128, 128)  # rows and columns where the configuration states none
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the columns that the nibbles of a number hold, from the lowest on
 
 
@@ -25,7 +26,7 @@ def _gptq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
 
     There are zero points (stored less one) and scales for each group of inputs.
     """
-    layout = quantization.get("checkpoint_format", "gptq")
+    layout = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
     if layout not in ("gptq", "gptq_v2") or parts["qweight"].dtype != torch.int32:
         kind = str(parts["qweight"].dtype).removeprefix("torch.")
         raise VocabtrimError(
@@ -68,6 +69,11 @@ def _compressed(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
     """
     if quantization.get("transform_config"):
         raise VocabtrimError("weights that are rotated (transform_config) are not read: give the unquantised ones")
+    if "weight_packed" in parts and parts["weight_packed"].dtype != torch.int32:
+        raise VocabtrimError(
+            "of compressed-tensors' packed weights integers are read, not "
+            f"{quantization.get('format', 'other numbers')}: give the unquantised weights"
+        )
     scales = parts["weight_scale"].float()
     if "weight_packed" in parts:
         bits = _bits(_of_weights(quantization, "num_bits"))
@@ -92,9 +98,13 @@ def _compressed(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
 
 
 def _fp8(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
-    """Dequantise weight: float8 [out, in] by its scale: one number, or one for each block of rows and columns."""
-    values, scales = parts["weight"].float(), parts["weight_scale_inv"].float()
-    height, width = quantization.get("weight_block_size") or (None, None)
+    """Dequantise weight: float8 [out, in] by its scale: one number, or one for each block of rows and columns.
+
+    The scale is weight_scale_inv, or weight_scale as AutoFP8 names it; both are factors of the stored numbers.
+    """
+    name = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
+    values, scales = parts["weight"].float(), parts[name].float()
+    height, width = quantization.get("weight_block_size", _FP8_BLOCK) or (None, None)
     scales = scales.reshape(-1, 1) if scales.ndim < 2 else scales
     rows, columns = _groups(len(values), len(scales), height), _groups(values.shape[1], scales.shape[1], width)
     weight: Tensor = values * scales[rows[:, None], columns]
@@ -139,22 +149,26 @@ def _bits(bits: Any) -> int:
             f"a checkpoint of mixed quantisation, of {bits} bits, is not read: give its unquantised weights"
         )
     if bits not in (4, 8):
-        raise VocabtrimError(f"weights of {bits} bits are not read, only those of 4 and 8: give the unquantised ones")
+        raise VocabtrimError(f"weights of {bits!r} bits are not read, only those of 4 and 8: give the unquantised ones")
     return int(bits)
 
 
 def _of_weights(quantization: Mapping[str, Any], name: str) -> Any:
     """Returns the setting of compressed-tensors' groups of layers for their weights; a list where the groups differ."""
-    values = [group["weights"].get(name) for group in quantization.get("config_groups", {}).values()]
+    groups = [group.get("weights") for group in quantization.get("config_groups", {}).values()]
+    values = [weights.get(name) for weights in groups if weights is not None]
     return values[0] if values and all(value == values[0] for value in values) else values
 
 
 def _groups(columns: int, count: int, size: Any = None) -> Tensor:
     """Returns int64[columns], the group of each input: `count` groups of `size`.
 
-    Without a size all groups but the last are equal.
+    Without a size all groups have the same, which is a power of 2: a smaller last group would leave the size open.
     """
-    size = size if isinstance(size, int) and size > 0 and count > 1 else -(-columns // count)
+    if not (isinstance(size, int) and size > 0 and count > 1):
+        size = -(-columns // count)
+        if count > 1 and (columns % count or size & (size - 1)):
+            raise IndexError(f"config.json states no size for its {count} groups of {columns} numbers")
     if -(-columns // size) != count:
         raise IndexError(f"{count} groups of {size} do not make {columns}")
     groups: Tensor = torch.arange(columns) // size

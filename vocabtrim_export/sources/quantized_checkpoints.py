@@ -20,6 +20,7 @@ from vocabtrim_export.sources.packed_weights import PARTS, QUANTISED, READERS, P
 from vocabtrim_export.sources.weight_files import tensor_dtypes
 
 _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+_FLOATS = ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64")
 _MXFP4 = "mxfp4"
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _PACKED_DTYPES = (
@@ -39,7 +40,7 @@ def is_quantized(spec: str, files: Iterable[Path], quantization: Mapping[str, An
     Raises:
         VocabtrimError: The tensors are quantised in a form that is not read.
     """
-    if not any(dtype in _PACKED for file in files for dtype in tensor_dtypes(file)):
+    if not any(dtype in _PACKED for file in files for dtype in tensor_dtypes(file).values()):
         return False
     method = quantization.get("quant_method")
     if method not in (*READERS, _MXFP4):
@@ -48,6 +49,25 @@ def is_quantized(spec: str, files: Iterable[Path], quantization: Mapping[str, An
             "compressed-tensors, fp8 and mxfp4 are): give its unquantised weights or a .gguf file"
         )
     return True
+
+
+def check_plain(spec: str, files: Iterable[Path]) -> None:
+    """Refuse integers as weights: nothing in a checkpoint without a `quantization_config` says what they stand for.
+
+    Args:
+        spec: MODEL as the user gave it, for errors.
+        files: Its .safetensors files.
+
+    Raises:
+        VocabtrimError: A weight is stored as integers.
+    """
+    for file in files:
+        for name, dtype in tensor_dtypes(file).items():
+            if name.endswith(".weight") and dtype not in _FLOATS:
+                raise VocabtrimError(
+                    f"{spec} stores {name} as {dtype}, and its config.json has no quantization_config that says what "
+                    "these numbers stand for: give its unquantised weights or a .gguf file"
+                )
 
 
 def dense_weights(
@@ -115,7 +135,10 @@ def _dense_weight(module: str, name: str, parts: Parts, quantization: Mapping[st
             return mxfp4(parts[name + _BLOCKS], parts[name + _SCALES], dtype)
         return READERS[method](parts, quantization)
     except (KeyError, RuntimeError, IndexError) as error:
-        raise VocabtrimError(f"the quantised weights of {module} are not understood: {error}") from error
+        cause = f"there is no {error.args[0]}" if isinstance(error, KeyError) else error
+        raise VocabtrimError(
+            f"the quantised weights of {module} are not understood: {cause}; give unquantised weights or a .gguf file"
+        ) from error
 
 
 def _check_unpacked(tensors: Mapping[str, Tensor], method: str) -> None:

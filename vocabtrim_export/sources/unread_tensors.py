@@ -19,6 +19,10 @@ _MTP = re.compile(r"(^|\.)mtp(_layers|_block)?\.|\.(eh_proj|shared_head)\.|(^|\.
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # Tensors that do not change the next token's logits: a note tells the user that they are left out.
 _NOTED = (
+    (
+        re.compile(r"attn\.([qkv]|kv|prob)_scale$|\.[qkv]_proj\.output_scale$"),
+        "scales for a KV cache of 8 bits (the bundle's KV cache is not quantised)",
+    ),
     (re.compile(r"(^|\.)(v_head|value_head|reward_head|score|classifier)\."), "a head that scores texts"),
     (re.compile(r"(^|\.)medusa_heads?\."), "Medusa heads (as --drafter they need a directory of their own)"),
 )

@@ -91,13 +91,13 @@ def tensor_sizes(path: Path) -> dict[str, int]:
     return {name: entry.data_offsets[1] - entry.data_offsets[0] for name, entry in _entries(path).items()}
 
 
-def tensor_dtypes(path: Path) -> set[str]:
-    """Returns the dtypes in a .safetensors file, as the file spells them, by its header alone.
+def tensor_dtypes(path: Path) -> dict[str, str]:
+    """Returns the dtypes of the tensors of a .safetensors file, as the file spells them, by its header alone.
 
     Raises:
         VocabtrimError: The header is not valid.
     """
-    return {entry.dtype for entry in _entries(path).values()}
+    return {name: entry.dtype for name, entry in _entries(path).items()}
 
 
 def _entries(path: Path) -> Mapping[str, _Entry]:
