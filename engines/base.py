@@ -1,16 +1,16 @@
 """`Engine`: the interface of a loaded decoder with a KV cache, for every library and device."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle.read import Manifest
 from engines.bundle.vocab_map import HeadTokens, VocabMap
+from engines.closing import Closing
 from engines.errors import VocabtrimError
 from engines.exclusive_use import ExclusiveUse
 from engines.keys_values import KeysValues
@@ -26,7 +26,7 @@ DeviceName = Literal["cpu", "cuda"]
 Neighbour = Callable[[], "Engine | None"]  # waits for an engine that is loaded at the same time
 
 
-class Engine(ABC):
+class Engine(Closing):
     """A decoder and its KV cache of `capacity` tokens, of which the first `length` are filled.
 
     Attributes:
@@ -236,14 +236,6 @@ class Engine(ABC):
     @abstractmethod
     def _release(self) -> None:
         """Release the model and the cache. A second call does nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class ContextFull(Exception):

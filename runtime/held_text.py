@@ -1,10 +1,10 @@
 """`HeldText`: the text that the KV caches of a pair hold, and what can be done with it besides generating."""
 
 from collections.abc import Sequence
-from typing import Self
 
 from engines.base import Engine
 from engines.bundle.tokenizer import Tokenizer
+from engines.closing import Closing
 from engines.exclusive_use import held
 from runtime.kept_prefix import kept_prefix
 from runtime.logprobs import TokenLogprob
@@ -13,7 +13,7 @@ from runtime.prompt_tokens import check_prompt
 from runtime.snapshot import Snapshot, restore_snapshot, snapshot_bytes, take_snapshot
 
 
-class HeldText:
+class HeldText(Closing):
     """A pair of engines, which it owns and closes, and the one text that they hold.
 
     Attributes:
@@ -89,9 +89,3 @@ class HeldText:
         self.target.close()
         if self.drafter:
             self.drafter.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()

@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from weakref import ref
 
 from engines.bundle.tokenizer import TextStream, Tokenizer
+from engines.closing import Closing
 from engines.errors import VocabtrimError
 from runtime.alarm import Collapse
 from runtime.logprobs import TokenLogprob
@@ -59,7 +59,7 @@ class Generation:
         return asdict(self) | {"stats": self.stats.to_dict()}
 
 
-class Stream(Iterator[Token], AsyncIterator[Token]):
+class Stream(Iterator[Token], AsyncIterator[Token], Closing):
     """The tokens of one generation as they come. Their texts, joined, are the text of `finish()`.
 
     `for token in stream` runs the rounds in the caller's thread, `async for token in stream` in a thread of the
@@ -122,14 +122,6 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
             self._rounds.close()
         if self._worker:
             self._worker.shutdown(wait=False)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def stats(self) -> Stats:

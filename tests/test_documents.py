@@ -1,5 +1,7 @@
 """The documents name only what exists: files, modules, make targets, commands and their options."""
 
+import ast
+import importlib
 import re
 import shlex
 from itertools import takewhile
@@ -93,6 +95,15 @@ def test_files_in_code_quotes_exist(document):
     for code in in_code(document.read_text()):
         if re.fullmatch(r"(?!python/sglang|vllm|tensorrt_llm|conversion)[a-z_0-9]+(/[a-z_0-9]+)+\.(py|md|json)", code):
             assert any((home / code).exists() for home in homes), code
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_in_documents_imports_what_exists(document):
+    for block in re.findall(r"^```python\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in PACKAGES:
+                module = importlib.import_module(node.module)
+                assert not [each.name for each in node.names if not hasattr(module, each.name)]
 
 
 def test_make_targets_exist():

@@ -311,7 +311,7 @@ DECODING = (
     Mutation(
         "`verify --sampling` finds a wrong rule",
         "only one order of the tokens is tested",
-        "runtime/verification/sampled.py",
+        "runtime/verification/sampled_points.py",
         "at = point_of(token, p, _resized(q, len(p)), uniform), point_of(token, p, np.ones_like(p), uniform)",
         "at = (point_of(token, p, np.ones_like(p), uniform),) * 2",
         f"{SAMPLING} -k wrong",
