@@ -156,17 +156,13 @@ def test_a_quantised_checkpoint_is_the_weights_it_stands_for(form, checkpoint):
         ("awq", {"group_size": 32}, "6 groups of 32 do not make 96"),
         ("compressed-tensors", {"transform_config": {"config_groups": {"R3": {}}}}, "weights that are rotated"),
         ("fp8", {"quant_method": "bitsandbytes"}, "is quantised by bitsandbytes, which is not read"),
-<<<<<<< HEAD
         ("awq", {"version": "gemv"}, "only the 4-bit GEMM layout of AWQ is read"),
-=======
-        ("awq", {"version": "gemv"}, "only the 4-bit GEMM layout is read"),
         ("gptq", {"bits": "4"}, "weights of '4' bits are not read"),
         (
             "compressed-tensors, fp8",
             {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}},
             "config.json states no size for its 2 groups of 96 numbers",
         ),
->>>>>>> 97edc95 (Quantised checkpoints: GPTQ's format key, transformers' fp8 blocks and AutoFP8 are read right; unexplained integers are refused)
         ("compressed-tensors", {"config_groups": {}}, r"weights of \[\] bits are not read"),
     ],
 )
