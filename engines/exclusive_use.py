@@ -7,6 +7,7 @@ from types import TracebackType
 from weakref import ref
 
 from engines.errors import VocabtrimError
+from engines.turns import Turns
 
 _IN_USE = (
     "another thread generates with this decoder, which holds one text at a time: give each thread (or asyncio task) "
@@ -21,10 +22,14 @@ class ExclusiveUse:
 
     The newest generation of a thread ends the thread's earlier one. While a generation is unfinished, other threads
     are refused; it stops counting when it is finished, closed or dropped, or when its thread has ended.
+
+    Attributes:
+        turns: Shared with the engines that compute with the same cores: each round of a generation is a turn.
     """
 
     def __init__(self) -> None:
-        self.running = Lock()  # held while the engine computes
+        self.turns = Turns()
+        self.running = Lock()  # held while the engine computes, or waits for its turn
         self.holder: Claim | None = None  # whose text the KV cache holds; changed only while `running` is held
         self.is_closed = False
 
@@ -33,6 +38,11 @@ class ExclusiveUse:
         self.is_closed = True
         with self.running:
             pass
+
+    def pass_on(self) -> None:
+        """Let others compute first, between two parts of long work."""
+        if self.holder:
+            self.holder.pass_on()
 
     def check_open(self) -> None:
         """Raise `VocabtrimError` if the engine is closed."""
@@ -44,13 +54,19 @@ class Claim:
     """A generation's right to use its engines; entered as a context manager for each of its rounds."""
 
     def __init__(self, uses: Sequence[ExclusiveUse]) -> None:
-        self._uses = uses
+        """Begin a claim.
+
+        Args:
+            uses: Those of its engines; the turns are those of the first.
+        """
+        self._uses, self._turns = uses, uses[0].turns
+        self._has_turn = False
         self._has_begun = False
         self._is_released = False
         self._thread: ref[Thread] | None = None  # it ran the last round: a stream may move from thread to thread
 
     def __enter__(self) -> None:
-        """Take the engines for one round.
+        """Take the engines for one round, in its turn.
 
         Raises:
             VocabtrimError: An engine is in use, now holds another generation's text, or is closed.
@@ -63,19 +79,27 @@ class Claim:
                     raise VocabtrimError(_IN_USE)
                 held.append(use)
                 self._check(use)
+            self._turns.begin()
         except BaseException:
             for use in held:
                 use.running.release()
             raise
         for use in self._uses:
             use.holder = self
-        self._has_begun, self._thread = True, ref(current_thread())
+        self._has_begun, self._has_turn, self._thread = True, True, ref(current_thread())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._has_turn = False
+        self._turns.end()
         for use in self._uses:
             use.running.release()
+
+    def pass_on(self) -> None:
+        """Let others have their turns within a round."""
+        if self._has_turn:
+            self._turns.pass_on()
 
     def release(self) -> None:
         """End the generation: other threads may begin theirs."""

@@ -49,4 +49,5 @@ def forked(target: Engine, drafter: Engine | None) -> tuple[Engine, Engine | Non
         VocabtrimError: The engines cannot be forked.
     """
     own = target.fork()
+    own.use.turns = target.use.turns
     return own, drafter and drafter.fork(own if drafter.cache is target.cache else None)

@@ -112,7 +112,12 @@ class OnnxRuntimeEngine(Engine):
         ids = np.asarray(token_ids, np.int64)
         self.check_feed(len(ids), keep)
         calls = plan_calls(ids, keep, self.length, CHUNK, self._tiles, features)
-        return join_outputs([self._execute(self._step(len(call.ids), call.predicted), call) for call in calls])
+        outputs: list[StepOutput] = []
+        for call in calls:
+            if outputs:  # a long prompt does not hold up the rounds of forks
+                self.use.pass_on()
+            outputs.append(self._execute(self._step(len(call.ids), call.predicted), call))
+        return join_outputs(outputs)
 
     def fork(self, share_cache_with: Engine | None = None) -> Engine:
         """Fork as `Engine.fork` does: a session runs for several threads, and what is bound is each engine's own."""
