@@ -122,9 +122,36 @@ def test_an_echo_has_the_prompt_and_its_logprobs(client, decoder, new):
     assert answer.usage.prompt_tokens == sum(map(len, prompts))
     assert answer.usage.prompt_tokens_details.cached_tokens == 0
     assert client.completions.create(**ask, prompt=prompts[0]).choices[0].logprobs is None
-    for more, message in (({"stream": True}, "not streamed"), ({"echo": False, "max_tokens": 0}, "max_tokens")):
-        with pytest.raises(openai.BadRequestError, match=message):
-            client.completions.create(**{**ask, **more}, prompt="the")
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.completions.create(**{**ask, "echo": False, "max_tokens": 0}, prompt="the")
+
+
+@pytest.mark.parametrize("new", [0, 3])
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_a_streamed_echo_is_the_one_that_is_not_streamed(client, decoder, new, logprobs):
+    """The prompt comes first, in one event; a prompt of one token has nothing that predicts it."""
+    prompts = [decoder.encode(text, chat=False) for text in ("the quick brown fox", "the")]
+    ask = {"model": "tiny", "max_tokens": new, "temperature": 0, "echo": True, "logprobs": logprobs, "prompt": prompts}
+    whole = client.completions.create(**ask)
+    events = list(client.completions.create(**ask, stream=True))
+    for index, (prompt, wanted) in enumerate(zip(prompts, whole.choices, strict=True)):
+        first, *rest = pieces = [event.choices[0] for event in events if event.choices[0].index == index]
+        assert first.text == decoder.tokenizer.decode(prompt)
+        assert len(rest) >= 1 + new * (logprobs is not None)
+        assert "".join(piece.text for piece in pieces) == wanted.text
+        assert [piece.finish_reason for piece in pieces] == [None] * len(rest) + ["length"]
+        if logprobs is None:
+            assert {piece.logprobs for piece in pieces} == {None} == {wanted.logprobs}
+            continue
+        joined = {
+            name: [each for piece in pieces if piece.logprobs for each in getattr(piece.logprobs, name)]
+            for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
+        assert joined["tokens"] == wanted.logprobs.tokens
+        assert joined["text_offset"] == wanted.logprobs.text_offset
+        assert joined["top_logprobs"][0] is joined["token_logprobs"][0] is wanted.logprobs.token_logprobs[0] is None
+        assert joined["token_logprobs"][1:] == pytest.approx(wanted.logprobs.token_logprobs[1:], abs=1e-4)
+        assert len(joined["top_logprobs"]) == len(wanted.logprobs.tokens) == len(prompt) + new
 
 
 def test_answers_at_once_are_each_their_own(client, decoder):

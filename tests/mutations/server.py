@@ -6,6 +6,7 @@ SERVE = "tests/integration/test_serve.py"
 FAULTS = "tests/integration/test_serve_faults.py"
 LOAD = "tests/integration/test_serve_load.py"
 CHAT = "tests/integration/test_chat.py"
+TURNS = "tests/integration/test_turns.py"
 STORE = "tests/vocabtrim_export/test_cache_store.py"
 
 SERVER = (
@@ -120,6 +121,46 @@ SERVER = (
         "Worker(decoder.fork())",
         "Worker(decoder)",
         f"{LOAD} -k load",
+    ),
+    Mutation(
+        "Forks take turns",
+        "each fork has turns of its own",
+        "runtime/loading.py",
+        "    own.use.turns = target.use.turns\n",
+        "",
+        f"{TURNS} -k one_after_another",
+    ),
+    Mutation(
+        "Forks take turns",
+        "a long prompt is one turn",
+        "engines/ort/engine.py",
+        "self.use.pass_on()",
+        "pass",
+        f"{TURNS} -k between",
+    ),
+    Mutation(
+        "Forks take turns",
+        "a round that fails keeps its turn",
+        "engines/exclusive_use.py",
+        "self._turns.end()",
+        "pass",
+        "tests/engines/test_turns.py -k claim",
+    ),
+    Mutation(
+        "Forks take turns",
+        "the last to ask is the next",
+        "engines/turns.py",
+        "self._waiting.popleft()",
+        "self._waiting.pop()",
+        "tests/engines/test_turns.py",
+    ),
+    Mutation(
+        "A streamed answer is the one that is not streamed",
+        "offsets of log-probabilities start over",
+        "vocabtrim_export/serve/answers.py",
+        "offset += sum(",
+        "offset = 0 * sum(",
+        f"{SERVE} -k streamed_echo",
     ),
     Mutation(
         "A conversation that lost its worker goes on where it ended",

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -32,14 +32,17 @@ class Form:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, generations: Sequence[Generation], prompts: Sequence[list[int]]) -> dict[str, Any]:
+    def whole(
+        self, generations: Sequence[Generation], prompts: Sequence[list[int]], echoes: Mapping[int, Echo]
+    ) -> dict[str, Any]:
         """Returns the answer that is not streamed.
 
         Args:
             generations: One for each choice.
             prompts: Token ids of the request's prompts.
+            echoes: The prompts that choices begin with, by the choice.
         """
-        choices = [self._choice(index, generation) for index, generation in enumerate(generations)]
+        choices = [self._choice(index, generation, echoes.get(index)) for index, generation in enumerate(generations)]
         body = self._object("chat.completion" if self.is_chat else "text_completion")
         return body | {"choices": choices, "usage": usage(generations, prompts)}
 
@@ -47,12 +50,21 @@ class Form:
         """Returns the first event of a choice of a streamed conversation."""
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
-    def piece(self, index: int, token: Token) -> dict[str, Any]:
-        """Returns an event with a token of a choice."""
-        content: dict[str, Any] = {"delta": {"content": token.text}} if self.is_chat else {"text": token.text}
-        if token.logprob:
-            content["logprobs"] = self._logprobs([token.logprob])
-        return self._chunk(index, content | {"finish_reason": None})
+    def piece(self, index: int, item: Token | Echo, offset: int) -> tuple[dict[str, Any], int]:
+        """Returns an event with a token of a choice, or with its prompt, and where the next one begins.
+
+        Args:
+            index: The choice.
+            item: The token or the prompt.
+            offset: The characters of the choice before it, of those whose log-probabilities are given.
+        """
+        if isinstance(item, Echo):
+            text, logprobs = self.tokenizer.decode(item.prompt), self._logprobs(item.logprobs, item.prompt[:1])
+        else:
+            text, logprobs = item.text, self._logprobs([item.logprob] if item.logprob else None, offset=offset)
+        content: dict[str, Any] = {"delta": {"content": text}} if self.is_chat else {"text": text}
+        offset += sum(map(len, logprobs["tokens"])) if logprobs and not self.is_chat else 0
+        return self._chunk(index, content | {"logprobs": logprobs, "finish_reason": None}), offset
 
     def end(self, index: int, generation: Generation) -> dict[str, Any]:
         """Returns the last event of a choice."""
@@ -74,30 +86,39 @@ class Form:
     def _chunk(self, index: int, content: dict[str, Any]) -> dict[str, Any]:
         return self._object(self._chunk_kind) | {"choices": [{"index": index, "logprobs": None} | content]}
 
-    def _choice(self, index: int, generation: Generation) -> dict[str, Any]:
+    def _choice(self, index: int, generation: Generation, echo: Echo | None) -> dict[str, Any]:
+        text, entries, first = generation.text, generation.logprobs, list[int]()
+        if echo:
+            text = self.tokenizer.decode(echo.prompt) + text
+            if echo.logprobs is not None:
+                entries, first = (*echo.logprobs, *(entries or ())), echo.prompt[:1]
         content: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": generation.text, "refusal": None}}
-            if self.is_chat
-            else {"text": generation.text}
+            {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
         )
-        entries, first = generation.logprobs or (), []
-        if isinstance(generation, Echo):
-            content = {"text": self.tokenizer.decode(generation.prompt) + generation.text}
-            entries = (*generation.prompt_logprobs, *entries)
-            first = [self._name(generation.prompt[0])]
-        logprobs = self._logprobs(entries, first) if entries else None
+        logprobs = self._logprobs(entries, first)
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": generation.finish_reason}
 
-    def _logprobs(self, entries: Sequence[TokenLogprob], first: Sequence[str] = ()) -> dict[str, Any]:
-        """Returns log-probabilities; `first` names the token before them, which nothing predicts."""
+    def _logprobs(
+        self, entries: Sequence[TokenLogprob] | None, first: Sequence[int] = (), offset: int = 0
+    ) -> dict[str, Any] | None:
+        """Returns log-probabilities; None where none were asked for.
+
+        Args:
+            entries: The tokens'.
+            first: The token before them, if any, which nothing predicts.
+            offset: The characters before.
+        """
+        if entries is None:
+            return None
         if self.is_chat:
             return {"content": [self._entry(entry) for entry in entries], "refusal": None}
-        names, nothing = [*first, *(self._name(entry.token_id) for entry in entries)], [None] * len(first)
+        names = [self._name(token) for token in (*first, *(entry.token_id for entry in entries))]
+        nothing = [None] * len(first)
         return {
             "tokens": names,
             "token_logprobs": [*nothing, *(entry.logprob for entry in entries)],
             "top_logprobs": [*nothing, *(self._top(entry) for entry in entries)],
-            "text_offset": list(accumulate(map(len, names[:-1]), initial=0)),
+            "text_offset": list(accumulate(map(len, names[:-1]), initial=offset)),
         }
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from runtime import Generation, SamplingParams, SpeculativeDecoder
 from vocabtrim_export.serve.answers import Form
+from vocabtrim_export.serve.echo import Echo
 from vocabtrim_export.serve.errors import ApiError, refusal
 from vocabtrim_export.serve.events import Event, EventStream
 from vocabtrim_export.serve.job import Job, read_job
@@ -160,7 +161,7 @@ class Server:
                         event = await anext(events, None)
                     if event is None:
                         break
-                    if is_first:
+                    if is_first and not isinstance(event, Echo):
                         self.metrics.first_token(clock() - arrived)
                         is_first = False
                     if isinstance(event, Generation):
@@ -171,11 +172,17 @@ class Server:
 
 
 async def _whole(job: Job, form: Form, answer: AsyncGenerator[Event, None]) -> Response:
+    generations: list[Generation] = []
+    echoes: dict[int, Echo] = {}
     try:
-        generations = [event async for _, event in answer if isinstance(event, Generation)]
+        async for index, item in answer:
+            if isinstance(item, Generation):
+                generations.append(item)
+            elif isinstance(item, Echo):
+                echoes[index] = item
     finally:
         await answer.aclose()
-    return JSONResponse(form.whole(generations, job.prompts))
+    return JSONResponse(form.whole(generations, job.prompts, echoes))
 
 
 def _choices(job: Job) -> list[tuple[list[int], SamplingParams]]:

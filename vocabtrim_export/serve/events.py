@@ -8,13 +8,13 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from runtime import Generation
-from runtime.stream import Token
 from vocabtrim_export.serve.answers import Form
+from vocabtrim_export.serve.echo import Echo
 from vocabtrim_export.serve.errors import as_api_error, to_json
 from vocabtrim_export.serve.job import Job
+from vocabtrim_export.serve.workers import Item
 
-# (choice, token) as tokens come, and (choice, generation) at the end of a choice
-Event: TypeAlias = tuple[int, Token | Generation]
+Event: TypeAlias = tuple[int, Item]  # of a choice
 
 
 class EventStream(StreamingResponse):
@@ -69,17 +69,19 @@ class EventStream(StreamingResponse):
     async def _objects(self) -> AsyncIterator[dict[str, Any]]:
         generations: list[Generation] = []
         event: Event | None = self._first
-        begun = -1
+        begun, offset = -1, 0
         while event is not None:
             index, item = event
-            if self._form.is_chat and index > begun:
-                begun = index
-                yield self._form.role(index)
+            if index > begun:
+                begun, offset = index, 0
+                if self._form.is_chat:
+                    yield self._form.role(index)
             if isinstance(item, Generation):
                 generations.append(item)
                 yield self._form.end(index, item)
-            elif item.text or item.logprob:
-                yield self._form.piece(index, item)
+            elif isinstance(item, Echo) or item.text or item.logprob:
+                piece, offset = self._form.piece(index, item, offset)
+                yield piece
             event = await anext(self._rest, None)
         if self._job.with_usage:
             yield self._form.numbers(generations, self._job.prompts)

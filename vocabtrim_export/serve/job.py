@@ -79,8 +79,6 @@ def read_job(body: bytes, is_chat: bool, decoder: SpeculativeDecoder, model_name
     if len(prompts) * n > MOST_CHOICES:
         raise ApiError(400, f"{len(prompts)} prompts times n = {n} are more than {MOST_CHOICES} answers: ask for fewer")
     is_streamed = fields.flag("stream")
-    if echo and is_streamed:
-        raise ApiError(400, "echo is not streamed here: leave out stream", "echo", "unsupported_parameter")
     job = Job(
         prompts=tuple(prompts),
         n=n,

@@ -2,20 +2,20 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TypeAlias
 
-from runtime import Generation, SamplingParams, SpeculativeDecoder, TokenLogprob
-from runtime.stream import Stream, Token
+from runtime import Generation, SamplingParams, SpeculativeDecoder
+from runtime.stream import Token
 from vocabtrim_export.serve.cache_store import LEAST_TOKENS, CacheStore
 from vocabtrim_export.serve.echo import NOTHING, Echo
 from vocabtrim_export.serve.errors import ApiError
 from vocabtrim_export.serve.job import Job
 
-Send: TypeAlias = Callable[[Token | Generation | BaseException], None]
+Item: TypeAlias = Echo | Token | Generation  # of one answer: its prompt where that is asked for, tokens, then all of it
 _RETRY_SECONDS = 2  # the Retry-After of a client that finds the queue full
 
 
@@ -32,11 +32,11 @@ class Running:
     """A generation that runs in a worker's thread.
 
     Attributes:
-        events: Tokens as they come, then the whole generation or the error that ended it.
+        events: The items of the answer as they come, or the error that ended it.
         cancelled: Set when the rest is no longer wanted: the generation ends after its round.
     """
 
-    events: "asyncio.Queue[Token | Generation | BaseException]" = field(default_factory=asyncio.Queue)
+    events: "asyncio.Queue[Item | BaseException]" = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -92,10 +92,8 @@ class Workers:
         """Give back the place of a request."""
         self.admitted -= 1
 
-    async def generate(
-        self, job: Job, prompt: list[int], sampling: SamplingParams
-    ) -> AsyncGenerator[Token | Generation, None]:
-        """Yields the tokens of one answer as they come, and then all of it.
+    async def generate(self, job: Job, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[Item, None]:
+        """Yields the items of one answer as they come.
 
         A generation that is left early, by its client or by an error, ends after the round that runs. Its worker is
         free for others only then.
@@ -158,18 +156,16 @@ def _run(
 ) -> None:
     """Generate in a worker's thread, and send tokens and the result to the event loop."""
 
-    def send(event: Token | Generation | BaseException) -> None:
+    def send(event: Item | BaseException) -> None:
         loop.call_soon_threadsafe(running.events.put_nowait, event)
 
     decoder = worker.decoder
-    deliver: Send = send
     try:
         store.prepare(decoder, prompt, keeps_prefix=not (job.echo or sampling.must_repeat_itself))
         if job.echo:
-            scores = decoder.prompt_logprobs(prompt, job.logprobs) if job.logprobs is not None else ()
-            deliver = _with_prompt(send, prompt, scores)
+            send(Echo(prompt, None if job.logprobs is None else decoder.prompt_logprobs(prompt, job.logprobs)))
         if job.max_new_tokens == 0:
-            deliver(NOTHING)
+            send(NOTHING)
             return
         with decoder.stream(
             prompt,
@@ -179,21 +175,17 @@ def _run(
             logprobs=job.logprobs,
             json_schema=job.json_schema,
         ) as stream:
-            _send_all(stream, running, deliver)
+            for token in stream:
+                if running.cancelled.is_set():
+                    return
+                send(token)
+            send(_without_echo(stream.finish(), job))
     except BaseException as error:  # the event loop raises it again
         send(error)
 
 
-def _with_prompt(send: Send, prompt: list[int], scores: tuple[TokenLogprob, ...]) -> Send:
-    def deliver(event: Token | Generation | BaseException) -> None:
-        send(Echo.of(event, prompt, scores) if isinstance(event, Generation) else event)
-
-    return deliver
-
-
-def _send_all(stream: Stream, running: Running, send: Send) -> None:
-    for token in stream:
-        if running.cancelled.is_set():
-            return
-        send(token)
-    send(stream.finish())
+def _without_echo(generation: Generation, job: Job) -> Generation:
+    """Returns a generation whose prompt counts as read where its log-probabilities were computed before."""
+    if not job.echo or job.logprobs is None:
+        return generation
+    return replace(generation, stats=replace(generation.stats, cached=0))
