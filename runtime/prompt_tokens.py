@@ -40,6 +40,8 @@ def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, chat: bool, op
         if chat and require_tokenizer(tokenizer).has_chat_template:
             return require_tokenizer(tokenizer).encode_chat([{"role": "user", "content": prompt}], options)
     elif len(prompt) and not hasattr(prompt[0], "__index__"):
+        if options.tools and not require_tokenizer(tokenizer).chat.reads_tools(options):
+            raise VocabtrimError("the model's chat template reads no tools: leave them out")
         return require_tokenizer(tokenizer).encode_chat(cast(Sequence[Any], prompt), options)
     if options != ChatOptions():
         raise VocabtrimError(

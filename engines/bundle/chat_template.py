@@ -80,6 +80,14 @@ class ChatTemplates:
             return self._render_open(name, plain, options)
         return self._render(name, plain, options)
 
+    def reads_tools(self, options: ChatOptions) -> bool:
+        """Returns whether the template that `options` choose offers tools to the model.
+
+        Raises:
+            VocabtrimError: There is no such template.
+        """
+        return self._templates[self._choose(options)].reads("tools")
+
     def assistant_end(self, name: str) -> str:
         """Returns the text that the template writes after an assistant's last message; "" where that is not clear."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]

@@ -14,6 +14,7 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -37,12 +38,16 @@ class CompiledTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        self._environment = _Sandbox()
+        self._source, self._environment = source, _Sandbox()
         self._lock = Lock()  # one rendering at a time: the environment holds its deadline
         try:
             self._template = self._environment.from_string(source)
         except Exception as error:  # jinja2's own errors, and Python's for code that nests too deeply to compile
             raise VocabtrimError(f"the chat template does not parse: {one_line(error)}") from error
+
+    def reads(self, variable: str) -> bool:
+        """Returns whether the template reads a variable, in some of its branches at least."""
+        return variable in find_undeclared_variables(self._environment.parse(self._source))
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """Render the template with `variables`.

@@ -96,6 +96,14 @@ def test_a_conversation_is_rendered_as_transformers_renders_it(expected, name, o
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_reads_tools_where_these_change_the_prompt(name):
+    """Otherwise a request with tools would be answered as if it had none."""
+    chat, how = [message("user", [{"type": "text", "text": "a"}])], {"tools_in_user_message": False}
+    plain, offered = (rendered(TEMPLATES[name], chat, tools=tools, template_args=how) for tools in (None, [TOOL]))
+    assert templates(TEMPLATES[name]).reads_tools(ChatOptions(tools=[TOOL])) == (plain != offered)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_text_parts_and_strings_are_read_whatever_the_template_takes(expected, name):
     source, parts = TEMPLATES[name], [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     reads_parts = name in ("gemma", "mistral", "vision", "parts_only")

@@ -75,6 +75,8 @@ def test_the_text_is_that_of_generate(client, decoder, sampling):
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == ours.text
     assert pieces[-1].choices[0].finish_reason == ours.finish_reason
     assert last.usage.completion_tokens == len(ours.token_ids)
+    assert {piece.usage for piece in pieces} == {None}
+    assert all("usage" in piece.model_fields_set for piece in pieces)  # as OpenAI's events have it
 
 
 def test_completions_stops_choices_and_logprobs(client, decoder):
@@ -238,6 +240,7 @@ def test_a_stream_that_nobody_takes_gives_its_place_back(decoder, message, versi
         gc.enable()
 
 
+USER = b'{"role": "user", "content": "a"}'
 BAD = {
     "not JSON": (b"{", 400, "is not JSON"),
     "not UTF-8": (b'{"messages": "\xff"}', 400, "is not UTF-8"),
@@ -257,6 +260,17 @@ BAD = {
     ),
     "too large": (b'{"messages": "' + b"a" * 20_000 + b'"}', 413, "larger than 0.01 MiB"),
     "nested": (b"[" * 9_000, 400, "is not JSON"),
+    "options without a stream": (
+        b'{"messages": [%s], "stream_options": {"include_usage": true}}' % USER,
+        400,
+        "goes with",
+    ),
+    "options of a stream": (
+        b'{"messages": [%s], "stream": true, "stream_options": {"include_usage": 1}}' % USER,
+        400,
+        'stream_options has {"include_usage": 1}: give include_usage, true or false',
+    ),
+    "tools that the template does not read": (b'{"messages": [%s], "tools": [{}]}' % USER, 400, "reads no tools"),
     "half of a pair": (b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}', 400, "unrecognized request"),
 }
 
@@ -284,6 +298,62 @@ def test_routes_keys_and_figures(post, server, client):
     assert values["vocabtrim_busy_workers"] == values["vocabtrim_waiting_requests"] == 0
 
 
+def test_only_pages_of_origins_that_are_named_may_ask(pair, server):
+    page = "http://localhost:3000"
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    ask = {"prompt": "the", "max_tokens": 1}
+
+    def allowed(url, origin):
+        before = httpx.options(f"{url}/v1/completions", headers=preflight | {"Origin": origin})
+        keys = {"Origin": origin}, {"Origin": origin} | helper.HEADERS
+        answers = [httpx.post(f"{url}/v1/completions", json=ask, headers=key) for key in keys]
+        assert [answer.status_code for answer in answers] == [401, 200]
+        return before, {answer.headers.get("access-control-allow-origin") for answer in (before, *answers)}
+
+    with helper.serving(pair, origins=(page,)) as served:
+        before, origins = allowed(served.url, page)
+        assert (before.status_code, origins) == (200, {page})
+        assert "authorization" in before.headers["access-control-allow-headers"]
+        before, origins = allowed(served.url, "http://elsewhere")
+        assert (before.status_code, origins) == (400, {None})
+    before, origins = allowed(server.url, page)
+    assert (before.status_code, before.headers["allow"], origins) == (405, "POST", {None})
+
+
+def test_figures_are_the_sums_of_what_answers_say(client, server):
+    """Of a whole answer, a streamed one, one that is refused, and one that breaks off."""
+
+    def figures():
+        helper.wait_until_idle(server)
+        values = helper.gauges(server.url)
+        return {name.removeprefix("vocabtrim_").removesuffix("_total"): value for name, value in values.items()}
+
+    before, began = figures(), time.monotonic()
+    prompt = "the quick brown fox jumps over the lazy dog"
+    ask = {"model": "tiny", "prompt": prompt, "max_tokens": 20, "temperature": 0}
+    whole = client.completions.create(**ask, n=2).usage
+    *_, last = client.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(**{**ask, "max_tokens": 0})
+    server.metrics.streamed(is_broken=True)
+    after, seconds = figures(), time.monotonic() - began
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    usages = [whole, last.usage]
+    details = [usage.completion_tokens_details for usage in usages]
+    accepted = sum(each.accepted_prediction_tokens for each in details)
+    assert grown["generated_tokens"] == sum(usage.completion_tokens for usage in usages) == 60
+    assert grown["prompt_tokens"] == whole.prompt_tokens * 2 + last.usage.prompt_tokens
+    assert grown["cached_tokens"] == sum(usage.prompt_tokens_details.cached_tokens for usage in usages) > 0
+    assert grown["accepted_tokens"] == accepted > 0
+    assert grown["drafted_tokens"] == accepted + sum(each.rejected_prediction_tokens for each in details) > accepted
+    assert grown["rounds"] == 60 - accepted  # no answer ends within a draft: every round adds a token of the target's
+    assert grown['requests_total{status="200"}'] == 2 + 1  # the figures before
+    assert grown['requests_total{status="400"}'] == 1
+    assert grown["first_token_seconds_count"] == 2
+    assert all(0 < grown[name] < seconds for name in ("first_token_seconds_sum", "generation_seconds"))
+    assert (grown["broken_streams"], grown["collapses"]) == (1, 0)
+
+
 def test_a_turn_goes_on_where_the_last_one_ended(client):
     first = [{"role": "user", "content": "the quick brown fox jumps over the lazy dog " * 3}]
     ask = {"model": "tiny", "max_tokens": 4, "temperature": 0}
@@ -303,6 +373,7 @@ def test_a_mistake_is_one_line(pair, capsys):
         (["--port", str(listener.getsockname()[1])], "cannot listen on 127.0.0.1"),
         (["--slots-in-parallel", "0"], "--slots-in-parallel is 0"),
         (["--queue", "-1"], "--queue is -1"),
+        (["--allow-origin", "localhost:3000/"], "--allow-origin is 'localhost:3000/': give one such as http://"),
     ):
         assert main(["serve", "--target", str(pair.target), *options]) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -30,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key", help=f"a key that clients must send (default: that of the environment variable {_KEY}, if any)"
     )
     group.add_argument(
+        "--allow-origin",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="origins whose web pages may ask, such as http://localhost:3000; '*': every page that this machine's "
+        "browsers open (default: none)",
+    )
+    group.add_argument(
         "--model-name", metavar="NAME", help="the name that clients ask for (default: the target's directory)"
     )
     group.add_argument(
@@ -96,6 +104,7 @@ def _settings(options: argparse.Namespace) -> "ServeSettings":
         host=options.host,
         port=options.port,
         api_key=options.api_key if options.api_key is not None else os.environ.get(_KEY, ""),
+        origins=tuple(options.allow_origin),
         workers=options.slots_in_parallel,
         waiting=options.queue,
         body_mb=options.max_body,

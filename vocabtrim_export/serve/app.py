@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -55,7 +56,12 @@ class Server:
             Route("/v1/completions", self._guarded(self._completions), methods=["POST"]),
         ]
         refusals = {404: _no_such_route, 405: _no_such_route}
-        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=refusals)
+        app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=refusals)
+        if origins := self._settings.origins:
+            app.add_middleware(
+                CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            )
+        return app
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
@@ -222,4 +228,5 @@ async def _disconnected(request: Request) -> None:
 async def _no_such_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     words = "this address takes another method" if status == 405 else "there is nothing at this address"
-    return refusal(ApiError(status, f"{request.method} {request.url.path[:100]}: {words}"))
+    why = f"{request.method} {request.url.path[:100]}: {words}"
+    return refusal(ApiError(status, why, headers=getattr(error, "headers", None)))

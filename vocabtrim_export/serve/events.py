@@ -59,8 +59,9 @@ class EventStream(StreamingResponse):
 
     async def _sent(self) -> AsyncGenerator[bytes, None]:
         try:
+            no_numbers = {"usage": None} if self._job.with_usage else {}
             async for data in self._objects():
-                yield _event(data)
+                yield _event(no_numbers | data)
             yield b"data: [DONE]\n\n"
         except Exception as error:  # the status has gone out already
             self._is_broken = True

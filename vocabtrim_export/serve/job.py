@@ -1,5 +1,6 @@
 """Requests of OpenAI's two generating interfaces → `Job`: token ids, and how to continue them."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,6 @@ def read_job(body: bytes, is_chat: bool, decoder: SpeculativeDecoder, model_name
     if is_chat:
         most = fields.whole("max_completion_tokens", most, 1, _LARGEST)
     logprobs = _logprobs(fields, is_chat)
-    options = fields.mapping("stream_options")
     n = fields.whole("n", 1, 1, MOST_CHOICES) or 1
     if len(prompts) * n > MOST_CHOICES:
         raise ApiError(400, f"{len(prompts)} prompts times n = {n} are more than {MOST_CHOICES} answers: ask for fewer")
@@ -89,7 +89,7 @@ def read_job(body: bytes, is_chat: bool, decoder: SpeculativeDecoder, model_name
         is_chat=is_chat,
         echo=echo,
         is_streamed=is_streamed,
-        with_usage=bool(options.get("include_usage")),
+        with_usage=_with_usage(fields, is_streamed),
         json_schema=read_response_format(fields, decoder),
     )
     _refuse_unsupported(fields)
@@ -146,9 +146,20 @@ def _logprobs(fields: Fields, is_chat: bool) -> int | None:
     alternatives = fields.whole("top_logprobs", None, 0, MOST_LOGPROBS)
     if fields.flag("logprobs"):
         return alternatives or 0
-    if alternatives is not None:
+    if alternatives:
         raise ApiError(400, "top_logprobs goes with logprobs: true", "top_logprobs")
     return None
+
+
+def _with_usage(fields: Fields, is_streamed: bool) -> bool:
+    options = fields.mapping("stream_options")
+    if options and not is_streamed:
+        raise ApiError(400, "stream_options goes with stream: true", "stream_options")
+    for name, value in options.items():  # obfuscation pads OpenAI's events against eavesdroppers; ours have none
+        if name not in ("include_usage", "include_obfuscation") or not isinstance(value, bool | None):
+            why = f"stream_options has {json.dumps({name: value})[:60]}: give include_usage, true or false"
+            raise ApiError(400, why, "stream_options", "invalid_value")
+    return options.get("include_usage") is True
 
 
 def _sampling(fields: Fields) -> SamplingParams:

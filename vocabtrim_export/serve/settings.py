@@ -1,5 +1,6 @@
 """`ServeSettings`: the server's address and its limits."""
 
+import re
 from dataclasses import dataclass, field
 
 from engines.errors import VocabtrimError
@@ -17,6 +18,7 @@ class ServeSettings:
         host: The address to listen on.
         port: The port; 0 takes a free one.
         api_key: The bearer token that clients must send; "" requires none.
+        origins: The origins whose web pages may ask, such as "http://localhost:3000"; "*": every page.
         workers: Requests that are generated at a time, each with KV caches of its own.
         waiting: Requests that may wait for a worker; the next one is answered with 429.
         cache_bytes: The most bytes of KV caches that are kept of conversations which no worker holds; 0 keeps none.
@@ -30,6 +32,7 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str = field(default="", repr=False)
+    origins: tuple[str, ...] = ()
     workers: int = 1
     waiting: int = 64
     cache_bytes: int = field(default_factory=default_cache_bytes)
@@ -48,5 +51,8 @@ class ServeSettings:
                 raise VocabtrimError(f"{option} is {value}: give {least} or more")
         if self.port > 65535:
             raise VocabtrimError(f"--port is {self.port}: give at most 65535")
+        for origin in self.origins:
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+                raise VocabtrimError(f"--allow-origin is {origin!r}: give one such as http://localhost:3000, or '*'")
         if not (self.body_mb > 0 and self.request_seconds > 0):
             raise VocabtrimError("--max-body and --timeout must be more than 0")
