@@ -13,6 +13,7 @@ from engines.errors import VocabtrimError
 DEFAULT, TOOL_USE = "default", "tool_use"
 _OPEN_END = "VOCABTRIM_OPEN_END "  # the space tells whether the template trims what ends with it
 _PROBE, _ARGUMENT = "vocabtrim probe", "vocabtrim_argument"
+_ARGUMENTS = json.dumps({_ARGUMENT: 1})
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +124,11 @@ class ChatTemplates:
         last = last | {"content": marked}
         text = self._render(name, [*before, last], replace(options, template_args=arguments))
         kept, mark, _ = text.rpartition(_OPEN_END.strip())
-        if not mark or last_text.strip() not in text:
-            raise VocabtrimError("the chat template changes or leaves out the final message: it cannot be continued")
+        if not mark or mark in kept or last_text.strip() not in text:
+            raise VocabtrimError(
+                "the chat template does not write the final message once, as it is: it cannot be continued; leave out "
+                "continue_final_message"
+            )
         return kept if text[len(kept) :].startswith(_OPEN_END) else kept.rstrip()
 
     def _forms_of(self, name: str) -> MessageForms:
@@ -140,20 +144,29 @@ class ChatTemplates:
         parts = _PROBE in as_parts and (as_parts == as_text or not _shows_keys(as_parts))
         if _PROBE not in as_text and not parts:  # the template refuses a lone user message for another reason
             return MessageForms()
-        arguments = {_ARGUMENT: 1}
-        as_string = self._try(name, [user, _tool_call(json.dumps(arguments))])
-        as_object = self._try(name, [user, _tool_call(arguments)])
-        argument_text = json.dumps(arguments) in as_string or _ARGUMENT not in as_object
-        with_none = self._try(
-            name, [user, {"content": None} | _tool_call(json.dumps(arguments) if argument_text else arguments)]
-        )
+        text_call, object_call = _tool_call(_ARGUMENTS), _tool_call(json.loads(_ARGUMENTS))
+        reads_text = _ARGUMENTS in self._try_contents(name, user, text_call)
+        as_object = self._try_contents(name, user, object_call)
+        reads_object = _ARGUMENT in as_object and (str(json.loads(_ARGUMENTS)) not in as_object or not reads_text)
+        with_none = self._try(name, [user, {"content": None} | (text_call if reads_text else object_call)])
         reads_none = _ARGUMENT in with_none and str(None) not in with_none
         text = _PROBE in as_text
         content: list[Any] = ["a", _PROBE] if text else [[{"type": "text", "text": each}] for each in ("a", _PROBE)]
         with_developer = self._try(
             name, [{"role": "developer", "content": content[1]}, {"role": "user", "content": content[0]}]
         )
-        return MessageForms(text, parts, argument_text, reads_none, _PROBE in with_developer)
+        return MessageForms(
+            text,
+            parts,
+            reads_text or not reads_object,
+            reads_object or not reads_text,
+            reads_none,
+            _PROBE in with_developer,
+        )
+
+    def _try_contents(self, name: str, user: dict[str, Any], call: dict[str, Any]) -> str:
+        """Returns what the template writes of a tool call beside no content, None and an empty one."""
+        return "".join(self._try(name, [user, content | call]) for content in ({}, {"content": None}, {"content": ""}))
 
     def _try(self, name: str, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:
         """Returns the rendered text; "" where the template fails."""

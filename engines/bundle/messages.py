@@ -23,8 +23,9 @@ class MessageForms:
         text: Contents that are strings.
         parts: Contents that are lists of `{"type": "text", "text": …}`.
         argument_text: Arguments of tool calls as strings of JSON, as OpenAI has them; otherwise they must be objects.
+        argument_object: Arguments of tool calls as objects; otherwise they must be strings of JSON.
         none: Contents that are None, in messages with tool calls. A template that cannot read them would write "None"
-            or fail, so the key is left out for it.
+            or fail, so the key is left out for it; one that can read them gets the key.
         developer: Messages of the role "developer", OpenAI's later name of "system". Many templates pass over roles
             that they do not know, and the message would be lost.
     """
@@ -32,6 +33,7 @@ class MessageForms:
     text: bool = True
     parts: bool = True
     argument_text: bool = True
+    argument_object: bool = True
     none: bool = False
     developer: bool = True
 
@@ -119,6 +121,8 @@ def _fit_content(message: dict[str, Any], forms: MessageForms) -> dict[str, Any]
     content = message.get("content")
     if content is None and not forms.none:
         return {key: value for key, value in message.items() if key != _CONTENT}
+    if content is None and "tool_calls" in message:
+        return message | {_CONTENT: None}
     if isinstance(content, str) and not forms.text:
         return message | {"content": [{"type": "text", "text": content}]}
     if not isinstance(content, list):
@@ -145,17 +149,27 @@ def _part_text(part: Any) -> str | None:
 
 def _fit_arguments(message: dict[str, Any], forms: MessageForms) -> dict[str, Any]:
     calls = message.get("tool_calls")
-    if forms.argument_text or not isinstance(calls, list):
+    if not isinstance(calls, list) or (forms.argument_text and forms.argument_object):
         return message
-    return message | {"tool_calls": [_parse_arguments(call) for call in calls]}
+    return message | {"tool_calls": [_fit_call(call, forms) for call in calls]}
 
 
-def _parse_arguments(call: Any) -> Any:
+def _fit_call(call: Any, forms: MessageForms) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, dict) or "arguments" not in function:
         return call
+    arguments = function["arguments"]
+    if isinstance(arguments, dict) and not forms.argument_object:
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif isinstance(arguments, str) and not forms.argument_text:
+        arguments = _parsed(arguments)
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def _parsed(arguments: str) -> Any:
+    """Returns the object that a string of JSON stands for; other strings as they are."""
     try:
-        arguments = json.loads(function["arguments"])
+        parsed = json.loads(arguments)
     except (ValueError, RecursionError):
-        return call  # a model may have called a tool with something that is not JSON
-    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call
+        return arguments  # a model may have called a tool with something that is not JSON
+    return parsed if isinstance(parsed, dict) else arguments

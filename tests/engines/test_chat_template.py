@@ -27,6 +27,7 @@ def call(arguments):
     return message("assistant", None, tool_calls=[{"id": "abcdefghi", "type": "function", "function": function}])
 
 
+TOWN_TEXT = '{"town": "Ulm", "days": [1, 2]}'  # DeepSeek's templates read strings alone, in transformers too
 SYSTEM = message("system", " Be <brief> & kind. /no_think ")
 RESULT = message("tool", '{"sun": true}', tool_call_id="abcdefghi")
 CHATS = {
@@ -90,7 +91,8 @@ def rendered(source, chat, **options):
 def test_a_conversation_is_rendered_as_transformers_renders_it(expected, name, options):
     source, given = TEMPLATES[name], OPTIONS[options]
     found = {chat: rendered(source, messages, **given) for chat, messages in CHATS.items()}
-    wanted = {chat: expected(source, messages, **given) for chat, messages in CHATS.items()}
+    readable = CHATS | {"tool": [*CHATS["tool"][:2], call(TOWN_TEXT), RESULT, RESULT]} if name == "deepseek" else CHATS
+    wanted = {chat: expected(source, messages, **given) for chat, messages in readable.items()}
     assert found == wanted
     assert found["user"]
 
@@ -120,6 +122,24 @@ def test_arguments_of_tool_calls_are_read_as_openai_has_them(expected, name):
     as_text, as_object = [[message("user", "a"), call(given)] for given in ('{"town":"Ulm"}', {"town": "Ulm"})]
     wanted = expected(TEMPLATES[name], as_text if name in ("qwen", "deepseek") else as_object)
     assert rendered(TEMPLATES[name], as_text) == wanted
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen", "mistral", "deepseek", "command"])
+def test_objects_as_arguments_of_tool_calls_are_text_to_a_template_that_reads_text(expected, name):
+    chat = [message("user", "a"), call({"town": "Köln"})]
+    wanted = expected(TEMPLATES[name], [chat[0], call('{"town": "Köln"}')] if name == "deepseek" else chat)
+    assert rendered(TEMPLATES[name], chat) == wanted
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.arguments }}{% endfor %}"
+    printed = "{% for m in messages %}{{ m.content or '' }}" + calls + "{% endfor %}"
+    assert rendered(printed, chat) == 'a{"town": "Köln"}'  # and not as Python writes a dict
+
+
+def test_a_tool_call_without_a_content_is_read_as_one_with_none():
+    content = "{{ '(none)' if m['content'] is none else m['content'] + '' }}"  # fails where there is none
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.arguments }}{% endfor %}"
+    source = "{% for m in messages %}" + content + calls + "{% endfor %}"
+    absent = {key: value for key, value in call("{}").items() if key != "content"}
+    assert rendered(source, [message("user", "a"), absent]) == "a(none){}"
 
 
 @pytest.mark.parametrize(
@@ -213,6 +233,13 @@ def test_how_an_assistants_turn_ends():
 def test_what_is_no_conversation_is_one_clear_line(chat, options, error):
     with pytest.raises(VocabtrimError, match=error):
         templates(PARTS_ONLY).render(chat, ChatOptions(**options))
+
+
+def test_a_final_message_that_is_written_twice_cannot_be_continued():
+    """The mark of its end would stay in the prompt."""
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[-1].content }}"
+    with pytest.raises(VocabtrimError, match="does not write the final message once"):
+        templates(source).render(CHATS["user"], ChatOptions(continue_final_message=True))
 
 
 HOSTILE = [
