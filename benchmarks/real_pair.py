@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from files import named, write
 from real_pair_views import markdown, svg
 
 from engines import load_engine
@@ -133,11 +134,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def named(text: str) -> tuple[str, Path]:
-    name, _, path = text.partition("=")
-    return name, Path(path)
-
-
 def read_prompts(target: Engine, options: argparse.Namespace, path: Path) -> Iterator[list[int]]:
     """The token ids of a file's prompts, of those that leave room for what is generated."""
     decoder = SpeculativeDecoder(target, tokenizer=Tokenizer.load(options.target))
@@ -249,12 +245,6 @@ def row(domain: str, own: Sequence[Generation], alone: Sequence[Generation]) -> 
         paused_share=total(lambda g: g.paused) / rounds,
         equal_outputs=all(each.is_equal for each in own),
     )
-
-
-def write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, "utf-8")  # written whole or not at all
-    aside.replace(path)
 
 
 if __name__ == "__main__":
