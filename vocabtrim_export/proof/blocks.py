@@ -8,7 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_ROWS_AT_ONCE = 1024  # an LM head is the largest tensor: a copy more of it in float32 takes gigabytes
+from vocabtrim_export.lowering.cores import map_on_cores
+
+_PART = 2**18  # weights that a core works on at once: they stay in its cache, and no whole tensor is copied
 # Largest root mean square error of a row, as a share of the row's own: what rounding to 4 or 8 bits in blocks never
 # comes near, and another row's values exceed.
 _MOST_ERROR = {"int4": 0.6, "int8": 0.1, "fp8": 0.1}
@@ -22,8 +24,13 @@ def is_rounded(given: Tensor, own: Tensor, quantization: str) -> bool:
 
 def _row_errors(given: Tensor, own: Tensor) -> Tensor:
     """Returns the error of each row as a share of its size, [out]; 0 for a row of zeros that is still one."""
-    parts = [_part_errors(*rows) for rows in zip(given.split(_ROWS_AT_ONCE), own.split(_ROWS_AT_ONCE), strict=True)]
-    return torch.cat(parts)
+    return torch.cat(map_on_cores(lambda rows: _part_errors(given[rows], own[rows]), _parts(given)))
+
+
+def _parts(matrix: Tensor) -> list[slice]:
+    """Returns the rows of `matrix` in parts."""
+    count = max(1, _PART // matrix.shape[1])
+    return [slice(begin, begin + count) for begin in range(0, len(matrix), count)]
 
 
 def _part_errors(given: Tensor, own: Tensor) -> Tensor:
@@ -44,9 +51,12 @@ def from_blocks(written: Mapping[str, ir.Value], tensor: str, bits: int, expert:
     arrays = [_array(written[f"{tensor}.{part}"]) for part in ("quantized", "zero_points", "scales")]
     values, zeros, scales = arrays if expert is None else [array[expert] for array in arrays]
     weight = torch.empty(len(values), values[0].size * 8 // bits)
-    for begin in range(0, len(weight), _ROWS_AT_ONCE):
-        rows = slice(begin, begin + _ROWS_AT_ONCE)
+
+    @torch.inference_mode()  # which holds for a thread, and the model may run in it
+    def fill(rows: slice) -> None:
         weight[rows] = _rows_from_blocks(_tensor(values[rows]), _tensor(zeros[rows]), _tensor(scales[rows]), bits)
+
+    map_on_cores(fill, _parts(weight))
     return weight
 
 
