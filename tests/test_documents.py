@@ -106,6 +106,14 @@ def test_python_in_documents_imports_what_exists(document):
                 assert not [each.name for each in node.names if not hasattr(module, each.name)]
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_that_documents_name_exist(document):
+    modules = list((ROOT / "tests").rglob("*.py"))
+    known = {path.stem for path in modules}
+    known |= {name for path in modules for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert set(re.findall(r"\btest_\w+", document.read_text())) <= known
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for document in DOCUMENTS:

@@ -165,8 +165,7 @@ def _print(
     from rich.markup import escape  # brackets in a name would be read as markup
 
     manifest = bundle.manifest
-    facts = [[name, value] for name, value in _facts(manifest).items()]
-    print_table(escape(str(bundle.path)), ["", "value"], facts, numbers=False)
+    print_table(escape(str(bundle.path)), ["", "value"], [*map(list, _facts(manifest).items())], numbers=False)
     if manifest.tensorrt is not None:
         rows = [[p.phase, str(p.tokens), str(p.keep), str(p.span)] for p in manifest.tensorrt.profiles]
         print_table("profiles", ["phase", "tokens", "predicted", "slots attended to"], rows)
