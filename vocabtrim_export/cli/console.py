@@ -10,6 +10,9 @@ from vocabtrim_export.progress import Progress
 # The units of tasks whose speed is shown, by the first word of their names.
 RATES = {"calibrate": "tokens", "load": "MB", "write": "MB"}
 _SECONDS_BETWEEN_LINES = 15.0
+# The share of a task from which on its speed tells the remaining time: a calibration reads 64 prompts before its first
+# token, and would announce days.
+_KNOWN_SHARE = 0.02
 
 
 @contextmanager
@@ -78,8 +81,11 @@ class _Speed:
         if unit is None or seconds < 1:
             return ""
         speed = (done - already) / seconds
-        left = "" if not speed or done >= total else f", {_duration((total - done) / speed)} left"
-        return f", {speed:.0f} {unit}/s{left}"
+        if not speed:
+            return ""
+        is_known = done - already >= _KNOWN_SHARE * total and done < total
+        left = f", {_duration((total - done) / speed)} left" if is_known else ""
+        return f", {speed:.{1 if speed < 10 else 0}f} {unit}/s{left}"
 
 
 def _duration(seconds: float) -> str:
