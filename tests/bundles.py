@@ -66,6 +66,12 @@ MIXTURES = {
     },
     "gpt_oss": {**WINDOWS, **_EXPERTS, "swiglu_limit": 2.0, "rope_parameters": {"rope_type": "default"}},
 }
+# ALiBi, which TensorRT does not get: six heads, whose slopes are of two kinds; one key for all heads; clipped products
+ALIBI = {
+    "bloom": {"hidden_size": 96, "n_head": 6, "n_layer": 2},
+    "falcon": {"alibi": True, "multi_query": True, "parallel_attn": False, "bias": True},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "attn_config": {"clip_qkv": 1.0}},
+}
 
 
 class Store:
@@ -154,7 +160,7 @@ def random_model(tmp_path_factory, tokenizer, store, traced_once):
     import transformers
 
     def write(path: Path, architecture: str, seed: int, changes: dict[str, Any]) -> None:
-        settings = SHARED | (ARCHITECTURES | MIXTURES).get(architecture, {}) | changes
+        settings = SHARED | (ARCHITECTURES | MIXTURES | ALIBI).get(architecture, {}) | changes
         if architecture == "gpt2":
             settings = {k: v for k, v in settings.items() if k not in ("max_position_embeddings", "num_hidden_layers")}
         config = transformers.AutoConfig.for_model(architecture, **settings)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from tests.bundles import ARCHITECTURES, MIXTURES
+from tests.bundles import ALIBI, ARCHITECTURES, MIXTURES
 
 from .conftest import check_logits
 
@@ -15,7 +15,7 @@ STEPS = [(24, 24), (1, 1), (5, 5), (1, 1), (17, 3)]  # tokens fed, positions kep
 LATENT = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MIXTURES, "youtu"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MIXTURES, *ALIBI, "youtu"])
 def test_exported_graph_computes_what_pytorch_does(architecture, random_model, export_pair):
     changes = LATENT | {"num_key_value_heads": 4} if architecture == "youtu" else {}
     directory = random_model(architecture, **changes)

@@ -117,7 +117,10 @@ def test_experts_that_are_not_whole_are_refused(damage, cause, random_model):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("architecture", "cause"), [("qwen2_moe", "picks a token's experts"), ("granite_swa", "sink")])
+@pytest.mark.parametrize(
+    ("architecture", "cause"),
+    [("qwen2_moe", "picks a token's experts"), ("granite_swa", "sink"), ("bloom", "ALiBi")],
+)
 def test_tensorrt_refuses_what_its_parser_lacks(architecture, cause, random_model, export_pair):
     with pytest.raises(VocabtrimError, match=cause):
         export_pair(random_model(architecture), trt=TensorRTSettings(flavor="none"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from engines.bundle.read import DRAFT_MODEL_NAME, FEATURES_NAME, MODEL_NAME
 from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
-from tests.bundles import ARCHITECTURES, MIXTURES
+from tests.bundles import ALIBI, ARCHITECTURES, MIXTURES
 from tests.integration import eagle_heads, test_medusa
 from vocabtrim_export.bundles.writer import BundlePlan, write_bundle
 from vocabtrim_export.drafters.eagle_checkpoint import load_head
@@ -147,10 +147,17 @@ def sinks_dropped(graph):
     return bool(nodes)
 
 
+def key_biases_dropped(graph):
+    nodes = [node for node in attention(graph) if len(node.input) > 10 and node.input[10]]
+    for node in nodes:
+        node.input[10] = ""
+    return bool(nodes)
+
+
 CORRUPTIONS = (
     *(norms_swapped, weights_permuted, bias_left_out, rotation_swapped),
     *(scale_dropped, softcap_dropped, window_dropped, wrong_tokens),
-    *(experts_permuted, routing_weights_equal, sinks_dropped),
+    *(experts_permuted, routing_weights_equal, sinks_dropped, key_biases_dropped),
 )
 
 
@@ -162,7 +169,7 @@ def corrupt(directory, change, name=MODEL_NAME):
     return changed
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MIXTURES])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MIXTURES, *ALIBI])
 def test_each_wrong_graph_is_noticed(architecture, random_model, export_pair, tmp_path):
     directory = random_model(architecture)
     result = export_pair(directory)

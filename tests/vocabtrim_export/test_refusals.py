@@ -17,8 +17,7 @@ FEW = {"num_hidden_layers": 2}
         ("dbrx", {}, "mixture of experts with code of its own"),
         ("mixtral", {**FEW, "hidden_act": "gelu"}, "mixture of experts with a gate of its own"),
         ("deepseek_v32", {}, "sparse or chunked attention"),
-        ("bloom", {}, "ALiBi"),
-        ("falcon", {"alibi": True}, "ALiBi"),
+        ("falcon", {}, "attention code of its own"),
         ("t5", {}, "encoder-decoder"),
         ("bert", {}, "bidirectional"),
         ("gemma", {"use_bidirectional_attention": True}, "bidirectional"),  # PaliGemma's text model

@@ -14,6 +14,7 @@ from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.formats.masked import check_widths, write_masked
 
 GRAPH_NAME = "openvino_model.xml"
+_BIAS = 10  # the input of GroupQueryAttention for biases of attention; the next is for sinks
 _TOKENIZER_NAMES = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
 
 
@@ -43,6 +44,8 @@ def _check_attention(graph: Path, context: int) -> None:
                 f"--format openvino: the model attends to a window of {window} tokens, which OpenVINO GenAI would not "
                 f"keep to: give --max-length {window}"
             )
+        if node.op_type == "GroupQueryAttention" and any(node.input[_BIAS:]):
+            raise VocabtrimError("--format openvino: the model has ALiBi positions or attention sinks, which it lacks")
         if node.op_type == "GroupQueryAttention" and numbers.get("softcap", 0):
             raise VocabtrimError(
                 "--format openvino: the model caps its attention scores, which OpenVINO does not do: leave openvino out"

@@ -2,10 +2,10 @@
 
 import onnx_ir as ir
 
-from engines.bundle.graph_io import PAST, PRESENT, SEQLENS_K, TOTAL_LENGTH, cache_names
+from engines.bundle.graph_io import INPUT_IDS, PAST, PRESENT, SEQLENS_K, TOTAL_LENGTH, cache_names
 from engines.errors import VocabtrimError
 from vocabtrim_export.lowering.graph import DecoderGraph, attributes, name_of
-from vocabtrim_export.lowering.nodes import CONTRIB
+from vocabtrim_export.lowering.nodes import CONTRIB, Nodes
 
 _HEAD_SIZES = 8
 
@@ -57,9 +57,12 @@ def lower_attention(decoder: DecoderGraph) -> None:
     """
     seqlens = decoder.input(SEQLENS_K, ir.DataType.INT32, [1])
     total = decoder.input(TOTAL_LENGTH, ir.DataType.INT32, [1])
+    biases: dict[str, ir.Value] = {}  # for the keys so far, which all layers share
     for node in decoder.composites("Attention"):
         numbers = attributes(node)
-        layer, (cos, sin, sink) = int(numbers["layer"]), (*node.inputs[3:], None, None, None)[:3]
+        layer, (cos, sin, sink, table) = int(numbers["layer"]), (*node.inputs[3:], None, None, None, None)[:4]
+        if table is not None and name_of(table) not in biases:
+            biases[name_of(table)] = _key_bias(Nodes(decoder, node), table, total)
         if int(numbers["head_dim"]) % _HEAD_SIZES:
             raise VocabtrimError(
                 f"its attention heads have {numbers['head_dim']} numbers, and ONNX Runtime's attention takes multiples "
@@ -67,6 +70,7 @@ def lower_attention(decoder: DecoderGraph) -> None:
             )
         cache_shape: list[int | str] = [1, int(numbers["num_kv_heads"]), "capacity", int(numbers["head_dim"])]
         past = [decoder.input(name, decoder.ir_dtype, cache_shape) for name in cache_names(PAST, layer)]
+        bias = None if table is None else biases[name_of(table)]
         options: dict[str, int | float] = {
             "num_heads": int(numbers["num_heads"]),
             "kv_num_heads": int(numbers["num_kv_heads"]),
@@ -77,10 +81,25 @@ def lower_attention(decoder: DecoderGraph) -> None:
             options["local_window_size"] = int(numbers["window"])
         if numbers["softcap"]:
             options["softcap"] = float(numbers["softcap"])
-        inputs = [*node.inputs[:3], *past, seqlens, total, cos, sin, None, None, sink]
+        inputs = [*node.inputs[:3], *past, seqlens, total, cos, sin, None, bias, sink]
         while inputs[-1] is None:
             inputs.pop()
         gqa = ir.node("GroupQueryAttention", inputs, options, domain=CONTRIB, num_outputs=3)
         decoder.replace(node, [gqa], gqa.outputs[:1])
         for name, present in zip(cache_names(PRESENT, layer), gqa.outputs[1:], strict=True):
             decoder.output(present, name, decoder.ir_dtype, cache_shape)
+
+
+def _key_bias(nodes: Nodes, table: ir.Value, total: ir.Value) -> ir.Value:
+    """Returns the attention bias [1, heads, S, total] that adds to each key's logits the table's entry for its place.
+
+    Args:
+        nodes: Makes nodes.
+        table: [heads, context].
+        total: int32[1], the keys so far.
+    """
+    ids = next(value for value in nodes.decoder.graph.inputs if value.name == INPUT_IDS)
+    keys = nodes("Slice", table, nodes.ints(0), nodes("Cast", total, to=int(ir.DataType.INT64)), nodes.ints(1))
+    one = nodes.ints(1)
+    rows = nodes("Concat", one, one, nodes("Shape", ids, start=1, end=2), one, axis=0)
+    return nodes("Expand", nodes("Unsqueeze", keys, nodes.ints(0, 2)), rows)

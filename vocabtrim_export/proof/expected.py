@@ -1,6 +1,5 @@
 """The outputs that a proof expects: those of the loaded model in PyTorch, in float32."""
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +17,7 @@ from vocabtrim_export.drafters.base import FeatureHead
 from vocabtrim_export.proof.tokens import Calls, Window
 from vocabtrim_export.sources.precision import running_in
 from vocabtrim_export.tracing.composites import rotary_modules
+from vocabtrim_export.tracing.parts import takes_positions
 from vocabtrim_export.tracing.trace import layer_inputs
 
 _WINDOWED = "vocabtrim_windowed"
@@ -63,9 +63,7 @@ def _forward(model: PreTrainedModel, calls: Calls, use_cache: bool = False) -> A
     ids = torch.from_numpy(calls.token_ids)[None]
     if calls.hidden is not None:
         return model(ids, torch.arange(len(calls))[None], torch.from_numpy(calls.hidden)[None])
-    options: dict[str, Tensor] = {}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        options["position_ids"] = torch.arange(len(calls))[None]
+    options = {"position_ids": torch.arange(len(calls))[None]} if takes_positions(model) else {}
     return model(input_ids=ids, use_cache=use_cache, **options)
 
 

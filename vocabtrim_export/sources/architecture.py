@@ -69,10 +69,8 @@ def has_unknown_experts(config: Config, kind: ModelClass) -> bool:
 
 
 def has_alibi(config: Config, _kind: ModelClass) -> bool:
-    """Returns whether attention has ALiBi biases."""
-    nested = getattr(config, "attn_config", None)
-    flags = (getattr(config, "alibi", None), getattr(nested, "alibi", None))
-    return any(flag is True for flag in flags) or config.model_type == "bloom"
+    """Returns whether attention has ALiBi biases; transformers' MPT has them whatever its configuration says."""
+    return config.model_type in ("bloom", "mpt") or getattr(config, "alibi", None) is True
 
 
 def has_relative_bias(config: Config, _kind: ModelClass) -> bool:
@@ -105,9 +103,14 @@ def caches_differ(config: Config, _kind: ModelClass) -> bool:
     return config.model_type in _TWO_CACHES or any(not sizes.isdisjoint(changed) for changed in changes.values())
 
 
-def owns_its_attention(_config: Config, kind: ModelClass) -> bool:
-    """Returns whether attention bypasses transformers' common interface."""
-    return not hasattr(sys.modules[kind.__module__], "ALL_ATTENTION_FUNCTIONS")
+def owns_its_attention(config: Config, kind: ModelClass) -> bool:
+    """Returns whether attention bypasses transformers' common interface, and is none that `tracing.alibi` replaces."""
+    return not hasattr(sys.modules[kind.__module__], "ALL_ATTENTION_FUNCTIONS") and not has_alibi(config, kind)
+
+
+def counts_positions(config: Config, kind: ModelClass) -> bool:
+    """Returns whether the class takes no position_ids, and its attention depends on them."""
+    return "position_ids" not in inspect.signature(kind.forward).parameters and not has_alibi(config, kind)
 
 
 def _layer_types(config: Config) -> set[str]:

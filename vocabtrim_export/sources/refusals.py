@@ -1,6 +1,5 @@
 """Architectures that cannot be exported, recognised by their configuration before any weight is read."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from vocabtrim_export.sources.architecture import (
     Config,
     ModelClass,
     caches_differ,
+    counts_positions,
     has_alibi,
     has_experts,
     has_relative_bias,
@@ -122,11 +122,6 @@ REFUSALS = (
         has_sparse_attention,
     ),
     Refusal(
-        "a model with ALiBi positions",
-        "the exported attention has no bias that grows with distance",
-        has_alibi,
-    ),
-    Refusal(
         "a model with relative position biases",
         "the exported attention has no bias that depends on distance",
         has_relative_bias,
@@ -149,7 +144,7 @@ REFUSALS = (
     Refusal(
         "a model that counts positions by itself",
         "its code takes no position_ids, so it cannot continue from a KV cache outside of transformers",
-        lambda _config, kind: "position_ids" not in inspect.signature(kind.forward).parameters,
+        counts_positions,
     ),
     Refusal(
         "a mixture of experts with a gate of its own",
@@ -164,6 +159,12 @@ NOT_FOR_TENSORRT = (
         "TensorRT's parser has no operator that picks a token's experts",
         has_experts,
         "use --format onnx, or give a dense model",
+    ),
+    Refusal(
+        "a model with ALiBi positions",
+        "the attention that is written for TensorRT has no bias that grows with distance",
+        has_alibi,
+        "use --format onnx, or give another model",
     ),
     Refusal(
         "a model with attention sinks",

@@ -6,8 +6,9 @@ decoder's meaning and never has to recognise it in primitive operators:
     Linear(x, weight[out, in], bias?)      attribute transposed=1: the weight is [in, out]
     Head(x, weight[vocab, hidden], bias?)  the LM head
     RMSNorm(x, weight)                     attributes epsilon, zero_centered (then it scales by 1 + weight)
-    Attention(q, k, v, cos?, sin?, sink?)  q, k, v: [1, S, heads·head_dim]; cos, sin: [context, rotary_dim/2];
-                                           sink: [heads], logits beside those of the keys;
+    Attention(q, k, v, cos?, sin?, sink?,  q, k, v: [1, S, heads·head_dim]; cos, sin: [context, rotary_dim/2];
+              key_bias?)                   sink: [heads], logits beside those of the keys; key_bias: [heads, context],
+                                           what is added to the logits of each key;
                                            attributes layer, num_heads, num_kv_heads, head_dim, scale,
                                            window (tokens that attention reaches back, itself included; 0: all),
                                            softcap (0: none)
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from vocabtrim_export.tracing.alibi import KeyBias, alibi_replacements
 from vocabtrim_export.tracing.emit import emit
 from vocabtrim_export.tracing.experts import ExpertModule, experts_forward
 
@@ -64,11 +66,13 @@ class Parts:
         norms: The RMS norms.
         experts: The modules of experts.
         rope: The rotary tables; None leaves the rotation as the model writes it.
+        key_bias: The biases of ALiBi; None for other models.
     """
 
     norms: list[Norm]
     experts: list[ExpertModule]
     rope: Rope | None
+    key_bias: KeyBias | None = None
 
 
 def rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -85,7 +89,8 @@ def composites(skeleton: PreTrainedModel, modeling: ModuleType, parts: Parts) ->
     in the graph as the model writes it.
     """
     handed_on: list[tuple[Tensor, Tensor]] = []
-    AttentionInterface.register(ATTENTION, _attention(handed_on))
+    attention = _attention(handed_on)
+    AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, _mask)
     skeleton.config._attn_implementation = ATTENTION
     head = skeleton.get_output_embeddings()
@@ -103,6 +108,9 @@ def composites(skeleton: PreTrainedModel, modeling: ModuleType, parts: Parts) ->
         for each in parts.experts:
             module = skeleton.get_submodule(each.name)
             stand_in(module, "forward", experts_forward(each).__get__(module))
+        if parts.key_bias is not None:
+            for replacement in alibi_replacements(skeleton, modeling, parts.key_bias, attention, _linear):
+                stand_in(*replacement)
         if parts.rope is not None:
             stand_in(modeling, "apply_rotary_pos_emb", _hand_on(handed_on))
             for module in rotary_modules(skeleton):
@@ -186,15 +194,17 @@ def _attention(handed_on: list[tuple[Tensor, Tensor]]) -> Callable[..., tuple[Te
         softcap: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        sink = options.get("s_aux")
         _, heads, length, key_dim = q.shape
         value_dim = v.shape[-1]
         head_dim = max(key_dim, value_dim)
         flat = [_flattened(x, head_dim) for x in (q, k, v)]
-        tables = list(handed_on.pop() if handed_on else () if sink is None else (None, None))
+        tables = handed_on.pop() if handed_on else (None, None)
+        inputs = [*flat, *tables, options.get("s_aux"), options.get("key_bias")]
+        while inputs[-1] is None:
+            inputs.pop()
         out = emit(
             "Attention",
-            [*flat, *tables, *(() if sink is None else (sink,))],
+            inputs,
             flat[0].shape,
             layer=module.layer_idx,
             num_heads=heads,

@@ -79,3 +79,8 @@ def _rotates_halves(apply: object, cos: Tensor, sin: Tensor, half: int) -> bool:
     except (TypeError, RuntimeError, ValueError):
         return False
     return all(y.shape == x.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-5) for y in (q, k))
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Returns whether the model reads `position_ids`; others need none."""
+    return "position_ids" in inspect.signature(model.forward).parameters

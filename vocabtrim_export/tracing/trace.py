@@ -21,11 +21,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT, INPUT_IDS, LOGITS, POSITION_IDS
 from engines.errors import VocabtrimError
+from vocabtrim_export.tracing.alibi import KeyBias, find_key_bias
 from vocabtrim_export.tracing.composites import Parts, Rope, composites
 from vocabtrim_export.tracing.emit import DOMAIN
 from vocabtrim_export.tracing.experts import find_experts
 from vocabtrim_export.tracing.failure import untraceable
-from vocabtrim_export.tracing.parts import find_norms, find_rope
+from vocabtrim_export.tracing.parts import find_norms, find_rope, takes_positions
 
 OPSET = 20
 
@@ -68,10 +69,11 @@ def trace(
         VocabtrimError: transformers' attention interface does not cover the architecture.
     """
     modeling = sys.modules[type(model).__module__]
-    in_attention = fuse_rotation and not _rotates_a_part(model)
+    key_bias = find_key_bias(model, context_length)
+    in_attention = fuse_rotation and not _rotates_a_part(model) and key_bias is None
     rope = find_rope(model, modeling, context_length) if in_attention else None
     try:
-        parts = Parts(find_norms(model), find_experts(model), rope)
+        parts = Parts(find_norms(model), find_experts(model), rope, key_bias)
         graph = _trace_skeleton(model, modeling, dtype, parts, feature_layers)
     except VocabtrimError:
         raise
@@ -81,6 +83,7 @@ def trace(
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     weights |= {f"model.{name}": tensor for name, tensor in model.named_buffers()}
     weights |= {f"rope.{name}": tensor for name, tensor in (rope.named_buffers() if rope else ())}
+    weights |= {f"key_bias.{name}": tensor for name, tensor in (key_bias.named_buffers() if key_bias else ())}
     return Traced(graph, weights, rope is not None)
 
 
@@ -92,22 +95,23 @@ def _rotates_a_part(model: PreTrainedModel) -> bool:
 class _Decoder(nn.Module):
     """A model with the graph's inputs and outputs; `outputs` are the names of the outputs."""
 
-    def __init__(self, model: PreTrainedModel, rope: Rope | None, feature_layers: Sequence[int] = ()) -> None:
+    def __init__(self, model: PreTrainedModel, parts: Parts, feature_layers: Sequence[int] = ()) -> None:
         super().__init__()
-        self.model, self.rope, self.feature_layers = model, rope, feature_layers
+        self.model, self.rope, self.key_bias, self.feature_layers = model, parts.rope, parts.key_bias, feature_layers
         self.outputs = [LOGITS, FEATURES_OUTPUT] if feature_layers else [LOGITS]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         with layer_inputs(self.model, self.feature_layers) as entered:
-            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            options = {"position_ids": position_ids} if takes_positions(self.model) else {}
+            logits = self.model(input_ids=input_ids, use_cache=False, **options).logits
         return (logits, torch.cat(entered(), -1)) if self.feature_layers else (logits,)
 
 
 class _HeadDecoder(_Decoder):
     """A head with the graph's inputs and outputs; it reads a hidden state and computes the next."""
 
-    def __init__(self, model: PreTrainedModel, rope: Rope | None) -> None:
-        super().__init__(model, rope)
+    def __init__(self, model: PreTrainedModel, parts: Parts) -> None:
+        super().__init__(model, parts)
         self.outputs = [LOGITS, HIDDEN_OUTPUT]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -173,14 +177,15 @@ def _trace_skeleton(
     length = torch.export.Dim("sequence_length", min=1, max=1 << 20)
     with _no_garbage_collection(), FakeTensorMode(), torch.no_grad():
         skeleton = type(model)._from_config(_config_of(model), dtype=dtype).eval()
-        fake_rope = parts.rope and _empty_rope(parts.rope, dtype)
+        fake_bias = parts.key_bias and KeyBias(torch.empty(parts.key_bias.get_buffer("bias").shape, dtype=dtype))
+        fake = replace(parts, rope=parts.rope and _empty_rope(parts.rope, dtype), key_bias=fake_bias)
         example = {INPUT_IDS: torch.ones(1, 7, dtype=torch.long), POSITION_IDS: torch.arange(7)[None]}
         if HIDDEN_INPUT in inspect.signature(skeleton.forward).parameters:  # a head, which reads hidden states too
-            decoder: _Decoder = _HeadDecoder(skeleton, fake_rope)
+            decoder: _Decoder = _HeadDecoder(skeleton, fake)
             example[HIDDEN_INPUT] = torch.zeros(1, 7, skeleton.config.hidden_size, dtype=dtype)
         else:
-            decoder = _Decoder(skeleton, fake_rope, feature_layers)
-        with composites(skeleton, modeling, replace(parts, rope=fake_rope)):
+            decoder = _Decoder(skeleton, fake, feature_layers)
+        with composites(skeleton, modeling, fake):
             program = torch.export.export(
                 decoder, tuple(example.values()), dynamic_shapes=({1: length},) * len(example), strict=False
             )
