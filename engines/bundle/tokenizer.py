@@ -50,6 +50,7 @@ class Tokenizer:
         """
         backend.no_truncation()  # settings saved in training must not cut or pad a prompt
         backend.no_padding()
+        backend.encode_special_tokens = config.get("split_special_tokens") is True
         self.backend = backend
         self.chat = ChatTemplates(named_templates(chat_template), _special_tokens(config))
 

@@ -51,6 +51,23 @@ def test_a_saved_truncation_or_padding_does_not_touch_prompts(bundle):
     assert len(Tokenizer.load(bundle).encode("a" * 20)) == 21
 
 
+@pytest.mark.parametrize("splits", [True, False])
+def test_special_tokens_within_a_text_are_split_where_the_config_says_so(splits, bundle):
+    from transformers import PreTrainedTokenizerFast
+
+    from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
+
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "split_special_tokens": splits}
+    (bundle / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = PreTrainedTokenizerFast.from_pretrained(bundle)
+    wanted = theirs("a</s>b").input_ids
+    assert (257 in wanted) != splits
+    assert Tokenizer.load(bundle).encode("a</s>b") == wanted
+    assert runtime_tokenizer(theirs).encode("a</s>b") == wanted
+    theirs.save_pretrained(bundle / "saved")
+    assert Tokenizer.load(bundle / "saved").encode("a</s>b") == wanted
+
+
 @pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json", "named"])
 def test_a_chat_goes_through_the_template_as_in_transformers(bundle, where):
     if where != "chat_template.jinja":

@@ -44,6 +44,14 @@ CONVERSATIONS = (
         f"{CHAT_TESTS} -k reads_text",
     ),
     Mutation(
+        "A tokenizer that splits special tokens within a text splits them",
+        "they stay whole",
+        "engines/bundle/tokenizer.py",
+        'config.get("split_special_tokens") is True',
+        "False",
+        "tests/engines/test_tokenizer.py -k within_a_text",
+    ),
+    Mutation(
         "With tools the template for tools is chosen",
         "the default one is",
         TEMPLATE,

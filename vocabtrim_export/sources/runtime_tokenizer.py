@@ -15,7 +15,8 @@ def runtime_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> Tokenizer:
     Raises:
         VocabtrimError: A chat template does not parse.
     """
-    return Tokenizer(tokenizer.backend_tokenizer, tokenizer.special_tokens_map, tokenizer.chat_template)
+    config = tokenizer.special_tokens_map | {"split_special_tokens": tokenizer.split_special_tokens}
+    return Tokenizer(tokenizer.backend_tokenizer, config, tokenizer.chat_template)
 
 
 def template_note(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, ...]:
