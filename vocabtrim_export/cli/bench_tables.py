@@ -1,6 +1,6 @@
 """The reports of `vocabtrim bench` as tables for people."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from vocabtrim_export.cli.console import print_table
@@ -27,15 +27,10 @@ def show(report: "BenchReport | PlanReport | SweepReport") -> None:
         show_sweep(report)
 
 
-def show_bench(report: "BenchReport") -> None:
-    """Print a table with a column for each way of decoding, and where their outputs differ."""
-    title = (
-        f"{report.prompts} prompts, {report.max_new_tokens} new tokens, {_length(report)}, "
-        f"{_judged(report.force_accepted)}, medians of {report.repeats}; "
-        f"memory reads {report.bandwidth / 1e9:.1f} GB/s"
-    )
+def _bench_rows(report: "BenchReport") -> "dict[str, Callable[[ModeReport], str]]":
+    """Returns what each row of the table says of a way of decoding, by its name."""
     forced = report.force_accepted is not None
-    rows = {
+    return {
         "tokens/s": lambda m: f"{m.tokens_per_second:.1f}",
         "speed-up, measured": lambda m: f"{m.speedup:.2f}×",
         "speed-up, without prefills": lambda m: f"{m.decode_speedup:.2f}×",
@@ -54,14 +49,25 @@ def show_bench(report: "BenchReport") -> None:
         "time outside the engines": lambda m: f"{m.overhead:.2%}",
         "prompts equal to target only": lambda m: "forced" if forced else f"{m.equal_prompts}/{report.prompts}",
     }
+
+
+def show_bench(report: "BenchReport") -> None:
+    """Print a table with a column for each way of decoding, and where their outputs differ."""
+    title = (
+        f"{report.prompts} prompts, {report.max_new_tokens} new tokens, {_length(report)}, "
+        f"{_judged(report.force_accepted)}, medians of {report.repeats}; "
+        f"memory reads {report.bandwidth / 1e9:.1f} GB/s"
+    )
     modes: list[ModeReport] = list(report.modes.values())
     columns = ["", *(name.replace("_", " ") for name in report.modes)]
-    print_table(title, columns, [[name, *map(value, modes)] for name, value in rows.items()])
+    print_table(title, columns, [[name, *map(value, modes)] for name, value in _bench_rows(report).items()])
     for name, mode in report.modes.items():
         if mode.collapse:
             print(f"warning, {name.replace('_', ' ')}: {mode.collapse}")
         _show_differences(name.replace("_", " "), mode)
-    _show_verdict([mode for name, mode in report.modes.items() if name != "target_only"], forced)
+    _show_verdict(
+        [mode for name, mode in report.modes.items() if name != "target_only"], report.force_accepted is not None
+    )
     if report.lossless is False:
         print("NOT LOSSLESS")
 

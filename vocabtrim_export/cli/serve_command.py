@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model-name", metavar="NAME", help="the name that clients ask for (default: the target's directory)"
     )
+    _add_limits(parser)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits")
     group.add_argument(
         "--slots-in-parallel", type=int, default=1, metavar="N", help="requests that are answered at the same time"
     )
