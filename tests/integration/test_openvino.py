@@ -72,6 +72,7 @@ def test_genai_drafts_with_it_and_writes_what_we_write(dtype, quantize, random_m
     [
         ("mistral", {}, "window of 5 tokens, .* give --max-length 5"),
         ("gemma2", {"layer_types": ["full_attention"] * 2}, "caps its attention scores"),
+        ("mpt", {}, "ALiBi positions or attention sinks"),
     ],
 )
 def test_attention_that_would_be_lost_is_refused(architecture, changes, message, random_model, export_pair):
