@@ -80,6 +80,26 @@ class HostStream:
         event.clear()
 
 
+class LateStream(HostStream):
+    """Makes copies when somebody waits for them, while `is_late`."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_late, self.pending = False, []
+
+    def copy(self, target, source, size):
+        if self.is_late:
+            self.pending.append((target, source, size))
+        else:
+            super().copy(target, source, size)
+
+    def synchronize(self):
+        for each in self.pending:
+            super().copy(*each)
+        self.pending.clear()
+        super().synchronize()
+
+
 class HostGpu(Gpu):
     """A GPU whose memory is the host's."""
 
@@ -139,7 +159,7 @@ def test_speculation_on_device_buffers_gives_the_targets_own_output(shared, pair
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_snapshot_of_the_devices_caches_is_gone_on_from(shared, pair):
-    stream, decoders = HostStream(), []
+    stream, decoders = LateStream(), []
     for _ in range(2):
         target = device_engine(pair.target, stream)
         drafter = device_engine(pair.drafter, stream, target if shared else None)
@@ -147,11 +167,17 @@ def test_a_snapshot_of_the_devices_caches_is_gone_on_from(shared, pair):
     first, second = decoders
     with first, second:
         text = [*PROMPT, *first.generate(PROMPT, max_new_tokens=20).token_ids]
+        stream.is_late = True
         snapshot = first.snapshot()
+        stream.is_late = False
+        assert not stream.pending  # all of the copy has come
         assert snapshot.nbytes == first.snapshot_bytes
         ours = first.generate([*text, 9, 8], max_new_tokens=20)
         second.generate([5, 6, 7], max_new_tokens=5)
+        stream.is_late = True
         second.restore(snapshot)
+        stream.is_late = False
+        assert not stream.pending  # before the host's memory is freed
         restored = second.generate([*text, 9, 8], max_new_tokens=20)
         assert (restored.token_ids, restored.stats.cached) == (ours.token_ids, ours.stats.cached)
         assert restored.stats.accepted == ours.stats.accepted

@@ -1,5 +1,6 @@
 """The turns of a conversation, on real engines: a decoder that keeps what it has read gives what a fresh one gives."""
 
+import numpy as np
 import pytest
 
 from runtime import SpeculativeDecoder
@@ -65,7 +66,7 @@ def test_what_is_kept_changes_neither_the_output_nor_the_drafts(pair_of, random_
         SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=3) as decoder,
         decoder.fork() as other,
     ):
-        prompt, more, snapshot = FIRST, [], None
+        prompt, more, snapshot, copied = FIRST, [], None, {}
         for turn in range(len(TURNS) + 1):
             with decoder.fork() as alone:
                 fresh, fresh_drafts = generate(alone, prompt)
@@ -79,7 +80,10 @@ def test_what_is_kept_changes_neither_the_output_nor_the_drafts(pair_of, random_
                 restored, drafts = generate(other, prompt)
                 assert (restored.token_ids, drafts) == (fresh.token_ids, fresh_drafts)
                 assert restored.stats.cached == result.stats.cached
+                for name, array in snapshot.target.arrays.items():  # generations since have changed nothing in it
+                    np.testing.assert_array_equal(array, copied[name])
             snapshot = decoder.snapshot()
+            copied = {name: array.copy() for name, array in snapshot.target.arrays.items()}
             assert snapshot.nbytes == decoder.snapshot_bytes
             text = [*prompt, *result.token_ids]
             if turn < len(TURNS):

@@ -8,6 +8,7 @@ LOAD = "tests/integration/test_serve_load.py"
 CHAT = "tests/integration/test_chat.py"
 TURNS = "tests/integration/test_turns.py"
 STORE = "tests/vocabtrim_export/test_cache_store.py"
+RESTORED = "A restored text is gone on with as if it had been read"
 
 SERVER = (
     Mutation(
@@ -217,6 +218,46 @@ SERVER = (
         "if each.common_prefix(text) < each.target.length",
         "if True",
         f"{STORE} -k continued",
+    ),
+    Mutation(
+        RESTORED,
+        "the drafter keeps what it had read of another text",
+        "runtime/snapshot.py",
+        "own.restore(snapshot.drafter, min(length, snapshot.drafter.length))",
+        "pass",
+        "tests/runtime/test_snapshot.py -k any_text",
+    ),
+    Mutation(
+        RESTORED,
+        "a drafter's cache with another text is copied",
+        "runtime/snapshot.py",
+        "return is_one_text and 0 <",
+        "return 0 <",
+        "tests/runtime/test_snapshot.py -k two_texts",
+    ),
+    Mutation(
+        RESTORED,
+        "a snapshot is a view of the cache",
+        "engines/ort/engine.py",
+        "host_array(cache)[:, :, :length].copy()",
+        "host_array(cache)[:, :, :length]",
+        "tests/integration/test_kept_prefix.py -k own_cache",
+    ),
+    Mutation(
+        RESTORED,
+        "nobody waits until a GPU has read the copy",
+        "engines/ort_cuda/engine.py",
+        "self.gpu.stream.synchronize()  # before `whole` is freed",
+        "pass",
+        "tests/engines/test_onnxruntime_cuda.py -k a_snapshot",
+    ),
+    Mutation(
+        "Stored KV caches stay within their memory",
+        "copies that are being made do not count",
+        "vocabtrim_export/serve/cache_store.py",
+        "return self._reserved + sum(",
+        "return sum(",
+        f"{STORE} -k being_made",
     ),
     Mutation(
         "Stored KV caches stay within their memory",

@@ -1,5 +1,6 @@
 """Snapshots on engines that notice every token that they should not hold."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,9 @@ def test_a_text_goes_on_from_any_snapshot_of_any_text(make_target, make_drafter,
             snapshot = snapshots[number * 7 % len(snapshots)]
             length = snapshot.target.length if takes_all else min(length, snapshot.target.length)
             decoder.restore(snapshot, length)
+            drafter, read = decoder.drafter, min(length, snapshot.drafter.length)
+            fed = np.minimum(snapshot.token_ids[:read], rows - 1)  # it is fed its last token for those that it lacks
+            assert drafter.tokens[: drafter.length] == fed.tolist()
             prompt = [*snapshot.token_ids[:length].tolist(), *more]
         target.fed.clear()
         result = decoder.generate(prompt, max_new_tokens=new)
@@ -60,6 +64,30 @@ def test_what_holds_no_text_gives_no_snapshot_and_others_are_refused(make_target
     ):
         with pytest.raises(VocabtrimError, match="made with other bundles"):
             other.restore(snapshot)
+
+
+def test_two_texts_or_half_a_copy_give_no_snapshot(make_target, make_drafter, monkeypatch):
+    """The drafter has read for another target since, or cannot copy its cache."""
+    drafter = make_drafter()
+    decoder, other = (SpeculativeDecoder(make_target(), drafter, draft_length=4) for _ in range(2))
+    decoder.generate([3, 4, 5], max_new_tokens=9)
+    assert decoder.snapshot()
+    other.generate([6, 7, 8], max_new_tokens=9)
+    assert (decoder.snapshot(), decoder.snapshot_bytes) == (None, 0)
+    monkeypatch.setattr(drafter, "snapshot", lambda: None)
+    assert other.snapshot() is None
+
+
+def test_a_drafter_that_shares_the_targets_cache_takes_over_as_much(make_target, make_drafter):
+    target, drafter = make_target(), make_drafter(noise=0.0)
+    drafter.cache = target.cache
+    decoder = SpeculativeDecoder(target, drafter)
+    target.feed([3, 4, 5, 6])
+    target.text = drafter.text = [3, 4, 5, 6, 7]
+    snapshot = decoder.snapshot()
+    target.rewind(0)
+    decoder.restore(snapshot, 3)
+    assert (target.length, drafter.length, snapshot.drafter) == (3, 3, None)
 
 
 def test_a_restored_decoder_has_no_stream_of_another_text(make_target):

@@ -80,6 +80,15 @@ def test_the_least_recently_used_copies_make_room():
         assert (fed, store.hits, store.bytes, store.evictions) == (len(text) + 1, 0, 0, 0)
 
 
+def test_a_copy_that_is_being_made_counts(monkeypatch):
+    store, decoder, seen = CacheStore(1 << 20), make_decoder(), []
+    ask(store, decoder, A)
+    size, snapshot = decoder.snapshot_bytes, decoder.snapshot
+    monkeypatch.setattr(decoder, "snapshot", lambda: seen.append(store.bytes) or snapshot())
+    store.prepare(decoder, B, keeps_prefix=True)
+    assert seen == [store.bytes] == [size]
+
+
 def test_what_is_short_known_or_continued_is_not_copied_again():
     store, decoder = CacheStore(1 << 20), make_decoder()
     ask(store, decoder, A[:20])
