@@ -141,3 +141,14 @@ def test_a_window_that_the_architecture_does_not_have_is_noted(changes, is_noted
 
 def test_a_window_that_the_architecture_has_is_not_noted(random_model):
     assert sources.load_source(str(random_model("mistral", sliding_window=5)), torch.float32).notes == ()
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "base_model.model."])
+def test_names_that_a_wrapper_put_before_the_models_are_said(wrapper, random_model):
+    from safetensors.torch import load_file, save_file
+
+    place = random_model("qwen2")
+    stored = load_file(place / "model.safetensors")
+    save_file({wrapper + name: tensor for name, tensor in stored.items()}, place / "model.safetensors")
+    with pytest.raises(VocabtrimError, match=f"every name begins with '{wrapper}'.*; save the model inside"):
+        sources.load_source(str(place), torch.float32)

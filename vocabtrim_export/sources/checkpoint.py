@@ -180,6 +180,18 @@ def _check_fit(spec: str, loading: Mapping[str, Any]) -> None:
             f'{begin}no usable lm_head.weight among them; if its head is its embedding, set "tie_word_embeddings" to '
             "true there"
         )
+    if missing and (wrapper := _wrapper(missing, unread)):
+        raise VocabtrimError(
+            f"{begin}every name begins with {wrapper!r}, as of a model that was saved inside a wrapper (torch.compile, "
+            "DistributedDataParallel, PEFT); save the model inside, or take this off the names"
+        )
     if missing:
         names = f"; they have names such as {unread[0]}" if unread else ""
         raise VocabtrimError(f"{begin}no usable {missing[0]} among them{names}")
+
+
+def _wrapper(missing: list[str], unread: list[str]) -> str:
+    """Returns what stands before the names of all missing tensors in the checkpoint; "" where they are not there."""
+    end = missing[0]
+    before = {name.removesuffix(end) for name in unread if name.endswith(f".{end}")}
+    return next((each for each in before if {each + name for name in missing} <= set(unread)), "")
