@@ -180,6 +180,7 @@ def test_wrong_options(attempt):
     assert_one_line(attempt(quantise="int4"), "unrecognized arguments: --quantise int4; did you mean --quantize?")
     assert_one_line(attempt(k="-x"), "expected one argument; a value that begins with a dash is given as --k=-VALUE")
     assert_one_line(attempt(calibration_tok=5), "did you mean --calibration-tokens N?")  # no abbreviations
+    assert_one_line(attempt(calibration=""), "--calibration: the path is empty")  # it would be the current directory
     assert_one_line(attempt(k=None), "--k")
     assert_one_line(attempt(target=None, calibration=None, calibration_source="target"), "--target")
 

@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from engines.errors import VocabtrimError
@@ -48,6 +49,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
@@ -60,6 +62,13 @@ class Parser(argparse.ArgumentParser):
             option = message.split()[1].split("/")[-1].rstrip(":")
             message += f"; a value that begins with a dash is given as {option}=-VALUE"
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def _path(text: str) -> Path:
+    """Parse an option that is a path; an empty one would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty, as that of a shell variable which is not set")
+    return Path(text)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
