@@ -100,10 +100,11 @@ def test_a_config_that_asks_for_more_than_there_is(model, tokenizer, tmp_path, m
         sources.load_source(str(tmp_path), torch.float32)
 
 
-def test_a_models_own_code_does_not_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["own", "llama"])  # refused at once; read as transformers' own
+def test_a_models_own_code_does_not_run(kind, tmp_path, monkeypatch):
     """Nor is anybody asked on the terminal whether it may."""
     mark = tmp_path / "it-ran"
-    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    config = {"model_type": kind, "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text(f"open({str(mark)!r}, 'w').close()")
     (tmp_path / "model.safetensors").write_bytes(save({"a": np.zeros(8)}))
