@@ -165,7 +165,7 @@ class ChatTemplates:
         )
 
     def _try_contents(self, name: str, user: dict[str, Any], call: dict[str, Any]) -> str:
-        """Returns what the template writes of a tool call beside no content, None and an empty one."""
+        """Returns what the template writes of a tool call with no content, with None and with an empty text."""
         return "".join(self._try(name, [user, content | call]) for content in ({}, {"content": None}, {"content": ""}))
 
     def _try(self, name: str, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:

@@ -321,7 +321,7 @@ def test_only_pages_of_origins_that_are_named_may_ask(pair, server):
 
 
 def test_figures_are_the_sums_of_what_answers_say(client, server):
-    """Of a whole answer, a streamed one, one that is refused, and one that breaks off."""
+    """The figures count a whole answer, a streamed one, one that is refused, and one that breaks off."""
 
     def figures():
         helper.wait_until_idle(server)
