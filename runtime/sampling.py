@@ -62,7 +62,7 @@ def sample(weights: NDArray[np.float32], rng: np.random.Generator) -> int:
     whole = float(sums[-1])  # NaN or infinite if any weight is
     if not 0 < whole < math.inf:
         raise VocabtrimError(
-            f"cannot sample: the probabilities add up to {whole}, which is no positive number; export the "
+            f"cannot sample: the probabilities add up to {whole}, which is not finite and positive; export the "
             "model again with a wider --dtype"
         )
     point = rng.random() * whole  # below the whole, as random() is below 1
