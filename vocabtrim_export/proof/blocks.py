@@ -33,6 +33,7 @@ def _parts(matrix: Tensor) -> list[slice]:
     return [slice(begin, begin + count) for begin in range(0, len(matrix), count)]
 
 
+@torch.inference_mode()  # in each thread: a model's own weights may ask for gradients
 def _part_errors(given: Tensor, own: Tensor) -> Tensor:
     own = own.float()
     difference = torch.linalg.vector_norm(given - own, dim=-1)

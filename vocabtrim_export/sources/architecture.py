@@ -80,7 +80,7 @@ def has_relative_bias(config: Config, _kind: ModelClass) -> bool:
 
 
 def has_sinks(_config: Config, kind: ModelClass) -> bool:
-    """Returns whether attention has sinks: logits beside those of the keys."""
+    """Returns whether attention has sinks: one more logit for each head, of no key."""
     return "s_aux" in inspect.getsource(sys.modules[kind.__module__])
 
 

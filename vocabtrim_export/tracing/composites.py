@@ -7,7 +7,7 @@ decoder's meaning and never has to recognise it in primitive operators:
     Head(x, weight[vocab, hidden], bias?)  the LM head
     RMSNorm(x, weight)                     attributes epsilon, zero_centered (then it scales by 1 + weight)
     Attention(q, k, v, cos?, sin?, sink?,  q, k, v: [1, S, heads·head_dim]; cos, sin: [context, rotary_dim/2];
-              key_bias?)                   sink: [heads], logits beside those of the keys; key_bias: [heads, context],
+              key_bias?)                   sink: [heads], one more logit for each head; key_bias: [heads, context],
                                            what is added to the logits of each key;
                                            attributes layer, num_heads, num_kv_heads, head_dim, scale,
                                            window (tokens that attention reaches back, itself included; 0: all),
