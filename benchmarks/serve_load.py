@@ -5,8 +5,10 @@
     python benchmarks/serve_load.py … --llama-server PROGRAM --model FILE.gguf
 
 At each level so many clients ask one question after another, streamed and greedy, with prompts and lengths drawn at
-random from JOBS pairs whose texts `generate` gave before; a third of the answers is left after a few pieces. Each text,
-or what was read of it, must be `generate`'s. After each level the server's gauges must be zero; its memory is noted.
+random from JOBS pairs whose texts `generate` gave before; a third of the answers is left after a few pieces. All levels
+draw the same sequence, which the clients of a level share: texts differ in how fast they come. Each text, or what was
+read of it, must be `generate`'s. After each level the server's gauges must be zero; its memory, the CPU time that it
+took and the tokens that it counted are noted.
 Before, one client has a conversation of two turns, the first of which has LONG_TEXT tokens.
 With --llama-server the same clients ask llama.cpp's server instead, whose texts are not compared; its levels are added
 to FILE.json. Exits with 1 where a text differs, an answer fails or a slot does not come back.
@@ -25,13 +27,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from serve_load_servers import Served, llama_server, our_server, versions
+from serve_load_servers import Served, held, llama_server, our_server, versions
 
 from runtime import SpeculativeDecoder
 from runtime.measure.environment import environment
 from runtime.stats import Percentiles
 
 JOBS, LONGEST_PROMPT, LONG_TEXT = 16, 600, 1500
+COUNTED = tuple(f"{name}_total" for name in ("prompt_tokens", "cached_tokens", "generated_tokens", "rounds"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,18 @@ class Tally:
     failures: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
     first_token_seconds: list[float] = field(default_factory=list)
+
+
+class Draws:
+    """Questions, and after how many pieces their answers are left: one sequence, whichever client asks next."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs, self._random, self._lock = jobs, Random(0), threading.Lock()
+
+    def draw(self) -> tuple[Job, int | None]:
+        with self._lock:
+            job = self._random.choice(self._jobs)
+            return job, self._random.randint(1, 6) if self._random.random() < 1 / 3 else None
 
 
 def make_jobs(options: argparse.Namespace) -> tuple[list[Job], str]:
@@ -119,21 +134,21 @@ def ask(served: Served, job: Job, leave_after: int | None, tally: Tally) -> None
 
 def run_level(served: Served, jobs: Sequence[Job], clients: int, seconds: float) -> dict[str, Any]:
     """Let so many clients ask for a while, and return what they saw."""
-    before, tallies = served.resident_mb, [Tally() for _ in range(clients)]
+    draws, tallies = Draws(jobs), [Tally() for _ in range(clients)]
+    before, memory, cpu = served.figures(), served.resident_mb, served.cpu_seconds
     began = time.perf_counter()
 
-    def client(number: int) -> None:
-        random = Random(1000 * clients + number)
+    def client(tally: Tally) -> None:
         while time.perf_counter() - began < seconds:
-            leave_after = random.randint(1, 6) if random.random() < 1 / 3 else None
-            ask(served, random.choice(jobs), leave_after, tallies[number])
+            ask(served, *draws.draw(), tally)
 
-    threads = [threading.Thread(target=client, args=[number]) for number in range(clients)]
+    threads = [threading.Thread(target=client, args=[tally]) for tally in tallies]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     took = time.perf_counter() - began
+    cpu_seconds, after = served.cpu_seconds - cpu, served.figures_afterwards()
     first = Percentiles.of(value for tally in tallies for value in tally.first_token_seconds)
     return {
         "clients": clients,
@@ -144,8 +159,10 @@ def run_level(served: Served, jobs: Sequence[Job], clients: int, seconds: float)
         "differing": [text for tally in tallies for text in tally.differing],
         "characters_per_second": sum(tally.characters for tally in tallies) / took,
         "first_token_seconds": asdict(first) if first else None,
-        "resident_mb": [before, served.resident_mb],
-        "busy_or_waiting_afterwards": gauges_afterwards(served) if served.is_ours else None,
+        "cpu_seconds": cpu_seconds,
+        "resident_mb": [memory, served.resident_mb],
+        "busy_or_waiting_afterwards": held(after) if served.is_ours else None,
+        "counted": {name: after[name] - before[name] for name in COUNTED if name in after},
         "load_average": os.getloadavg()[0],  # far above the cores: others computed too, and times mean little
     }
 
@@ -163,22 +180,6 @@ def first_tokens_of_turns(served: Served, text: str) -> list[float]:
         messages += [{"role": "user", "content": "What else? Answer in a few words."}]
         connection.close()
     return seconds
-
-
-def gauges_afterwards(served: Served) -> float:
-    """Workers that still generate and answers that wait, ten seconds after the last client has left."""
-    for _ in range(100):
-        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
-        connection.request("GET", "/metrics")
-        lines = connection.getresponse().read().decode().splitlines()
-        connection.close()
-        values = [line.split() for line in lines]
-        names = "vocabtrim_busy_workers", "vocabtrim_waiting_requests"
-        held = sum(float(value[1]) for value in values if value[0] in names)
-        if not held:
-            return 0.0
-        time.sleep(0.1)
-    return held
 
 
 def main() -> int:

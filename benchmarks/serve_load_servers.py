@@ -2,11 +2,12 @@
 
 import argparse
 import http.client
+import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,6 +36,35 @@ class Served:
     def resident_mb(self) -> float:
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024 / 1e6
+
+    @property
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def figures(self) -> dict[str, float]:
+        """Returns what our server counts, by name without the prefix; nothing for another server."""
+        if not self.is_ours:
+            return {}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+        connection.close()
+        named = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name.removeprefix("vocabtrim_"): float(value) for name, value in named}
+
+    def figures_afterwards(self) -> dict[str, float]:
+        """Returns what it counts once nothing runs or waits, or ten seconds after the last client has left."""
+        for _ in range(100):
+            if not held(now := self.figures()):
+                break
+            time.sleep(0.1)
+        return now
+
+
+def held(figures: Mapping[str, float]) -> float:
+    """Workers that generate, and answers that wait for one."""
+    return figures.get("busy_workers", 0) + figures.get("waiting_requests", 0)
 
 
 @contextmanager
