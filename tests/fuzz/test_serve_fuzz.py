@@ -1,6 +1,7 @@
 """A server answers whatever is sent, reads no file for it and goes on; VOCABTRIM_FUZZ_SECONDS=3600 tries longer."""
 
 import contextlib
+import faulthandler
 import http.client
 import json
 import os
@@ -37,6 +38,55 @@ class Watch:
         is_package = event == "open" and os.path.realpath(name).startswith(self._own)
         if not is_package:  # one that is imported late
             self.events.append((event, name))
+
+
+class Pulse:
+    """Tells a server that does not answer from a process that stands still, and why it does.
+
+    Attributes:
+        longest: Seconds of the longest pause of this process's threads, and of its CPU time within it. Much CPU time:
+            something holds the interpreter's lock, and the threads' stacks are on standard error. Little: the machine
+            has let the process wait, or had no memory for it.
+        slowest: Seconds of the server's slowest answer to /health: what keeps its event loop busy.
+    """
+
+    STACKS_AFTER = 5
+
+    def __init__(self, port):
+        self.longest, self.slowest, self._port, self._end = (0.0, 0.0), 0.0, port, threading.Event()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._ask)]
+
+    def _beat(self):
+        last = time.monotonic(), time.process_time()
+        while not self._end.wait(0.05):
+            now = time.monotonic(), time.process_time()
+            self.longest = max(self.longest, (now[0] - last[0], now[1] - last[1]))
+            last = now
+            faulthandler.dump_traceback_later(self.STACKS_AFTER, file=sys.__stderr__)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _ask(self):
+        while not self._end.wait(0.5):
+            began = time.monotonic()
+            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
+            connection.request("GET", "/health")
+            assert connection.getresponse().read() == b'{"status":"ok"}'
+            connection.close()
+            self.slowest = max(self.slowest, time.monotonic() - began)
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._end.set()
+        for thread in self._threads:
+            thread.join()
+
+    def __str__(self):
+        pause = f"longest pause {self.longest[0]:.1f} s with {self.longest[1]:.1f} s of CPU time"
+        return f"{pause}, slowest /health {self.slowest:.1f} s"
 
 
 class Requests:
@@ -222,7 +272,7 @@ def check(status, kind, body):
         json.loads(body)
 
 
-def attack(served, requests, until, findings, counts):
+def attack(served, requests, until, findings, counts, pulse):
     while time.monotonic() < until and len(findings) < 3:
         path = requests.path()
         body = requests.body(path)
@@ -243,7 +293,7 @@ def attack(served, requests, until, findings, counts):
                     counts[answer[0]] = counts.get(answer[0], 0) + 1
                     check(*answer)
             except Exception as error:
-                findings.append(f"{error!r}: {sent[:3000]!r}")
+                findings.append(f"{error!r} ({pulse}): {sent[:3000]!r}")
 
 
 def test_whatever_is_sent_is_answered_and_reads_no_file(pair, tmp_path):
@@ -257,14 +307,15 @@ def test_whatever_is_sent_is_answered_and_reads_no_file(pair, tmp_path):
             return answer.json()["choices"][0]["text"]
 
         before, until = text(), time.monotonic() + SECONDS
-        arguments = [(served, Requests(SEED + number, canary), until, findings, counts) for number in range(4)]
-        threads = [threading.Thread(target=attack, args=each) for each in arguments]
-        watch.is_on = True
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        watch.is_on = False
+        with Pulse(served.port) as pulse:
+            arguments = [(Requests(SEED + number, canary), until, findings, counts, pulse) for number in range(4)]
+            threads = [threading.Thread(target=attack, args=(served, *each)) for each in arguments]
+            watch.is_on = True
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            watch.is_on = False
         assert not findings, "\n".join(findings)
         assert not watch.events
         assert {200, 400, 401, 404, 413} <= set(counts), counts
@@ -272,4 +323,4 @@ def test_whatever_is_sent_is_answered_and_reads_no_file(pair, tmp_path):
         values = helper.gauges(served.url)
         assert values["vocabtrim_busy_workers"] == values["vocabtrim_waiting_requests"] == 0
         assert text() == before
-        print(f"{sum(counts.values())} answers by status: {dict(sorted(counts.items()))}")
+        print(f"{sum(counts.values())} answers by status: {dict(sorted(counts.items()))}; {pulse}")
