@@ -16,6 +16,7 @@ from engines.errors import VocabtrimError
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
+_LONG = 1 << 15  # characters: a few hundredths of a second
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _LOST = "\ufffd"  # in the place of bytes that are no character by themselves
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -131,6 +132,8 @@ class Tokenizer:
                 "the text's bytes or JSON as a whole"
             )
         try:
+            if len(text) > _LONG:  # `encode` would let no other thread run, for a second and more
+                return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # bare in the library: a word where there is no unknown token
             raise VocabtrimError(f"the tokenizer cannot encode this text: {error}") from error

@@ -36,6 +36,24 @@ def bundle(tmp_path):
     return tmp_path
 
 
+def test_other_threads_run_while_a_long_text_is_encoded(bundle):
+    import threading
+
+    tokenizer, done, ticks = Tokenizer.load(bundle), threading.Event(), []
+
+    def tick():
+        while not done.wait(0.005):
+            ticks.append(1)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    ids = tokenizer.encode("größer " * 100_000)
+    done.set()
+    thread.join()
+    assert ids == [256, *(100_000 * tokenizer.encode("größer ")[1:])]
+    assert len(ticks) > 5
+
+
 def test_plain_text_gets_the_special_tokens_and_decoding_drops_them(bundle):
     tokenizer = Tokenizer.load(bundle)
     ids = tokenizer.encode("héllo")
