@@ -1,19 +1,19 @@
 """An engine serves one generation at a time, because its KV cache holds one text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock, Thread, current_thread
 from types import TracebackType
 from weakref import ref
 
 from engines.errors import VocabtrimError
-from engines.turns import Turns
 
 _IN_USE = (
     "another thread generates with this decoder, which holds one text at a time: give each thread (or asyncio task) "
     "its own with decoder.fork(), or finish or close() the other stream first"
 )
 _ENDED = "another generation of this decoder has ended this stream: its KV cache holds the other text now"
+_UNWANTED = "this stream was closed while its prompt was read"
 _CLOSED = "the decoder is closed (by close() or the end of its `with` block): load it again"
 
 
@@ -22,14 +22,10 @@ class ExclusiveUse:
 
     The newest generation of a thread ends the thread's earlier one. While a generation is unfinished, other threads
     are refused; it stops counting when it is finished, closed or dropped, or when its thread has ended.
-
-    Attributes:
-        turns: Shared with the engines that compute with the same cores: each round of a generation is a turn.
     """
 
     def __init__(self) -> None:
-        self.turns = Turns()
-        self.running = Lock()  # held while the engine computes, or waits for its turn
+        self.running = Lock()  # held while the engine computes
         self.holder: Claim | None = None  # whose text the KV cache holds; changed only while `running` is held
         self.is_closed = False
 
@@ -39,10 +35,10 @@ class ExclusiveUse:
         with self.running:
             pass
 
-    def pass_on(self) -> None:
-        """Let others compute first, between two parts of long work."""
-        if self.holder:
-            self.holder.pass_on()
+    def check_wanted(self) -> None:
+        """Raise `VocabtrimError` if the round that runs is not wanted any more."""
+        if self.holder and self.holder.is_unwanted:
+            raise VocabtrimError(_UNWANTED)
 
     def check_open(self) -> None:
         """Raise `VocabtrimError` if the engine is closed."""
@@ -53,20 +49,21 @@ class ExclusiveUse:
 class Claim:
     """A generation's right to use its engines; entered as a context manager for each of its rounds."""
 
-    def __init__(self, uses: Sequence[ExclusiveUse]) -> None:
+    def __init__(self, uses: Sequence[ExclusiveUse], is_cancelled: Callable[[], bool] = lambda: False) -> None:
         """Begin a claim.
 
         Args:
-            uses: Those of its engines; the turns are those of the first.
+            uses: Those of its engines.
+            is_cancelled: Asked between the parts of a round whether the rest is unwanted.
         """
-        self._uses, self._turns = uses, uses[0].turns
-        self._has_turn = False
+        self._uses, self._is_cancelled = uses, is_cancelled
+        self._runs = False
         self._has_begun = False
         self._is_released = False
         self._thread: ref[Thread] | None = None  # it ran the last round: a stream may move from thread to thread
 
     def __enter__(self) -> None:
-        """Take the engines for one round, in its turn.
+        """Take the engines for one round.
 
         Raises:
             VocabtrimError: An engine is in use, now holds another generation's text, or is closed.
@@ -79,27 +76,25 @@ class Claim:
                     raise VocabtrimError(_IN_USE)
                 held.append(use)
                 self._check(use)
-            self._turns.begin()
         except BaseException:
             for use in held:
                 use.running.release()
             raise
         for use in self._uses:
             use.holder = self
-        self._has_begun, self._has_turn, self._thread = True, True, ref(current_thread())
+        self._has_begun, self._runs, self._thread = True, True, ref(current_thread())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._has_turn = False
-        self._turns.end()
+        self._runs = False
         for use in self._uses:
             use.running.release()
 
-    def pass_on(self) -> None:
-        """Let others have their turns within a round."""
-        if self._has_turn:
-            self._turns.pass_on()
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether a round runs whose generation was cancelled."""
+        return self._runs and self._is_cancelled()
 
     def release(self) -> None:
         """End the generation: other threads may begin theirs."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any, Self
 
 from engines.base import Engine
@@ -184,6 +185,7 @@ class SpeculativeDecoder(HeldText):
         check_sampling(sampling, self.target.manifest.vocab_size)
         options = ChatOptions(chat_template, tools, template_args or {}, continue_final_message)
         token_ids = encode_prompt(prompt, self.target, self.tokenizer, chat, options)
+        closed = Event()
         rounds = decode_rounds(
             self.target,
             self.drafter,
@@ -194,8 +196,9 @@ class SpeculativeDecoder(HeldText):
             logprobs=require_logprobs(logprobs),
             keep_prefix=not sampling.must_repeat_itself,
             constraint=None if json_schema is None else self._schemas.constraint(json_schema),
+            is_cancelled=closed.is_set,
         )
-        return Stream(self._alarm.watch(rounds), self.tokenizer, stop, lambda: self._alarm.collapse)
+        return Stream(self._alarm.watch(rounds), self.tokenizer, stop, lambda: self._alarm.collapse, closed)
 
     def encode(
         self,

@@ -49,5 +49,4 @@ def forked(target: Engine, drafter: Engine | None) -> tuple[Engine, Engine | Non
         VocabtrimError: The engines cannot be forked.
     """
     own = target.fork()
-    own.use.turns = target.use.turns
     return own, drafter and drafter.fork(own if drafter.cache is target.cache else None)

@@ -1,6 +1,6 @@
 """The draft/verify loop: one `Round` per call of the target."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from time import perf_counter
 
 from engines.base import Engine
@@ -32,6 +32,7 @@ def decode_rounds(
     keep_prefix: bool = False,
     profiler: Profiler = NO_PROFILER,
     constraint: Constraint | None = None,
+    is_cancelled: Callable[[], bool] = lambda: False,
 ) -> Generator[Round, None, None]:
     """Generate after a prompt, one round at a time.
 
@@ -57,12 +58,13 @@ def decode_rounds(
         profiler: Records the phases of each round.
         constraint: The tokens that may come next, from the first new one on, for this generation alone. The target's
             distribution is then that of the allowed tokens, before the rules of `sampling`, and so are `logprobs`.
+        is_cancelled: Asked between the parts of a long prompt whether to stop reading it.
 
     Yields:
         One `Round` for each call of the target.
 
     Raises:
-        VocabtrimError: Another thread's unfinished generation holds one of the engines.
+        VocabtrimError: Another thread's unfinished generation holds one of the engines, or the prompt was cancelled.
         ValueError: `force_accepted` is negative, or goes with sampling or a constraint.
     """
     if force_accepted is not None and (not sampling.is_greedy or constraint or force_accepted < 0):
@@ -74,7 +76,8 @@ def decode_rounds(
     rule = make_rule(sampling, target, drafter, prompt, force_accepted, masks)
     drafting = Drafting(target, drafter, prompt, length, rule, stop, masks, profiler)
     loop = _Loop(target, drafting, rule, prompt, max_new_tokens, stop, masks, logprobs, profiler)
-    yield from _claimed_rounds(loop, Claim([engine.use for engine in (target, drafter) if engine]), keep_prefix)
+    claim = Claim([engine.use for engine in (target, drafter) if engine], is_cancelled)
+    yield from _claimed_rounds(loop, claim, keep_prefix)
 
 
 def _claimed_rounds(loop: "_Loop", claim: Claim, keep_prefix: bool) -> Generator[Round, None, None]:

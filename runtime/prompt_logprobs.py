@@ -26,7 +26,6 @@ def prompt_logprobs(
     restart(target, drafter, token_ids, keep=False)
     scores: list[TokenLogprob] = []
     for begin in range(0, len(token_ids) - 1, target.max_keep):
-        target.use.pass_on()
         fed = token_ids[begin : min(begin + target.max_keep, len(token_ids) - 1)]
         scores += token_logprobs(target.feed(fed, keep=len(fed)).logits, token_ids[begin + 1 :], top)
     note_text(target, drafter, list(token_ids))

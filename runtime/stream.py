@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from threading import Event
 from typing import Any
 from weakref import ref
 
@@ -73,6 +74,7 @@ class Stream(Iterator[Token], AsyncIterator[Token], Closing):
         tokenizer: Tokenizer | None,
         stop: str | Sequence[str] | None = None,
         collapse: Callable[[], Collapse | None] = lambda: None,
+        closed: Event | None = None,
     ) -> None:
         """Give out the tokens of a generation.
 
@@ -81,6 +83,7 @@ class Stream(Iterator[Token], AsyncIterator[Token], Closing):
             tokenizer: The target's tokenizer; None gives token ids without text.
             stop: The strings that end the text.
             collapse: Returns what the decoder's alarm has found by now.
+            closed: Set by `close`, so that the rounds can tell.
         """
         self._rounds = rounds
         self._past: list[Round] = []
@@ -90,13 +93,13 @@ class Stream(Iterator[Token], AsyncIterator[Token], Closing):
         self._stop = StopStrings(stop)
         self._ready: deque[Token] = deque()  # tokens of the last round that were not given out yet
         self._text = ""  # of all rounds so far
-        self._is_closed = False
+        self._closed = closed or Event()
         self._worker: ThreadPoolExecutor | None = None  # one thread, for `async for`
 
     def __next__(self) -> Token:
-        if not self._ready and not self._is_closed:
+        if not self._ready and not self._closed.is_set():
             self._read_round()
-        if not self._ready or self._is_closed:
+        if not self._ready or self._closed.is_set():
             raise StopIteration
         return self._ready.popleft()
 
@@ -108,7 +111,7 @@ class Stream(Iterator[Token], AsyncIterator[Token], Closing):
             token = await asyncio.shield(step)
         except asyncio.CancelledError:
             self.close()
-            await asyncio.wait([step])  # the engines cannot be interrupted within a round
+            await asyncio.wait([step])  # the engines cannot be interrupted within a run
             raise
         if token is None:
             self.close()
@@ -116,8 +119,11 @@ class Stream(Iterator[Token], AsyncIterator[Token], Closing):
         return token
 
     def close(self) -> None:
-        """Cancel what is left and free the decoder; from any thread. A round that runs in another thread ends first."""
-        self._is_closed = True
+        """Cancel what is left and free the decoder; from any thread.
+
+        A round that runs in another thread ends first, or the part of the prompt that it reads.
+        """
+        self._closed.set()
         with suppress(ValueError):  # raised where it runs in another thread, which closes it after the round
             self._rounds.close()
         if self._worker:
@@ -148,7 +154,12 @@ class Stream(Iterator[Token], AsyncIterator[Token], Closing):
 
     def _read_round(self) -> None:
         """Run the next round, if there is one, and make its tokens ready."""
-        entry = next(self._rounds, None)
+        try:
+            entry = next(self._rounds, None)
+        except VocabtrimError:
+            if not self._closed.is_set():
+                raise
+            return  # closed while the prompt was read
         if entry is None:
             return
         for count, token_id in enumerate(entry.tokens, 1):
@@ -168,7 +179,7 @@ class Stream(Iterator[Token], AsyncIterator[Token], Closing):
                 )
                 break
         self._past.append(entry)
-        if entry.finish_reason is not None or self._is_closed:
+        if entry.finish_reason is not None or self._closed.is_set():
             self._rounds.close()
 
 

@@ -114,8 +114,8 @@ class OnnxRuntimeEngine(Engine):
         calls = plan_calls(ids, keep, self.length, CHUNK, self._tiles, features)
         outputs: list[StepOutput] = []
         for call in calls:
-            if outputs:  # a long prompt does not hold up the rounds of forks
-                self.use.pass_on()
+            if outputs:  # a long prompt takes many calls
+                self.use.check_wanted()
             outputs.append(self._execute(self._step(len(call.ids), call.predicted), call))
         return join_outputs(outputs)
 

@@ -6,7 +6,6 @@ SERVE = "tests/integration/test_serve.py"
 FAULTS = "tests/integration/test_serve_faults.py"
 LOAD = "tests/integration/test_serve_load.py"
 CHAT = "tests/integration/test_chat.py"
-TURNS = "tests/integration/test_turns.py"
 STORE = "tests/vocabtrim_export/test_cache_store.py"
 RESTORED = "A restored text is gone on with as if it had been read"
 
@@ -15,17 +14,33 @@ SERVER = (
         "A server answers those who have its key",
         "any key is taken",
         "vocabtrim_export/serve/app.py",
-        "if self._settings.api_key and not hmac",
-        "if not self._settings.api_key and not hmac",
-        f"{SERVE} -k routes",
+        "not hmac.compare_digest",
+        "hmac.compare_digest",
+        f"{SERVE} -k bearer",
+    ),
+    Mutation(
+        "Web pages ask only where their origin is named",
+        "a page makes a server without a key work",
+        "vocabtrim_export/serve/app.py",
+        "elif origin and not",
+        "elif False and not",
+        f"{SERVE} -k named",
     ),
     Mutation(
         "A client that leaves ends its generation",
         "the worker gets no notice",
         "vocabtrim_export/serve/workers.py",
-        "running.cancelled.set()",
+        "running.cancel()",
         "pass",
         f"{SERVE} -k leave",
+    ),
+    Mutation(
+        "A client that leaves ends its generation",
+        "a long prompt is read to its end",
+        "engines/ort/engine.py",
+        "                self.use.check_wanted()",
+        "                pass",
+        "tests/integration/test_cancelled_prompts.py",
     ),
     Mutation(
         "A client that leaves ends its generation",
@@ -34,6 +49,14 @@ SERVER = (
         "                self._end(self._is_broken)",
         "                pass",
         f"{SERVE} -k place",
+    ),
+    Mutation(
+        "A long prompt does not stop the others",
+        "it is encoded under the interpreter's lock",
+        "engines/bundle/tokenizer.py",
+        "if len(text) > _LONG:",
+        "if False and len(text) > _LONG:",
+        "tests/engines/test_tokenizer.py -k other_threads",
     ),
     Mutation(
         "A full queue is an answer at once",
@@ -78,9 +101,9 @@ SERVER = (
     Mutation(
         "A conversation in the terminal goes on",
         "Ctrl-C ends no answer",
-        "vocabtrim_export/cli/figures.py",
-        "        if is_stopped():\n            break\n",
-        "",
+        "vocabtrim_export/cli/chat_command.py",
+        "            self._stream.close()\n",
+        "            pass\n",
         f"{CHAT} -k ctrl_c_ends",
     ),
     Mutation(
@@ -122,38 +145,6 @@ SERVER = (
         "Worker(decoder.fork())",
         "Worker(decoder)",
         f"{LOAD} -k load",
-    ),
-    Mutation(
-        "Forks take turns",
-        "each fork has turns of its own",
-        "runtime/loading.py",
-        "    own.use.turns = target.use.turns\n",
-        "",
-        f"{TURNS} -k one_after_another",
-    ),
-    Mutation(
-        "Forks take turns",
-        "a long prompt is one turn",
-        "engines/ort/engine.py",
-        "self.use.pass_on()",
-        "pass",
-        f"{TURNS} -k between",
-    ),
-    Mutation(
-        "Forks take turns",
-        "a round that fails keeps its turn",
-        "engines/exclusive_use.py",
-        "self._turns.end()",
-        "pass",
-        "tests/engines/test_turns.py -k claim",
-    ),
-    Mutation(
-        "Forks take turns",
-        "the last to ask is the next",
-        "engines/turns.py",
-        "self._waiting.popleft()",
-        "self._waiting.pop()",
-        "tests/engines/test_turns.py",
     ),
     Mutation(
         "A server's figures are the sums of what its answers say",

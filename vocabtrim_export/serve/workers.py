@@ -9,7 +9,7 @@ from itertools import count
 from typing import TypeAlias
 
 from runtime import Generation, SamplingParams, SpeculativeDecoder
-from runtime.stream import Token
+from runtime.stream import Stream, Token
 from vocabtrim_export.serve.cache_store import LEAST_TOKENS, CacheStore
 from vocabtrim_export.serve.echo import NOTHING, Echo
 from vocabtrim_export.serve.errors import ApiError
@@ -33,11 +33,19 @@ class Running:
 
     Attributes:
         events: The items of the answer as they come, or the error that ended it.
-        cancelled: Set when the rest is no longer wanted: the generation ends after its round.
+        cancelled: Set when the rest is no longer wanted.
+        stream: The tokens; None before the first one is asked for.
     """
 
     events: "asyncio.Queue[Item | BaseException]" = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    stream: Stream | None = None
+
+    def cancel(self) -> None:
+        """End the generation after the round that runs, or after the part of the prompt that is read."""
+        self.cancelled.set()
+        if self.stream:
+            self.stream.close()
 
 
 class Workers:
@@ -120,7 +128,7 @@ class Workers:
                 if isinstance(event, Generation):
                     return
         finally:
-            running.cancelled.set()
+            running.cancel()
 
     def close(self) -> None:
         """Close the decoders; no generation may run any more."""
@@ -175,11 +183,13 @@ def _run(
             logprobs=job.logprobs,
             json_schema=job.json_schema,
         ) as stream:
+            running.stream = stream
+            if running.cancelled.is_set():  # before `cancel` could close the stream
+                return
             for token in stream:
-                if running.cancelled.is_set():
-                    return
                 send(token)
-            send(_without_echo(stream.finish(), job))
+            if not running.cancelled.is_set():
+                send(_without_echo(stream.finish(), job))
     except BaseException as error:  # the event loop raises it again
         send(error)
 
