@@ -20,7 +20,16 @@ SLOW = """
 import sys, time
 from runtime.stream import Stream
 from vocabtrim_export.cli.main import main
-step = Stream.__next__
+from engines.ort import engine
+from engines.ort.step import HostStep
+step, run = Stream.__next__, HostStep.run
+engine.CHUNK = 16
+def slow(this, end):
+    if this.input_ids.shape[1] == engine.CHUNK:
+        print("(reading)", file=sys.stderr, flush=True)
+        time.sleep(0.5)
+    run(this, end)
+HostStep.run = slow
 Stream.__next__ = lambda stream: time.sleep(0.03) or step(stream)  # as a large model is
 sys.exit(main())
 """
@@ -41,9 +50,14 @@ def chat(pair, monkeypatch, capsys):
 class Terminal:
     """A program on a terminal of its own, which shows ASCII."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, kind="dumb"):
         self._master, slave = pty.openpty()
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb", "PYTHONIOENCODING": "ascii"}
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "TERM": kind,
+            "PYTHONIOENCODING": "ascii",
+            "COLUMNS": "999",
+        }
         with os.fdopen(slave, "w") as terminal:
             self.process = subprocess.Popen(
                 [sys.executable, *map(str, arguments)],
@@ -90,10 +104,10 @@ class Terminal:
 def terminal(pair):
     opened = []
 
-    def start(*options):
+    def start(*options, kind="dumb"):
         arguments = ["chat", "--target", pair.target, "--drafter", pair.drafter, *options]
-        opened.append(Terminal("-c", SLOW, *arguments))
-        opened[-1].wait_for("\n> ")
+        opened.append(Terminal("-c", SLOW, *arguments, kind=kind))
+        opened[-1].wait_for("> ")
         return opened[-1]
 
     yield start
@@ -140,6 +154,9 @@ def test_commands_take_back_and_begin_anew(chat, decoder):
     assert "/undo" in err
     with decoder.fork() as fresh:
         told = fresh.generate([{"role": "system", "content": "of"}, {"role": "user", "content": "a"}], max_new_tokens=5)
+    assert chat(b" /etc/passwd\n", "--max-new-tokens", "5")[1] == conversation(
+        decoder, ["/etc/passwd"], max_new_tokens=5
+    )
     assert chat(b"b\n/reset\na\n", "--max-new-tokens", "5", "--system", "of")[1].endswith(f"\n{told.text}\n")
 
 
@@ -147,6 +164,7 @@ def test_commands_take_back_and_begin_anew(chat, decoder):
     ("data", "options", "message"),
     [
         (b"the fox\n" * 30, ["--max-new-tokens", "4"], "the context of 128 tokens is full: /reset starts a new"),
+        (b"the fox" * 99, [], "the message does not fit the context of 128 tokens: shorten it"),
         ("café\n".encode("latin1"), [], "standard input is not UTF-8 (byte 0xe9 at position 3): convert it"),
         (None, [], "standard input is closed"),
         (b"/etc/passwd\n", [], "there is no command /etc/passwd: /help lists them"),
@@ -209,6 +227,30 @@ def test_ctrl_c_ends_an_answer_and_keeps_the_conversation(terminal):
     screen.wait_for("\n> ", 6)
     screen.type("\x04")
     assert screen.process.wait(20) == 0
+
+
+def test_ctrl_c_while_a_message_is_read_takes_it_back(terminal):
+    screen = terminal("--max-new-tokens", "3")
+    for times in (1, 2):
+        screen.type("the quick brown fox jumps over the lazy dog " * 4 + "\n")
+        if times == 1:
+            screen.wait_for("(reading)")
+            screen.type("\x03")
+            screen.wait_for("[0 tokens, stopped; ")
+            screen.wait_for("\n> ", 2)
+    screen.wait_for("[3 tokens, length; ")
+    screen.type("/undo\n/undo\n")
+    screen.wait_for("there is nothing to take back")
+
+
+def test_lines_that_are_pasted_together_are_one_message(terminal):
+    pytest.importorskip("readline")
+    screen = terminal("--max-new-tokens", "3", kind="xterm")
+    screen.type("\x1b[200~the fox\nthe dog\x1b[201~\n")
+    screen.wait_for("[3 tokens, length; ")
+    screen.type("/undo\n/undo\n")
+    screen.wait_for("there is nothing to take back")
+    assert screen.shown.count("[3 tokens, length; ") == 1
 
 
 def test_ctrl_c_at_the_prompt_leaves_and_sigterm_ends_an_answer(terminal):

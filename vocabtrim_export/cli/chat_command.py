@@ -5,7 +5,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import ContextExceededError, VocabtrimError
@@ -22,6 +21,7 @@ from vocabtrim_export.cli.streams import prepare_input, read_line, utf8_text
 
 if TYPE_CHECKING:
     from runtime import SpeculativeDecoder
+    from runtime.stream import Stream
 
 EXAMPLE = "--target out/target --drafter out/drafter --temperature 0.7"
 _PROMPT = "> "
@@ -85,22 +85,29 @@ class Conversation:
         self._decoder, self._how = decoder, how
         self._first = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._first)
+        self._stream: Stream | None = None  # the answer that is generated, or the last one
+        self._is_stopped = False
         decoder.stream([*self._messages, {"role": "user", "content": "a"}], **how).close()
 
-    def do(self, line: str, is_stopped: Callable[[], bool] = lambda: False) -> None:
+    def stop(self) -> None:
+        """End the answer: after the round that runs, or after the part of the message that is being read."""
+        self._is_stopped = True
+        if self._stream:
+            self._stream.close()
+
+    def do(self, line: str) -> None:
         """Answer a message, or follow a command.
 
         Args:
             line: The line that the user typed.
-            is_stopped: Asked after each token whether to end the answer there.
 
         Raises:
             VocabtrimError: There is no such command, or the message cannot be answered.
         """
         text = line.strip()
-        if not text.startswith("/"):
+        if not line.startswith("/"):
             if text:
-                self._answer(text, is_stopped)
+                self._answer(text)
         elif text == "/reset":
             self._messages = list(self._first)
         elif text == "/undo":
@@ -110,21 +117,29 @@ class Conversation:
         elif text == "/help":
             print("\n".join(f"{name:<8}{what}" for name, what in _COMMANDS.items()), file=sys.stderr)
         else:
-            raise VocabtrimError(f"there is no command {text.split()[0]}: /help lists them")
+            why = f"there is no command {text.split()[0]}: /help lists them"
+            raise VocabtrimError(f"{why}; a message that begins with / has a space before it")
 
-    def _answer(self, text: str, is_stopped: Callable[[], bool]) -> None:
+    def _answer(self, text: str) -> None:
         messages = [*self._messages, {"role": "user", "content": text}]
         try:
             stream = self._decoder.stream(messages, **self._how)
         except ContextExceededError as error:
-            raise VocabtrimError(
-                f"the context of {self._decoder.target.capacity} tokens is full: /reset starts a new conversation"
-            ) from error
+            context = f"the context of {self._decoder.target.capacity} tokens"
+            why = f"{context} is full: /reset starts a new conversation"
+            if self._messages == self._first:
+                why = f"the message does not fit {context}: shorten it"
+            raise VocabtrimError(why) from error
+        self._stream = stream
         with stream:
-            printed = print_text(stream, is_stopped)
-            ending = "stopped" if is_stopped() else stream.finish().finish_reason
+            if self._is_stopped:  # while the message was encoded
+                stream.close()
+            printed = print_text(stream)
+            ending = "stopped" if self._is_stopped else stream.finish().finish_reason
+        self._is_stopped = False
         print(figures_line(stream.stats, ending, printed.first_token_seconds), file=sys.stderr, flush=True)
-        self._messages = [*messages, {"role": "assistant", "content": printed.text}]
+        if stream.stats.tokens:  # else it was stopped while the message was read
+            self._messages = [*messages, {"role": "assistant", "content": printed.text}]
 
 
 def _converse(conversation: Conversation) -> None:
@@ -133,34 +148,30 @@ def _converse(conversation: Conversation) -> None:
     while True:
         try:
             line = read_line(_PROMPT)
-            if line is None or line.strip() == "/exit":
+            if line is None or line.rstrip() == "/exit":
                 return
-            with _interruptible() as is_stopped:
-                conversation.do(line, is_stopped)
+            with _interruptible(conversation.stop):
+                conversation.do(line)
         except VocabtrimError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _answer_lines(conversation: Conversation) -> None:
     """Answer each line of a file or pipe."""
-    while (line := read_line(None)) is not None and line.strip() != "/exit":
+    while (line := read_line(None)) is not None and line.rstrip() != "/exit":
         conversation.do(line)
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Let a first Ctrl-C within the block set a flag, so that the round ends and the caches stay.
+def _interruptible(stop: Callable[[], None]) -> Iterator[None]:
+    """Let a first Ctrl-C within the block call `stop`, so that the caches stay. A second one is `KeyboardInterrupt`."""
 
-    A second one raises `KeyboardInterrupt`.
-    """
-    stopped = Event()
-
-    def stop(*_: object) -> None:
-        stopped.set()
+    def interrupted(*_: object) -> None:
         signal.signal(signal.SIGINT, before)
+        stop()
 
-    before = signal.signal(signal.SIGINT, stop)
+    before = signal.signal(signal.SIGINT, interrupted)
     try:
-        yield stopped.is_set
+        yield
     finally:
         signal.signal(signal.SIGINT, before)

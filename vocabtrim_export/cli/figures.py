@@ -1,6 +1,5 @@
 """A text that is printed as it is generated, and the line of figures after it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -23,20 +22,13 @@ class Printed:
     first_token_seconds: float
 
 
-def print_text(stream: "Stream", is_stopped: Callable[[], bool] = lambda: False) -> Printed:
-    """Print a generation on standard output as it comes, and a newline.
-
-    Args:
-        stream: The generation, which begins now.
-        is_stopped: Asked after each token whether this is the last one to print.
-    """
+def print_text(stream: "Stream") -> Printed:
+    """Print a generation, which begins now, on standard output as it comes, and a newline."""
     began, pieces, first = perf_counter(), list[str](), 0.0
     for token in stream:
         first = first or perf_counter() - began
         pieces.append(token.text)
         print(token.text, end="", flush=True)
-        if is_stopped():
-            break
     print(flush=True)
     return Printed("".join(pieces), first)
 

@@ -95,7 +95,8 @@ def run(options: argparse.Namespace) -> None:
     )
     with _listen(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
-        print(f"serving {settings.model_name} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {settings.model_name} at http://{shown}:{port}/v1", file=sys.stderr, flush=True)
         with suppress(KeyboardInterrupt):  # uvicorn has shut down and passes the signal on
             uvicorn.Server(config).run(sockets=[listener])
 
@@ -103,6 +104,8 @@ def run(options: argparse.Namespace) -> None:
 def _settings(options: argparse.Namespace) -> "ServeSettings":
     from vocabtrim_export.serve.settings import ServeSettings
 
+    if options.api_key == "":
+        raise VocabtrimError("--api-key is empty: give a key, or leave it out")
     limits = {} if options.cache_memory is None else {"cache_bytes": options.cache_memory}
     return ServeSettings(
         model_name=options.model_name or options.target.resolve().name,

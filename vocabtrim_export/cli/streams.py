@@ -88,7 +88,10 @@ def prepare_input() -> bool:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return False
     with suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401 - `input` uses it
+        import readline  # `input` uses it
+
+        if os.environ.get("TERM", "dumb") != "dumb":  # which would show the terminal's marks around a paste
+            readline.parse_and_bind("set enable-bracketed-paste on")  # lines that are pasted together are one message
     return True
 
 
