@@ -14,7 +14,7 @@ from runtime import SpeculativeDecoder
 from vocabtrim_export.serve.app import Server
 from vocabtrim_export.serve.settings import ServeSettings
 
-KEY = "a secret"
+KEY = "a-secret"
 HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 
 

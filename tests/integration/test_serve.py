@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -71,7 +72,9 @@ def test_the_text_is_that_of_generate(client, decoder, sampling):
     longest = decoder.generate(MESSAGES, max_new_tokens=999, sampling=SamplingParams(**sampling))
     to_the_end = client.chat.completions.create(**{**ask, "max_tokens": None})
     assert to_the_end.choices[0].message.content == longest.text
-    *pieces, last = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    raw = client.chat.completions.with_raw_response.create(**ask, stream=True, stream_options={"include_usage": True})
+    assert raw.headers["x-accel-buffering"] == "no"  # a proxy passes each event on
+    *pieces, last = raw.parse()
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == ours.text
     assert pieces[-1].choices[0].finish_reason == ours.finish_reason
     assert last.usage.completion_tokens == len(ours.token_ids)
@@ -284,8 +287,8 @@ def test_a_bad_request_is_answered_in_openais_form(name, post):
 
 
 def test_routes_keys_and_figures(post, server, client):
-    assert post(b"{}", key="wrong").status_code == 401
-    assert post(b"{}", "/v1/embeddings").json()["error"]["message"].startswith("POST /v1/embeddings")
+    assert post(b"{}", "/v1/embeddings").json()["error"]["message"].endswith("nothing at this address")
+    assert post(b"{}", "/chat/completions").json()["error"]["message"].endswith("the API is under /v1/")
     assert httpx.get(server.url + "/v1/chat/completions").status_code == 405
     assert httpx.get(server.url + "/health").json() == {"status": "ok"}
     assert [model.id for model in client.models.list()] == ["tiny"]
@@ -296,6 +299,30 @@ def test_routes_keys_and_figures(post, server, client):
     values = helper.gauges(server.url)
     assert values["vocabtrim_generated_tokens_total"] > 0
     assert values["vocabtrim_busy_workers"] == values["vocabtrim_waiting_requests"] == 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        *((f"Bearer {KEY}", 200), (f"bearer  {KEY}", 200), ("Bearer wrong", 401), (KEY, 401), (f"Basic {KEY}", 401)),
+        *((f"Bearer {KEY}\xff", 401), ("Bearer", 401), (f"Bearer {KEY.upper()}", 401), (f"Bearer Bearer {KEY}", 401)),
+    ],
+)
+def test_a_key_counts_in_the_form_of_a_bearer_token(server, sent, status):
+    answer = httpx.get(f"{server.url}/v1/models", headers={"Authorization": sent.encode("latin-1")})
+    assert answer.status_code == status
+    assert answer.headers.get("www-authenticate") == (None if status == 200 else "Bearer")
+
+
+def test_without_a_key_pages_that_are_not_named_make_no_work(pair):
+    """A browser sends such requests, even where it hides the answers; programs send no origin."""
+    for origins, wanted in (((), [200, 403]), (("http://here:3000",), [200, 200]), (("*",), [200, 200])):
+        with helper.serving(pair, origins=origins) as served:
+            served._settings = replace(served._settings, api_key="")
+            url, body = f"{served.url}/v1/completions", json.dumps({"prompt": "the", "max_tokens": 1})
+            pages = {}, {"Origin": "http://here:3000"}
+            headers = [{"Content-Type": "text/plain"} | page for page in pages]
+            assert [httpx.post(url, content=body, headers=each).status_code for each in headers] == wanted
 
 
 def test_only_pages_of_origins_that_are_named_may_ask(pair, server):
@@ -373,6 +400,9 @@ def test_a_mistake_is_one_line(pair, capsys):
         (["--port", str(listener.getsockname()[1])], "cannot listen on 127.0.0.1"),
         (["--slots-in-parallel", "0"], "--slots-in-parallel is 0"),
         (["--queue", "-1"], "--queue is -1"),
+        (["--host", ""], "--host is empty"),
+        (["--api-key", ""], "--api-key is empty"),
+        (["--api-key", "schlüssel"], "the API key has spaces, or characters that are not ASCII"),
         (["--allow-origin", "localhost:3000/"], "--allow-origin is 'localhost:3000/': give one such as http://"),
     ):
         assert main(["serve", "--target", str(pair.target), *options]) == 2

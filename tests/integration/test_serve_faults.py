@@ -149,10 +149,19 @@ def test_a_bundle_that_is_replaced_changes_no_answer(random_model, export_pair, 
         assert text(served) == changed != before
 
 
+def loopback():
+    """Returns IPv6's address of this machine; where it has none, that of IPv4."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return "127.0.0.1"
+    return "::1"
+
+
 def start(pair, port):
     code = "import sys; from vocabtrim_export.cli.main import main; c = main(); "
     code += "assert not {'torch', 'transformers'} & set(sys.modules); sys.exit(c)"
-    options = ["serve", "--target", pair.target, "--drafter", pair.drafter, "--port", port]
+    options = ["serve", "--target", pair.target, "--drafter", pair.drafter, "--host", loopback(), "--port", port]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, options)],
         stderr=subprocess.PIPE,

@@ -73,7 +73,7 @@ class Server:
 
         async def guarded(request: Request) -> Response:
             try:
-                self._check_key(request)
+                self._check_caller(request)
                 response = await handler(request)
             except ClientDisconnect:
                 response = Response(status_code=_GONE)
@@ -84,11 +84,18 @@ class Server:
 
         return guarded
 
-    def _check_key(self, request: Request) -> None:
-        wanted = f"Bearer {self._settings.api_key}".encode()
-        sent = request.headers.get("authorization", "").encode()
-        if self._settings.api_key and not hmac.compare_digest(wanted, sent):
-            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+    def _check_caller(self, request: Request) -> None:
+        """Raise `ApiError` for a caller without the key; where there is none, for a web page that is not allowed."""
+        wanted, origin = self._settings.api_key, request.headers.get("origin")
+        scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+        if wanted:
+            if scheme.lower() != "bearer" or not hmac.compare_digest(wanted.encode(), sent.strip().encode()):
+                why = "the API key is missing or wrong"
+                raise ApiError(401, why, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        # A browser hides the answer from such a page, but only after the work; and not where the page's own name leads
+        # to this address (DNS rebinding).
+        elif origin and not {origin, "*"} & set(self._settings.origins):
+            raise ApiError(403, f"web pages of {origin[:100]} may not ask: start the server with --allow-origin")
 
     async def _health(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -227,6 +234,8 @@ async def _disconnected(request: Request) -> None:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
-    words = "this address takes another method" if status == 405 else "there is nothing at this address"
-    why = f"{request.method} {request.url.path[:100]}: {words}"
+    path, words = request.url.path[:100], "this address takes another method"
+    if status != 405:
+        words = "there is nothing at this address" + ("" if path.startswith("/v1/") else ": the API is under /v1/")
+    why = f"{request.method} {path}: {words}"
     return refusal(ApiError(status, why, headers=getattr(error, "headers", None)))

@@ -15,6 +15,7 @@ from vocabtrim_export.serve.job import Job
 from vocabtrim_export.serve.workers import Item
 
 Event: TypeAlias = tuple[int, Item]  # of a choice
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold events back
 
 
 class EventStream(StreamingResponse):
@@ -42,7 +43,7 @@ class EventStream(StreamingResponse):
         self._job, self._form, self._first, self._rest, self._end = job, form, first, rest, end
         self._is_broken, self._seconds = False, seconds
         self._body = self._sent()
-        super().__init__(self._body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(self._body, media_type="text/event-stream", headers=_HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -17,7 +17,7 @@ class Fields:
             ApiError: It is not a JSON object.
         """
         try:
-            values = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+            values = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
         except UnicodeDecodeError as error:
             raise ApiError(400, f"the request's body is not UTF-8 (byte {error.start})") from error
         except (ValueError, RecursionError) as error:

@@ -54,5 +54,9 @@ class ServeSettings:
         for origin in self.origins:
             if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
                 raise VocabtrimError(f"--allow-origin is {origin!r}: give one such as http://localhost:3000, or '*'")
+        if not self.host:
+            raise VocabtrimError("--host is empty: give an address, or 0.0.0.0 for every one")
+        if not re.fullmatch("[!-~]*", self.api_key):
+            raise VocabtrimError("the API key has spaces, or characters that are not ASCII: no client could send it")
         if not (self.body_mb > 0 and self.request_seconds > 0):
             raise VocabtrimError("--max-body and --timeout must be more than 0")
