@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import uvicorn
@@ -19,11 +19,10 @@ HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 
 
 @contextmanager
-def serving(pair: Any, **settings: Any) -> Iterator[Any]:
+def serving(pair: Any, draft_length: int | Literal["auto"] = "auto", **settings: Any) -> Iterator[Any]:
     """Yield the server of a pair, with its `url`; its model is "tiny", its key `KEY`."""
-    served: Any = Server(
-        SpeculativeDecoder.load(pair.target, pair.drafter), ServeSettings("tiny", api_key=KEY, **settings)
-    )
+    decoder = SpeculativeDecoder.load(pair.target, pair.drafter, draft_length=draft_length)
+    served: Any = Server(decoder, ServeSettings("tiny", api_key=KEY, **settings))
     listener = socket.create_server(("127.0.0.1", 0))
     running = uvicorn.Server(uvicorn.Config(served.app(), log_level="critical"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})

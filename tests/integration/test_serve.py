@@ -347,38 +347,44 @@ def test_only_pages_of_origins_that_are_named_may_ask(pair, server):
     assert (before.status_code, before.headers["allow"], origins) == (405, "POST", {None})
 
 
-def test_figures_are_the_sums_of_what_answers_say(client, server):
+def test_figures_are_the_sums_of_what_answers_say(pair):
     """The figures count a whole answer, a streamed one, one that is refused, and one that breaks off."""
+    with (
+        helper.serving(pair, draft_length=2, workers=2) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client,
+    ):
 
-    def figures():
-        helper.wait_until_idle(server)
-        values = helper.gauges(server.url)
-        return {name.removeprefix("vocabtrim_").removesuffix("_total"): value for name, value in values.items()}
+        def figures():
+            helper.wait_until_idle(server)
+            values = helper.gauges(server.url)
+            return {name.removeprefix("vocabtrim_").removesuffix("_total"): value for name, value in values.items()}
 
-    before, began = figures(), time.monotonic()
-    prompt = "the quick brown fox jumps over the lazy dog"
-    ask = {"model": "tiny", "prompt": prompt, "max_tokens": 20, "temperature": 0}
-    whole = client.completions.create(**ask, n=2).usage
-    *_, last = client.completions.create(**ask, stream=True, stream_options={"include_usage": True})
-    with pytest.raises(openai.BadRequestError):
-        client.completions.create(**{**ask, "max_tokens": 0})
-    server.metrics.streamed(is_broken=True)
-    after, seconds = figures(), time.monotonic() - began
-    grown = {name: after[name] - before.get(name, 0) for name in after}
-    usages = [whole, last.usage]
-    details = [usage.completion_tokens_details for usage in usages]
-    accepted = sum(each.accepted_prediction_tokens for each in details)
-    assert grown["generated_tokens"] == sum(usage.completion_tokens for usage in usages) == 60
-    assert grown["prompt_tokens"] == whole.prompt_tokens * 2 + last.usage.prompt_tokens
-    assert grown["cached_tokens"] == sum(usage.prompt_tokens_details.cached_tokens for usage in usages) > 0
-    assert grown["accepted_tokens"] == accepted > 0
-    assert grown["drafted_tokens"] == accepted + sum(each.rejected_prediction_tokens for each in details) > accepted
-    assert grown["rounds"] == 60 - accepted  # no answer ends within a draft: every round adds a token of the target's
-    assert grown['requests_total{status="200"}'] == 2 + 1  # the figures before
-    assert grown['requests_total{status="400"}'] == 1
-    assert grown["first_token_seconds_count"] == 2
-    assert all(0 < grown[name] < seconds for name in ("first_token_seconds_sum", "generation_seconds"))
-    assert (grown["broken_streams"], grown["collapses"]) == (1, 0)
+        before, began = figures(), time.monotonic()
+        prompt = "the quick brown fox jumps over the lazy dog"
+        ask = {"model": "tiny", "prompt": prompt, "max_tokens": 20, "temperature": 0}
+        whole = client.completions.create(**ask, n=2).usage
+        *_, last = client.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(**{**ask, "max_tokens": 0})
+        server.metrics.streamed(is_broken=True)
+        after, seconds = figures(), time.monotonic() - began
+        grown = {name: after[name] - before.get(name, 0) for name in after}
+        usages = [whole, last.usage]
+        details = [usage.completion_tokens_details for usage in usages]
+        accepted = sum(each.accepted_prediction_tokens for each in details)
+        assert grown["generated_tokens"] == sum(usage.completion_tokens for usage in usages) == 60
+        assert grown["prompt_tokens"] == whole.prompt_tokens * 2 + last.usage.prompt_tokens
+        assert grown["cached_tokens"] == sum(usage.prompt_tokens_details.cached_tokens for usage in usages) > 0
+        assert grown["accepted_tokens"] == accepted > 0
+        assert grown["drafted_tokens"] == accepted + sum(each.rejected_prediction_tokens for each in details) > accepted
+        assert (
+            grown["rounds"] == 60 - accepted
+        )  # no answer ends within a draft: every round adds a token of the target's
+        assert grown['requests_total{status="200"}'] == 2 + 1  # the figures before
+        assert grown['requests_total{status="400"}'] == 1
+        assert grown["first_token_seconds_count"] == 2
+        assert all(0 < grown[name] < seconds for name in ("first_token_seconds_sum", "generation_seconds"))
+        assert (grown["broken_streams"], grown["collapses"]) == (1, 0)
 
 
 def test_a_turn_goes_on_where_the_last_one_ended(client):
