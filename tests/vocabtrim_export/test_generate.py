@@ -153,3 +153,29 @@ def test_the_head_reads_the_last_positions_without_gaps(model):
     assert read[0][0][:2] == (2, 1)
     assert all(is_contiguous for _, is_contiguous in read)
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_the_reading_of_prompts_is_reported(model, tokenizer, monkeypatch):
+    """It takes minutes for a large model, in which a calibration would seem to stand still."""
+    from vocabtrim_export.calibration import generate as generating
+    from vocabtrim_export.calibration.count_settings import CountEvents
+
+    monkeypatch.setattr(generating, "_PREFILL_TOKENS", 8)
+    corpus = Corpus.of([Document("the quick brown fox " * 2), Document("jumps over the lazy dog")], "test")
+    events: list[tuple[str, int, int]] = []
+    calibrate(
+        model,
+        tokenizer,
+        corpus,
+        CountSettings("target", max_tokens=4),
+        events=CountEvents(
+            progress=lambda done, total: events.append(("tokens", done, total)),
+            on_prompts=lambda read, total: events.append(("prompts", read, total)),
+        ),
+    )
+    reads = [(read, total) for name, read, total in events if name == "prompts"]
+    whole = sum(len(encode_document(runtime_tokenizer(tokenizer), each)) for each in corpus.documents)
+    assert len(reads) > 1
+    assert reads[-1] == (whole, whole)
+    assert [read for read, _ in reads] == sorted({read for read, _ in reads})
+    assert all(done == 0 for name, done, _ in events[: len(reads)] if name == "tokens")

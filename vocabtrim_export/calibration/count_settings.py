@@ -75,11 +75,14 @@ class CountEvents:
         progress: Called with (tokens so far, max_tokens) as tokens come in.
         on_skip: Called at the end for each document that cannot be a prompt of this model.
         on_look: Called with each look at whether the tokens are enough; the last look is the one that stopped.
+        on_prompts: Called with (prompt tokens read, all of them) while a batch's prompts are read, before its first
+            token.
     """
 
     progress: Callable[[int, int], None] = lambda _done, _total: None
     on_skip: Callable[[Skipped], None] = lambda _skipped: None
     on_look: Callable[[Sufficiency], None] = lambda _sufficiency: None
+    on_prompts: Callable[[int, int], None] = lambda _read, _total: None
 
 
 NO_EVENTS = CountEvents()

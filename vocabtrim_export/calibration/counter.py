@@ -136,7 +136,12 @@ def _count_corpus(
         looks.append(sufficiency)
         listener.progress("coverage %", int(100 * sufficiency.coverage), 100)
 
-    events = CountEvents(lambda done, total: listener.progress("calibrate", done, total), listener.on_skip, look)
+    events = CountEvents(
+        lambda done, total: listener.progress("calibrate", done, total),
+        listener.on_skip,
+        look,
+        lambda done, total: listener.progress("read prompts", done, total),
+    )
     counts = calibrate(
         model, tokenizer, corpus, settings, checkpoint=job.checkpoint, workers=job.workers, events=events
     )

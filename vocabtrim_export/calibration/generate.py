@@ -34,6 +34,7 @@ def generate_batch(
     temperature: float,
     eos_token_ids: frozenset[int],
     on_step: Callable[[int], None] = lambda _: None,
+    on_prompts: Callable[[int, int], None] = lambda _read, _total: None,
     partial_batch: Unfinished | None = None,
 ) -> NDArray[np.int64]:
     """Continue every prompt until an EOS or for `uniforms.shape[1]` tokens.
@@ -46,6 +47,7 @@ def generate_batch(
         temperature: Temperature of sampling; 0 is greedy.
         eos_token_ids: The ids that end a continuation.
         on_step: Called with the number of tokens so far after each step.
+        on_prompts: Called with (prompt tokens read, all of them) while the prompts are read.
         partial_batch: The storage of the work on this batch. An earlier run's work there is continued: the
             result is the same, bit for bit.
 
@@ -58,6 +60,8 @@ def generate_batch(
             batch.restore(segment)
     while not batch.done:
         batch.advance()
+        if batch.read <= batch.width:
+            on_prompts(*batch.prompt_tokens)
         on_step(int((batch.generated != NO_TOKEN).sum()))
         if partial_batch is not None and partial_batch.is_due and batch.cache.buffers:
             partial_batch.save(batch.segment())
@@ -93,6 +97,12 @@ class _Batch:
     def step(self) -> int:
         """Tokens that each living row has got; negative before the prompts are read."""
         return self.read - self.width + 1 if self.read >= self.width else -1
+
+    @property
+    def prompt_tokens(self) -> tuple[int, int]:
+        """The prompts' tokens that were read, and all of them."""
+        prompts = self.mask[:, : self.width]
+        return int(prompts[:, : self.read].sum()), int(prompts.sum())
 
     @property
     def done(self) -> bool:

@@ -101,6 +101,7 @@ class Generator:
         batch: BatchDocuments,
         on_step: Callable[[int], None] = lambda _tokens: None,
         unfinished: Unfinished | None = None,
+        on_prompts: Callable[[int, int], None] = lambda _read, _total: None,
     ) -> BatchTokens:
         """Returns the new tokens after each prompt; none for a document that cannot be one.
 
@@ -108,6 +109,7 @@ class Generator:
             batch: The documents.
             on_step: Called with the number of tokens so far.
             unfinished: The storage of the batch's segments.
+            on_prompts: Called with (prompt tokens read, all of them) while the prompts are read.
         """
         from vocabtrim_export.calibration.generate import NO_TOKEN, generate_batch
 
@@ -122,6 +124,7 @@ class Generator:
                 temperature=batch.run.temperature,
                 eos_token_ids=self.eos,
                 on_step=on_step,
+                on_prompts=on_prompts,
                 partial_batch=unfinished,
             )
             for row, line in zip(rows, generated, strict=True):

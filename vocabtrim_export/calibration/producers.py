@@ -100,7 +100,7 @@ def producer(task: CountTask) -> Iterator[Produce]:
     elif task.model is not None:
         generator = Generator(task.model, task.tokenizer)
         yield lambda counts, batch: generator.tokens(
-            task.documents(batch), task.on_step(counts), task.saver.unfinished(batch)
+            task.documents(batch), task.on_step(counts), task.saver.unfinished(batch), task.events.on_prompts
         )
     else:
         with _text_threads(task) as produce:
