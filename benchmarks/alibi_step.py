@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from architectures import save_tokenizer
+from tiny_models import save_tokenizer
 
 if TYPE_CHECKING:
     from engines import Engine

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from architectures import save_model
+from tiny_models import save_model
 
 if TYPE_CHECKING:
     from vocabtrim_export.lowering.quantize import Quantization

@@ -32,7 +32,7 @@ from vocabtrim_export.sources.paths import model_text
 from vocabtrim_export.sources.refusals import check_tensorrt
 from vocabtrim_export.sources.rotation import context_length, fix_long_tables
 from vocabtrim_export.sources.source import DTYPES, Source, load_source
-from vocabtrim_export.tracing.trace import decoder_layers
+from vocabtrim_export.tracing.layers import decoder_layers
 
 
 @dataclass(frozen=True, slots=True)

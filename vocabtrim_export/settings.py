@@ -106,7 +106,11 @@ def _check_head(drafter: str, target: str | None, settings: ExportSettings) -> N
 
 
 def check_auto(settings: ExportSettings, kind: str | None, target: str | None, data: CalibrationInput) -> None:
-    """Refuse `k="auto"` for a pair that it cannot measure."""
+    """Refuse `k="auto"` for a pair that it cannot measure.
+
+    Raises:
+        VocabtrimError: The pair has a head, no target, no text, or another runtime than the CPU's.
+    """
     how = "; give K as a number or a coverage"
     if kind is not None:
         raise VocabtrimError(f"--k auto is for drafters that are language models, not for heads{how}")

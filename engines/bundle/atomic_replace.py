@@ -76,7 +76,11 @@ def commit(directory: Path, aside: Path, names: Sequence[str]) -> None:
 
 
 def finish(directory: Path) -> None:
-    """Complete a commit whose process died. The caller holds the lock of `directory`."""
+    """Complete a commit whose process died. The caller holds the lock of `directory`.
+
+    Raises:
+        VocabtrimError: The mark of the commit is not ours.
+    """
     mark = directory / MARK_NAME
     if not mark.is_file():
         return

@@ -96,7 +96,11 @@ class GraphFile:
         return np.frombuffer(b"".join(self._blocks(self._tensor(TOKEN_TABLE))), "<i8")
 
     def head_tensors(self) -> list[str]:
-        """Returns the names of the initializers that the LM head reads, from the metadata that the exporter wrote."""
+        """Returns the names of the initializers that the LM head reads, from the metadata that the exporter wrote.
+
+        Raises:
+            VocabtrimError: The metadata does not name them.
+        """
         try:
             names = json.loads(self.metadata.get(HEAD_TENSORS, "[]"))
         except (ValueError, RecursionError):

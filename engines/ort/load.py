@@ -13,7 +13,11 @@ from engines.refusals import refuse_bf16
 
 
 def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> Engine:
-    """Load a bundle of `--format onnx`; see `engines.load.load_engine`."""
+    """Load a bundle of `--format onnx`; see `engines.load.load_engine`.
+
+    Raises:
+        VocabtrimError: The bundle is bfloat16, its graph cannot be opened, or its operators cannot be profiled.
+    """
     manifest = bundle.manifest
     refuse_bf16(bundle)
     if manifest.interface == "parallel-heads":

@@ -12,7 +12,11 @@ from engines.trt.plan_proof import prove_plan
 
 
 def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> Engine:  # noqa: ARG001  (it shares nothing)
-    """Load a bundle of `--format trt`, whose plan proves itself first; see `engines.load.load_engine`."""
+    """Load a bundle of `--format trt`, whose plan proves itself first; see `engines.load.load_engine`.
+
+    Raises:
+        VocabtrimError: The bundle holds no plan, or a plan that this TensorRT and GPU cannot run, or whose proof fails.
+    """
     plans = bundle.manifest.tensorrt
     refuse_profile(profile)
     if plans is None or plans.flavor == "none":

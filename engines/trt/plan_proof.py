@@ -54,6 +54,11 @@ class ExpectedLogits:
 
     @classmethod
     def load(cls, path: Path) -> "ExpectedLogits":
+        """Read the logits that `save` wrote.
+
+        Raises:
+            VocabtrimError: The file is missing or damaged.
+        """
         try:
             with safe_open(path, framework="numpy") as file:
                 return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  (no mapping)

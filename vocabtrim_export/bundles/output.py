@@ -21,6 +21,9 @@ def check_output(output: Path, names: list[str], force: bool) -> None:
     """Refuse an output directory that holds files, unless `force` allows its bundles to be replaced.
 
     Token counts are no reason to refuse: an interrupted calibration continues from them.
+
+    Raises:
+        VocabtrimError: It is no directory that an export can write, or holds something else.
     """
     _check_place(output)
     ours = (COUNTS_NAME, ASIDE)  # what an interrupted or killed run leaves

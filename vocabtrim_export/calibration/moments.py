@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from vocabtrim_export.calibration import builtin_corpus
 from vocabtrim_export.drafters.base import FeatureHead, ParallelHeads
 from vocabtrim_export.lowering.quantize import BLOCK, HEAD
-from vocabtrim_export.tracing.trace import layer_inputs
+from vocabtrim_export.tracing.layers import layer_inputs
 
 _TOKENS, _PIECE = 2048, 256
 

@@ -17,7 +17,11 @@ _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + bytes(5) 
 
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """Connect to a cluster; a connection that this process has already is used, and stays."""
+    """Connect to a cluster; a connection that this process has already is used, and stays.
+
+    Raises:
+        VocabtrimError: Ray is not installed, or no cluster answers at `address`.
+    """
     try:
         import ray
     except ImportError as error:

@@ -65,7 +65,11 @@ class Saver:
 
 
 def resume(checkpoint: Path, fresh: TokenCounts) -> TokenCounts:
-    """Returns the counts in the file, once they prove to come from the same settings as `fresh`."""
+    """Returns the counts in the file, once they prove to come from the same settings as `fresh`.
+
+    Raises:
+        VocabtrimError: They come from other settings, or from several calibrations.
+    """
     saved, wanted = TokenCounts.load(checkpoint), fresh.runs[0]
     if len(saved.runs) != 1:
         raise VocabtrimError(f"{checkpoint} is a sum of calibrations, which cannot be continued: name another file")

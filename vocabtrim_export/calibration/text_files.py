@@ -24,7 +24,11 @@ Records = Iterator[tuple[str, object]]
 
 
 def read_text(stream: IO[bytes], path: Path) -> Records:
-    """Yield the pieces of one text, each as a record `{"text": …}`."""
+    """Yield the pieces of one text, each as a record `{"text": …}`.
+
+    Raises:
+        VocabtrimError: The text is not UTF-8, or the file holds JSON lines.
+    """
     chunks = _decoded(stream, str(path))
     first = next(chunks, "")
     first_line = first.lstrip().partition("\n")[0]
@@ -35,7 +39,11 @@ def read_text(stream: IO[bytes], path: Path) -> Records:
 
 
 def read_json_lines(stream: IO[bytes], path: Path) -> Records:
-    """Yield the JSON values of lines, and of a line that holds a list of objects these."""
+    """Yield the JSON values of lines, and of a line that holds a list of objects these.
+
+    Raises:
+        VocabtrimError: A line is no JSON, or too long.
+    """
     # Lines end at "\n" alone: JSON strings may hold U+2028, which ends a line elsewhere.
     for number in count(1):
         line = stream.readline(MAX_LINE + 1)
@@ -70,7 +78,11 @@ def read_json(stream: IO[bytes], path: Path) -> Records:
 
 
 def read_table(stream: IO[bytes], path: Path) -> Records:
-    """Yield the rows below the header of a table whose cells are parted by commas, semicolons or tabs."""
+    """Yield the rows below the header of a table whose cells are parted by commas, semicolons or tabs.
+
+    Raises:
+        VocabtrimError: The file is no such table.
+    """
     lines = _lines(_decoded(stream, str(path)), path)
     header = next(lines, "")
     delimiter = max(",", ";", "\t", key=header.count)

@@ -20,7 +20,7 @@ from vocabtrim_export.sources.paths import local_path
 from vocabtrim_export.sources.source import Source
 from vocabtrim_export.sources.weight_files import checkpoint_files, tensor_shapes
 from vocabtrim_export.tracing.composites import rotary_modules
-from vocabtrim_export.tracing.trace import decoder_layers
+from vocabtrim_export.tracing.layers import decoder_layers
 
 _MIMO = re.compile(r"model\.mtp_layers\.0\.")
 _QWEN = re.compile(r"mtp\.(?:layers\.0\.|(?!layers\.))")  # Qwen3-Next, Qwen3.5, Mellum

@@ -54,6 +54,9 @@ def lower_attention(decoder: DecoderGraph) -> None:
 
     Adds the inputs seqlens_k: int32[1] (tokens in the cache after this step, less one), total_sequence_length:
     int32[1], past_key_values.N.key|value: [1, kv_heads, capacity, head_dim], and the outputs present.N.key|value.
+
+    Raises:
+        VocabtrimError: ONNX Runtime has no kernel for heads of this size.
     """
     seqlens = decoder.input(SEQLENS_K, ir.DataType.INT32, [1])
     total = decoder.input(TOTAL_LENGTH, ir.DataType.INT32, [1])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vocabtrim_export.lowering.cores import map_on_cores
 
+EVERY = slice(None)
 _PART = 2**18  # weights that a core works on at once: they stay in its cache, and no whole tensor is copied
 # Largest root mean square error of a row, as a share of the row's own: what rounding to 4 or 8 bits in blocks never
 # comes near, and another row's values exceed.
@@ -40,22 +41,45 @@ def _part_errors(given: Tensor, own: Tensor) -> Tensor:
     return torch.where(difference == 0, 0, difference / torch.linalg.vector_norm(own, dim=-1))  # NaN stays NaN
 
 
-def from_blocks(written: Mapping[str, ir.Value], tensor: str, bits: int, expert: int | None = None) -> Tensor:
+class Memory:
+    """Memory for one float32 matrix after another. Fresh memory takes longer to get than a matrix to dequantise."""
+
+    def __init__(self) -> None:
+        self._numbers = torch.empty(0)
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """Returns a matrix of any values, which lies where the one before lay."""
+        if self._numbers.numel() < rows * columns:
+            self._numbers = torch.empty(rows * columns)
+        return self._numbers[: rows * columns].view(rows, columns)
+
+
+def from_blocks(
+    written: Mapping[str, ir.Value],
+    tensor: str,
+    bits: int,
+    memory: Memory,
+    *,
+    expert: int | None = None,
+    rows: slice = EVERY,
+) -> Tensor:
     """Returns the float32[out, in] that blocks of MatMulNBits, QMoE or GatherBlockQuantized stand for.
 
     Args:
         written: The graph's initializers.
         tensor: The weight's name; its parts have longer ones.
         bits: 4 or 8.
+        memory: Where the result lies.
         expert: The expert whose matrix is read, of QMoE's [experts, out, in]; None for other operators.
+        rows: The rows to return.
     """
     arrays = [_array(written[f"{tensor}.{part}"]) for part in ("quantized", "zero_points", "scales")]
-    values, zeros, scales = arrays if expert is None else [array[expert] for array in arrays]
-    weight = torch.empty(len(values), values[0].size * 8 // bits)
+    values, zeros, scales = [(array if expert is None else array[expert])[rows] for array in arrays]
+    weight = memory.matrix(len(values), values[0].size * 8 // bits)
 
     @torch.inference_mode()  # which holds for a thread, and the model may run in it
-    def fill(rows: slice) -> None:
-        weight[rows] = _rows_from_blocks(_tensor(values[rows]), _tensor(zeros[rows]), _tensor(scales[rows]), bits)
+    def fill(part: slice) -> None:
+        weight[part] = _rows_from_blocks(_tensor(values[part]), _tensor(zeros[part]), _tensor(scales[part]), bits)
 
     map_on_cores(fill, _parts(weight))
     return weight

@@ -16,7 +16,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.lowering.embedding import EMBEDDING, EMBEDDING_BITS
 from vocabtrim_export.lowering.quantize import BITS
 from vocabtrim_export.lowering.tidy import packed_name
-from vocabtrim_export.proof.blocks import from_blocks, is_rounded, read_tensor
+from vocabtrim_export.proof.blocks import EVERY, Memory, from_blocks, is_rounded, read_tensor
 from vocabtrim_export.proof.dequantized_experts import dequantized_experts
 from vocabtrim_export.sources.source import Source
 
@@ -43,15 +43,15 @@ def dequantized(
     """
     unlike: list[str] = []
     handles = []
-    written = ir.load(graph).graph.initializers
+    written, memory = ir.load(graph).graph.initializers, Memory()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
-            load = partial(_written, name, model, written, quantization, prefix)
+            load = partial(_written, name, model, written, quantization, prefix, memory)
             handles += _swap(name, module, load, head_rows.get(module), unlike, quantization)
         elif isinstance(module, nn.Embedding):
             for rows in (f"{prefix}{each}.weight.{EMBEDDING}" for each in _names(name, model)):
                 if f"{rows}.quantized" in written:
-                    load = partial(from_blocks, written, rows, EMBEDDING_BITS)
+                    load = partial(from_blocks, written, rows, EMBEDDING_BITS, memory)
                     handles += _swap(name, module, load, None, unlike, "int8")
     try:
         with dequantized_experts(model, written, quantization, prefix, unlike):
@@ -109,12 +109,17 @@ def unlike_weights(source: Source, name: str, quantization: str) -> str:
 
 
 def _written(
-    name: str, model: PreTrainedModel, written: Mapping[str, ir.Value], quantization: str, prefix: str
+    name: str,
+    model: PreTrainedModel,
+    written: Mapping[str, ir.Value],
+    quantization: str,
+    prefix: str,
+    memory: Memory,
 ) -> Tensor:
     """Returns the written weight of the linear layer `name`, [out, in]."""
     for each in _names(name, model):
         for tensor in (f"{prefix}{each}.weight.kept", f"{prefix}{each}.weight"):
-            weight = _dequantize(written, tensor, quantization)
+            weight = _dequantize(written, tensor, quantization, memory)
             if weight is not None:
                 return weight
     parent, _, _ = name.rpartition(".")
@@ -126,9 +131,10 @@ def _written(
     }
     before = itertools.takewhile(lambda each: each != name, packed)
     start = sum(packed[each].out_features for each in before)
-    weight = _dequantize(written, packed_name(f"{prefix}{next(iter(packed))}.weight"), quantization)
+    own = slice(start, start + packed[name].out_features)
+    weight = _dequantize(written, packed_name(f"{prefix}{next(iter(packed))}.weight"), quantization, memory, own)
     assert weight is not None, f"{name} is in no product of the graph"
-    return weight[start : start + packed[name].out_features]
+    return weight
 
 
 def _names(name: str, model: PreTrainedModel) -> list[str]:
@@ -142,12 +148,16 @@ def _names(name: str, model: PreTrainedModel) -> list[str]:
     return [name, *(each for each, module in model.named_modules() if module in pair and each != name)]
 
 
-def _dequantize(written: Mapping[str, ir.Value], tensor: str, quantization: str) -> Tensor | None:
-    """Returns the weight [out, in] that the graph multiplies with; None where `tensor` is not in it."""
+def _dequantize(
+    written: Mapping[str, ir.Value], tensor: str, quantization: str, memory: Memory, rows: slice = EVERY
+) -> Tensor | None:
+    """Returns these rows of the weight [out, in] that the graph multiplies with; None where `tensor` is not in it."""
     if f"{tensor}.quantized" in written:
-        return from_blocks(written, tensor, BITS[quantization])
+        return from_blocks(written, tensor, BITS[quantization], memory, rows=rows)
     if f"{tensor}.{quantization}" in written:  # DequantizeLinear: q · scale, by rows or blocks of them
-        values, scales = (read_tensor(written[f"{tensor}.{part}"]) for part in (quantization, f"{quantization}_scales"))
+        values, scales = (
+            read_tensor(written[f"{tensor}.{part}"])[rows] for part in (quantization, f"{quantization}_scales")
+        )
         by_block = values.float().unflatten(1, (1 if scales.ndim == 1 else scales.shape[1], -1))
         by_row: Tensor = by_block.mul_(scales.view(len(values), -1, 1)).flatten(1)
         return by_row

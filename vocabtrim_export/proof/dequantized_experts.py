@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from vocabtrim_export.lowering.experts import deinterleave, rows_first
 from vocabtrim_export.lowering.quantize import BITS
-from vocabtrim_export.proof.blocks import from_blocks, is_rounded
+from vocabtrim_export.proof.blocks import Memory, from_blocks, is_rounded
 from vocabtrim_export.sources.expert_by_expert import STACKS, expert_by_expert
 from vocabtrim_export.tracing.experts import ExpertModule, find_experts
 
@@ -66,7 +66,7 @@ class _Matrices:
 
     def __getitem__(self, expert: int) -> Tensor:
         """Returns the matrix in the module's own layout, and notes the module where it is not its own, rounded."""
-        matrix = from_blocks(self._written, self._stored, BITS[self._quantization], expert)[None]
+        matrix = from_blocks(self._written, self._stored, BITS[self._quantization], Memory(), expert=expert)[None]
         matrix = deinterleave(matrix) if self._by_halves else matrix
         if expert in self._others:
             self._others.discard(expert)

@@ -17,8 +17,8 @@ from vocabtrim_export.drafters.base import FeatureHead
 from vocabtrim_export.proof.tokens import Calls, Window
 from vocabtrim_export.sources.precision import running_in
 from vocabtrim_export.tracing.composites import rotary_modules
+from vocabtrim_export.tracing.layers import layer_inputs
 from vocabtrim_export.tracing.parts import takes_positions
-from vocabtrim_export.tracing.trace import layer_inputs
 
 _WINDOWED = "vocabtrim_windowed"
 

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 
 
 def eos_token_ids(tokenizer: "PreTrainedTokenizerFast", *configs: Any) -> frozenset[int]:
-    """Returns all ids in `eos_token_id` of the tokenizer and of each of `configs`: each is an id, several or none."""
+    """Returns all ids in `eos_token_id` of the tokenizer and of each of `configs`: each is an id, several or none.
+
+    Raises:
+        VocabtrimError: One of them is no token id.
+    """
     named = [tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)]
     lists = [ids if isinstance(ids, list | tuple) else [ids] for ids in named]
     ids = [token_id for ids in lists for token_id in ids if token_id is not None]

@@ -68,7 +68,11 @@ class GgufReader:
         self.data, self.path, self.size, self.at = data, path, len(data), 4
 
     def read(self) -> tuple[dict[str, Any], dict[str, GgufTensor], dict[str, slice]]:
-        """Returns the metadata, the tensors, and the bytes of each metadata entry; see `GgufHeader`."""
+        """Returns the metadata, the tensors, and the bytes of each metadata entry; see `GgufHeader`.
+
+        Raises:
+            VocabtrimError: The file is damaged, or of a version or byte order that is not supported.
+        """
         version = self.number("<I")
         if version in (2 << 24, 3 << 24):
             raise VocabtrimError(

@@ -8,7 +8,7 @@ import copy
 import gc
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -26,6 +26,7 @@ from vocabtrim_export.tracing.composites import Parts, Rope, composites
 from vocabtrim_export.tracing.emit import DOMAIN
 from vocabtrim_export.tracing.experts import find_experts
 from vocabtrim_export.tracing.failure import untraceable
+from vocabtrim_export.tracing.layers import layer_inputs
 from vocabtrim_export.tracing.parts import find_norms, find_rope, takes_positions
 
 OPSET = 20
@@ -117,54 +118,6 @@ class _HeadDecoder(_Decoder):
     def forward(self, input_ids: Tensor, position_ids: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         output = self.model(input_ids, position_ids, hidden)
         return output.logits, output.hidden_states
-
-
-@contextmanager
-def layer_inputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[Callable[[], list[Tensor]]]:
-    """Record the inputs of some decoder layers while `model` runs in the block.
-
-    Args:
-        model: The model.
-        layers: The layers by index. The number of layers itself stands for the LM head, which reads the output of the
-            last layer and the norm after it.
-
-    Yields:
-        A function that returns the layers' inputs, [1, S, hidden] each, in the order of `layers`.
-
-    Raises:
-        VocabtrimError: The model's layers cannot be found.
-    """
-    entered: dict[int, Tensor] = {}
-
-    def note(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            entered[index] = inputs[0] if inputs else named["hidden_states"]
-
-        return hook
-
-    handles = []
-    if layers:
-        modules = [*decoder_layers(model), model.get_output_embeddings()]
-        handles = [modules[i].register_forward_pre_hook(note(i), with_kwargs=True) for i in layers]
-    try:
-        yield lambda: [entered[i] for i in layers]
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Returns the model's decoder layers: the one list of modules that is as long as the model is deep.
-
-    Raises:
-        VocabtrimError: There is no such list, or more than one.
-    """
-    config = model.config.get_text_config()
-    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
-    candidates = [each for each in lists if len(each) == config.num_hidden_layers]
-    if len(candidates) != 1:
-        raise VocabtrimError(f"a {config.model_type} model has no list of layers that a head could read")
-    return candidates[0]
 
 
 def _trace_skeleton(
