@@ -23,6 +23,10 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that a byte-level vocabulary spells so
 _OTHERS = sorted(set(range(256)) - set(_PRINTED))  # it spells these with the characters from 256 on
 _BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+# What transformers' `clean_up_tokenization` replaces, in its order, and the characters that any of it may go on after.
+_CLEANED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"))
+_CLEANED += ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+_OPEN = " 'nvr"
 TEMPLATES_NAME = "additional_chat_templates"  # a directory of templates with other names than "default"
 
 
@@ -36,7 +40,7 @@ def tokenizer_digest(tokenizer: tokenizers.Tokenizer) -> str:
 
 
 class Tokenizer:
-    """Encodes prompts and decodes generations as transformers' `AutoTokenizer` does on the same files."""
+    """Encodes prompts and decodes generations as transformers' `PreTrainedTokenizerFast` does on the same files."""
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any], chat_template: Any) -> None:
         """Make a tokenizer.
@@ -53,6 +57,8 @@ class Tokenizer:
         backend.no_padding()
         backend.encode_special_tokens = config.get("split_special_tokens") is True
         self.backend = backend
+        is_bpe = isinstance(backend.model, tokenizers.models.BPE)  # which transformers does not clean up
+        self.cleans_up = config.get("clean_up_tokenization_spaces") is True and not is_bpe
         self.chat = ChatTemplates(named_templates(chat_template), _special_tokens(config))
 
     @classmethod
@@ -108,7 +114,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of `token_ids`; bytes that are not UTF-8 become U+FFFD."""
-        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        text = self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return _cleaned_up(text) if self.cleans_up else text
 
     def token_text(self, token_id: int) -> str:
         """Returns the text of one token as it is within a text, special ones included: a space it begins with stays."""
@@ -157,6 +164,7 @@ class TextStream:
         self._skips = skip_special_tokens
         self._token_ids: list[int] = []
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._open = ""  # text that the next token may change, in vocabularies whose text is cleaned up
 
     def push(self, token_id: int) -> str:
         """Returns the text that `token_id` completes; "" within an unfinished character and for a special token."""
@@ -166,8 +174,17 @@ class TextStream:
         except Exception:  # of no class of its own: the token changes text that was returned already
             self._stream = DecodeStream(skip_special_tokens=self._skips)
             piece = self._stream.step(self._tokenizer.backend, token_id) or ""
+        if self._tokenizer.cleans_up:
+            piece = self._settled(piece)
         self.text += piece
         return piece
+
+    def _settled(self, piece: str) -> str:
+        """Returns the text that no later token can change any more, cleaned up, and keeps the rest."""
+        text = self._open + piece
+        end = len(text.rstrip(_OPEN))
+        self._open = text[end:]
+        return _cleaned_up(text[:end])
 
     def finish(self) -> str:
         """Returns the text still held back: the bytes of a character that was never completed."""
@@ -175,6 +192,13 @@ class TextStream:
         piece = whole[len(self.text) :] if whole.startswith(self.text) else ""
         self.text += piece
         return piece
+
+
+def _cleaned_up(text: str) -> str:
+    """Returns the text as transformers' `clean_up_tokenization` does."""
+    for before, after in _CLEANED:
+        text = text.replace(before, after)
+    return text
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 import tokenizers
@@ -143,6 +144,43 @@ def test_streamed_pieces_join_to_the_text_and_never_split_a_character(bundle, te
     assert "".join(pieces) == text
     assert "\ufffd" not in "".join(pieces)
     assert stream.finish() == ""
+
+
+def words_backend(kind):
+    """Tokens that are words, some of them with a mark of the space before them or of none."""
+    words = [*".?!,'nsv", "n't", "'m", "'s", "'ve", "'re", "'", "re", "never", "is", "##n", "##'", "▁'", "▁.", "▁s"]
+    words = list(dict.fromkeys(words))
+    table = {word: i for i, word in enumerate(words)}
+    model = {
+        "WordPiece": lambda: tokenizers.models.WordPiece(table, unk_token="is"),
+        "Unigram": lambda: tokenizers.models.Unigram([(word, -1.0) for word in words], unk_id=0),
+        "BPE": lambda: tokenizers.models.BPE(table, []),
+    }[kind]()
+    backend = tokenizers.Tokenizer(model)
+    decoders = tokenizers.decoders
+    backend.decoder = decoders.WordPiece(cleanup=False) if kind == "WordPiece" else decoders.Metaspace()
+    return backend, len(words)
+
+
+@pytest.mark.parametrize("cleans_up", [True, False])
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "BPE"])
+def test_spaces_are_cleaned_up_as_in_transformers_at_once_and_in_a_stream(kind, cleans_up, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
+
+    backend, size = words_backend(kind)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=cleans_up)
+    theirs.save_pretrained(tmp_path)
+    draw, changed = random.Random(0), 0
+    for tokenizer in (Tokenizer.load(tmp_path), runtime_tokenizer(theirs)):
+        for _ in range(300):
+            ids = [draw.randrange(size) for _ in range(draw.randrange(12))]
+            stream = tokenizer.stream()
+            text = "".join(map(stream.push, ids)) + stream.finish()
+            assert text == tokenizer.decode(ids) == theirs.decode(ids)
+            changed += text != tokenizer.backend.decode(ids)
+    assert (changed > 100) == (cleans_up and kind != "BPE")
 
 
 def test_an_unfinished_character_comes_out_at_the_end(bundle):

@@ -171,4 +171,12 @@ CONVERSATIONS = (
         "        pass\n",
         f"{COUNT_TESTS} -k left_out",
     ),
+    Mutation(
+        "Text is decoded as transformers decodes it",
+        "a stream does not wait for what a cleaned-up part may go on with",
+        "engines/bundle/tokenizer.py",
+        "end = len(text.rstrip(_OPEN))",
+        "end = len(text)",
+        "tests/engines/test_tokenizer.py -k cleaned_up",
+    ),
 )

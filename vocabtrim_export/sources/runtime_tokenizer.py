@@ -15,7 +15,8 @@ def runtime_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> Tokenizer:
     Raises:
         VocabtrimError: A chat template does not parse.
     """
-    config = tokenizer.special_tokens_map | {"split_special_tokens": tokenizer.split_special_tokens}
+    names = ("split_special_tokens", "clean_up_tokenization_spaces")
+    config = tokenizer.special_tokens_map | {name: getattr(tokenizer, name) for name in names}
     return Tokenizer(tokenizer.backend_tokenizer, config, tokenizer.chat_template)
 
 
