@@ -34,7 +34,7 @@ _OPENERS: Mapping[str, tuple[bytes, Callable[[BinaryIO, Path], Any]]] = {
 }
 # Tables that pyarrow reads are recognised by their first bytes, whatever their names; an Arrow stream begins with -1.
 _TABLES = {".parquet": (b"PAR1",), ".arrow": (b"ARROW1", b"\xff\xff\xff\xff"), ".feather": (b"ARROW1",)}
-# Formats that are refused: their first bytes, their endings, their names, and what to do instead.
+# Formats that are refused: their first bytes (none: known by name alone), their endings, what each is, and what to do.
 _REFUSED: tuple[tuple[bytes, tuple[str, ...], str, str], ...] = (
     (b"PK\x03\x04", (".zip", ".xlsx", ".docx"), "a zip archive or an office document", "unpack it or save it as text"),
     (b"7z\xbc\xaf", (".7z",), "a 7z archive", "unpack it"),
@@ -42,6 +42,12 @@ _REFUSED: tuple[tuple[bytes, tuple[str, ...], str, str], ...] = (
     (b"\x80\x04", (".pkl", ".pickle", ".pt"), "a pickle", "it is never opened; write .jsonl instead"),
     (b"\x93NUMPY", (".npy", ".npz"), "a numpy array", "write .jsonl instead"),
     (b"SQLite", (".sqlite", ".db"), "a database", "write .jsonl instead"),
+    (b"\xd0\xcf\x11\xe0", (".doc", ".xls", ".ppt"), "an old office document", "save it as text"),
+    (b"Rar!", (".rar",), "a rar archive", "unpack it"),
+    (b"", (".tar", ".tgz", ".tbz2", ".txz"), "a tar archive", "unpack it and give the directory"),
+    (b"\x04\x22\x4d\x18", (".lz4",), "compressed with lz4", "decompress it, or use .gz or .zst"),
+    (b"\x1f\x9d", (".z", ".br", ".lzma", ".sz"), "compressed by a program", "decompress it, or use .gz or .zst"),
+    (b"GGUF", (".gguf", ".safetensors"), "a file of weights", "give prompts or text"),
 )
 _BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32's begins like UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -84,6 +90,8 @@ def _open(path: Path) -> Iterator[tuple[io.BufferedReader, _Reader]]:
             return
         inner = Path(path.stem).suffix.lower() if suffix in _OPENERS else suffix
         with io.BufferedReader(opener(file, path)) as expanded:
+            if any(expanded.peek(8).startswith(magic) for magic, _ in _OPENERS.values()):
+                raise VocabtrimError(f"{path} is compressed twice: decompress it once")
             stream, read = _recognise(expanded, inner, path)
             # pyarrow reads a table from its end, and decompressors seek only forwards
             yield (_buffered(_read_all(stream, path)) if read is _read_columns else stream), read
@@ -101,7 +109,7 @@ def _recognise(stream: io.BufferedReader, suffix: str, path: Path) -> tuple[io.B
 
 def _refuse(begin: bytes, suffix: str, path: Path) -> None:
     for magic, suffixes, what, how in _REFUSED:
-        if begin.startswith(magic) or (begin and suffix in suffixes):
+        if (magic and begin.startswith(magic)) or (begin and suffix in suffixes):
             raise VocabtrimError(f"{path} is {what}, which is not read: {how}")
 
 
@@ -113,12 +121,23 @@ def _as_utf8(stream: io.BufferedReader, path: Path) -> io.BufferedReader:
         return stream
     encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if begin.startswith(mark)), None)
     if encoding is None:
+        _check_not_utf16(stream, path)
         return stream
     try:
         text = _read_all(stream, path).decode(encoding)
     except UnicodeDecodeError as error:
         raise VocabtrimError(f"{path} is not {encoding.upper()} as its first bytes say: convert it to UTF-8") from error
     return _buffered(text.encode("utf-8", "replace"))
+
+
+def _check_not_utf16(stream: io.BufferedReader, path: Path) -> None:
+    """Refuse text in UTF-16 without a byte-order mark; mostly Latin letters, so that every other byte is NUL."""
+    begin = stream.peek(8)[:8]
+    for zeros, encoding in ((begin[1::2], "utf-16le"), (begin[::2], "utf-16be")):
+        if len(begin) == 8 and not any(zeros) and any(begin):
+            raise VocabtrimError(
+                f"{path} seems to be UTF-16 without a byte-order mark: convert it (iconv -f {encoding} -t utf-8)"
+            )
 
 
 def _buffered(data: bytes) -> io.BufferedReader:

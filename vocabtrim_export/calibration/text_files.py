@@ -17,6 +17,8 @@ from vocabtrim_export.calibration.document import cut_text
 MAX_LINE = 64 << 20
 WHOLE_JSON = 8 << 20  # bytes: a larger .json file is read record by record
 _CHUNK = 1 << 20
+_TEXT_SUFFIXES = (".txt", ".log", ".gz", ".bz2", ".xz", ".zst")
+_RECORD_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 _NO_DELIMITER = "\x1f"  # stands in no text
 _LISTS = ("messages", "conversations", "conversation", "turns", "prompt")  # a table's cell holds these as JSON
 
@@ -32,10 +34,16 @@ def read_text(stream: IO[bytes], path: Path) -> Records:
     chunks = _decoded(stream, str(path))
     first = next(chunks, "")
     first_line = first.lstrip().partition("\n")[0]
-    if path.suffix.lower() in ("", ".txt") and first_line.startswith("{") and _is_json(first_line):
+    if _may_be_records(path) and first_line.startswith("{") and _is_json(first_line):
         raise VocabtrimError(f"{path} holds JSON lines, and its name says that it is text: rename it to .jsonl")
     for piece in cut_text(chain([first], chunks)):
         yield str(path), {"text": piece}
+
+
+def _may_be_records(path: Path) -> bool:
+    """Returns whether a file that is read as text may have records: log.txt, dump.gz, data.jsonl.1, data.json.bak."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return not suffixes or suffixes[-1] in _TEXT_SUFFIXES or not _RECORD_SUFFIXES.isdisjoint(suffixes)
 
 
 def read_json_lines(stream: IO[bytes], path: Path) -> Records:
@@ -90,7 +98,7 @@ def read_table(stream: IO[bytes], path: Path) -> Records:
         delimiter = _NO_DELIMITER  # one column, whose text may hold commas
     before = csv.field_size_limit(MAX_LINE)  # 128 KiB by default, for the whole process
     try:
-        rows = csv.DictReader(chain([header], lines), delimiter=delimiter)
+        rows = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
         rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
         for row in rows:
             if None in row:
@@ -101,7 +109,10 @@ def read_table(stream: IO[bytes], path: Path) -> Records:
             cells = {name: value for name, value in row.items() if isinstance(name, str)}
             yield f"{path}, line {rows.line_num}", table_cells(cells)
     except csv.Error as error:
-        raise VocabtrimError(f"{path} is not a table of {path.suffix} ({error}): correct it, or use .jsonl") from error
+        raise VocabtrimError(
+            f"{path} is not a table of {path.suffix} ({error}, at line {rows.line_num}): a cell that begins with a "
+            "double quote has to end with one, with those inside of it doubled; correct it, or use .jsonl"
+        ) from error
     finally:
         csv.field_size_limit(before)
 
