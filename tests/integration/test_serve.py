@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import re
 import socket
 import threading
 import time
@@ -12,8 +13,11 @@ from dataclasses import replace
 
 import pytest
 
+from engines.bundle.chat_template import ChatTemplates
+from engines.errors import VocabtrimError
 from runtime import SamplingParams, SpeculativeDecoder
 from runtime.stream import Stream
+from tests.engines.chat_templates import TEMPLATES
 from vocabtrim_export.cli.main import main
 from vocabtrim_export.cli.serve_command import memory_size
 from vocabtrim_export.memory import all_memory
@@ -24,6 +28,7 @@ pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 ClientDisconnect = pytest.importorskip("starlette.requests").ClientDisconnect
 Server = pytest.importorskip("vocabtrim_export.serve.app").Server
+read_job = pytest.importorskip("vocabtrim_export.serve.job").read_job
 helper = pytest.importorskip("tests.serving")
 
 MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
@@ -80,6 +85,46 @@ def test_the_text_is_that_of_generate(client, decoder, sampling):
     assert last.usage.completion_tokens == len(ours.token_ids)
     assert {piece.usage for piece in pieces} == {None}
     assert all("usage" in piece.model_fields_set for piece in pieces)  # as OpenAI's events have it
+
+
+CALL = {"type": "function", "id": "call12345", "function": {"name": "weather", "arguments": '{"town": "Ulm"}'}}
+CALLED = [
+    {"role": "developer", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "How "}, {"type": "text", "text": "is it?"}]},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "sun", "tool_call_id": "call12345"},
+    {"role": "assistant", "content": "It is"},
+]
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("template", ["qwen", "llama", "smollm", "granite", "gemma", "chatml"])
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({}, {}),
+        ({"tools": TOOLS}, {"tools": TOOLS}),
+        ({"tools": TOOLS, "tool_choice": "none"}, {}),
+        ({"continue_final_message": True}, {"continue_final_message": True}),
+        ({"continue_final_message": True, "add_generation_prompt": False}, {"continue_final_message": True}),
+        ({"add_generation_prompt": False}, {"template_args": {"add_generation_prompt": False}}),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False, "date_string": "1 Jan"}},
+            {"template_args": {"enable_thinking": False, "date_string": "1 Jan"}},
+        ),
+    ],
+)
+def test_a_conversation_is_rendered_as_generate_renders_it(template, fields, options, decoder, monkeypatch):
+    monkeypatch.setattr(decoder.tokenizer, "chat", ChatTemplates({"default": TEMPLATES[template]}, {"bos_token": ""}))
+    for messages in (CALLED, CALLED[:2], CALLED[1:2], [*CALLED[1:2], CALLED[-1]]):
+        body = json.dumps({"messages": messages, **fields}).encode()
+        try:
+            wanted = decoder.encode(messages, **options)
+        except VocabtrimError as error:
+            with pytest.raises(VocabtrimError, match=re.escape(str(error))):
+                read_job(body, True, decoder, "tiny")
+        else:
+            assert read_job(body, True, decoder, "tiny").prompts == (wanted,)
 
 
 def test_completions_stops_choices_and_logprobs(client, decoder):
@@ -273,6 +318,7 @@ BAD = {
         400,
         'stream_options has {"include_usage": 1}: give include_usage, true or false',
     ),
+    "a flag that is none": (b'{"messages": [%s], "add_generation_prompt": 1}' % USER, 400, "must be true or false"),
     "tools that the template does not read": (b'{"messages": [%s], "tools": [{}]}' % USER, 400, "reads no tools"),
     "half of a pair": (b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}', 400, "unrecognized request"),
 }

@@ -14,6 +14,7 @@ from vocabtrim_export.serve.response_format import read_response_format
 MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS = 64, 16, 20
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 _LARGEST = 1 << 63
+_BEGINS = "add_generation_prompt"
 # These name the caller or steer what OpenAI's own service does; no token depends on them.
 _IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
@@ -111,7 +112,11 @@ def _conversation(fields: Fields, decoder: SpeculativeDecoder) -> list[list[int]
     if choice not in ("auto", "none"):
         why = "a call cannot be forced; give 'auto' or 'none'"
         raise ApiError(400, f"tool_choice is not supported here: {why}", "tool_choice", "unsupported_parameter")
-    template_args = fields.mapping("chat_template_kwargs")
+    template_args = dict(fields.mapping("chat_template_kwargs"))
+    if (begins := fields.take(_BEGINS)) is not None:  # vLLM's clients send it with continue_final_message
+        if not isinstance(begins, bool):
+            raise ApiError(400, f"{_BEGINS} must be true or false", _BEGINS, "invalid_value")
+        template_args[_BEGINS] = begins
     ids = decoder.encode(
         messages,
         tools=tools if tools and choice == "auto" else None,
