@@ -57,6 +57,45 @@ def awq(weight):
     return {"qweight": packed(q.T, 1, order), "qzeros": packed(zeros.T, 1, order), "scales": scales.T}, dense
 
 
+def awq_gemv(weight):
+    """Rows of packed inputs; the kernels want a width of groups that more than fills the row's, with anything in it."""
+    q, zeros, scales, dense = quantised(weight)
+    extra = 16 - zeros.shape[1]
+    zeros, scales = (torch.cat([x, torch.full((len(x), extra), 7, dtype=x.dtype)], 1) for x in (zeros, scales))
+    return {"qweight": packed(q, 1), "qzeros": packed(zeros, 1), "scales": scales}, dense
+
+
+def float4(weight, block):
+    """Bytes, [out, in / 2], of two random numbers each, and the numbers [out, in / block, block]."""
+    q = torch.randint(0, 16, weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
+    magnitudes = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12])[q & 7] / 2
+    return (q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8), torch.where(q < 8, magnitudes, -magnitudes).unflatten(
+        1, (-1, block)
+    )
+
+
+def nvfp4(names, is_divided):
+    """A float8 scale for each 16 numbers, and one for all: a divisor in compressed-tensors, a factor in ModelOpt."""
+
+    def quantise(weight):
+        packed_bytes, numbers = float4(weight, 16)
+        scales = (torch.rand(numbers.shape[:2], generator=torch.Generator().manual_seed(3)) + 0.5).to(
+            torch.float8_e4m3fn
+        )
+        whole = torch.tensor(24.0 if is_divided else 0.03)
+        parts = dict(zip(names, (packed_bytes, scales, whole), strict=True)) | {"input_scale": torch.tensor(0.5)}
+        return parts, (numbers * scales.float()[..., None] * (1 / whole if is_divided else whole)).flatten(1)
+
+    return quantise
+
+
+def compressed_mxfp4(weight):
+    packed_bytes, numbers = float4(weight, 32)
+    exponents = torch.randint(-8, -2, numbers.shape[:2], generator=torch.Generator().manual_seed(4))
+    parts = {"weight_packed": packed_bytes, "weight_scale": (exponents + 127).to(torch.uint8)}
+    return parts, (numbers * 2.0 ** exponents[..., None]).flatten(1)
+
+
 def compressed(weight):
     q, zeros, scales, dense = quantised(weight)
     parts = {"weight_packed": packed(q, 1), "weight_scale": scales, "weight_zero_point": packed(zeros, 0)}
@@ -91,7 +130,31 @@ def auto_fp8(weight):
     return {"weight": q, "weight_scale": scale, "input_scale": torch.tensor(0.5)}, q.float() * scale
 
 
+def fp8_by_row(weight):
+    q = (weight * 50).to(torch.float8_e4m3fn)
+    scales = torch.rand(len(q), 1, generator=torch.Generator().manual_seed(5)) + 0.01
+    return {"weight": q, "weight_scale": scales}, q.float() * scales
+
+
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": False, "data_type": "int"}
+COMPRESSED_NVFP4 = nvfp4(("weight_packed", "weight_scale", "weight_global_scale"), is_divided=True)
+MODELOPT_NVFP4 = nvfp4(("weight", "weight_scale", "weight_scale_2"), is_divided=False)
 FORMS = {
+    "awq, gemv": (awq_gemv, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "GEMV"}),
+    "auto-round as gptq": (gptq, AUTO_ROUND | {"packing_format": "auto_round:auto_gptq"}),
+    "auto-round of its own": (gptq_v2, AUTO_ROUND | {"packing_format": "auto_round"}),
+    "auto-round as gptqmodel": (gptq_v2, AUTO_ROUND | {"packing_format": "auto_round:gptqmodel"}),
+    "auto-round as awq": (awq, AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}),
+    "auto-round, nvfp4": (COMPRESSED_NVFP4, AUTO_ROUND | {"packing_format": "auto_round:llm_compressor"}),
+    "compressed-tensors, nvfp4": (
+        COMPRESSED_NVFP4,
+        COMPRESSED | {"format": "nvfp4-pack-quantized"},
+    ),
+    "compressed-tensors, mxfp4": (compressed_mxfp4, COMPRESSED | {"format": "mxfp4-pack-quantized"}),
+    "modelopt, nvfp4": (MODELOPT_NVFP4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+    "fbgemm": (fp8_by_row, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
+    "quark": (auto_fp8, {"quant_method": "quark", "export": {"pack_method": "reorder"}}),
+    "modelopt, fp8": (auto_fp8, {"quant_method": "modelopt", "quant_algo": "FP8"}),
     "gptq, stated by format": (gptq_v2, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "format": "gptq_v2"}),
     "fp8 of AutoFP8": (auto_fp8, {"quant_method": "fp8", "activation_scheme": "static"}),
     "compressed-tensors of several groups": (
@@ -156,7 +219,14 @@ def test_a_quantised_checkpoint_is_the_weights_it_stands_for(form, checkpoint):
         ("awq", {"group_size": 32}, "6 groups of 32 do not make 96"),
         ("compressed-tensors", {"transform_config": {"config_groups": {"R3": {}}}}, "weights that are rotated"),
         ("fp8", {"quant_method": "bitsandbytes"}, "is quantised by bitsandbytes, which is not read"),
-        ("awq", {"version": "gemv"}, "only the 4-bit GEMM layout of AWQ is read"),
+        ("awq", {"version": "gemv_fast"}, "only the 4-bit GEMM and GEMV layouts of AWQ are read"),
+        ("awq, gemv", {"group_size": None}, "config.json states no size of its groups"),
+        (
+            "auto-round as awq",
+            {"packing_format": "auto_round:fp8"},
+            "packed as GPTQ or AWQ are read, not auto_round:fp8",
+        ),
+        ("auto-round as gptq", {"bits": 8}, "up_proj are not understood|down_proj are not understood"),
         ("gptq", {"bits": "4"}, "weights of '4' bits are not read"),
         (
             "compressed-tensors, fp8",
@@ -171,13 +241,67 @@ def test_forms_that_are_not_read_are_refused(form, changes, message, checkpoint)
         load_source(str(checkpoint(form, **changes)[0]), torch.float32)
 
 
-def test_packed_floats_of_compressed_tensors_are_refused_by_name(checkpoint):
-    place, _ = checkpoint("compressed-tensors", format="nvfp4-pack-quantized")
+@pytest.mark.parametrize(
+    ("form", "part", "message"),
+    [
+        (
+            "compressed-tensors, nvfp4",
+            "weight_global_scale",
+            "nvfp4 and mxfp4 are read, not nvfp4-pack-quant",
+        ),
+        ("modelopt, nvfp4", "weight_scale_2", "there is no weight_scale_2"),
+    ],
+)
+def test_floats_of_4_bits_without_their_scale_are_refused(form, part, message, checkpoint):
+    place, _ = checkpoint(form)
     stored = load_file(place / "model.safetensors")
-    packed_bytes = {name: t.view(torch.uint8) for name, t in stored.items() if name.endswith("_packed")}
-    save_file(stored | packed_bytes, place / "model.safetensors", {"format": "pt"})
-    with pytest.raises(VocabtrimError, match="packed weights integers are read, not nvfp4-pack-quantized"):
+    rest = {name: tensor for name, tensor in stored.items() if not name.endswith(part)}
+    save_file(rest, place / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VocabtrimError, match=message):
         load_source(str(place), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        # int4 of ModelOpt's AWQ: [out / 2, in], with a scale for 128 inputs
+        ({"weight": (32, 256), "weight_scale": (64, 2), "weight_scale_2": ()}, "do not belong together"),
+        ({"weight": (64, 64), "weight_scale": (64, 3), "weight_scale_2": ()}, "do not belong together"),
+    ],
+)
+def test_bytes_of_another_layout_are_not_taken_for_nvfp4(parts, message):
+    tensors = {name: torch.ones(shape, dtype=torch.uint8) for name, shape in parts.items()}
+    with pytest.raises(IndexError, match=message):
+        READERS["modelopt"](tensors, {})
+
+
+def test_integers_of_quark_are_refused():
+    parts = {"weight": torch.ones(64, 64, dtype=torch.int8), "weight_scale": torch.ones(64, 1)}
+    with pytest.raises(IndexError, match=r"numbers of int8 with scales \[64, 1\]"):
+        READERS["quark"](parts, {})
+
+
+def test_blocks_of_modelopts_fp8_are_refused():
+    parts = {"weight": torch.ones(256, 256).to(torch.float8_e4m3fn), "weight_scale": torch.ones(2, 1, 2, 1)}
+    with pytest.raises(IndexError, match=r"float8_e4m3fn with scales \[2, 1, 2, 1\]"):
+        READERS["modelopt"](parts, {})
+
+
+def test_modelopts_first_releases_state_the_quantisation_in_a_file_of_its_own(checkpoint):
+    place, dense = checkpoint("modelopt, nvfp4")
+    described = json.loads((place / "config.json").read_text())
+    del described["quantization_config"]
+    (place / "config.json").write_text(json.dumps(described))
+    stated = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16}}
+    (place / "hf_quant_config.json").write_text(json.dumps(stated))
+    stored = load_file(place / "model.safetensors")
+    scales = {f"model.layers.0.self_attn.{which}_proj.{which}_scale": torch.tensor(0.5) for which in "kv"}
+    save_file(stored | scales, place / "model.safetensors", {"format": "pt"})
+    source = load_source(str(place), torch.float32)
+    assert "scales for a KV cache of 8 bits" in source.notes[0]
+    found = source.model.state_dict()
+    for name, wanted in dense.items():
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-6, msg=name)
 
 
 def test_blocks_of_fp8_that_no_config_states_are_those_that_transformers_takes():

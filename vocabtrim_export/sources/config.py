@@ -12,6 +12,7 @@ from engines.errors import VocabtrimError
 
 NO_CODE = {"trust_remote_code": False}  # transformers must neither ask on the terminal nor run a model's own code
 _MOST_RATIO = 16  # a checkpoint may pack several weights in a number
+_MODELOPT = "hf_quant_config.json"  # where ModelOpt's first releases state the quantisation, and nowhere else
 _FIRST_LONGROPE = "su"  # what the first releases of Phi-3 call LongRoPE
 
 
@@ -40,6 +41,7 @@ def read_config(spec: str, where: str) -> PreTrainedConfig:
         config = _with_longrope(raw) or AutoConfig.from_pretrained(where, **NO_CODE)
     except Exception as error:  # transformers raises many kinds
         raise _unreadable(spec, stated, error) from error
+    _add_modelopt(config, Path(where) / _MODELOPT)
     config._attn_implementation = None  # such as flash_attention_2, which this machine need not have
     return config
 
@@ -86,6 +88,16 @@ def _with_longrope(raw: Any) -> PreTrainedConfig | None:
     kind = CONFIG_MAPPING[raw["model_type"]]
     config: PreTrainedConfig = kind.from_dict(raw | {"rope_scaling": factors | {"rope_type": "longrope"}})
     return config
+
+
+def _add_modelopt(config: PreTrainedConfig, file: Path) -> None:
+    """Put the quantisation of a checkpoint of ModelOpt into the config that does not state it."""
+    if not file.is_file() or getattr(config, "quantization_config", None) is not None:
+        return
+    stated = read(file)
+    quantization = stated.get("quantization") if isinstance(stated, dict) else None
+    if isinstance(quantization, dict) and quantization.get("quant_algo"):
+        config.quantization_config = {"quant_method": "modelopt", **quantization}
 
 
 def _unreadable(spec: str, kind: Any, error: Exception) -> VocabtrimError:

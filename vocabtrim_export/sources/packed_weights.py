@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources.float4_weights import exponents, scaled
 
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the numbers of 4 bits; the highest bit is the sign
 Parts: TypeAlias = Mapping[str, Tensor]  # the tensors of one matrix, by the last part of their names
 _FP8_BLOCK = (128, 128)  # rows and columns where the configuration states none
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the columns that the nibbles of a number hold, from the lowest on
+# What AutoRound calls GPTQ's layouts: its own zero points are stored as they are.
+_AUTO_ROUND = {"auto_round:auto_gptq": "gptq", "auto_round:gptqmodel": "gptq_v2", "auto_round": "gptq_v2"}
 
 
 def unpack(packed: Tensor, bits: int, axis: int) -> Tensor:
@@ -45,20 +47,63 @@ def _gptq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
 
 
 def _awq(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
-    """Dequantise AWQ's qweight: [in, out / 8], its columns shuffled within each 8."""
-    if (
-        quantization.get("bits", quantization.get("w_bit")) != 4
-        or str(quantization.get("version", "gemm")).lower() != "gemm"
-    ):
-        raise VocabtrimError("only the 4-bit GEMM layout of AWQ is read: give the unquantised weights")
+    """Dequantise AWQ's qweight in one of its layouts."""
+    version = str(quantization.get("version", "gemm")).lower()
+    if quantization.get("bits", quantization.get("w_bit")) != 4 or version not in ("gemm", "gemv"):
+        raise VocabtrimError("only the 4-bit GEMM and GEMV layouts of AWQ are read: give the unquantised weights")
+    size = quantization.get("group_size", quantization.get("q_group_size"))
+    values, zeros, scales = (_awq_rows if version == "gemv" else _awq_columns)(parts, size)
+    groups = _groups(values.shape[1], scales.shape[1], size)
+    return (values - zeros[:, groups]).float() * scales[:, groups]
+
+
+def _awq_columns(parts: Parts, _size: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns values, zero points and scales, [out, …], of GEMM: qweight is [in, out / 8], shuffled within each 8."""
     place = torch.tensor(_AWQ_ORDER).argsort()
-    scales = parts["scales"].float()
     values, zeros = (
         unpack(parts[name], 4, 1).unflatten(1, (-1, 8))[..., place].flatten(1) for name in ("qweight", "qzeros")
     )
-    groups = _groups(len(values), len(scales), quantization.get("group_size", quantization.get("q_group_size")))
-    weight: Tensor = ((values - zeros[groups]).float() * scales[groups]).T
-    return weight.contiguous()
+    return values.T.contiguous(), zeros.T, parts["scales"].float().T
+
+
+def _awq_rows(parts: Parts, size: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what `_awq_columns` does, of GEMV: qweight is [out, in / 8], and unused groups fill up the others."""
+    values = unpack(parts["qweight"], 4, 1)
+    if not isinstance(size, int):
+        raise IndexError("config.json states no size of its groups")
+    count = -(-values.shape[1] // size) if size > 0 else 1
+    return values, unpack(parts["qzeros"], 4, 1)[:, :count], parts["scales"].float()[:, :count]
+
+
+def _auto_round(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
+    """Dequantise what AutoRound writes in the layout of GPTQ, of AWQ, or of compressed-tensors' 4-bit floats."""
+    packing = quantization.get("packing_format")
+    if "weight_packed" in parts:
+        return _compressed_float4(parts, quantization)
+    if packing == "auto_round:auto_awq":
+        return _awq(parts, dict(quantization) | {"version": "gemm"})
+    if packing not in _AUTO_ROUND:
+        raise VocabtrimError(
+            f"of AutoRound's checkpoints those packed as GPTQ or AWQ are read, not {packing}: give the unquantised "
+            "weights"
+        )
+    return _gptq(parts, dict(quantization) | {"checkpoint_format": _AUTO_ROUND[packing]})
+
+
+def _modelopt(parts: Parts, _quantization: Mapping[str, Any]) -> Tensor:
+    """Dequantise ModelOpt's weight.
+
+    It is float8 [out, in] with a scale for the tensor or for each row, or nvfp4: uint8[out, in / 2] with a scale for
+    each 16 numbers, weight_scale, and one for all of them, weight_scale_2.
+    """
+    if parts["weight"].dtype == torch.uint8:
+        return scaled(parts["weight"], parts["weight_scale"].float() * parts["weight_scale_2"].float())
+    return _float8(parts, {})
+
+
+def _float8(parts: Parts, _quantization: Mapping[str, Any]) -> Tensor:
+    """Dequantise weight: float8 [out, in] by weight_scale, one number or one for each row (fbgemm_fp8, Quark)."""
+    return _fp8(parts, {"weight_block_size": None})
 
 
 def _compressed(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
@@ -70,10 +115,7 @@ def _compressed(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
     if quantization.get("transform_config"):
         raise VocabtrimError("weights that are rotated (transform_config) are not read: give the unquantised ones")
     if "weight_packed" in parts and parts["weight_packed"].dtype != torch.int32:
-        raise VocabtrimError(
-            "of compressed-tensors' packed weights integers are read, not "
-            f"{quantization.get('format', 'other numbers')}: give the unquantised weights"
-        )
+        return _compressed_float4(parts, quantization)
     scales = parts["weight_scale"].float()
     if "weight_packed" in parts:
         bits = _bits(_of_weights(quantization, "num_bits"))
@@ -97,6 +139,19 @@ def _compressed(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
     return weight
 
 
+def _compressed_float4(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
+    """Dequantise weight_packed: uint8[out, in / 2] of compressed-tensors, nvfp4 or mxfp4."""
+    packed, scales = parts["weight_packed"], parts["weight_scale"]
+    if packed.dtype == torch.uint8 and "weight_global_scale" in parts:
+        return scaled(packed, scales.float() / parts["weight_global_scale"].float())
+    if packed.dtype == torch.uint8 and scales.dtype == torch.uint8:
+        return scaled(packed, exponents(scales))
+    raise VocabtrimError(
+        "of compressed-tensors' packed weights integers, nvfp4 and mxfp4 are read, not "
+        f"{quantization.get('format', 'other numbers')}: give the unquantised weights"
+    )
+
+
 def _fp8(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
     """Dequantise weight: float8 [out, in] by its scale: one number, or one for each block of rows and columns.
 
@@ -106,41 +161,30 @@ def _fp8(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
     values, scales = parts["weight"].float(), parts[name].float()
     height, width = quantization.get("weight_block_size", _FP8_BLOCK) or (None, None)
     scales = scales.reshape(-1, 1) if scales.ndim < 2 else scales
+    if scales.ndim > 2 or parts["weight"].dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        kind = str(parts["weight"].dtype).removeprefix("torch.")
+        raise IndexError(f"numbers of {kind} with scales {list(scales.shape)}")
     rows, columns = _groups(len(values), len(scales), height), _groups(values.shape[1], scales.shape[1], width)
     weight: Tensor = values * scales[rows[:, None], columns]
     return weight
 
 
 READERS: dict[str, Callable[[Parts, Mapping[str, Any]], Tensor]] = {
+    "auto-round": _auto_round,
     "awq": _awq,
     "compressed-tensors": _compressed,
+    "fbgemm_fp8": _float8,
     "fp8": _fp8,
     "gptq": _gptq,
+    "modelopt": _modelopt,
+    "quark": _float8,
 }
 QUANTISED = frozenset({"qweight", "weight_packed", "weight_scale", "weight_scale_inv"})
 PARTS = frozenset(
     {"qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed", "weight_shape", "weight_scale"}
-    | {"weight_scale_inv", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point", "activation_scale"}
+    | {"weight_scale_2", "weight_scale_inv", "weight_global_scale", "weight_zero_point", "weight_g_idx"}
+    | {"input_scale", "input_global_scale", "input_zero_point", "activation_scale"}
 )
-
-
-def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the weights of experts, [experts, in, out], expert by expert.
-
-    Args:
-        blocks: uint8[experts, out, in / 32, 16]: two numbers a byte, the first in the low nibble.
-        scales: uint8[experts, out, in / 32]: exponents of 2, 127 more than they are.
-        dtype: The dtype of the weights, in which every product of such a number and scale is exact, but for float16.
-    """
-    if blocks.shape[:-1] != scales.shape or blocks.shape[-1] != 16:
-        raise IndexError(f"blocks {list(blocks.shape)} and scales {list(scales.shape)} do not belong together")
-    numbers = torch.tensor([*_FP4, *(-number for number in _FP4)])
-
-    def decoded(packed: Tensor, exponents: Tensor) -> Tensor:
-        nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
-        return torch.ldexp(numbers[nibbles.long()], exponents.int()[..., None] - 127).flatten(-2).T
-
-    return torch.stack([decoded(*expert).to(dtype) for expert in zip(blocks, scales, strict=True)])
 
 
 def _bits(bits: Any) -> int:

@@ -1,6 +1,6 @@
 """Weight-only quantised checkpoints, read as the dense weights that their numbers and scales stand for, exactly.
 
-Four forms are read from safetensors: GPTQ, AWQ (its GEMM layout), compressed-tensors and fp8. Each row of a dense
+These forms are read from safetensors: `packed_weights.READERS`, and mxfp4 as gpt-oss has it. Each row of a dense
 matrix equals the quantised model's row, so rows can be cut from it.
 """
 
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.progress import BytesDone
+from vocabtrim_export.sources.float4_weights import mxfp4
 from vocabtrim_export.sources.mapped import Hold
-from vocabtrim_export.sources.packed_weights import PARTS, QUANTISED, READERS, Parts, mxfp4
+from vocabtrim_export.sources.packed_weights import PARTS, QUANTISED, READERS, Parts
 from vocabtrim_export.sources.weight_files import tensor_dtypes
 
 _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0")
@@ -43,10 +44,10 @@ def is_quantized(spec: str, files: Iterable[Path], quantization: Mapping[str, An
     if not any(dtype in _PACKED for file in files for dtype in tensor_dtypes(file).values()):
         return False
     method = quantization.get("quant_method")
-    if method not in (*READERS, _MXFP4):
+    if method not in (known := sorted((*READERS, _MXFP4))):
         raise VocabtrimError(
-            f"{spec} is quantised by {method or 'an unnamed method'}, which is not read (GPTQ, AWQ, "
-            "compressed-tensors, fp8 and mxfp4 are): give its unquantised weights or a .gguf file"
+            f"{spec} is quantised by {method or 'an unnamed method'}, which is not read ({', '.join(known)} are): give "
+            "its unquantised weights or a .gguf file"
         )
     return True
 

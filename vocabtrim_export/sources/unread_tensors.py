@@ -20,7 +20,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # Tensors that do not change the next token's logits: a note tells the user that they are left out.
 _NOTED = (
     (
-        re.compile(r"attn\.([qkv]|kv|prob)_scale$|\.[qkv]_proj\.output_scale$"),
+        re.compile(r"attn\.([qkv]|kv|prob)_scale$|\.[qkv]_proj\.(output|[kv])_scale$"),
         "scales for a KV cache of 8 bits (the bundle's KV cache is not quantised)",
     ),
     (re.compile(r"(^|\.)(v_head|value_head|reward_head|score|classifier)\."), "a head that scores texts"),
