@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from engines.bundle.graph_file import GraphFile
 from engines.bundle.read import MODEL_NAME, VOCAB_MAP_NAME
@@ -40,6 +39,7 @@ from vocabtrim_export.selection import (
     select_vocab,
     structural_token_ids,
 )
+from vocabtrim_export.sources.checkpoint import read_checkpoint_tokenizer
 from vocabtrim_export.sources.paths import local_path
 
 _COPIED = (
@@ -155,10 +155,7 @@ def _open(directory: Path) -> OnnxSource:
             f"{directory} holds several ONNX models ({names}): move the decoder into a directory of its own"
         )
     GraphFile.read(graph)  # refuses what points outside the directory, before anything of it is opened
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds
-        raise VocabtrimError(f"{directory} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+    tokenizer = read_checkpoint_tokenizer(str(directory), str(directory))
     if not getattr(tokenizer, "is_fast", False):
         raise VocabtrimError(f"{directory} has no tokenizer.json: a fast tokenizer is needed")
     return OnnxSource(graph, tokenizer, _generation_config(directory))

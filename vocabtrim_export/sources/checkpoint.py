@@ -25,6 +25,7 @@ from vocabtrim_export.sources.half_precision import half_dtype, put_back_float32
 from vocabtrim_export.sources.mapped import MappedResults, holder
 from vocabtrim_export.sources.quantized_checkpoints import check_plain, dense_weights, is_quantized
 from vocabtrim_export.sources.refusals import check_architecture
+from vocabtrim_export.sources.sentencepiece_tokenizer import follow_sentencepiece
 from vocabtrim_export.sources.text_models import (
     is_multimodal,
     multimodal_note,
@@ -32,7 +33,14 @@ from vocabtrim_export.sources.text_models import (
     text_tensor_names,
     text_weights,
 )
+from vocabtrim_export.sources.tokenizer_file import follow_tokenizer_file
 from vocabtrim_export.sources.unread_tensors import check_unread
+
+_NO_FILE = "Couldn't instantiate the backend tokenizer"  # how transformers says so
+_FILES = (
+    "fetch its files again (tokenizer.json or tokenizer.model, tokenizer_config.json, chat_template.jinja), or copy "
+    "them from the model's release"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,15 +166,27 @@ def read_checkpoint_tokenizer(spec: str, where: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **NO_CODE)
     except Exception as error:  # transformers and tokenizers raise many kinds
-        raise VocabtrimError(
-            f"cannot read the tokenizer of {spec}: {first_line(error)}; fetch its files again (tokenizer.json or "
-            "tokenizer.model, tokenizer_config.json, chat_template.jinja)"
-        ) from error
+        why = "there is no file of one that transformers can read" if _NO_FILE in str(error) else first_line(error)
+        raise VocabtrimError(f"cannot read the tokenizer of {spec}: {why}; {_FILES}") from error
+    if tokenizer.is_fast:
+        _check_has_tokens(spec, tokenizer)
+        follow_tokenizer_file(where, tokenizer)
+        follow_sentencepiece(spec, where, tokenizer)
     processors = Path(where) / "chat_template.json"  # where older multimodal checkpoints have their only template
     if not tokenizer.chat_template and processors.is_file():
         stated = read(processors)
         tokenizer.chat_template = stated.get("chat_template") if isinstance(stated, dict) else None
     return tokenizer
+
+
+def _check_has_tokens(spec: str, tokenizer: Any) -> None:
+    """Refuse a tokenizer without tokens for text: transformers makes one where there are no files of its class."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    if not tokenizer.get_vocab().keys() - added:
+        raise VocabtrimError(
+            f"the tokenizer of {spec} has no tokens but special ones: its files are missing, or of another kind than "
+            f"{type(tokenizer).__name__}; {_FILES}"
+        )
 
 
 def _check_fit(spec: str, loading: Mapping[str, Any]) -> None:

@@ -1,0 +1,98 @@
+"""A checkpoint with a sentencepiece model and no tokenizer.json splits text as sentencepiece does, or is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from engines.errors import VocabtrimError
+from vocabtrim_export.sources.checkpoint import read_checkpoint_tokenizer
+from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
+
+CORPUS = Path(__file__).parents[2] / "docs" / "decisions.md"
+LLAMA = {"byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity"}
+LLAMA |= {"remove_extra_whitespaces": False}
+KINDS = {
+    "bpe": {"model_type": "bpe", **LLAMA},
+    "bpe without a prefix": {"model_type": "bpe", **LLAMA, "add_dummy_prefix": False},
+    "bpe, normalised": {"model_type": "bpe", "byte_fallback": True},
+    "unigram": {"model_type": "unigram", **LLAMA},
+    "unigram, normalised": {"model_type": "unigram", "byte_fallback": True},
+}
+TEXTS = [
+    "Hello world",
+    "two  spaces   three",
+    "don't 12345",
+    "a\n\nb\tc",
+    "na\u00efve \u4f60\u597d \U0001f642",
+    "",
+    "x = 1  # y",
+]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_models(tmp_path_factory):
+    place = tmp_path_factory.mktemp("sentencepiece")
+    for number, settings in enumerate(KINDS.values()):
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(CORPUS), model_prefix=str(place / str(number)), vocab_size=700, minloglevel=2, **settings
+        )
+    return {kind: place / f"{number}.model" for number, kind in enumerate(KINDS)}
+
+
+def directory(place, model, file="tokenizer.model", model_type="llama", **config):
+    shutil.copy(model, place / file)
+    (place / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 700}))
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(place)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize(
+    ("model_type", "tokenizer_class"),
+    [
+        ("llama", "LlamaTokenizer"),
+        ("mistral", "LlamaTokenizer"),
+        ("phi3", "LlamaTokenizer"),
+        ("llama", "TokenizersBackend"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_is_split_as_sentencepiece_does(kind, model_type, tokenizer_class, legacy, sentencepiece_models, tmp_path):
+    model = sentencepiece_models[kind]
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    place = directory(tmp_path, model, model_type=model_type, tokenizer_class=tokenizer_class, legacy=legacy, **names)
+    tokenizer = runtime_tokenizer(read_checkpoint_tokenizer("MODEL", place))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for text in TEXTS:
+        ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
+        assert ids == processor.encode(text), text
+        assert tokenizer.decode(ids) == processor.decode(ids), text
+    assert tokenizer.backend.encode("a</s>b", add_special_tokens=False).ids.count(processor.eos_id()) == 1
+
+
+def test_ids_that_are_not_the_models_own_are_refused(sentencepiece_models, tmp_path):
+    """XGLM's ids are sentencepiece's plus one, and transformers' class does not read the model at all."""
+    place = directory(
+        tmp_path, sentencepiece_models["unigram"], "sentencepiece.bpe.model", "xglm", tokenizer_class="XGLMTokenizer"
+    )
+    with pytest.raises(VocabtrimError, match=r"sentencepiece.bpe.model splits text in another way .* tokenizer.json"):
+        read_checkpoint_tokenizer("MODEL", place)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "files"),
+    [("LlamaTokenizer", ()), ("Qwen2Tokenizer", ()), ("LlamaTokenizer", ("vocab.json", "merges.txt"))],
+)
+def test_a_tokenizer_without_its_files_is_refused(tokenizer_class, files, tmp_path):
+    for file in files:
+        (tmp_path / file).write_text(json.dumps({"a": 0, "b": 1, "ab": 2}) if file == "vocab.json" else "a b\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 700}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
+    with pytest.raises(VocabtrimError, match="has no tokens but special ones: its files are missing"):
+        read_checkpoint_tokenizer("MODEL", str(tmp_path))
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(VocabtrimError, match="there is no file of one that transformers can read; fetch"):
+        read_checkpoint_tokenizer("MODEL", str(tmp_path))
