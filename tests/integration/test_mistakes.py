@@ -169,7 +169,7 @@ def test_unusable_calibration(attempt, tmp_path):
         CalibrationSettings(calibration="/data")
 
 
-def test_wrong_options(attempt):
+def test_wrong_options(attempt, tmp_path, monkeypatch):
     assert_one_line(attempt(max_length=100_000), "--max-length 100000")
     assert_one_line(attempt(max_length=1), "--max-length 1 is not in the 2 to")
     assert_one_line(attempt(calibration_tokens=0), "the number of calibration tokens must be positive, not 0")
@@ -181,6 +181,8 @@ def test_wrong_options(attempt):
     assert_one_line(attempt(k="-x"), "expected one argument; a value that begins with a dash is given as --k=-VALUE")
     assert_one_line(attempt(calibration_tok=5), "did you mean --calibration-tokens N?")  # no abbreviations
     assert_one_line(attempt(calibration=""), "--calibration: the path is empty")  # it would be the current directory
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert_one_line(attempt(calibration="~/none.jsonl"), f"calibration data not found: {tmp_path}/none.jsonl")
     assert_one_line(attempt(k=None), "--k")
     assert_one_line(attempt(target=None, calibration=None, calibration_source="target"), "--target")
 

@@ -65,10 +65,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def _path(text: str) -> Path:
-    """Parse an option that is a path; an empty one would be the current directory."""
+    """Parse an option that is a path; an empty one would be the current directory.
+
+    A shell leaves the `~` of `--output=~/out` to the program.
+    """
     if not text:
         raise argparse.ArgumentTypeError("the path is empty, as that of a shell variable which is not set")
-    return Path(text)
+    return Path(os.path.expanduser(text))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
