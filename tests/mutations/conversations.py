@@ -151,7 +151,7 @@ CONVERSATIONS = (
         "Compressed and binary files are never counted as text",
         "first bytes are not looked at",
         "vocabtrim_export/calibration/data_files.py",
-        "if begin.startswith(magic) or (begin and suffix in suffixes):",
+        "if (magic and begin.startswith(magic)) or (begin and suffix in suffixes):",
         "if False:",
         f"{CORPUS_TESTS} -k one_clear_line",
     ),

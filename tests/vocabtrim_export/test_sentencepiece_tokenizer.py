@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources.checkpoint import read_checkpoint_tokenizer
 from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
+from vocabtrim_export.sources.sentencepiece_tokenizer import follow_sentencepiece
 
 CORPUS = Path(__file__).parents[2] / "docs" / "decisions.md"
 LLAMA = {"byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity"}
@@ -74,12 +78,13 @@ def test_text_is_split_as_sentencepiece_does(kind, model_type, tokenizer_class, 
 
 
 def test_ids_that_are_not_the_models_own_are_refused(sentencepiece_models, tmp_path):
-    """XGLM's ids are sentencepiece's plus one, and transformers' class does not read the model at all."""
-    place = directory(
-        tmp_path, sentencepiece_models["unigram"], "sentencepiece.bpe.model", "xglm", tokenizer_class="XGLMTokenizer"
-    )
-    with pytest.raises(VocabtrimError, match=r"sentencepiece.bpe.model splits text in another way .* tokenizer.json"):
-        read_checkpoint_tokenizer("MODEL", place)
+    model = sentencepiece_models["bpe"]
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    shifted = {processor.id_to_piece(number): number + 1 for number in range(processor.get_piece_size())}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(shifted, [], unk_token="<unk>")))
+    tokenizer.vocab_file = str(model)
+    with pytest.raises(VocabtrimError, match=r"\.model splits text in another way .* tokenizer.json"):
+        follow_sentencepiece("MODEL", str(tmp_path), tokenizer)
 
 
 @pytest.mark.parametrize(
