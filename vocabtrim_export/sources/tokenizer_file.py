@@ -17,8 +17,8 @@ def follow_tokenizer_file(where: str, tokenizer: Any) -> None:
     its own, such as GPT2Tokenizer or LlamaTokenizer. SmolLM2, OLMo 2 and Granite split numbers by their file, and then
     have other ids than the ones that they were trained on.
 
-    Left as they are: special tokens, the tokens around a text, the settings of BERT's class (whose file may lack what
-    tokenizer_config.json says), and `add_prefix_space`, which tokenizer_config.json may set.
+    Left as they are: special tokens, the tokens that the class puts around a text, the settings of BERT's class (whose
+    file may lack what tokenizer_config.json says), and `add_prefix_space`, which tokenizer_config.json may set.
 
     Args:
         where: The model's directory.
@@ -33,6 +33,13 @@ def follow_tokenizer_file(where: str, tokenizer: Any) -> None:
     backend.model, backend.normalizer, backend.decoder = stated.model, stated.normalizer, stated.decoder
     if _without_space(stated.pre_tokenizer) != _without_space(backend.pre_tokenizer):
         backend.pre_tokenizer = stated.pre_tokenizer
+    if not _surrounds(backend) and tokenizer.init_kwargs.get("add_bos_token") is not False:
+        backend.post_processor = stated.post_processor  # GPTNeoXTokenizer forgets it, and the BOS with it
+
+
+def _surrounds(backend: Tokenizer) -> bool:
+    """Returns whether the tokenizer puts tokens around a text."""
+    return len(backend.encode("a").ids) > len(backend.encode("a", add_special_tokens=False).ids)
 
 
 def _without_space(pre_tokenizer: Any) -> Any:
