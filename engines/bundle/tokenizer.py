@@ -24,8 +24,10 @@ _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # byte
 _OTHERS = sorted(set(range(256)) - set(_PRINTED))  # it spells these with the characters from 256 on
 _BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 # What transformers' `clean_up_tokenization` replaces, in its order, and the characters that any of it may go on after.
-_CLEANED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"))
-_CLEANED += ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+_CLEANED = (
+    *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")),
+    *((" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
+)
 _OPEN = " 'nvr"
 TEMPLATES_NAME = "additional_chat_templates"  # a directory of templates with other names than "default"
 
