@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ _PROBES = (
     "\u043f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440",
     "def f(x):\n    return x  # c",
 )
+_LEGACY_PROBES = (" a space first",)  # which gets a second one, but not in tokenizers that state legacy: false
 
 
 def follow_sentencepiece(spec: str, where: str, tokenizer: Any) -> None:
@@ -45,14 +47,14 @@ def follow_sentencepiece(spec: str, where: str, tokenizer: Any) -> None:
     if (Path(where) / "tokenizer.json").is_file() or not file.is_file() or (proto := _read(file)) is None:
         return
     processor = _processor(file)
-    if _splits_alike(tokenizer.backend_tokenizer, processor):
+    is_legacy = tokenizer.init_kwargs.get("legacy") is not False
+    probes = (*_PROBES, *_LEGACY_PROBES) if is_legacy else _PROBES
+    if _splits_alike(tokenizer.backend_tokenizer, processor, probes):
         return
     vocab = tokenizer.get_vocab()
     if all(vocab.get(piece.piece) == number for number, piece in enumerate(proto.pieces)):
-        rebuilt = _rebuilt(
-            tokenizer.backend_tokenizer, proto, is_legacy=tokenizer.init_kwargs.get("legacy") is not False
-        )
-        if _splits_alike(rebuilt, processor):
+        rebuilt = _rebuilt(tokenizer.backend_tokenizer, proto, is_legacy=is_legacy)
+        if _splits_alike(rebuilt, processor, probes):
             tokenizer._tokenizer = rebuilt
             return
     raise VocabtrimError(
@@ -79,9 +81,9 @@ def _processor(file: Path) -> Any:
     return SentencePieceProcessor(model_file=str(file))
 
 
-def _splits_alike(backend: Tokenizer, processor: Any) -> bool:
+def _splits_alike(backend: Tokenizer, processor: Any, probes: Sequence[str]) -> bool:
     """Returns whether both split the probes into the same pieces; texts with unknown characters are left out."""
-    for probe in _PROBES:
+    for probe in probes:
         ids = processor.encode(probe)
         pieces = [processor.id_to_piece(number) for number in ids]
         if processor.unk_id() not in ids and backend.encode(probe, add_special_tokens=False).tokens != pieces:
