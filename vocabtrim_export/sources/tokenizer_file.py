@@ -14,8 +14,8 @@ def follow_tokenizer_file(where: str, tokenizer: Any) -> None:
     """Give a tokenizer the model, normaliser, pre-tokenizer and decoder of its `tokenizer.json`.
 
     transformers 5 takes only the tokens and merges of that file where tokenizer_config.json names a class with parts of
-    its own, such as GPT2Tokenizer or LlamaTokenizer. What the file splits otherwise, such as the digits of SmolLM2, then
-    gets other ids than those that the model was trained on.
+    its own, such as GPT2Tokenizer or LlamaTokenizer. What the file splits otherwise, such as the digits of SmolLM2,
+    then gets other ids than those that the model was trained on.
 
     Left as they are: special tokens, the tokens that the class puts around a text, the settings of BERT's class (whose
     file may lack what tokenizer_config.json says), and `add_prefix_space`, which tokenizer_config.json may set.
