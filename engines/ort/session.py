@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from engines.errors import VocabtrimError
 
+_OLDEST = (1, 31)  # releases before 1.30 compute the logits of more tokens than a graph's inputs ask for, or fail
 # optimizers of ONNX Runtime that keep in memory what is computed from weights
 _KEEPING = ("ConstantFolding", "CommonSubexpressionElimination")
 
@@ -56,8 +57,10 @@ def new_session(
             `QMoE` rounds them in its copied layout alone.
 
     Raises:
+        VocabtrimError: ONNX Runtime is too old.
         Exception: An error of ONNX Runtime's; its exceptions have no common base.
     """
+    _check_version(ort.__version__)
     options = ort.SessionOptions()
     options.log_severity_level = 4  # an error is raised; it would also be printed, in colour
     # Without this, an idle engine's threads spin and take the cores from the other engine of the pair.
@@ -65,6 +68,7 @@ def new_session(
     if weights_in_file:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_mem_reuse = False  # before 1.32 a KV cache that grows gets the memory of the smaller one
     if profile_prefix:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
@@ -80,6 +84,16 @@ def new_session(
     return ort.InferenceSession(model, options, **how)
 
 
+def _check_version(version: str) -> None:
+    """Refuse a release of ONNX Runtime that pip let pass, as it does beside the package onnxruntime-gpu."""
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise VocabtrimError(
+            f"ONNX Runtime {version} is too old for these bundles: install onnxruntime, or onnxruntime-gpu, {oldest} "
+            "or newer"
+        )
+
+
 def open_session(path: Path, profile_prefix: Path | None = None, weights_in_file: bool = False) -> ort.InferenceSession:
     """Open a session on the CPU.
 
@@ -93,6 +107,8 @@ def open_session(path: Path, profile_prefix: Path | None = None, weights_in_file
     """
     try:
         return new_session(path, profile_prefix=profile_prefix, weights_in_file=weights_in_file)
+    except VocabtrimError:
+        raise
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise VocabtrimError(f"ONNX Runtime cannot open {path} on the CPU: {reason(error)}") from error
 

@@ -98,12 +98,9 @@ def preload_libraries() -> tuple[str, ...]:
     Returns:
         The names of those that do not load.
     """
-    preload = getattr(ort, "preload_dlls", None)
-    if preload is None:  # before ONNX Runtime 1.21
-        return ()
     printed = io.StringIO()
     with redirect_stdout(printed):
-        preload()
+        ort.preload_dlls()
     # Each library is tried in two places, so one that loads from neither is named twice.
     return tuple(dict.fromkeys(re.findall(r"Failed to load (?:\S*/)?([^\s/:]+):", printed.getvalue())))
 

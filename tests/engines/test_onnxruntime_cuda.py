@@ -578,7 +578,7 @@ def test_the_command_line_says_where_the_drafter_runs(monkeypatch, capsys):
 def wheel(monkeypatch, tmp_path):
     """wheel(providers, *files): an installed ONNX Runtime that lists these providers and has these libraries."""
     (tmp_path / "capi").mkdir()
-    monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
 
     def make(providers, *files):
         monkeypatch.setattr(ort, "__file__", str(tmp_path / "__init__.py"))
@@ -626,7 +626,7 @@ def test_libraries_that_do_not_load_are_named(monkeypatch, wheel):
         print("Failed to load libcudart.so.13: libcudart.so.13: cannot open shared object file")
         print("Failed to load libcublasLt.so.13: libcublasLt.so.13: cannot open shared object file")
 
-    monkeypatch.setattr(ort, "preload_dlls", preload, raising=False)
+    monkeypatch.setattr(ort, "preload_dlls", preload)
     with pytest.raises(VocabtrimError, match=r"\(missing: libcublasLt\.so\.13, libcudart\.so\.13\)"):
         cuda_provider.require_provider()
 

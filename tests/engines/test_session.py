@@ -1,6 +1,7 @@
 """ONNX Runtime's errors become one line, and nothing is printed beside it."""
 
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -20,3 +21,14 @@ def test_a_graph_that_cannot_be_opened_prints_nothing(tmp_path, capfd):
     with pytest.raises(VocabtrimError, match=r"cannot open .* on the CPU: .*epsilon"):
         open_session(tmp_path / "model.onnx")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_release_that_computes_otherwise_is_refused(tmp_path, monkeypatch):
+    """pip lets one pass beside onnxruntime-gpu, and 1.29 and older compute other logits than the graph asks for."""
+    monkeypatch.setattr(onnxruntime, "__version__", "1.30.2")
+    with pytest.raises(VocabtrimError, match=r"ONNX Runtime 1\.30\.2 is too old .*: install .*, 1\.31 or newer"):
+        open_session(tmp_path / "model.onnx")
+    for version in ("1.31.0.dev20261001", "2.0.0"):
+        monkeypatch.setattr(onnxruntime, "__version__", version)
+        with pytest.raises(VocabtrimError, match="cannot open"):
+            open_session(tmp_path / "model.onnx")
