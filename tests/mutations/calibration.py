@@ -25,6 +25,22 @@ CALIBRATION = (
         f"{RAY} -k killed",
     ),
     Mutation(
+        "A stopped or killed Ray driver goes on where its workers' batches were saved",
+        "what workers set aside is dropped",
+        "vocabtrim_export/calibration/ray_workers.py",
+        "self._append(ray.get(reference))",
+        "ray.get(reference)",
+        f"{RAY} -k driver",
+    ),
+    Mutation(
+        "All of a text is counted, up to a bound",
+        "it stops where generations would be enough",
+        "vocabtrim_export/calibration/counter.py",
+        ' and job.source != "text"',
+        "",
+        "tests/vocabtrim_export/test_sufficiency.py -k all_of_a_text",
+    ),
+    Mutation(
         "A server's answer that is cut is asked for again",
         "what came is counted",
         "vocabtrim_export/calibration/endpoint.py",

@@ -4,14 +4,20 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration import ray_cluster, ray_workers
+from vocabtrim_export.calibration import TokenCounts, calibrate, ray_cluster, ray_workers
+from vocabtrim_export.calibration.counter import NOBODY, Listener
 from vocabtrim_export.calibration.counting import CalibrationSettings, calibrate_models
 from vocabtrim_export.calibration.partial_batch import PartialBatch
+from vocabtrim_export.cli import calibrate_command
+from vocabtrim_export.cli.main import main
 
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -43,10 +49,10 @@ def place(tmp_path, model, tokenizer):
     return tmp_path
 
 
-def count(place, name, **settings):
+def count(place, name, listener=NOBODY, **settings):
     output = place / f"{name}.safetensors"
     settings = CalibrationSettings((str(place / "data.jsonl"),), **settings)
-    calibrate_models(None, str(place / "model"), output, settings)
+    calibrate_models(None, str(place / "model"), output, settings, listener)
     return output.read_bytes()
 
 
@@ -96,6 +102,66 @@ def test_a_worker_that_is_killed_at_work_changes_nothing(cluster, place, monkeyp
     assert not (place / "ray.safetensors.partial").exists()
 
 
+def stopped_driver(arguments, number):
+    """Run `calibrate`, which the signal ends in the middle: of a batch where a model generates, else of the text.
+
+    Returns its exit code. It is also the program of a process of its own, for the signal that nobody can catch.
+    """
+    append = PartialBatch.append
+
+    def append_and_stop(unfinished, segment):
+        append(unfinished, segment)
+        if unfinished.count == 3:
+            signal.raise_signal(number)
+
+    @contextmanager
+    def stop_at_a_third(_rates):
+        yield lambda task, done, _total: signal.raise_signal(number) if task == "calibrate" and done > 5000 else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartialBatch, "append", append_and_stop)
+        patch.setattr(calibrate_command, "progress_reporter", stop_at_a_third)
+        patch.setattr(ray_workers, "_ASIDE", 0.0)
+        patch.setattr(ray_workers, "_FETCH", 0.01)
+        patch.setitem(calibrate.__kwdefaults__, "save_seconds", 0.0)
+        return main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("number", "source"), [(signal.SIGINT, "text"), (signal.SIGTERM, "text"), (signal.SIGKILL, "target")]
+)
+def test_a_driver_that_is_stopped_while_workers_count_goes_on(cluster, place, monkeypatch, number, source):
+    """The second run goes on from what the first one saved, and its file is that of one that nothing stopped."""
+    settings = {"calibration_source": source, "calibration_tokens": 12_000 if source == "text" else 2_000}
+    output = place / "ray.safetensors"
+    arguments = ["calibrate", "--target", str(place / "model"), "--calibration", str(place / "data.jsonl")]
+    arguments += ["--calibration-source", source, "--calibration-tokens", str(settings["calibration_tokens"])]
+    arguments += ["--output", str(output), "--ray", cluster]
+    if number == signal.SIGKILL:
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, __file__, *arguments]
+        assert subprocess.run(command, env=environment, timeout=120, check=False).returncode == -number
+    else:
+        assert stopped_driver(arguments, number) == 130
+    saved = TokenCounts.load(output).total if output.exists() else 0
+    segments = sorted(place.glob("ray.safetensors.partial/*/*.safetensors"))
+    assert 5000 < saved < 12_000 if source == "text" else len(segments) >= 3
+
+    totals, loaded, stored = [], [], PartialBatch.stored
+
+    def stored_and_noted(unfinished):
+        loaded.append([*stored(unfinished)])
+        return loaded[-1]
+
+    monkeypatch.setattr(PartialBatch, "stored", stored_and_noted)
+    listener = Listener(lambda task, done, _total: totals.append(done) if task == "calibrate" else None)
+    counts = count(place, "ray", listener, **settings, ray=cluster)
+    assert min(totals) > saved
+    assert source == "text" or max(map(len, loaded)) >= 3
+    assert counts == count(place, "one", **settings)
+    assert not (place / "ray.safetensors.partial").exists()
+
+
 def test_a_batch_that_every_worker_dies_of_is_one_line(cluster, place, monkeypatch):
     monkeypatch.setattr(ray_workers.TextWorker, "tokens", lambda _worker, _batch, _work: os._exit(1))
     monkeypatch.setattr(ray_workers, "_ATTEMPTS", 2)
@@ -124,3 +190,7 @@ def test_an_address_that_does_not_answer_is_one_line(place, monkeypatch):
         ]:
             with pytest.raises(VocabtrimError, match=f"--ray {address}: {message}"):
                 count(place, "ray", calibration_source="text", ray=address)
+
+
+if __name__ == "__main__":
+    stopped_driver(sys.argv[1:], signal.SIGKILL)
