@@ -19,6 +19,7 @@ from vocabtrim_export.calibration import (
     Document,
     Message,
     TokenCounts,
+    batches,
     calibrate,
     generate,
     read_corpus,
@@ -114,7 +115,8 @@ def interrupted_at(tokens):
 
 
 @pytest.mark.parametrize("source", ["target", "text"])
-def test_a_resumed_calibration_ends_as_an_uninterrupted_one(tmp_path, model, tokenizer, source):
+def test_a_resumed_calibration_ends_as_an_uninterrupted_one(tmp_path, model, tokenizer, monkeypatch, source):
+    monkeypatch.setattr(batches, "TEXT_BATCH", 32)
     path = tmp_path / "checkpoint"
     settings = CountSettings(source, max_tokens=900, seed=3, limits=LIMITS)
     documents = corpus(20 if source == "target" else 100)  # the model goes round more than once
@@ -197,13 +199,13 @@ def test_a_limit_that_is_raised_goes_on_within_the_document_it_cut(tmp_path, mod
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"chat": ChatOptions(template_args={"enable_thinking": False})}, "chat"),
+        ({"chat": ChatOptions(template_args={"enable_thinking": False})}, "chat template"),
         ({"seed": 4}, "seed"),
         ({"temperature": 0.5}, "temperature"),
         ({"source": "drafter"}, "source"),
-        ({"model_digest": "other"}, "model_digest"),
-        ({"limits": replace(LIMITS, max_new_tokens=11)}, "max_new_tokens"),
-        ({"corpus": corpus(9)}, "corpus_digest"),
+        ({"model_digest": "other"}, "model"),
+        ({"limits": replace(LIMITS, max_new_tokens=11)}, "max new tokens"),
+        ({"corpus": corpus(9)}, "text"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, model, tokenizer, change, named):
@@ -212,6 +214,14 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, model, tokenizer, c
     documents = change.pop("corpus", corpus(8))
     with pytest.raises(VocabtrimError, match=f"calibrated with another {named}: remove it"):
         calibrate(model, tokenizer, documents, replace(settings, **change), checkpoint=path)
+
+
+def test_a_checkpoint_that_is_none_is_refused_with_what_to_do(tmp_path, tokenizer):
+    (tmp_path / "text").write_text("no counts")
+    (tmp_path / "directory").mkdir()
+    for name, message in ("text", "is not a file of token counts"), ("directory", "is a directory"):
+        with pytest.raises(VocabtrimError, match=f"{name} {message}.*: name another file to write, or remove this one"):
+            calibrate(None, tokenizer, corpus(8), CountSettings("text", 5), checkpoint=tmp_path / name)
 
 
 def test_text_counts_its_tokens_in_one_pass(tokenizer):

@@ -71,10 +71,14 @@ def test_a_domain_with_too_little_text_still_has_its_weight(place):
         (["code={0}/code.txt:1e-9"], "the weight '1e-9' is not a positive number from 0.001 to 1000"),
         (["code={0}/code.txt", "code={0}/chat.txt"], "names the domain code twice"),
         (["code={0}/code.txt", "{0}/chat.txt"], "chat.txt has no name"),
+        (["my code={0}/code.txt"], "the name 'my code' is not of letters"),
+        (["={0}/code.txt"], "the name '' is not of letters"),
+        (["code={0}/some.safetensors"], "is a file of weights or token counts, which is not read"),
         (["code={0}/missing.txt:2"], "calibration data not found: .*missing.txt"),
     ],
 )
 def test_domains_that_cannot_be_meant_are_refused(place, given, message):
+    (place / "some.safetensors").write_bytes(bytes(9))
     with pytest.raises(VocabtrimError, match=message):
         read_calibration([each.format(place) for each in given])
 

@@ -113,9 +113,13 @@ def test_an_interrupted_run_goes_on(tokenizer, tmp_path):
         ({"content": "the fox\ud83e"}, {}, "the fox"),
         ({"content": "a \ud83e fox"}, {}, "a ? fox"),
         ({"content": None}, {}, ""),
+        ({"content": None, "reasoning_content": "a fox?"}, {}, "a fox?"),  # the limit cut the reasoning
+        ({"content": "fox", "reasoning": "a dog?"}, {}, "a dog?\n\nfox"),
+        ({"content": "fox", "reasoning_content": 3}, {}, None),
         ({"content": [{"type": "text", "text": "the fox"}]}, {}, None),
         ({"content": 3}, {}, None),
         ({"content": "fox"}, {"completion_tokens": float("inf")}, None),
+        ({"content": "fox"}, {"completion_tokens": -3}, "fox"),
     ],
 )
 def test_the_text_of_an_odd_answer_is_counted_or_refused(choice, usage, counted):
@@ -145,10 +149,10 @@ def test_a_server_that_answers_with_nothing_is_one_line(tokenizer, tmp_path):
     path = tmp_path / "counts"
     with (
         serve(tokenizer, lambda number: empty if number > 20 else None) as (endpoint, seen),
-        pytest.raises(VocabtrimError, match=r"a whole pass over test counted no token, .* counted so far are kept"),
+        pytest.raises(VocabtrimError, match=r"answers 9 prompts with no text; the counts so far are kept"),
     ):
         count(tokenizer, endpoint, path, temperature=1.0)
-    assert seen["requests"] == 2 * len(CORPUS.documents)
+    assert seen["requests"] == len(CORPUS.documents)
     assert TokenCounts.load(path).total > 0
 
 
@@ -175,6 +179,12 @@ def test_a_server_that_is_wrong_is_one_line(tokenizer):
     with (
         serve(tokenizer, factor=2) as (endpoint, _),
         pytest.raises(VocabtrimError, match="it serves another model than the one to calibrate for"),
+    ):
+        count(tokenizer, endpoint)
+    silent = b'{"choices": [{"message": {"content": null}, "text": ""}], "usage": {"completion_tokens": 64}}'
+    with (
+        serve(tokenizer, lambda _: silent) as (endpoint, _),
+        pytest.raises(VocabtrimError, match=r"counts 1024 tokens in answers that have 0 .* keeps a part"),
     ):
         count(tokenizer, endpoint)
     with (

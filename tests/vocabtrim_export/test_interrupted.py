@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from vocabtrim_export.calibration import TokenCounts
+from vocabtrim_export.calibration import TokenCounts, batches
 from vocabtrim_export.cli import calibrate_command
 from vocabtrim_export.cli.main import main
 
@@ -21,6 +21,7 @@ def test_the_file_is_that_of_a_run_that_nothing_stopped(
 ):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(batches, "TEXT_BATCH", 64)
     records = (json.dumps({"text": f"the fox {n} jumps over {n % 13} lazy dogs"}) for n in range(300))
     (tmp_path / "data.jsonl").write_text("\n".join(records))
 

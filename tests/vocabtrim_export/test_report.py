@@ -258,7 +258,7 @@ def test_a_mistake_is_one_line(mistake, place, benches, tmp_path):
     assert "holds other counts than those that chose this" in mistake(export, "--counts", counts)
     counts.write_bytes(counts.read_bytes()[:-9])
     assert "is not a file of token counts" in mistake(export, "--counts", counts)
-    assert "is not a file of token counts" in mistake(export, "--counts", tmp_path / "none.safetensors")
+    assert "does not exist: give a file of token counts" in mistake(export, "--counts", tmp_path / "none.safetensors")
     damaged, digest = tmp_path / "damaged.json", read_bundle(export / "drafter").manifest.digest
     for content, message in (
         ("{", "is not valid JSON"),

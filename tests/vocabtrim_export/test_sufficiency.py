@@ -1,14 +1,32 @@
 """`--calibration-tokens auto`: it stops when more tokens would change little, wherever it was interrupted."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from vocabtrim_export.calibration import Corpus, CountEvents, CountSettings, Document, TokenCounts, calibrate
+from vocabtrim_export.calibration import (
+    Corpus,
+    CountEvents,
+    CountSettings,
+    Document,
+    TokenCounts,
+    batches,
+    calibrate,
+    counter,
+)
+from vocabtrim_export.calibration.counter import Listener
+from vocabtrim_export.calibration.counting import CalibrationSettings, calibrate_models
 from vocabtrim_export.calibration.sufficiency import FIRST_LOOK, Evidence, rows_of
 
 VOCAB, MOST = 448, 60_000
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """Looks follow the doubling of the tokens closely, though the texts are few."""
+    monkeypatch.setattr(batches, "TEXT_BATCH", 64)
 
 
 def corpus(tokenizer, spread):
@@ -64,6 +82,33 @@ def test_auto_ends_with_the_same_file_wherever_it_was_interrupted(tokenizer, tmp
     assert calibrate(None, tokenizer, documents, more, checkpoint=resumed).total == more.max_tokens
 
 
+def test_auto_counts_all_of_a_text_up_to_a_bound(tokenizer, model, tmp_path, monkeypatch):
+    """Where generations would have been enough long before: a text's tokens cost next to nothing."""
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = [document.text.strip() for document in corpus(tokenizer, 0).documents]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokens = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    progress, notes = [], []
+    listener = Listener(lambda *reported: progress.append(reported), on_note=notes.append)
+
+    def count(name):
+        settings = CalibrationSettings((str(tmp_path / "data.jsonl"),), "text")
+        return calibrate_models(None, str(tmp_path / "model"), tmp_path / name, settings, listener)
+
+    assert count("all.safetensors").total == tokens
+    assert not notes
+    assert [task for task, _, _ in progress] == ["calibrate"] * len(progress)
+    assert all(0.9 * tokens < total < 1.1 * tokens for _, _, total in progress)
+    assert progress[-1][1:] == (tokens, tokens)
+    monkeypatch.setattr(counter, "MOST_OF_TEXT", tokens // 2)
+    assert count("half.safetensors").total == tokens // 2
+    assert notes == [
+        f"{tokens // 2} tokens were counted, drawn from all of the text, and not the rest: "
+        "--calibration-tokens NUMBER counts as many as you like"
+    ]
+
+
 def test_the_interval_is_over_documents_and_not_over_tokens():
     """Documents that are covered wholly or not at all: 40 of them say much less than their 4,000 tokens."""
     counts, evidence = np.zeros(VOCAB, np.int64), Evidence(2, VOCAB, {})
@@ -75,6 +120,9 @@ def test_the_interval_is_over_documents_and_not_over_tokens():
     assert look.coverage == 0.5
     assert 0.25 < look.high - look.low < 0.4  # 2 · 1.96 · sqrt(0.25 / 40) = 0.31; over tokens it would be 0.03
     assert not look.is_enough
+    assert "2 rows cover 50.00%" in str(look)
+    few = Evidence(200, VOCAB, evidence.tensors()).look(4 * counts, held_out)
+    assert "200 rows, 198 of them never counted, cover 100.00% of held-out tokens" in str(few)
 
 
 def test_a_share_is_the_fewest_rows_that_cover_it():

@@ -15,7 +15,9 @@ from vocabtrim_export.calibration.document_file import prompt_lengths
 # of all lengths.
 BATCHES_A_WINDOW = 8
 MIN_BATCH = 8
-TEXT_BATCH = 64
+# Texts that are counted together: fewer would add up arrays of a whole vocabulary more often.
+TEXT_BATCH = 256
+_TEXT_GROUP = 64  # texts of similar length that follow each other in the order
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class Batches:
         """
         random = np.random.default_rng([self.run.seed, pass_number])
         shuffled = random.permutation(len(self._lengths))
-        size = self.run.batch_size or TEXT_BATCH
+        size = self.run.batch_size or _TEXT_GROUP
         order: list[NDArray[np.int64]] = []
         for start in range(0, len(shuffled), BATCHES_A_WINDOW * size):
             window = shuffled[start : start + BATCHES_A_WINDOW * size]

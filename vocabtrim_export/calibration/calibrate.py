@@ -125,11 +125,18 @@ def _count(task: CountTask, counts: TokenCounts, evidence: Evidence | None, skip
                         events.on_look(sufficiency)
                         counts = _stop(counts, settings.enough_for) if sufficiency.is_enough else counts
                 task.saver.take(counts, batch)
-                events.progress(counts.total, settings.max_tokens)
+                events.progress(counts.total, _expected(counts, settings, documents))
             task.saver.finish(counts)
         finally:  # after Ctrl-C too
             task.saver.save(counts)
     return counts
+
+
+def _expected(counts: TokenCounts, settings: CountSettings, documents: int) -> int:
+    """Returns the tokens at which the counting ends; of a text an estimate by the documents counted so far."""
+    done, tokens = _done(counts)
+    of_all = tokens * documents // max(1, done) if settings.source == "text" else settings.max_tokens
+    return min(of_all, settings.max_tokens)
 
 
 def _check_grown(before: int, counts: TokenCounts, task: CountTask) -> None:

@@ -72,7 +72,7 @@ class CountEvents:
     """Functions that `calibrate` calls as it counts.
 
     Attributes:
-        progress: Called with (tokens so far, max_tokens) as tokens come in.
+        progress: Called with (tokens so far, tokens expected at the end) as tokens come in.
         on_skip: Called at the end for each document that cannot be a prompt of this model.
         on_look: Called with each look at whether the tokens are enough; the last look is the one that stopped.
         on_prompts: Called with (prompt tokens read, all of them) while a batch's prompts are read, before its first

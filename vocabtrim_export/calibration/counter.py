@@ -44,6 +44,7 @@ class Listener:
 
 
 NOBODY = Listener()
+_LIMITED = "drawn from all of the text, and not the rest: --calibration-tokens NUMBER counts as many as you like"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +146,10 @@ def _count_corpus(
     counts = calibrate(
         model, tokenizer, corpus, settings, checkpoint=job.checkpoint, workers=job.workers, events=events
     )
-    if settings.enough_for is not None:
+    if job.settings.calibration_tokens == "auto":
         listener.progress("calibrate", counts.total, counts.total)
+        if job.source == "text" and counts.total == settings.max_tokens:
+            listener.on_note(f"{counts.total} tokens were counted, {_LIMITED}")
     for sufficiency in looks[-1:]:
         listener.on_note(str(replace(sufficiency, tokens=counts.total)))
     return counts
@@ -163,7 +166,7 @@ def _count_settings(job: CountJob, model_digest: str) -> CountSettings:
         asked.seed,
         asked.temperature,
         chat=ChatOptions(asked.chat_template, template_args=asked.template_args),
-        enough_for=job.rows if asked.calibration_tokens == "auto" else None,
+        enough_for=job.rows if asked.calibration_tokens == "auto" and job.source != "text" else None,
         endpoint=Endpoint(url, name) if url and name else None,
         model_digest=model_digest,
     )

@@ -37,8 +37,8 @@ class CalibrationSettings:
             "name=path:weight" they are domains, counted apart and mixed by weight.
         calibration_source: The model that generates, or "text"; None takes the target where there is one, else the
             drafter.
-        calibration_tokens: The number of tokens to count; "auto": as many as are enough for the K of the export, see
-            `vocabtrim_export.calibration.sufficiency`.
+        calibration_tokens: The number of tokens to count; "auto": as many generated ones as are enough for the K of the
+            export, see `vocabtrim_export.calibration.sufficiency`, or all of a text, up to its `MOST_OF_TEXT`.
         temperature: Temperature of sampling; 0 is greedy.
         seed: Seed of the random numbers that tokens are drawn with.
         calibration_endpoint: The base URL of a server with OpenAI's protocol that generates; None: the model itself.

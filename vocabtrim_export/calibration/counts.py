@@ -151,6 +151,9 @@ class TokenCounts:
         Raises:
             VocabtrimError: `path` is another kind of file, or was changed since.
         """
+        if not Path(path).is_file():
+            what = "is a directory" if Path(path).exists() else "does not exist"
+            raise VocabtrimError(f"{path} {what}: give a file of token counts")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}

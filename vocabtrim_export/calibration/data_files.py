@@ -41,6 +41,7 @@ _REFUSED: tuple[tuple[bytes, tuple[str, ...], str, str], ...] = (
     (b"%PDF", (".pdf",), "a PDF document", "save it as text"),
     (b"\x80\x04", (".pkl", ".pickle", ".pt"), "a pickle", "it is never opened; write .jsonl instead"),
     (b"\x93NUMPY", (".npy", ".npz"), "a numpy array", "write .jsonl instead"),
+    (b"GGUF", (".gguf", ".safetensors"), "a file of weights or token counts", "give text, or token counts alone"),
     (b"SQLite", (".sqlite", ".db"), "a database", "write .jsonl instead"),
     (b"\xd0\xcf\x11\xe0", (".doc", ".xls", ".ppt"), "an old office document", "save it as text"),
     (b"Rar!", (".rar",), "a rar archive", "unpack it"),

@@ -70,7 +70,7 @@ class Skipped:
 
 def without_surrogates(text: str) -> str:
     """Returns the text with "?" for lone surrogates, which JSON can escape and no tokenizer can read."""
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def describe_skipped(skipped: Sequence[Skipped], most: int = 5) -> str:

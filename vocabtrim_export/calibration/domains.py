@@ -97,6 +97,9 @@ def _parse(text: str) -> tuple[str, Path, float] | None:
     """Returns the name, the path and the weight of `name=path[:weight]`; None for a plain path."""
     match = _NAMED.fullmatch(text)
     if match is None or Path(text).exists():
+        name, _, path = text.partition("=")
+        if not Path(text).exists() and path and Path(path).exists():
+            raise VocabtrimError(f"--calibration {text}: the name {name!r} is not of letters, digits, '_', '-' and '.'")
         return None
     name, rest = match[1], match[2]
     path, colon, weight = rest.rpartition(":")

@@ -22,9 +22,12 @@ _ATTEMPTS = 5
 _PASSING = (OSError, http.client.HTTPException, ValueError, RecursionError)
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 # The server's count and the tokenizer's differ by special tokens, and where a text ends within a token.
-_TOLERANCE, _ENOUGH_TO_TELL = 0.1, 100
+_TOLERANCE, _ENOUGH_TO_TELL, _ENOUGH_ANSWERS = 0.1, 100, 8
 # What a server writes where the limit of tokens cuts a character: its bytes so far, or half of a surrogate pair.
 _CUT_CHARACTER = re.compile("[\ufffd\ud800-\udfff]+$")
+
+
+_REASONING = ("reasoning_content", "reasoning")  # a server has one of the fields, or none
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,9 @@ class Endpoint:
                 if error.code not in _AGAIN:
                     raise VocabtrimError(f"{url} refuses the request: {why}") from error
             except _PASSING as error:
+                is_json = not isinstance(error, ValueError | RecursionError)
                 why = str(getattr(error, "reason", error)) or type(error).__name__
+                why = why if is_json else f"its answer is no whole JSON: {why}"
         raise VocabtrimError(f"{url} failed {_ATTEMPTS} times ({why}): the counts so far are kept, run it again later")
 
 
@@ -142,14 +147,20 @@ def _is_url(text: str) -> bool:
 
 def _answer(reply: Any, is_chat: bool) -> Answer:
     choice = reply["choices"][0]
-    text = (choice["message"]["content"] if is_chat else choice["text"]) or ""
+    text = _message_text(choice["message"]) if is_chat else choice["text"] or ""
     if not isinstance(text, str):
         raise TypeError
     is_ended = choice.get("finish_reason") == "stop"
     if not is_ended:
         text = _CUT_CHARACTER.sub("", text)
     tokens = (reply.get("usage") or {}).get("completion_tokens")
-    return Answer(without_surrogates(text), is_ended, None if tokens is None else int(tokens))
+    return Answer(without_surrogates(text), is_ended, None if tokens is None else max(0, int(tokens)))
+
+
+def _message_text(message: Any) -> str:
+    """Returns what the model wrote: servers may put its reasoning into a field of its own."""
+    parts = [message.get(name) for name in _REASONING] + [message["content"]]
+    return "\n\n".join(part for part in parts if part)
 
 
 class _NoSuchPath(Exception):
@@ -171,10 +182,23 @@ def check_same_tokenizer(endpoint: Endpoint, answers: Sequence[Answer], lengths:
         (answer.tokens, length) for answer, length in zip(answers, lengths, strict=True) if answer.tokens is not None
     ]
     theirs, ours = (sum(each) for each in zip(*pairs, strict=True)) if pairs else (0, 0)
-    if ours >= _ENOUGH_TO_TELL and abs(theirs - ours) > _TOLERANCE * ours + len(pairs):
+    if max(theirs, ours) >= _ENOUGH_TO_TELL and abs(theirs - ours) > _TOLERANCE * ours + len(pairs):
         raise VocabtrimError(
             f"{endpoint.url} counts {theirs} tokens in answers that have {ours} by this model's tokenizer: it serves "
-            f"another model than the one to calibrate for"
+            "another model than the one to calibrate for, or keeps a part of the answers back"
+        )
+
+
+def check_not_empty(endpoint: Endpoint, answers: Sequence[Answer]) -> None:
+    """Check that some of the answers have a text: their ends alone would be counted.
+
+    Raises:
+        VocabtrimError: There are several answers, and none has.
+    """
+    if len(answers) >= _ENOUGH_ANSWERS and not any(answer.text for answer in answers):
+        raise VocabtrimError(
+            f"{endpoint.url} answers {len(answers)} prompts with no text; the counts so far are kept: check how the "
+            "server renders prompts, or give others"
         )
 
 

@@ -1,9 +1,10 @@
 """The tokens of a batch of documents: of their text, or generated after their prompts by a model or a server."""
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.batches import Batch, draws
 from vocabtrim_export.calibration.calibration_run import CalibrationRun
 from vocabtrim_export.calibration.document import Document, Skipped
-from vocabtrim_export.calibration.endpoint import Endpoint, check_same_tokenizer
+from vocabtrim_export.calibration.endpoint import Endpoint, check_not_empty, check_same_tokenizer
 from vocabtrim_export.calibration.kept_answers import KeptAnswers
 from vocabtrim_export.calibration.model_facts import ModelFacts
 from vocabtrim_export.calibration.partial_batch import Unfinished
@@ -26,6 +27,9 @@ from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BackendTokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+_AT_ONCE = 1 << 20  # characters; what the library makes of a text takes a hundred times its size
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +77,20 @@ def text_tokens(tokenizer: "BackendTokenizer", batch: BatchDocuments) -> BatchTo
         tokenizer: A tokenizer that neither pads nor truncates.
         batch: The documents.
     """
-    texts = [text for document in batch.documents for text in document.counted_texts]
-    encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-    tokens = []
-    for document in batch.documents:
-        ids = [encoding.ids for encoding in islice(encoded, len(document.counted_texts))]
-        size = sum(map(len, ids))
-        tokens.append(np.fromiter(chain.from_iterable(ids), np.int64, size))
-    return BatchTokens(tokens)
+    ids = _text_ids(tokenizer, [text for document in batch.documents for text in document.counted_texts])
+    parts = (list(islice(ids, len(document.counted_texts))) for document in batch.documents)
+    return BatchTokens([each[0] if len(each) == 1 else np.concatenate(each) for each in parts])
+
+
+def _text_ids(tokenizer: "BackendTokenizer", texts: Sequence[str]) -> Iterator[NDArray[np.int64]]:
+    """Yield the token ids of each text. The library encodes a part of the texts at once, on all cores."""
+    begin, size = 0, 0
+    for end, text in enumerate(texts, 1):
+        size += len(text)
+        if size >= _AT_ONCE or end == len(texts):
+            for encoding in tokenizer.encode_batch_fast(texts[begin:end], add_special_tokens=False):
+                yield np.array(array("I", encoding.ids), np.int64)  # several times faster than from the list
+            begin, size = end, 0
 
 
 class Generator:
@@ -177,6 +187,9 @@ def asked_tokens(
 
     Returns:
         The new tokens, with an EOS where the model ended.
+
+    Raises:
+        VocabtrimError: The server fails, has another tokenizer, or answers with nothing.
     """
     run, place = batch.run, batch.batch
     seeds = [int(np.random.default_rng([run.seed, place.pass_number, i]).integers(1 << 31)) for i in place.indices]
@@ -185,6 +198,7 @@ def asked_tokens(
     answers = [kept.answers[index] for index in range(len(seeds))]
     tokens = encode(tokenizer, [answer.text for answer in answers], add_special_tokens=False)
     check_same_tokenizer(endpoint, answers, [len(ids) for ids in tokens])
+    check_not_empty(endpoint, answers)
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     pairs = zip(tokens, answers, strict=True)
     return BatchTokens([np.array(ids + end * answer.is_ended, np.int64) for ids, answer in pairs])

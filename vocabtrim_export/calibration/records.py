@@ -40,11 +40,11 @@ def parse_record(record: object, where: str) -> Iterator[Document]:
     fields = record if isinstance(record, dict) else {"prompt" if isinstance(record, str) else "messages": record}
     replies: tuple[str, ...] | None = None
     request = fields.get("request")
-    if _field(fields) is None and isinstance(request, dict):
+    if isinstance(request, dict) and _field(fields) is None:
         replies = _replies(fields.get("response"), where)
         fields = request
     body = fields.get("body")
-    if _field(fields) is None and isinstance(body, dict):
+    if isinstance(body, dict) and _field(fields) is None:
         fields = body
     field = _field(fields)
     if field is None and any(name in fields for name in FIELDS):

@@ -13,6 +13,9 @@ from vocabtrim_export.calibration.counts import TokenCounts
 from vocabtrim_export.calibration.partial_batch import PartialBatch
 from vocabtrim_export.calibration.sufficiency import Evidence
 
+# Settings of a run whose names say nothing to a user.
+_KNOWN_AS = {"corpus_digest": "text", "model_digest": "model", "chat": "chat template"}
+
 
 class Saver:
     """Writes the counts, and the work on an unfinished batch, from time to time."""
@@ -68,17 +71,21 @@ def resume(checkpoint: Path, fresh: TokenCounts) -> TokenCounts:
     """Returns the counts in the file, once they prove to come from the same settings as `fresh`.
 
     Raises:
-        VocabtrimError: They come from other settings, or from several calibrations.
+        VocabtrimError: They cannot be read, or come from other settings, or from several calibrations.
     """
-    saved, wanted = TokenCounts.load(checkpoint), fresh.runs[0]
+    try:
+        saved, wanted = TokenCounts.load(checkpoint), fresh.runs[0]
+    except VocabtrimError as error:
+        why = str(error).rpartition(": ")[0]
+        raise VocabtrimError(f"{why}: name another file to write, or remove this one") from error
     if len(saved.runs) != 1:
         raise VocabtrimError(f"{checkpoint} is a sum of calibrations, which cannot be continued: name another file")
     differ = [f.name for f in fields(wanted) if f.compare and getattr(saved.runs[0], f.name) != getattr(wanted, f.name)]
     if (saved.tokenizer_digest, saved.full_vocab) != (fresh.tokenizer_digest, fresh.full_vocab):
         differ.append("tokenizer")
     if differ:
+        names = ", ".join(_KNOWN_AS.get(name, name.replace("_", " ")) for name in differ)
         raise VocabtrimError(
-            f"{checkpoint} was calibrated with another {', '.join(differ)}: "
-            "remove it to start again, or name another file"
+            f"{checkpoint} was calibrated with another {names}: remove it to start again, or name another file"
         )
     return saved

@@ -1,4 +1,4 @@
-"""`--calibration-tokens auto`: whether more tokens would still change what a trimmed head keeps."""
+"""`--calibration-tokens auto`: whether more generated tokens would still change what a trimmed head keeps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 GAIN = 0.002
 # and the coverage is known to within this, half of a 95% interval.
 PRECISION = 0.01
-# The most tokens that are counted: generating them takes hours on a CPU, counting those of a text half a minute.
-MOST_GENERATED, MOST_OF_TEXT = 200_000, 5_000_000
+# The most tokens that are counted. Generating 200,000 takes hours on a CPU. A text is read up to its bound, where
+# stopping early would save nothing: a core counts 500,000 of its tokens in a second.
+MOST_GENERATED, MOST_OF_TEXT = 200_000, 20_000_000
 FIRST_LOOK = 4_096  # tokens; later looks follow at every doubling
 _RESAMPLES = 1_000
 _COUNTS = "halfway"
@@ -27,6 +28,7 @@ class Sufficiency:
 
     Attributes:
         tokens: Tokens counted.
+        distinct: Different tokens among those that choose the rows.
         rows: Rows of the head.
         coverage: Share of the held-out tokens that these rows cover.
         low: Lower end of the coverage's 95% bootstrap interval, over documents.
@@ -35,6 +37,7 @@ class Sufficiency:
     """
 
     tokens: int
+    distinct: int
     rows: int
     coverage: float
     low: float
@@ -51,9 +54,10 @@ class Sufficiency:
         what = (
             "more would change little" if self.is_enough else "more would still change the kept tokens: give a number"
         )
+        never = f", {self.rows - self.distinct} of them never counted," if self.distinct < self.rows else ""
         return (
-            f"calibration stopped at {self.tokens} tokens, {what}: {self.rows} rows cover {self.coverage:.2%} of "
-            f"held-out tokens (95% interval {self.low:.2%} to {self.high:.2%}), chosen by either half of the tokens "
+            f"calibration stopped at {self.tokens} tokens, {what}: {self.rows} rows{never} cover {self.coverage:.2%} "
+            f"of held-out tokens (95% interval {self.low:.2%} to {self.high:.2%}), chosen by either half of the tokens "
             f"{first:.2%} and {second:.2%}"
         )
 
@@ -106,10 +110,9 @@ class Evidence:
         low, high = np.quantile([hits[draw].sum() / sizes[draw].sum() for draw in draws], [0.025, 0.975])
         whole = max(1, int(held_out.sum()))
         halves = tuple(int(held_out[_kept(half, rows)].sum()) / whole for half in (first, counts - first))
-        total = int(counts.sum() + held_out.sum())
-        return Sufficiency(
-            total, rows, int(held_out[kept].sum()) / whole, float(low), float(high), (halves[0], halves[1])
-        )
+        total, distinct = int(counts.sum() + held_out.sum()), int(np.count_nonzero(counts))
+        covered = int(held_out[kept].sum()) / whole
+        return Sufficiency(total, distinct, rows, covered, float(low), float(high), (halves[0], halves[1]))
 
 
 def rows_of(rows: HeadSize, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> int:
@@ -118,11 +121,6 @@ def rows_of(rows: HeadSize, counts: NDArray[np.int64], held_out: NDArray[np.int6
         return min(rows, len(counts))
     covered = np.cumsum(held_out[np.argsort(-counts, kind="stable")])
     return min(int(np.searchsorted(covered, rows * covered[-1])) + 1, len(counts))
-
-
-def coverage(rows: HeadSize, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> float:
-    """Returns the share of the held-out tokens that the rows chosen by `counts` cover."""
-    return int(held_out[_kept(counts, rows_of(rows, counts, held_out))].sum()) / max(1, int(held_out.sum()))
 
 
 def _kept(counts: NDArray[np.int64], rows: int) -> NDArray[np.bool_]:

@@ -37,7 +37,8 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         type=calibration_tokens,
         default="auto",
         metavar="N",
-        help="how many tokens to count; auto stops when more tokens would hardly change which ones K keeps",
+        help="how many tokens to count; auto stops when more generated tokens would hardly change which ones K keeps, "
+        "and reads all of a text, up to 20,000,000 tokens",
     )
     _add_generation_arguments(group)
 
@@ -70,7 +71,10 @@ def _add_generation_arguments(group: argparse._ArgumentGroup) -> None:
 
 def calibration_tokens(text: str) -> "int | Auto":
     """Parse `--calibration-tokens`: a number, or "auto"."""
-    return "auto" if text == "auto" else int(text)
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from error
 
 
 def calibration_settings(options: argparse.Namespace) -> "CalibrationSettings":

@@ -41,8 +41,9 @@ def notes(selection: "Selection", builtin: bool) -> list[str]:
         lines.append(f"K covers the whole vocabulary of {selection.vocab_map.full_vocab} tokens: nothing is trimmed")
     elif selection.filler > len(selection.vocab_map) // 4:
         lines.append(
-            f"{selection.filler} of {len(selection.vocab_map)} rows were never counted and only fill up K: "
-            "more --calibration-tokens would choose better ones, or a smaller K would do"
+            f"{selection.filler} of {len(selection.vocab_map)} rows were never counted and are chosen by token id: the "
+            f"calibration holds only {selection.counted} different tokens; calibrate on more, or more varied, text, or "
+            "keep fewer rows"
         )
     asked = selection.requested_coverage
     if asked and selection.coverage is not None and selection.coverage < asked:
