@@ -4,23 +4,25 @@
 
 counts a text by `--calibration-source text` and encodes the same texts with `tokenizers`' `encode_batch` and
 `encode_batch_fast`, in turns, and checks that all counts are equal. The text is Python source of this interpreter's
-libraries, as often as it takes. Ours is all that `vocabtrim calibrate` does after its imports and the tokenizer:
-reading, cutting, choosing batches, encoding, counting. Theirs only encodes texts that are in memory, in the order of
-the file. Peak memory is that of `vocabtrim calibrate` in a process of its own for each of the `--memory` sizes, which
-1 GB keeps busy for ten minutes; `--memory` without a size leaves it out.
+libraries, as often as it takes, the files in another order each time. Ours is all that `vocabtrim calibrate` does after
+its imports and the tokenizer: reading, cutting, choosing batches, encoding, counting. Theirs only encodes texts that
+are in memory, in the order of the file. Peak memory is that of `vocabtrim calibrate` in a process of its own for each
+of the `--memory` sizes, as one text and as JSON lines of conversations, which 1 GB keeps busy for ten minutes each;
+`--memory` without a size leaves it out, `--rounds 0` the seconds.
 """
 
 import argparse
 import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from numpy.typing import NDArray
 
 from runtime.measure.environment import environment
 from vocabtrim_export.calibration import CountSettings, calibrate, read_corpus
+from vocabtrim_export.calibration.document import cut_text
 from vocabtrim_export.calibration.generations import whole_texts
 from vocabtrim_export.sources.source import load_tokenizer
 
@@ -40,14 +43,17 @@ BATCH = 1000  # texts that the library encodes at once
 def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as place:
-        text = Path(place, "text.txt")
-        write_text(text, options.megabytes)
-        report: dict[str, Any] = {"megabytes": options.megabytes, **speeds(options.model, text, options.rounds)}
-        report["peak_megabytes"] = {}
-        for size in options.memory:
-            write_text(text, size)
-            report["peak_megabytes"][str(size)] = peak(options.model, text)
-            print(f"{size} MB of text: {report['peak_megabytes'][str(size)]} MB at most", flush=True)
+        text, lines = Path(place, "text.txt"), Path(place, "lines.jsonl")
+        report: dict[str, Any] = {"megabytes": options.megabytes, "peak_megabytes": {}}
+        if options.rounds:
+            write_text(text, options.megabytes)
+            report |= speeds(options.model, text, options.rounds)
+        for size, (form, path) in itertools.product(options.memory, {"text": text, "json_lines": lines}.items()):
+            (write_text if path == text else write_lines)(path, size)
+            peaks = report["peak_megabytes"].setdefault(form, {})
+            peaks[str(size)] = peak(options.model, path)
+            print(f"{size} MB of {form}: {peaks[str(size)]} MB at most", flush=True)
+            path.unlink()
     report["environment"] = environment()
     options.output.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -64,16 +70,33 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_text(path: Path, megabytes: int) -> None:
-    left = megabytes * MEGABYTE
-    files = {file for key in ("stdlib", "purelib") for file in Path(sysconfig.get_path(key)).rglob("*.py")}
-    with path.open("w", encoding="utf-8") as out:
-        for file in itertools.cycle(sorted(files)):
+def sources(megabytes: int) -> Iterator[str]:
+    """Yield Python files of this size in all, in a new order each time that all were read."""
+    left, order = megabytes * MEGABYTE, random.Random(0)
+    places = {file for key in ("stdlib", "purelib") for file in Path(sysconfig.get_path(key)).rglob("*.py")}
+    files = sorted(places)
+    while True:
+        for file in files:
             source = file.read_text("utf-8", "replace").replace("\0", "")[:left]
             left -= len(source.encode())
-            out.write(source)
+            yield source
             if left <= 0:
                 return
+        order.shuffle(files)
+
+
+def write_text(path: Path, megabytes: int) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        out.writelines(sources(megabytes))
+
+
+def write_lines(path: Path, megabytes: int) -> None:
+    """Write conversations of a question and an answer: the first line of a piece of source, and the rest."""
+    with path.open("w", encoding="utf-8") as out:
+        for piece in cut_text(sources(megabytes)):
+            asked, _, answer = piece.partition("\n")
+            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+            out.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
 def speeds(model: str, text: Path, rounds: int) -> dict[str, Any]:
