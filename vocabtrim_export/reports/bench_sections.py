@@ -98,10 +98,11 @@ def _limits(steps: Sequence[tuple[Bench, Measured]], drafter: Manifest | None) -
 
 
 def _bench_note(bench: Bench) -> str:
+    repeats = "one repeat" if bench.repeats == 1 else f"medians of {bench.repeats} repeats"
     equal = {True: "all outputs were the target's own", False: "OUTPUTS DIFFERED", None: "acceptance was forced"}
     return (
-        f"{bench.name}: {bench.prompts} prompts of {bench.max_new_tokens} new tokens, medians of {bench.repeats} "
-        f"repeats, {bench.cpu} ({bench.cores} cores), memory reads {bench.bandwidth / 1e9:.1f} GB/s; "
+        f"{bench.name}: {bench.prompts} prompts of {bench.max_new_tokens} new tokens, {repeats}, "
+        f"{bench.cpu} ({bench.cores} cores), memory reads {bench.bandwidth / 1e9:.1f} GB/s; "
         f"{equal[bench.lossless]}."
     )
 
