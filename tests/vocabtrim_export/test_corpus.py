@@ -159,7 +159,7 @@ def test_the_built_in_corpus_stands_in():
             "a.gz is compressed twice: decompress it once",
         ),
         ("a.bin", b"\xd0\xcf\x11\xe0", "a.bin is an old office document"),
-        ("a.gguf", b"GGUF\3", "a.gguf is a file of weights, .*: give prompts or text"),
+        ("a.gguf", b"GGUF\3", "a.gguf is a file of weights or token counts, .*: give text, or token"),
         ("a.log", b'{"prompt": "hi"}\n', r"a\.log holds JSON lines, .* rename it to \.jsonl"),
         ("a.jsonl.1", b'{"prompt": "hi"}\n', r"a\.jsonl\.1 holds JSON lines"),
         ("a.gz", gzip.compress(b'{"prompt": "hi"}\n', mtime=0), r"a\.gz holds JSON lines"),

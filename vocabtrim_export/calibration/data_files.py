@@ -48,7 +48,6 @@ _REFUSED: tuple[tuple[bytes, tuple[str, ...], str, str], ...] = (
     (b"", (".tar", ".tgz", ".tbz2", ".txz"), "a tar archive", "unpack it and give the directory"),
     (b"\x04\x22\x4d\x18", (".lz4",), "compressed with lz4", "decompress it, or use .gz or .zst"),
     (b"\x1f\x9d", (".z", ".br", ".lzma", ".sz"), "compressed by a program", "decompress it, or use .gz or .zst"),
-    (b"GGUF", (".gguf", ".safetensors"), "a file of weights", "give prompts or text"),
 )
 _BYTE_ORDER_MARKS = (  # the longer ones first: UTF-32's begins like UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
