@@ -101,3 +101,14 @@ def test_a_tokenizer_without_its_files_is_refused(tokenizer_class, files, tmp_pa
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(VocabtrimError, match="there is no file of one that transformers can read; fetch"):
         read_checkpoint_tokenizer("MODEL", str(tmp_path))
+
+
+def test_a_model_that_sentencepiece_cannot_open_is_one_line(tmp_path):
+    file, tokenizer = tmp_path / "tokenizer.model", PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()))
+    tokenizer.vocab_file = str(file)
+    piece = b"\n\x06<0x00>\x15\0\0\0\0\x18\x06"  # a byte, in a model that does not say byte_fallback
+    file.write_bytes(b"\n" + bytes([len(piece)]) + piece)
+    with pytest.raises(
+        VocabtrimError, match=r"MODEL has no tokenizer\.json, and sentencepiece cannot open .*: put the"
+    ):
+        follow_sentencepiece("MODEL", str(tmp_path), tokenizer)

@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources.config import first_line
 
 _SPACE = "\u2581"
 _UNIGRAM = 1  # model_type of a sentencepiece model
@@ -46,7 +47,7 @@ def follow_sentencepiece(spec: str, where: str, tokenizer: Any) -> None:
     file = Path(getattr(tokenizer, "vocab_file", None) or "")
     if (Path(where) / "tokenizer.json").is_file() or not file.is_file() or (proto := _read(file)) is None:
         return
-    processor = _processor(file)
+    processor = _processor(spec, file)
     is_legacy = tokenizer.init_kwargs.get("legacy") is not False
     probes = (*_PROBES, *_LEGACY_PROBES) if is_legacy else _PROBES
     if _splits_alike(tokenizer.backend_tokenizer, processor, probes):
@@ -75,10 +76,16 @@ def _read(file: Path) -> Any:
     return proto if len(proto.pieces) else None
 
 
-def _processor(file: Path) -> Any:
+def _processor(spec: str, file: Path) -> Any:
     from sentencepiece import SentencePieceProcessor
 
-    return SentencePieceProcessor(model_file=str(file))
+    try:
+        return SentencePieceProcessor(model_file=str(file))
+    except Exception as error:  # which class depends on its release
+        raise VocabtrimError(
+            f"{spec} has no tokenizer.json, and sentencepiece cannot open its {file.name} ({first_line(error)}): "
+            "put the tokenizer.json of the model's release there"
+        ) from error
 
 
 def _splits_alike(backend: Tokenizer, processor: Any, probes: Sequence[str]) -> bool:
