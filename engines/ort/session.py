@@ -85,7 +85,7 @@ def new_session(
 
 
 def _check_version(version: str) -> None:
-    """Refuse a release of ONNX Runtime that pip let pass, as it does beside the package onnxruntime-gpu."""
+    """Refuse a release of ONNX Runtime that is too old. pip checks onnxruntime's, and not that of onnxruntime-gpu."""
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
         raise VocabtrimError(

@@ -24,7 +24,7 @@ def test_a_graph_that_cannot_be_opened_prints_nothing(tmp_path, capfd):
 
 
 def test_a_release_that_computes_otherwise_is_refused(tmp_path, monkeypatch):
-    """pip lets one pass beside onnxruntime-gpu, and 1.29 and older compute other logits than the graph asks for."""
+    """Releases up to 1.29 compute other logits than the graph asks for."""
     monkeypatch.setattr(onnxruntime, "__version__", "1.30.2")
     with pytest.raises(VocabtrimError, match=r"ONNX Runtime 1\.30\.2 is too old .*: install .*, 1\.31 or newer"):
         open_session(tmp_path / "model.onnx")

@@ -115,6 +115,7 @@ def test_an_interrupted_run_goes_on(tokenizer, tmp_path):
         ({"content": None}, {}, ""),
         ({"content": None, "reasoning_content": "a fox?"}, {}, "a fox?"),  # the limit cut the reasoning
         ({"content": "fox", "reasoning": "a dog?"}, {}, "a dog?\n\nfox"),
+        ({"content": "fox", "reasoning": "a dog?", "reasoning_content": "a dog?"}, {}, "a dog?\n\nfox"),
         ({"content": "fox", "reasoning_content": 3}, {}, None),
         ({"content": [{"type": "text", "text": "the fox"}]}, {}, None),
         ({"content": 3}, {}, None),

@@ -25,9 +25,7 @@ _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _TOLERANCE, _ENOUGH_TO_TELL, _ENOUGH_ANSWERS = 0.1, 100, 8
 # What a server writes where the limit of tokens cuts a character: its bytes so far, or half of a surrogate pair.
 _CUT_CHARACTER = re.compile("[\ufffd\ud800-\udfff]+$")
-
-
-_REASONING = ("reasoning_content", "reasoning")  # a server has one of the fields, or none
+_REASONING = ("reasoning", "reasoning_content")  # two names of one field: some releases of vLLM send both
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +128,9 @@ class Endpoint:
                 if error.code not in _AGAIN:
                     raise VocabtrimError(f"{url} refuses the request: {why}") from error
             except _PASSING as error:
-                is_json = not isinstance(error, ValueError | RecursionError)
                 why = str(getattr(error, "reason", error)) or type(error).__name__
-                why = why if is_json else f"its answer is no whole JSON: {why}"
+                if isinstance(error, ValueError | RecursionError):
+                    why = f"its answer is no whole JSON: {why}"
         raise VocabtrimError(f"{url} failed {_ATTEMPTS} times ({why}): the counts so far are kept, run it again later")
 
 
@@ -159,8 +157,8 @@ def _answer(reply: Any, is_chat: bool) -> Answer:
 
 def _message_text(message: Any) -> str:
     """Returns what the model wrote: servers may put its reasoning into a field of its own."""
-    parts = [message.get(name) for name in _REASONING] + [message["content"]]
-    return "\n\n".join(part for part in parts if part)
+    reasoning = next(filter(None, map(message.get, _REASONING)), None)
+    return "\n\n".join(part for part in (reasoning, message["content"]) if part)
 
 
 class _NoSuchPath(Exception):

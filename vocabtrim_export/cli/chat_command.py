@@ -104,7 +104,7 @@ class Conversation:
         Raises:
             VocabtrimError: There is no such command, or the message cannot be answered.
         """
-        text = line.strip()
+        text, self._is_stopped = line.strip(), False
         if not line.startswith("/"):
             if text:
                 self._answer(text)
@@ -136,7 +136,6 @@ class Conversation:
                 stream.close()
             printed = print_text(stream)
             ending = "stopped" if self._is_stopped else stream.finish().finish_reason
-        self._is_stopped = False
         print(figures_line(stream.stats, ending, printed.first_token_seconds), file=sys.stderr, flush=True)
         if stream.stats.tokens:  # else it was stopped while the message was read
             self._messages = [*messages, {"role": "assistant", "content": printed.text}]
