@@ -8,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+from files import named
 
 from engines import load_engine
 from engines.bundle.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ from vocabtrim_export.calibration import (
     Message,
     TokenCounts,
     calibrate,
+    read_corpus,
 )
 from vocabtrim_export.calibration.counts import is_held_out
 from vocabtrim_export.calibration.prompts import encode_document
@@ -74,18 +76,23 @@ def finish(work: Path, tokens: int, counted: Counted) -> Counted:
 
 
 def model_counts(options: argparse.Namespace, source: Source, corpus: Corpus, work: Path) -> Iterator[Counted]:
-    """Count the text itself, and what the target generates: at each number of tokens, and until `auto` stops."""
-    jobs = [("text", tokens, CountSettings("text", tokens)) for tokens in options.tokens]
-    jobs += [("target", tokens, CountSettings("target", tokens)) for tokens in options.tokens]
-    jobs += [("auto", options.most, CountSettings("target", options.most, enough_for=options.k[0]))]
+    """Count texts, and what the target generates: at each number of tokens, and until `auto` stops."""
+    jobs = [("text", tokens, corpus, CountSettings("text", tokens)) for tokens in options.tokens]
+    for name, path in map(named, options.text):
+        text = read_corpus([path])
+        jobs += [(name, tokens, text, CountSettings("text", tokens)) for tokens in options.text_tokens]
+    jobs += [("target", tokens, corpus, CountSettings("target", tokens)) for tokens in options.tokens]
+    if options.most:
+        settings = CountSettings("target", options.most, enough_for=options.k[0])
+        jobs += [("auto", options.most, corpus, settings)]
     events = CountEvents(on_look=lambda look: print(look, flush=True))
     with calibration_model(source.model) as model:
         before: dict[str, float] = {}
-        for name, tokens, settings in jobs:
+        for name, tokens, documents, settings in jobs:
             counted, began = finished(work, name, tokens), perf_counter()
             if counted is None:  # each goes on from the one before, an interrupted one from where it was
                 checkpoint = work / f"{name}.safetensors"
-                counts = calibrate(model, source.tokenizer, corpus, settings, checkpoint=checkpoint, events=events)
+                counts = calibrate(model, source.tokenizer, documents, settings, checkpoint=checkpoint, events=events)
                 seconds = before.get(name, 0.0) + perf_counter() - began
                 counted = finish(work, tokens, Counted(name, counts.total, seconds, counts))
             before[name] = counted.seconds
@@ -104,7 +111,7 @@ def drafter_counts(options: argparse.Namespace, corpus: Corpus, source: Source, 
     with load_engine(options.drafter_alone) as engine:
         tokenizer = Tokenizer.load(options.drafter_alone)
         decoder = SpeculativeDecoder(engine, tokenizer=tokenizer)
-        for tokens in options.tokens:
+        for tokens in options.drafter_tokens:
             counted = finished(work, "drafter", tokens)
             while counted is None and sums.sum() < tokens:
                 index = order[turn % len(order)]
