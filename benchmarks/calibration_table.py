@@ -106,7 +106,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--drafter-tokens", type=int, nargs="*", default=[1000, 4000, 8000], help="of the drafter's")
     parser.add_argument("--text", nargs="*", default=[], metavar="NAME=PATH", help="other texts to count")
     parser.add_argument("--text-tokens", type=int, nargs="*", default=[], help="tokens to count of these")
-    parser.add_argument("--most", type=int, default=16000, help="tokens at which `auto` stops at the latest; 0: no auto")
+    parser.add_argument(
+        "--most", type=int, default=16000, help="tokens at which `auto` stops at the latest; 0: no auto"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="STEM")
     return parser.parse_args()
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import sys
 
 import pyarrow
@@ -210,6 +211,11 @@ def test_the_built_in_corpus_stands_in():
         ("a.jsonl", b'{"turns": "x"}', "line 1: `turns` must be a list"),
         ("a.jsonl", b'{"messages": [{"content": "x"}]}', r"line 1, messages\[0\]: a message needs `role`"),
         ("a.jsonl", b'{"messages": [3]}', r"line 1, messages\[0\]: expected a message"),
+        (
+            "a.jsonl",
+            b'{"request": {"prompt": "x"}, "response": {"choices": [{"message": "y"}]}}',
+            "line 1: the response of recorded traffic needs `choices`, as OpenAI's has",
+        ),
         ("a.json", b'[{"text": "x"},\n{]', r"a.json is not valid JSON \(at line 2\)"),
         ("a.json", b"[{}]", "a.json, record 1: a record needs"),
         ("a.json", b"[" * 100_000, "a.json is not valid JSON"),
@@ -227,6 +233,12 @@ def test_a_missing_path_and_an_empty_directory_are_named(tmp_path):
         read_corpus([tmp_path / "nowhere"])
     with pytest.raises(VocabtrimError, match="no calibration files in the directory"):
         read_corpus([tmp_path])
+
+
+def test_a_pipe_is_told_from_a_missing_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(VocabtrimError, match=r"pipe is no file or directory but a pipe .*: write the data to a file"):
+        read_corpus([tmp_path / "pipe"])
 
 
 def test_a_line_of_absurd_length_is_refused_by_its_number(tmp_path, monkeypatch):

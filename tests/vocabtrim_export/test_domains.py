@@ -73,6 +73,7 @@ def test_a_domain_with_too_little_text_still_has_its_weight(place):
         (["code={0}/code.txt", "{0}/chat.txt"], "chat.txt has no name"),
         (["my code={0}/code.txt"], "the name 'my code' is not of letters"),
         (["={0}/code.txt"], "the name '' is not of letters"),
+        (["code=:2"], "code=:2: the path is missing, write code=PATH:2"),
         (["code={0}/some.safetensors"], "is a file of weights or token counts, which is not read"),
         (["code={0}/missing.txt:2"], "calibration data not found: .*missing.txt"),
     ],

@@ -166,6 +166,8 @@ def test_a_url_or_a_key_that_cannot_be_one_is_refused_at_once():
         "http://host:port",
         "http://host:99999",
         "file:///x",
+        "http://host/v1?version=1",
+        "http://host/v1#models",
     ):
         with pytest.raises(VocabtrimError, match="give a URL such as"):
             Endpoint(url, "m").check()
@@ -180,6 +182,13 @@ def test_a_server_that_is_wrong_is_one_line(tokenizer):
     with (
         serve(tokenizer, factor=2) as (endpoint, _),
         pytest.raises(VocabtrimError, match="it serves another model than the one to calibrate for"),
+    ):
+        count(tokenizer, endpoint)
+    with (
+        serve(tokenizer, lambda _: b'{"error": "out of memory"}') as (endpoint, _),
+        pytest.raises(
+            VocabtrimError, match=r"another form than OpenAI's \({\"error\": \"out of memory\"}\): check the URL"
+        ),
     ):
         count(tokenizer, endpoint)
     silent = b'{"choices": [{"message": {"content": null}, "text": ""}], "usage": {"completion_tokens": 64}}'

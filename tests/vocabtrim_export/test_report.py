@@ -276,3 +276,16 @@ def test_a_mistake_is_one_line(mistake, place, benches, tmp_path):
     with (other / "target" / "model.onnx.data").open("r+b") as file:
         file.write(b"damaged")
     assert "model.onnx.data" in mistake(other)
+
+
+def test_only_an_earlier_page_is_replaced(place, tmp_path, capsys):
+    """Swapped options would lose a measurement or break a bundle."""
+    bench, page = tmp_path / "bench.json", tmp_path / "page.html"
+    bench.write_text("{}")
+    assert main(["report", str(place.output), "--output", str(bench)]) == 2
+    assert f"{bench} exists and is no web page" in capsys.readouterr().err
+    assert bench.read_text() == "{}"
+    page.touch()
+    for _ in range(2):
+        assert main(["report", str(place.output), "--output", str(page)]) == 0
+        assert page.read_text().startswith("<!doctype html>")

@@ -82,6 +82,8 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise VocabtrimError(f"calibration data not found: {path} (a data set of the hub is hf://{path})")
     if not path.is_dir():
+        if path.exists():
+            raise VocabtrimError(f"{path} is no file or directory but a pipe or a device: write the data to a file")
         raise VocabtrimError(f"calibration data not found: {path}")
     inside = sorted(file for file in path.rglob("*") if file.is_file())
     # An empty file in a directory (a package's `__init__.py`) is no mistake; an empty file that was named is one.

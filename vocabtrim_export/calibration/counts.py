@@ -152,7 +152,7 @@ class TokenCounts:
             VocabtrimError: `path` is another kind of file, or was changed since.
         """
         if not Path(path).is_file():
-            what = "is a directory" if Path(path).exists() else "does not exist"
+            what = "is a directory or a pipe" if Path(path).exists() else "does not exist"
             raise VocabtrimError(f"{path} {what}: give a file of token counts")
         try:
             with safe_open(path, framework="numpy") as file:

@@ -105,6 +105,8 @@ def _parse(text: str) -> tuple[str, Path, float] | None:
     path, colon, weight = rest.rpartition(":")
     if not colon or Path(rest).exists() or path == "hf":
         return name, Path(rest), 1.0
+    if not path:
+        raise VocabtrimError(f"--calibration {text}: the path is missing, write {name}=PATH{rest}")
     try:
         value = float(weight)
     except ValueError:

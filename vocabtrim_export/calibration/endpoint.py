@@ -107,7 +107,10 @@ class Endpoint:
         try:
             return _answer(reply, is_chat=bool(document.prompt))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise VocabtrimError(f"{self.url}/{path} answers in another form than OpenAI's: check the URL") from error
+            begin = json.dumps(reply)[:80]
+            raise VocabtrimError(
+                f"{self.url}/{path} answers in another form than OpenAI's ({begin}): check the URL"
+            ) from error
 
     def _request(self, path: str, body: dict[str, Any] | None) -> Any:
         """Returns the server's JSON; a request with a passing failure is repeated."""
@@ -137,7 +140,7 @@ class Endpoint:
 def _is_url(text: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(text)
-        is_address = bool(parts.hostname) and parts.port != 0
+        is_address = bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
     except ValueError:  # no number, or too large a one, is a port
         return False
     return is_address and parts.scheme in ("http", "https") and text.isprintable() and " " not in text

@@ -72,10 +72,14 @@ def _replies(response: object, where: str) -> tuple[str, ...]:
     if isinstance(response, dict) and isinstance(response.get("body"), dict):
         response = response["body"]
     choices = response.get("choices") if isinstance(response, dict) else None
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+    if not isinstance(choices, list) or not all(map(_is_choice, choices)):
         raise VocabtrimError(f"{where}: the response of recorded traffic needs `choices`, as OpenAI's has")
     texts = [choice.get("text") or (choice.get("message") or {}).get("content") for choice in choices]
     return tuple(_content(text, f"{where}, response") for text in texts if text)
+
+
+def _is_choice(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("message") or {}, dict)
 
 
 def _field(record: Mapping[str, object]) -> str | None:

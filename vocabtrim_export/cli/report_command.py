@@ -59,6 +59,8 @@ def run(options: argparse.Namespace) -> None:
     page: Path = options.output or _default_page(options.export)
     if not page.absolute().parent.is_dir() or page.is_dir():
         raise VocabtrimError(f"--output {page}: name a file in a directory that exists")
+    if not (options.json or options.markdown or _may_replace(page)):
+        raise VocabtrimError(f"{page} exists and is no web page: --output names the page to write, name another file")
     report = make_report(ReportInputs(options.export, options.counts, tuple(options.bench), tuple(options.text)))
     if options.json:
         print(json.dumps(report.to_dict(), indent=2))
@@ -79,3 +81,12 @@ def _default_page(export: Path) -> Path:
 
     is_export = export.is_dir() and not (export / MANIFEST_NAME).exists()
     return export / PAGE_NAME if is_export else Path(PAGE_NAME)
+
+
+def _may_replace(page: Path) -> bool:
+    """Returns whether nothing but an earlier page can be lost: not the bench's JSON, nor a part of a bundle."""
+    if not page.is_file():
+        return True
+    with page.open("rb") as file:
+        begin = file.read(64)
+    return not begin or begin.lstrip()[:9].lower() == b"<!doctype"
