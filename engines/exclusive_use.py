@@ -13,7 +13,7 @@ _IN_USE = (
     "its own with decoder.fork(), or finish or close() the other stream first"
 )
 _ENDED = "another generation of this decoder has ended this stream: its KV cache holds the other text now"
-_UNWANTED = "this stream was closed while its prompt was read"
+_UNWANTED = "this text was given up while it was read"
 _CLOSED = "the decoder is closed (by close() or the end of its `with` block): load it again"
 
 
@@ -36,12 +36,20 @@ class ExclusiveUse:
             pass
 
     def check_wanted(self) -> None:
-        """Raise `VocabtrimError` if the round that runs is not wanted any more."""
+        """Check that the round that runs is still wanted.
+
+        Raises:
+            VocabtrimError: Its generation was cancelled.
+        """
         if self.holder and self.holder.is_unwanted:
             raise VocabtrimError(_UNWANTED)
 
     def check_open(self) -> None:
-        """Raise `VocabtrimError` if the engine is closed."""
+        """Check that the engine is open.
+
+        Raises:
+            VocabtrimError: It is closed.
+        """
         if self.is_closed:
             raise VocabtrimError(_CLOSED)
 
@@ -115,13 +123,17 @@ class Claim:
 
 
 @contextmanager
-def held(uses: Sequence[ExclusiveUse]) -> Iterator[None]:
+def held(uses: Sequence[ExclusiveUse], is_cancelled: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Have engines for other work than a generation; this thread's unfinished one ends.
+
+    Args:
+        uses: Those of the engines.
+        is_cancelled: Asked between the parts of the work whether the rest is unwanted.
 
     Raises:
         VocabtrimError: An engine is in use by another thread, or closed.
     """
-    claim = Claim(uses)
+    claim = Claim(uses, is_cancelled)
     try:
         with claim:
             yield

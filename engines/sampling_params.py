@@ -88,7 +88,14 @@ class SamplingParams:
         return replace(defaults, **replaced)
 
     def check_token_ids(self, vocab_size: int) -> None:
-        """Raise `VocabtrimError` for a token id that a vocabulary of `vocab_size` lacks."""
+        """Check the token ids of `logit_bias` and `suppress_tokens`.
+
+        Args:
+            vocab_size: The tokens of the target's vocabulary.
+
+        Raises:
+            VocabtrimError: The vocabulary lacks one of them.
+        """
         for name, ids in (("logit_bias", self.logit_bias), ("suppress_tokens", self.suppress_tokens or ())):
             for token in ids:
                 if not 0 <= token < vocab_size:

@@ -87,7 +87,12 @@ def find_collapse(rounds: Iterable[Round], drafter: Manifest) -> Collapse | None
 
 
 def is_collapse(accepted: int, coverage: float | None) -> bool:
-    """Returns whether a sound pair accepts so few of WINDOW first drafted tokens with a chance below FALSE_ALARM."""
+    """Returns whether a sound pair accepts so few of WINDOW first drafted tokens with a chance below FALSE_ALARM.
+
+    Args:
+        accepted: The rounds of a window whose first drafted token was accepted.
+        coverage: The share of the target's tokens that the drafter can propose; None for a full head.
+    """
     rate = _LEAST_SHARE * (1.0 if coverage is None else coverage)
     few = sum(comb(WINDOW, count) * rate**count * (1 - rate) ** (WINDOW - count) for count in range(accepted + 1))
     return few < FALSE_ALARM

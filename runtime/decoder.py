@@ -210,10 +210,10 @@ class SpeculativeDecoder(HeldText):
         chat_template: str | None = None,
         continue_final_message: bool = False,
     ) -> list[int]:
-        """Returns the token ids that `generate` feeds for `prompt`.
+        """Returns the token ids that `generate` feeds for `prompt`. Its arguments are those of `generate`.
 
         Raises:
-            VocabtrimError: They are none, or leave no room in the context.
+            VocabtrimError: The prompt has no token, or leaves no room in the context.
         """
         options = ChatOptions(chat_template, tools, template_args or {}, continue_final_message)
         return encode_prompt(prompt, self.target, self.tokenizer, chat, options)

@@ -1,6 +1,6 @@
 """`HeldText`: the text that the KV caches of a pair hold, and what can be done with it besides generating."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engines.base import Engine
 from engines.bundle.tokenizer import Tokenizer
@@ -68,7 +68,9 @@ class HeldText(Closing):
             length = snapshot.target.length if length is None else length
             restore_snapshot(self.target, self.drafter, snapshot, length)
 
-    def prompt_logprobs(self, token_ids: Sequence[int], top: int = 0) -> tuple[TokenLogprob, ...]:
+    def prompt_logprobs(
+        self, token_ids: Sequence[int], top: int = 0, is_cancelled: Callable[[], bool] = lambda: False
+    ) -> tuple[TokenLogprob, ...]:
         """Compute the log-probability of each token of a text after those before it; the first one has none.
 
         The text is read from its first token on. A generation after the same token ids then goes on from there.
@@ -76,12 +78,17 @@ class HeldText(Closing):
         Args:
             token_ids: The text, as `encode` returns it.
             top: The number of alternatives to give for each token.
+            is_cancelled: Asked between the parts of a long text whether to stop reading it.
+
+        Returns:
+            One entry for each token but the first.
 
         Raises:
-            VocabtrimError: The text does not fit the context, or another thread's generation is unfinished.
+            VocabtrimError: The text does not fit the context, its reading was cancelled, or another thread's
+                generation is unfinished.
         """
         check_prompt(list(token_ids), self.target, self.tokenizer)
-        with held([engine.use for engine in (self.target, self.drafter) if engine]):
+        with held([engine.use for engine in (self.target, self.drafter) if engine], is_cancelled):
             return prompt_logprobs(self.target, self.drafter, token_ids, top)
 
     def close(self) -> None:

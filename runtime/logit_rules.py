@@ -48,7 +48,16 @@ class LogitRules:
     """
 
     def __init__(self, params: SamplingParams, target: Manifest, prompt: Sequence[int]) -> None:
-        """Make the rules of a generation. Raises `VocabtrimError` where `params` name tokens that the target lacks."""
+        """Make the rules of a generation.
+
+        Args:
+            params: The settings of the generation.
+            target: The target's manifest, whose rules apply where `params` give none.
+            prompt: Token ids of the prompt.
+
+        Raises:
+            VocabtrimError: `params` name tokens that the target lacks.
+        """
         params.check_token_ids(target.vocab_size)
         self._rules = rules = params.rules(target.rules)
         self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
@@ -131,7 +140,16 @@ class LogitRules:
 
 
 def make_logit_rules(params: SamplingParams, target: Manifest, prompt: Sequence[int]) -> LogitRules | None:
-    """Returns the rules of a generation; None where nothing changes the logits. Raises as `LogitRules` does."""
+    """Returns the rules of a generation; None where nothing changes the logits.
+
+    Args:
+        params: The settings of the generation.
+        target: The target's manifest, whose rules apply where `params` give none.
+        prompt: Token ids of the prompt, which some rules count.
+
+    Raises:
+        VocabtrimError: See `LogitRules`.
+    """
     additions = params.presence_penalty, params.frequency_penalty, params.logit_bias
     changes_nothing = GenerationRules(unsupported=target.rules.unsupported)
     if params.rules(target.rules) == changes_nothing and not any(additions):

@@ -68,7 +68,10 @@ NO_PROFILER = NoProfiler()
 class NvtxProfiler:
     """Pushes and pops NVTX ranges in the domain "vocabtrim", with each phase as a category of its own.
 
-    Where no tool listens, NVTX's calls do nothing. Raises `VocabtrimError` if the package is not installed.
+    Where no tool listens, NVTX's calls do nothing.
+
+    Raises:
+        VocabtrimError: The package nvtx is not installed.
     """
 
     def __init__(self) -> None:
@@ -142,7 +145,14 @@ class ChromeTrace:
         return named + [self._complete(span, ids[span.track]) for span in spans]
 
     def save(self, path: Path) -> None:
-        """Write the trace to `path`, whole or not at all. Raises `OSError`."""
+        """Write the trace, whole or not at all.
+
+        Args:
+            path: The JSON file.
+
+        Raises:
+            OSError: It cannot be written.
+        """
         text = json.dumps({"traceEvents": self.events(), "displayTimeUnit": "ms"}, default=float)  # NumPy's
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             try:

@@ -22,10 +22,15 @@ def prompt_logprobs(
 
     Returns:
         One entry for each token but the first.
+
+    Raises:
+        VocabtrimError: The text is not wanted any more.
     """
     restart(target, drafter, token_ids, keep=False)
     scores: list[TokenLogprob] = []
     for begin in range(0, len(token_ids) - 1, target.max_keep):
+        if begin:
+            target.use.check_wanted()
         fed = token_ids[begin : min(begin + target.max_keep, len(token_ids) - 1)]
         scores += token_logprobs(target.feed(fed, keep=len(fed)).logits, token_ids[begin + 1 :], top)
     note_text(target, drafter, list(token_ids))

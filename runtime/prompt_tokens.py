@@ -111,7 +111,11 @@ def _kind(prompt: Any) -> str:
 
 
 def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
-    """Returns the tokenizer. Raises `VocabtrimError` where there is none."""
+    """Returns the tokenizer.
+
+    Raises:
+        VocabtrimError: There is none.
+    """
     if tokenizer is None:
         raise VocabtrimError("the target's bundle has no tokenizer: give the prompt as token ids, without stop strings")
     return tokenizer

@@ -160,6 +160,14 @@ class Sampled:
         return accepted
 
     def warped(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns the probabilities of the next token, float32[n].
+
+        Args:
+            logits: float32[n], after the rules on logits.
+
+        Raises:
+            VocabtrimError: Penalties made a logit infinite, or no token is left.
+        """
         if self.rules and logits.max() == np.inf:
             raise VocabtrimError(
                 "the penalties make a logit infinite: give presence_penalty and frequency_penalty nearer to 0, "
@@ -196,10 +204,19 @@ def make_rule(
     force_accepted: int | None = None,
     masks: Masks | None = None,
 ) -> Rule:
-    """Returns the rule of one generation after `prompt`.
+    """Returns the rule of one generation.
 
-    The rules on logits are those of the target's bundle, where `params` give none; `masks` come before them. Forced
-    acceptance measures times alone and applies none. Raises `VocabtrimError` for token ids that the target lacks.
+    Args:
+        params: The settings that choose tokens. Where they give no rules on logits, those of the target's bundle apply.
+        target: The target.
+        drafter: The drafter; None: only the text itself drafts.
+        prompt: Token ids of the prompt.
+        force_accepted: The number of tokens to accept in every round, for measuring times alone: neither `params` nor
+            `masks` apply then. None: the target decides.
+        masks: The tokens that a constraint allows, which come before the rules on logits; None: all.
+
+    Raises:
+        VocabtrimError: `params` name token ids that the target lacks.
     """
     if force_accepted is not None:
         return ForcedAcceptance(force_accepted)

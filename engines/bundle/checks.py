@@ -107,7 +107,15 @@ def graph_metadata(manifest: Manifest) -> dict[str, str]:
 
 
 def load_map(root: Path, manifest: Manifest) -> VocabMap | None:
-    """Returns the table of a trimmed head's rows; None for a full head."""
+    """Returns the table of a trimmed head's rows; None for a full head.
+
+    Args:
+        root: The bundle's directory.
+        manifest: The bundle's manifest, whose digest of the table was compared before.
+
+    Raises:
+        VocabtrimError: The file is something else.
+    """
     return VocabMap.load(root / VOCAB_MAP_NAME) if manifest.vocab_map else None
 
 

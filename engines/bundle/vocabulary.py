@@ -56,7 +56,12 @@ class Vocabulary:
 
     @classmethod
     def load(cls, tokenizer_file: Path, rows: int) -> "Vocabulary":
-        """Read a bundle's `tokenizer.json`. See `of`."""
+        """Read a bundle's `tokenizer.json`.
+
+        Args:
+            tokenizer_file: The file.
+            rows: See `of`.
+        """
         return cls.of(tokenizers.Tokenizer.from_file(str(tokenizer_file)), rows)
 
 

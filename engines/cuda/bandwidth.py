@@ -6,9 +6,19 @@ from engines.cuda.runtime import CudaStream, allocate_device
 
 
 def copy_bandwidth(buffer_bytes: int = 1 << 29, repeats: int = 20) -> float:
-    """Returns the bytes a second that the GPU reads and writes while it copies its own memory, by its own clock.
+    """Measure how fast the GPU copies its own memory, by its own clock.
 
     Reading alone is about as fast: an H100 that copied at 2,990 GB/s summed up a tensor at 3,090.
+
+    Args:
+        buffer_bytes: The size of each of the two buffers; larger than the GPU's caches.
+        repeats: The copies of one measurement.
+
+    Returns:
+        Bytes a second, those read and those written together; the best of three measurements.
+
+    Raises:
+        VocabtrimError: The GPU has no room for the buffers.
     """
     with ExitStack() as owned:
         stream = CudaStream()

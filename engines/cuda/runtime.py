@@ -160,7 +160,15 @@ class CudaStream:
         check(cuda.cudaMemcpyAsync(target, source, size, cuda.cudaMemcpyKind.cudaMemcpyDefault, self._handle))
 
     def copy_columns(self, target: int, source: int, pitch: int, width: int, rows: int) -> None:
-        """Queue a copy of `width` bytes of each of `rows` rows, which lie `pitch` bytes apart on both sides."""
+        """Queue a copy of the first bytes of each row of a matrix.
+
+        Args:
+            target: The address of the first row's copy.
+            source: The address of the first row.
+            pitch: The bytes from one row to the next, on both sides.
+            width: The bytes of each row to copy.
+            rows: The number of rows.
+        """
         cuda = runtime()
         kind = cuda.cudaMemcpyKind.cudaMemcpyDefault
         check(cuda.cudaMemcpy2DAsync(target, pitch, source, pitch, width, rows, kind, self._handle))

@@ -30,7 +30,13 @@ class MirroredBlock:
         return int(self.device.data_ptr()) + 8 * index
 
     def place(self, index: int, dtype: type[np.generic], shape: tuple[int, ...]) -> Place:
-        """Returns the place of a tensor on the device that begins at value `index`."""
+        """Returns the place of a tensor on the device.
+
+        Args:
+            index: The value of the block at which it begins.
+            dtype: The tensor's dtype, of 8 bytes or fewer.
+            shape: The tensor's shape.
+        """
         return Place(dtype, shape, self.address(index))
 
     def send(self, stop: int) -> None:

@@ -131,7 +131,15 @@ def why_no_provider(missing: tuple[str, ...] = ()) -> str:
 
 
 def explain_out_of_memory(error: Exception, bundle: Bundle) -> None:
-    """Raise `VocabtrimError`, with the sizes and what to lower, if `error` says that the GPU's memory is full."""
+    """Replace an error by one that says what to lower, if it says that the GPU's memory is full.
+
+    Args:
+        error: The error of a library. Nothing happens where it has another cause.
+        bundle: The bundle that was loaded, or that ran.
+
+    Raises:
+        VocabtrimError: The GPU's memory is full; the message has the sizes of the weights and the KV cache.
+    """
     if isinstance(error, VocabtrimError) or not _OUT_OF_MEMORY.search(str(error)):
         return
     manifest = bundle.manifest

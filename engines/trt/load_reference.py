@@ -10,7 +10,16 @@ from engines.trt.reference import ReferenceExecutor
 
 
 def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> Engine:  # noqa: ARG001  (it shares nothing)
-    """Load a bundle of `--format trt`; see `engines.load.load_engine`."""
+    """Load a bundle of `--format trt` to check it on the CPU; see `engines.load.load_engine`.
+
+    Args:
+        bundle: The bundle.
+        neighbour: Not used: the engine shares nothing.
+        profile: Must be None.
+
+    Raises:
+        VocabtrimError: A profile is asked for, or the bundle holds bf16, which ONNX Runtime cannot compute on the CPU.
+    """
     refuse_profile(profile)
     refuse_bf16(bundle)
     return StaticEngine(bundle, ReferenceExecutor(bundle))

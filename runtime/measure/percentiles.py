@@ -34,7 +34,13 @@ def round_percentiles(runs: Sequence[TimedGeneration], length: int | None) -> Pe
 
 
 def host_percentiles(runs: Sequence[TimedGeneration], length: int | None) -> Percentiles | None:
-    """Returns the milliseconds of the same rounds that are spent neither drafting nor verifying."""
+    """Returns the milliseconds of rounds that are spent neither drafting nor verifying.
+
+    Args:
+        runs: The runs of one mode.
+        length: Counts the rounds that drafted so many tokens; None counts all. The round in which a drafter reads the
+            prompt is left out.
+    """
     rounds = _full_rounds(runs, length)
     return Percentiles.of(1e3 * (entry.seconds - entry.draft_seconds - entry.verify_seconds) for entry in rounds)
 

@@ -56,6 +56,13 @@ def make_plan(
     First each drafter decodes the prompts once at the largest γ, which gives its acceptance. Then every γ is timed on
     the prompt of median length, in a few rounds that accept as many tokens as are to be expected, all interleaved.
 
+    Args:
+        target: The target.
+        drafters: The drafters to choose from, by their names.
+        prompts: Token ids of each prompt.
+        settings: Those of a sweep, with one context at most and no forced acceptance.
+        progress: Called with (generations done, all of them).
+
     Raises:
         VocabtrimError: An error of `sweep`, or more than one context.
     """

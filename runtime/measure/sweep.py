@@ -166,7 +166,20 @@ def _way(drafter: Engine | None, length: int, prompts: Prompts, settings: SweepS
 def check_settings(
     target: Engine, drafters: Mapping[str, Engine], prompts: Prompts, settings: SweepSettings
 ) -> tuple[int, ...]:
-    """Returns the draft lengths, ascending. Raises `VocabtrimError` for settings that cannot run."""
+    """Check that a sweep can run.
+
+    Args:
+        target: The target.
+        drafters: The drafters, by their names.
+        prompts: Token ids of each prompt.
+        settings: The settings of the sweep.
+
+    Returns:
+        The draft lengths, ascending.
+
+    Raises:
+        VocabtrimError: A setting cannot run with these engines.
+    """
     if not prompts or settings.repeats < 1 or settings.max_new_tokens < 2:
         raise VocabtrimError("a sweep needs at least one prompt, one repeat and two new tokens")
     check_greedy(settings.sampling)

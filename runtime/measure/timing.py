@@ -161,7 +161,7 @@ def timed_run(
     force_accepted: int | None = None,
     sampling: SamplingParams = GREEDY,
 ) -> TimedGeneration:
-    """Generate as `decode_rounds` does."""
+    """Generate as `decode_rounds` does, whose arguments and errors these are, and time each call of an engine."""
     timed_target = TimedEngine(target)
     timed_drafter = None if drafter is None else TimedEngine(drafter)
     start = perf_counter()

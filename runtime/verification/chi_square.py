@@ -18,9 +18,12 @@ def critical(alpha: float, freedom: int) -> float:
 
 
 def power(noncentrality: float, alpha: float, freedom: int) -> float:
-    """Returns the chance that a test at level `alpha` rejects a noncentral statistic.
+    """Returns the chance that a test rejects a noncentral statistic, which is a Poisson(λ/2) mixture of central ones.
 
-    Such a statistic is a Poisson(λ/2) mixture of central ones.
+    Args:
+        noncentrality: λ.
+        alpha: The level of the test.
+        freedom: The degrees of freedom.
     """
     limit = critical(alpha, freedom)
     terms = int(noncentrality / 2 + 12 * math.sqrt(noncentrality / 2 + 1)) + 12  # the rest weighs under 1e-20

@@ -40,6 +40,13 @@ def sampled_points(
 ) -> Iterator[Point]:
     """Generate again and again, and yield a point for each token that was drafted or follows a draft.
 
+    Args:
+        decoder: Has the target, and the draft length up to which every length is tried.
+        drafter: The drafter.
+        prompts: Token ids of each prompt; they take turns.
+        params: The settings to sample with; each generation has a seed of its own, from `params.seed` on.
+        draws: The points that the caller takes.
+
     Raises:
         VocabtrimError: The generations end too soon to give `draws` points.
     """

@@ -67,12 +67,13 @@ def test_a_stream_that_is_closed_reads_no_further(pair, prompt, reads, how):
         decoder.target.feed(prompt[5:40])  # the caller's own reading is wanted
 
 
-def test_a_client_that_leaves_frees_its_worker(pair, prompt, reads):
+@pytest.mark.parametrize("fields", [{}, {"echo": True, "logprobs": 1}])
+def test_a_client_that_leaves_frees_its_worker(pair, prompt, reads, fields):
     helper = pytest.importorskip("tests.serving")
     begun, seen = reads
     with helper.serving(pair, workers=1) as served:
         connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)
-        connection.request("POST", "/v1/completions", json.dumps({"prompt": prompt}), helper.HEADERS)
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": prompt} | fields), helper.HEADERS)
         assert begun.wait(20)
         connection.close()
         helper.wait_until_idle(served)

@@ -4,6 +4,8 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import gzip
+import http.client
 import json
 import re
 import socket
@@ -16,6 +18,7 @@ import pytest
 from engines.bundle.chat_template import ChatTemplates
 from engines.errors import VocabtrimError
 from runtime import SamplingParams, SpeculativeDecoder
+from runtime.json_schema import JsonSchemas
 from runtime.stream import Stream
 from tests.engines.chat_templates import TEMPLATES
 from vocabtrim_export.cli.main import main
@@ -332,6 +335,19 @@ def test_a_bad_request_is_answered_in_openais_form(name, post):
     assert message in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br, gzip", 415), ("Identity", 200), ("", 200)])
+def test_a_body_that_is_encoded_is_named_so(server, encoding, status):
+    body = json.dumps({"prompt": "the", "max_tokens": 1}).encode()
+    body = gzip.compress(body) if status == 415 else body
+    headers = helper.HEADERS | {"Content-Encoding": encoding}
+    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers)
+    assert answer.status_code == status
+    if status == 415:
+        message = f"the request's body is encoded as {encoding}; this server reads no encoding: send it as it is"
+        assert answer.json()["error"]["message"] == message
+        assert answer.headers["accept-encoding"] == "identity"
+
+
 def test_routes_keys_and_figures(post, server, client):
     assert post(b"{}", "/v1/embeddings").json()["error"]["message"].endswith("nothing at this address")
     assert post(b"{}", "/chat/completions").json()["error"]["message"].endswith("the API is under /v1/")
@@ -433,6 +449,99 @@ def test_figures_are_the_sums_of_what_answers_say(pair):
         assert (grown["broken_streams"], grown["collapses"]) == (1, 0)
 
 
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_figures_count_what_was_generated_for_a_client_that_left(pair, is_streamed, monkeypatch):
+    begun, step = threading.Event(), Stream.__next__
+
+    def slow(stream):
+        token = step(stream)
+        if stream.stats.accepted:  # so that the figures below are of something
+            begun.set()
+            time.sleep(0.02)
+        return token
+
+    monkeypatch.setattr(Stream, "__next__", slow)
+    with helper.serving(pair, draft_length=2) as server:
+        decoder = server.workers.all[0].decoder
+        prompt = decoder.encode("the quick brown fox", chat=False)
+        ask = {"prompt": prompt, "max_tokens": 100, "temperature": 0, "stream": is_streamed, "logit_bias": {"1": -100}}
+        began, connection = time.monotonic(), http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        connection.request("POST", "/v1/completions", json.dumps(ask), helper.HEADERS)
+        assert begun.wait(20)
+        connection.close()
+        helper.wait_until_idle(server)
+        seconds, values = time.monotonic() - began, helper.gauges(server.url)
+        figure = {name.removeprefix("vocabtrim_").removesuffix("_total"): value for name, value in values.items()}
+        generated = len(decoder.target.text) - len(prompt)
+        assert 1 < generated < 100
+        assert (figure["prompt_tokens"], figure["generated_tokens"]) == (len(prompt), generated)
+        assert 0 < figure["accepted_tokens"] <= figure["drafted_tokens"]
+        assert figure["rounds"] == generated - figure["accepted_tokens"]
+        assert 0 < figure["generation_seconds"] < seconds
+
+
+def test_a_wait_for_a_worker_is_no_time_of_generating(pair, monkeypatch):
+    step = Stream.__next__
+    monkeypatch.setattr(Stream, "__next__", lambda stream: time.sleep(0.02) or step(stream))  # as a large model is
+    with helper.serving(pair, workers=1) as server:
+        ask = {"prompt": "the", "max_tokens": 10, "logit_bias": {"1": -100}}
+        with httpx.Client(headers=helper.HEADERS, timeout=20) as client:
+            url = f"{server.url}/v1/completions"
+            threads = [threading.Thread(target=client.post, args=[url], kwargs={"json": ask}) for _ in range(4)]
+            began = time.monotonic()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        helper.wait_until_idle(server)
+        assert 0.8 <= helper.gauges(server.url)["vocabtrim_generation_seconds_total"] < time.monotonic() - began
+
+
+def leave(server, ask, when):
+    """Send a request, and leave once `when` holds."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("POST", "/v1/completions", json.dumps(ask), helper.HEADERS)
+    until = time.monotonic() + 20
+    while not when():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    connection.close()
+
+
+def test_for_a_client_that_leaves_in_the_queue_nothing_is_generated(pair, monkeypatch):
+    step = Stream.__next__
+    monkeypatch.setattr(Stream, "__next__", lambda stream: time.sleep(0.02) or step(stream))  # as a large model is
+    with helper.serving(pair, workers=1) as server:
+        ask, held = {"max_tokens": 60, "logit_bias": {"1": -100}}, server.workers.all[0].decoder.target
+
+        def queued():
+            leave(server, ask | {"prompt": "jumps over the lazy dog"}, lambda: server.workers.waiting)
+            return True
+
+        leave(server, ask | {"prompt": "the"}, lambda: held.length and queued())
+        helper.wait_until_idle(server)
+        prompt = server.workers.all[0].decoder.encode("the", chat=False)
+        assert list(held.text[: len(prompt)]) == prompt
+        assert helper.gauges(server.url)["vocabtrim_prompt_tokens_total"] == len(prompt)
+
+
+def test_for_a_client_that_leaves_while_its_schema_is_compiled_nothing_is_generated(pair, monkeypatch):
+    begun, go_on, constraint = threading.Event(), threading.Event(), JsonSchemas.constraint
+
+    def compiled(schemas, schema):
+        begun.set()
+        assert go_on.wait(20)
+        return constraint(schemas, schema)
+
+    monkeypatch.setattr(JsonSchemas, "constraint", compiled)
+    with helper.serving(pair, workers=1) as server:
+        leave(server, {"prompt": "the", "response_format": {"type": "json_object"}}, begun.is_set)
+        time.sleep(0.2)  # the server has noticed
+        go_on.set()
+        helper.wait_until_idle(server)
+        assert server.workers.all[0].decoder.target.length == 0
+
+
 def test_a_turn_goes_on_where_the_last_one_ended(client):
     first = [{"role": "user", "content": "the quick brown fox jumps over the lazy dog " * 3}]
     ask = {"model": "tiny", "max_tokens": 4, "temperature": 0}
@@ -453,11 +562,13 @@ def test_a_mistake_is_one_line(pair, capsys):
         (["--slots-in-parallel", "0"], "--slots-in-parallel is 0"),
         (["--queue", "-1"], "--queue is -1"),
         (["--host", ""], "--host is empty"),
+        (["--host", "a" * 70], "cannot listen on aaa"),
         (["--api-key", ""], "--api-key is empty"),
         (["--api-key", "schlüssel"], "the API key has spaces, or characters that are not ASCII"),
         (["--allow-origin", "localhost:3000/"], "--allow-origin is 'localhost:3000/': give one such as http://"),
     ):
-        assert main(["serve", "--target", str(pair.target), *options]) == 2
+        # There is no such bundle: what can be known before the bundles are loaded is said before.
+        assert main(["serve", "--target", str(pair.target / "none"), *options]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
     listener.close()

@@ -116,7 +116,7 @@ CONSTRAINTS = (
     Mutation(
         "A server's text is that of generate",
         "a schema is checked and not applied",
-        "vocabtrim_export/serve/workers.py",
+        "vocabtrim_export/serve/running.py",
         "json_schema=job.json_schema",
         "json_schema=None",
         "tests/integration/test_response_format.py -k answer",

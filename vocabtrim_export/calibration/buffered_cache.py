@@ -28,7 +28,7 @@ class BufferedLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Append [B, heads, new, head_dim] and return views of everything so far."""
+        """Append keys and values, [B, heads, new, head_dim] each. Returns views of everything so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[2]
@@ -70,7 +70,13 @@ class BufferedCache(Cache):
         return parts
 
     def append(self, parts: Mapping[str, Tensor], rows: Tensor, device: torch.device) -> None:
-        """Keep only these rows, and append what `written` returned for them."""
+        """Keep some rows of the batch, and append keys and values to them.
+
+        Args:
+            parts: The result of `written`.
+            rows: int64[n], the rows of the batch to keep; those in `parts` are these.
+            device: The device of the model.
+        """
         if self.layers:
             self.batch_select_indices(rows.to(device))
         for number in range(sum(name.startswith("key.") for name in parts)):

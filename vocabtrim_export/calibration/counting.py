@@ -60,7 +60,11 @@ class CalibrationSettings:
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check every value, and that none would be ignored. Raises `VocabtrimError`."""
+        """Check every value, and that none would be ignored.
+
+        Raises:
+            VocabtrimError: A value is out of range, or would be ignored.
+        """
         if isinstance(self.calibration, str | Path):
             raise VocabtrimError(f"calibration is {str(self.calibration)!r}: give a list of paths")
         tokens = 1 if self.calibration_tokens == "auto" else self.calibration_tokens

@@ -116,7 +116,13 @@ class Evidence:
 
 
 def rows_of(rows: HeadSize, counts: NDArray[np.int64], held_out: NDArray[np.int64]) -> int:
-    """Returns a number of rows: the one in `rows`, or the fewest rows that cover that share of the held-out tokens."""
+    """Returns a number of rows, at most that of the vocabulary.
+
+    Args:
+        rows: The number itself, or the share of held-out tokens that the fewest rows are to cover.
+        counts: int64[vocabulary], by which rows are chosen.
+        held_out: int64[vocabulary], the tokens to cover.
+    """
     if isinstance(rows, int):
         return min(rows, len(counts))
     covered = np.cumsum(held_out[np.argsort(-counts, kind="stable")])

@@ -12,8 +12,7 @@ from typing import IO, cast
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.document import cut_text
 
-# The longest line of JSONL or of a table and the longest record of a JSON list, in bytes or characters: longer ones
-# were not meant as one.
+# The longest line of JSONL or of a table, in bytes or characters, and the longest record of a JSON list.
 MAX_LINE = 64 << 20
 WHOLE_JSON = 8 << 20  # bytes: a larger .json file is read record by record
 _CHUNK = 1 << 20
@@ -65,7 +64,11 @@ def read_json_lines(stream: IO[bytes], path: Path) -> Records:
 
 
 def read_json(stream: IO[bytes], path: Path) -> Records:
-    """Yield the items of a JSON list of records, or the one record that a file holds; or of JSON lines."""
+    """Yield the items of a JSON list of records, or the one record that a file holds; or of JSON lines.
+
+    Raises:
+        VocabtrimError: The file is none of these, is not UTF-8, or has a record that is too long.
+    """
     data = stream.read(WHOLE_JSON + 1)
     whole = cast(IO[bytes], _Joined(data, stream))
     if len(data) > WHOLE_JSON:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_decoder_arguments(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0: every address")
-    group.add_argument("--port", type=int, default=8000, help="the port to listen on")
+    group.add_argument("--port", type=int, default=8000, help="the port to listen on; 0: a free one")
     group.add_argument(
         "--api-key", help=f"a key that clients must send (default: that of the environment variable {_KEY}, if any)"
     )
@@ -83,17 +83,17 @@ def run(options: argparse.Namespace) -> None:
             raise VocabtrimError("a server needs more packages: pip install 'vocabtrim-export[serve]'") from error
         raise
     settings = _settings(options)
-    decoder = load_decoder(options)
-    if decoder.tokenizer is None:
-        decoder.close()
-        raise VocabtrimError(f"{options.target} has no tokenizer: a server needs one")
-    config = uvicorn.Config(
-        Server(decoder, settings).app(),
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=int(settings.shutdown_seconds),
-    )
-    with _listen(settings.host, settings.port) as listener:
+    with _listen(settings.host, settings.port) as listener:  # clients that come while the bundles load wait
+        decoder = load_decoder(options)
+        if decoder.tokenizer is None:
+            decoder.close()
+            raise VocabtrimError(f"{options.target} has no tokenizer: a server needs one")
+        config = uvicorn.Config(
+            Server(decoder, settings).app(),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=int(settings.shutdown_seconds),
+        )
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {settings.model_name} at http://{shown}:{port}/v1", file=sys.stderr, flush=True)
@@ -124,6 +124,6 @@ def _settings(options: argparse.Namespace) -> "ServeSettings":
 def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        why = error.strerror or error
+    except (OSError, UnicodeError) as error:  # a name whose parts are too long is a UnicodeError
+        why = getattr(error, "strerror", None) or error
         raise VocabtrimError(f"cannot listen on {host}, port {port}: {why}; give another --host or --port") from error

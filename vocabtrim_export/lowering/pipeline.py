@@ -80,7 +80,12 @@ def lower_slot_rows(traced: Traced, weights: Weights, rows: Tensor, is_standard:
 
 
 def lower_features(linear: nn.Linear, weights: Weights) -> ir.Model:
-    """Lower the product that computes a head's hidden state: features [1, S, features] → [1, S, hidden]."""
+    """Lower the product that computes a head's hidden state: features [1, S, features] → [1, S, hidden].
+
+    Args:
+        linear: The product, with or without a bias.
+        weights: The settings for storing its weights.
+    """
     graph = ir.Graph([], [], nodes=[], name="features", opset_imports={"": OPSET, CONTRIB: 1})
     decoder = DecoderGraph(ir.Model(graph, ir_version=10, producer_name="vocabtrim-export"), {}, weights.dtype)
     moments = (weights.moments or {}).get("fc")
@@ -118,7 +123,14 @@ def lower_standard(traced: Traced, weights: Weights, cache: CacheForm) -> Lowere
 
 
 def lower_unrolled(traced: Traced, weights: Weights, cache: CacheForm, steps: int) -> Lowered:
-    """Lower `steps` greedy steps to one graph of standard operators; `unroll` lists its inputs and outputs."""
+    """Lower greedy steps to one graph of standard operators; `unroll` lists its inputs and outputs.
+
+    Args:
+        traced: The traced decoder, which stays as it was.
+        weights: The settings for storing weights.
+        cache: The form of the KV cache.
+        steps: γ, the number of steps.
+    """
     decoder = _start(traced, weights)
     select_last_position(decoder)
     _finish_head(decoder, weights)

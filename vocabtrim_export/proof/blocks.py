@@ -48,7 +48,7 @@ class Memory:
         self._numbers = torch.empty(0)
 
     def matrix(self, rows: int, columns: int) -> Tensor:
-        """Returns a matrix of any values, which lies where the one before lay."""
+        """Returns float32[rows, columns] of any values. It lies where the matrix before it lay, which is then lost."""
         if self._numbers.numel() < rows * columns:
             self._numbers = torch.empty(rows * columns)
         return self._numbers[: rows * columns].view(rows, columns)

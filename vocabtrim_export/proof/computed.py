@@ -70,6 +70,10 @@ def run_graph(
 def written_logits(directory: Path, calls: Calls) -> NDArray[np.float32]:
     """Run `model.onnx` on the tokens in its own dtypes, call by call.
 
+    Args:
+        directory: The bundle's directory.
+        calls: The tokens of the proof.
+
     Returns:
         float32[S, vocab].
 

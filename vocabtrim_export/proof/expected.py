@@ -31,8 +31,16 @@ def expected_outputs(
 ) -> dict[str, FloatArray]:
     """Run `model` on the tokens in one forward pass, as a graph in `dtype` does.
 
+    Args:
+        model: The model, which computes in float32.
+        dtype: The graph's, to which cosines and sines are rounded.
+        calls: The tokens of the proof.
+        window: The sliding window of the proof; None where the tokens do not reach past one.
+        feature_layers: The layers whose inputs are the features; empty for a model that gives none.
+
     Returns:
-        logits[S, vocab], with `feature_layers` features[S, layers·hidden], and of a head next_hidden[S, hidden].
+        float32 arrays by the graph's names: logits[S, vocab], with `feature_layers` features[S, layers·hidden], and for
+        a head next_hidden[S, hidden].
     """
     with _as_proven(model, dtype, window), layer_inputs(model, feature_layers) as entered:
         computed = _forward(model, calls)

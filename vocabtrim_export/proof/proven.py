@@ -31,6 +31,12 @@ def write_proven(
     Where it does not, and attention was made to rotate, the rotation is left as the model writes it, and all is written
     and proven again.
 
+    Args:
+        directory: An empty directory.
+        traced: The trace to start from; None for a model that is lowered without one.
+        plan: The parts of the bundle.
+        progress: Called with (task, done, total).
+
     Returns:
         The manifest, and the trace that proved right: a model's next bundle starts from it.
 

@@ -76,7 +76,13 @@ class Calls:
 
 
 def window_of(model: PreTrainedModel, context_length: int, narrow: bool) -> Window | None:
-    """Returns the sliding window that a KV cache of `context_length` tokens reaches past; None where there is none."""
+    """Returns the sliding window that a KV cache reaches past; None where there is none.
+
+    Args:
+        model: The model.
+        context_length: The tokens that the KV cache holds.
+        narrow: Whether the proof makes a window that is too long for its few tokens narrower.
+    """
     size = getattr(model.config.get_text_config(), "sliding_window", None)
     if not isinstance(size, int) or not 0 < size < context_length:
         return None
@@ -87,6 +93,11 @@ def calls(source: Source, context_length: int, window: Window | None) -> Calls:
     """Choose the tokens of a proof and its calls.
 
     A prefill reaches past the window and picks most experts; the calls of a draft/verify loop follow.
+
+    Args:
+        source: The model; a head gets random hidden states as well.
+        context_length: The tokens that the KV cache holds, the most that are chosen.
+        window: See `window_of`.
     """
     prefill = max(_PREFILL, window.narrowed + 4 if window else 0, _expert_tokens(source.model))
     total = min(prefill + sum(_CALLS), context_length)

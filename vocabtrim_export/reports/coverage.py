@@ -52,7 +52,12 @@ class Curve:
 
 
 def grid(kept: int, vocab_size: int) -> tuple[int, ...]:
-    """Returns the values of K that a curve shows: powers of two, the export's own K, and the full vocabulary."""
+    """Returns the values of K that a curve shows: powers of two, the export's own K, and the full vocabulary.
+
+    Args:
+        kept: The export's own K.
+        vocab_size: The tokens of the full vocabulary.
+    """
     powers = {1 << bit for bit in range(max(0, vocab_size.bit_length() - _OCTAVES), vocab_size.bit_length())}
     return tuple(sorted({each for each in powers if each < vocab_size} | {kept, vocab_size}))
 
@@ -76,9 +81,15 @@ def places(kept: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int6
 
 
 def curve_of_counts(domain: str, counts: NDArray[np.int64], place: NDArray[np.int64], rows: Sequence[int]) -> Curve:
-    """Returns the coverage of counted tokens, int64[vocabulary], whose documents are not known.
+    """Returns the coverage of counted tokens, whose documents are not known.
 
     Its intervals are Wilson's. The tokens of a document are alike, so that they are narrower than those over documents.
+
+    Args:
+        domain: The domain's name.
+        counts: int64[vocabulary].
+        place: int64[vocabulary], see `places`.
+        rows: The values of K.
     """
     by_place = np.zeros_like(counts)
     by_place[place] = counts
@@ -105,9 +116,16 @@ def curve_of_documents(
     place: NDArray[np.int64],
     rows: Sequence[int],
 ) -> Curve:
-    """Returns the coverage of documents, each int64[·] token ids, with a bootstrap interval where there are several.
+    """Returns the coverage of documents, with a bootstrap interval where there are several.
 
     Documents are resampled, not tokens: the tokens of one document are alike.
+
+    Args:
+        domain: The domain's name.
+        origin: See `Curve`.
+        documents: int64[·] token ids of each document.
+        place: int64[vocabulary], see `places`.
+        rows: The values of K.
     """
     filled = [place[document] for document in documents if len(document)]
     sizes = np.array([len(each) for each in filled])

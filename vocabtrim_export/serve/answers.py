@@ -146,7 +146,12 @@ class Form:
 
 
 def usage(generations: Sequence[Generation], prompts: Sequence[list[int]]) -> dict[str, Any]:
-    """Returns OpenAI's `usage`; its details state how many drafted tokens were accepted and rejected."""
+    """Returns OpenAI's `usage`; its details state how many drafted tokens were accepted and rejected.
+
+    Args:
+        generations: One for each choice.
+        prompts: Token ids of the request's prompts, each of which counts once.
+    """
     read, written = sum(map(len, prompts)), sum(len(generation.token_ids) for generation in generations)
     drafted = sum(generation.stats.drafted for generation in generations)
     accepted = sum(generation.stats.accepted for generation in generations)

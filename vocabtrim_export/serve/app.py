@@ -85,7 +85,11 @@ class Server:
         return guarded
 
     def _check_caller(self, request: Request) -> None:
-        """Raise `ApiError` for a caller without the key; where there is none, for a web page that is not allowed."""
+        """Check the API key; without one, that no web page asks which is not allowed to.
+
+        Raises:
+            ApiError: The caller may not ask.
+        """
         wanted, origin = self._settings.api_key, request.headers.get("origin")
         scheme, _, sent = request.headers.get("authorization", "").partition(" ")
         if wanted:
@@ -145,6 +149,9 @@ class Server:
         self.metrics.streamed(is_broken)
 
     async def _body(self, request: Request) -> bytes:
+        if (encoding := request.headers.get("content-encoding", "identity")).lower() not in ("identity", ""):
+            why = f"the request's body is encoded as {encoding[:100]}; this server reads no encoding: send it as it is"
+            raise ApiError(415, why, code="unsupported_content_encoding", headers={"Accept-Encoding": "identity"})
         most, parts, size = int(self._settings.body_mb * MB), [], 0
         try:
             async with asyncio.timeout(self._settings.body_seconds):
@@ -166,8 +173,7 @@ class Server:
         deadline = arrived + self._settings.request_seconds
         is_first = True
         for index, (prompt, sampling) in enumerate(_choices(job)):
-            began = clock()
-            events = self.workers.generate(job, prompt, sampling)
+            events = self.workers.generate(job, prompt, sampling, self.metrics.generated)
             try:
                 while True:
                     async with asyncio.timeout_at(deadline):
@@ -177,8 +183,6 @@ class Server:
                     if is_first and not isinstance(event, Echo):
                         self.metrics.first_token(clock() - arrived)
                         is_first = False
-                    if isinstance(event, Generation):
-                        self.metrics.generated(event, len(prompt), clock() - began)
                     yield index, event
             finally:
                 await events.aclose()

@@ -12,7 +12,7 @@ from vocabtrim_export.serve.answers import Form
 from vocabtrim_export.serve.echo import Echo
 from vocabtrim_export.serve.errors import as_api_error, to_json
 from vocabtrim_export.serve.job import Job
-from vocabtrim_export.serve.workers import Item
+from vocabtrim_export.serve.running import Item
 
 Event: TypeAlias = tuple[int, Item]  # of a choice
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold events back

@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 
 from vocabtrim_export.serve.errors import ApiError
 
+LARGEST = 1 << 63  # bounds numbers that have no bound of their own
+
 
 class Fields:
     """The fields of a request. A field that no code has read by the end is an error; none is ignored silently."""
@@ -31,28 +33,50 @@ class Fields:
         return self._values.pop(name, default)
 
     def flag(self, name: str) -> bool:
-        """Returns a truth value, false by default."""
+        """Returns a truth value, false by default.
+
+        Raises:
+            ApiError: The field holds something else.
+        """
         value = self.take(name, False)
         return value if isinstance(value, bool) else _refuse(name, value, "true or false")
 
     def whole(self, name: str, default: int | None, least: int, most: int) -> int | None:
-        """Returns a whole number from `least` to `most`."""
+        """Returns a whole number.
+
+        Args:
+            name: The field.
+            default: The value where the field is absent or null.
+            least: The least number.
+            most: The greatest number.
+
+        Raises:
+            ApiError: The field holds something else.
+        """
         value = self.take(name, default)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            _refuse(name, value, f"a whole number from {least} to {most}")
+            _refuse(name, value, f"a whole number from {least} {f'to {most}' if most < LARGEST else 'up'}")
         return value
 
     def number(self, name: str, default: float | None) -> float | None:
-        """Returns a number."""
+        """Returns a number, `default` where the field is absent or null.
+
+        Raises:
+            ApiError: The field holds something else.
+        """
         value = self.take(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             _refuse(name, value, "a number")
         return value
 
     def mapping(self, name: str) -> Mapping[str, Any]:
-        """Returns an object, empty by default."""
+        """Returns an object, empty by default.
+
+        Raises:
+            ApiError: The field holds something else.
+        """
         value = self.take(name, {})
         return value if isinstance(value, dict) else _refuse(name, value, "an object")
 

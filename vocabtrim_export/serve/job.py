@@ -8,12 +8,11 @@ from typing import Any
 from engines.errors import VocabtrimError
 from runtime import SamplingParams, SpeculativeDecoder
 from vocabtrim_export.serve.errors import ApiError
-from vocabtrim_export.serve.fields import Fields
+from vocabtrim_export.serve.fields import LARGEST, Fields
 from vocabtrim_export.serve.response_format import read_response_format
 
 MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS = 64, 16, 20
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
-_LARGEST = 1 << 63
 _BEGINS = "add_generation_prompt"
 # These name the caller or steer what OpenAI's own service does; no token depends on them.
 _IGNORED = (
@@ -72,9 +71,9 @@ def read_job(body: bytes, is_chat: bool, decoder: SpeculativeDecoder, model_name
         raise ApiError(404, f"there is no model {shown!r} here: ask for {model_name!r}", "model", "model_not_found")
     prompts = (_conversation if is_chat else _texts)(fields, decoder)
     echo = not is_chat and fields.flag("echo")
-    most = fields.whole("max_tokens", None if is_chat else _COMPLETION_TOKENS, 0 if echo else 1, _LARGEST)
+    most = fields.whole("max_tokens", None if is_chat else _COMPLETION_TOKENS, 0 if echo else 1, LARGEST)
     if is_chat:
-        most = fields.whole("max_completion_tokens", most, 1, _LARGEST)
+        most = fields.whole("max_completion_tokens", most, 1, LARGEST)
     logprobs = _logprobs(fields, is_chat)
     n = fields.whole("n", 1, 1, MOST_CHOICES) or 1
     if len(prompts) * n > MOST_CHOICES:
@@ -169,13 +168,13 @@ def _with_usage(fields: Fields, is_streamed: bool) -> bool:
 
 def _sampling(fields: Fields) -> SamplingParams:
     """Returns the sampling. Absent fields have OpenAI's defaults, a temperature of 1 among them."""
-    seed = fields.whole("seed", None, -_LARGEST, _LARGEST)
+    seed = fields.whole("seed", None, -LARGEST, LARGEST)
     arguments: dict[str, Any] = {
         "temperature": fields.number("temperature", 1.0),
         "top_p": fields.number("top_p", 1.0),
         "min_p": fields.number("min_p", 0.0),
-        "top_k": max(fields.whole("top_k", 0, -1, _LARGEST) or 0, 0),  # vLLM's clients say -1 for all tokens
-        "seed": None if seed is None else seed % (2 * _LARGEST),
+        "top_k": max(fields.whole("top_k", 0, -1, LARGEST) or 0, 0),  # vLLM's clients say -1 for all tokens
+        "seed": None if seed is None else seed % (2 * LARGEST),
         "repetition_penalty": fields.number("repetition_penalty", None),
         "presence_penalty": fields.number("presence_penalty", 0.0),
         "frequency_penalty": fields.number("frequency_penalty", 0.0),

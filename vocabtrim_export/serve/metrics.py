@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from runtime import Generation
+from runtime import Stats
 from vocabtrim_export.serve.cache_store import CacheStore
 from vocabtrim_export.serve.workers import Workers
 
@@ -54,12 +54,17 @@ class Metrics:
         """Count the time to an answer's first token."""
         self._first.observe(seconds)
 
-    def generated(self, generation: Generation, prompt_tokens: int, seconds: float) -> None:
-        """Count the tokens and the seconds of one answer."""
-        stats = generation.stats
+    def generated(self, stats: Stats, prompt_tokens: int, seconds: float) -> None:
+        """Count one answer, or what was generated of one that was left; in any thread.
+
+        Args:
+            stats: The sums over its rounds.
+            prompt_tokens: The tokens of its prompt.
+            seconds: The time for which a worker had it.
+        """
         self._prompt.inc(prompt_tokens)
         self._cached.inc(stats.cached)
-        self._generated.inc(len(generation.token_ids))
+        self._generated.inc(stats.tokens)
         self._drafted.inc(stats.drafted)
         self._accepted.inc(stats.accepted)
         self._rounds.inc(stats.rounds + stats.prefills)

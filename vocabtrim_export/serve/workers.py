@@ -1,21 +1,17 @@
 """`Workers`: decoders over the same weights, each of which answers one request at a time in a thread of its own."""
 
 import asyncio
-import threading
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import count
-from typing import TypeAlias
 
 from runtime import Generation, SamplingParams, SpeculativeDecoder
-from runtime.stream import Stream, Token
 from vocabtrim_export.serve.cache_store import LEAST_TOKENS, CacheStore
-from vocabtrim_export.serve.echo import NOTHING, Echo
 from vocabtrim_export.serve.errors import ApiError
 from vocabtrim_export.serve.job import Job
+from vocabtrim_export.serve.running import Count, Item, Running
 
-Item: TypeAlias = Echo | Token | Generation  # of one answer: its prompt where that is asked for, tokens, then all of it
 _RETRY_SECONDS = 2  # the Retry-After of a client that finds the queue full
 
 
@@ -25,27 +21,6 @@ class Worker:
 
     decoder: SpeculativeDecoder
     last_use: int = 0
-
-
-@dataclass(slots=True)
-class Running:
-    """A generation that runs in a worker's thread.
-
-    Attributes:
-        events: The items of the answer as they come, or the error that ended it.
-        cancelled: Set when the rest is no longer wanted.
-        stream: The tokens; None before the first one is asked for.
-    """
-
-    events: "asyncio.Queue[Item | BaseException]" = field(default_factory=asyncio.Queue)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    stream: Stream | None = None
-
-    def cancel(self) -> None:
-        """End the generation after the round that runs, or after the part of the prompt that is read."""
-        self.cancelled.set()
-        if self.stream:
-            self.stream.close()
 
 
 class Workers:
@@ -100,21 +75,33 @@ class Workers:
         """Give back the place of a request."""
         self.admitted -= 1
 
-    async def generate(self, job: Job, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[Item, None]:
+    async def generate(
+        self, job: Job, prompt: list[int], sampling: SamplingParams, count: Count
+    ) -> AsyncGenerator[Item, None]:
         """Yields the items of one answer as they come.
 
         A generation that is left early, by its client or by an error, ends after the round that runs. Its worker is
         free for others only then.
+
+        Args:
+            job: The request.
+            prompt: Token ids of the prompt that the answer continues.
+            sampling: The settings that choose the answer's tokens.
+            count: See `Running.run`; called in the worker's thread.
+
+        Raises:
+            ApiError: The server is shutting down.
+            VocabtrimError: The prompt or an argument cannot be used.
         """
         self.waiting += 1
         try:
             await self._turn.acquire()
         finally:
             self.waiting -= 1
-        worker, running = self._take(prompt), Running()
         loop = asyncio.get_running_loop()
+        worker, running = self._take(prompt), Running(job, prompt, sampling, loop)
         try:
-            done = loop.run_in_executor(self._threads, _run, worker, self.store, running, loop, job, prompt, sampling)
+            done = loop.run_in_executor(self._threads, running.run, worker.decoder, self.store, count)
         except RuntimeError as error:  # the threads are shut down
             self._release(worker)
             raise ApiError(503, "the server is shutting down") from error
@@ -151,51 +138,3 @@ class Workers:
     def _release(self, worker: Worker) -> None:
         self._free.append(worker)
         self._turn.release()
-
-
-def _run(
-    worker: Worker,
-    store: CacheStore,
-    running: Running,
-    loop: asyncio.AbstractEventLoop,
-    job: Job,
-    prompt: list[int],
-    sampling: SamplingParams,
-) -> None:
-    """Generate in a worker's thread, and send tokens and the result to the event loop."""
-
-    def send(event: Item | BaseException) -> None:
-        loop.call_soon_threadsafe(running.events.put_nowait, event)
-
-    decoder = worker.decoder
-    try:
-        store.prepare(decoder, prompt, keeps_prefix=not (job.echo or sampling.must_repeat_itself))
-        if job.echo:
-            send(Echo(prompt, None if job.logprobs is None else decoder.prompt_logprobs(prompt, job.logprobs)))
-        if job.max_new_tokens == 0:
-            send(NOTHING)
-            return
-        with decoder.stream(
-            prompt,
-            max_new_tokens=job.max_new_tokens or decoder.target.capacity,  # to the end of the context
-            sampling=sampling,
-            stop=job.stop or None,
-            logprobs=job.logprobs,
-            json_schema=job.json_schema,
-        ) as stream:
-            running.stream = stream
-            if running.cancelled.is_set():  # before `cancel` could close the stream
-                return
-            for token in stream:
-                send(token)
-            if not running.cancelled.is_set():
-                send(_without_echo(stream.finish(), job))
-    except BaseException as error:  # the event loop raises it again
-        send(error)
-
-
-def _without_echo(generation: Generation, job: Job) -> Generation:
-    """Returns a generation whose prompt counts as read where its log-probabilities were computed before."""
-    if not job.echo or job.logprobs is None:
-        return generation
-    return replace(generation, stats=replace(generation.stats, cached=0))
