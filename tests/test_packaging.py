@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import distribution, distributions, packages_distributions
 from pathlib import Path
@@ -73,6 +74,19 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
     sources = {str(path.relative_to(ROOT)) for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py")}
     assert sources | {f"{package}/py.typed" for package in MAY_IMPORT} <= set(names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_sdist_holds_the_repository(wheel):
+    """All that is not hidden: the tests run from it, with their fixtures."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split(
+        "\n"
+    )
+    (sdist,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as files:
+        held = {name.partition("/")[2] for name in files.getnames()}
+    assert tracked - held == set()
 
 
 # Stands in for an environment that holds the wheel and what it requires: every other installed package is hidden.
