@@ -80,9 +80,8 @@ def test_the_sdist_holds_the_repository(wheel):
     """All that is not hidden: the tests run from it, with their fixtures."""
     if not (ROOT / ".git").exists():
         pytest.skip("this is no checkout")
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split(
-        "\n"
-    )
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, stdout=PIPE, text=True).stdout
+    tracked = {name for name in listed.split("\0") if name and not name.startswith(".")}
     (sdist,) = wheel.parent.glob("*.tar.gz")
     with tarfile.open(sdist) as files:
         held = {name.partition("/")[2] for name in files.getnames()}
