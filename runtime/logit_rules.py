@@ -202,6 +202,7 @@ class _Text:
         return self._output_counts[: len(self._counts)]
 
     def extend(self, tokens: Iterable[int], *, is_output: bool) -> None:
+        """Append tokens, of the output or of the prompt."""
         for token in tokens:
             slot = self._slots.setdefault(token, len(self._counts))
             if slot == len(self._counts):
@@ -214,6 +215,7 @@ class _Text:
                 self._followers[self._key(len(self.tokens) - 1)].append(token)
 
     def truncate(self, length: int) -> None:
+        """Take back every token after the first `length`."""
         while len(self.tokens) > length:
             if self._ngram_size and len(self.tokens) >= self._ngram_size:
                 self._followers[self._key(len(self.tokens) - 1)].pop()

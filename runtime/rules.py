@@ -193,6 +193,7 @@ class DrafterHead:
         self.columns = Columns(width, self.tokens)
 
     def token(self, row: int) -> int:
+        """Returns the token id of a row of the head."""
         return int(self.tokens.kept_token_ids[row]) if self.tokens else row
 
 

@@ -55,6 +55,7 @@ class ChatTemplates:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the templates, in order; empty where the tokenizer has none."""
         return tuple(sorted(self._templates))
 
     def render(self, messages: Sequence[Any], options: ChatOptions = ChatOptions()) -> str:

@@ -88,10 +88,12 @@ class Plan:
 
     @property
     def best(self) -> PlanCandidate:
+        """The fastest drafter, with its γ."""
         return self.candidates[0]
 
     @property
     def speculation_pays(self) -> bool:
+        """Whether the fastest drafter is faster than the target alone."""
         return self.best.speedup > 1
 
     @property

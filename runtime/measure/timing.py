@@ -51,10 +51,12 @@ class TimedGeneration:
 
     @property
     def tokens(self) -> tuple[int, ...]:
+        """The new token ids."""
         return tuple(token for entry in self.rounds for token in entry.tokens)
 
     @property
     def engine_seconds(self) -> float:
+        """The time of all calls of both engines."""
         return sum(feed.seconds for feed in self.target + self.drafter)
 
     @property

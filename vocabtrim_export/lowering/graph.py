@@ -62,13 +62,24 @@ class DecoderGraph:
         return self.initializer(name, weight.to_ir(name))
 
     def add_view(self, name: str, weight: Weight, of: str) -> ir.Value:
-        """Add an initializer of the same bytes as the initializer `of`, which are stored once: see `save_graph`."""
+        """Add an initializer whose bytes are those of another one, so that they are stored once: see `save_graph`.
+
+        Args:
+            name: The initializer's name.
+            weight: Its values.
+            of: The name of the other initializer.
+        """
         value = self.add_weight(name, weight)
         value.meta[BYTES_OF] = of
         return value
 
     def constant(self, name: str, values: Sequence[int]) -> ir.Value:
-        """Add an int64 initializer."""
+        """Add an int64 initializer.
+
+        Args:
+            name: The initializer's name; one that is there already is returned as it is.
+            values: int64[n].
+        """
         return self.initializer(name, ir.Tensor(np.array(values, np.int64), name=name))
 
     def initializer(self, name: str, tensor: ir.Tensor[Any] | ir.LazyTensor) -> ir.Value:
@@ -79,11 +90,26 @@ class DecoderGraph:
         return self.graph.initializers[name]
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """Add an input to the graph.
+
+        Args:
+            name: The input's name.
+            dtype: The input's dtype.
+            shape: Its sizes; a text names a dynamic one.
+        """
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
         self.graph.inputs.append(value)
         return value
 
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Make a value an output of the graph.
+
+        Args:
+            value: The value, which gets this name, dtype and shape.
+            name: The output's name.
+            dtype: The output's dtype.
+            shape: Its sizes; a text names a dynamic one.
+        """
         value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         self.graph.outputs.append(value)
 

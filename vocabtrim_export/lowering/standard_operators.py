@@ -117,6 +117,13 @@ class _Cache:
         return nodes("Slice", cache, nodes.ints(0), self.span, nodes.ints(2))
 
     def mask(self, step: int, window: int, anchor: ir.Node) -> ir.Value:
+        """Returns the attention mask of a step, which layers with the same window share.
+
+        Args:
+            step: The step of an unrolled graph; 0 for any other.
+            window: The tokens that attention reaches back; 0 for all.
+            anchor: The node before which the mask's nodes are put when it is first asked for.
+        """
         if (step, window) not in self.masks:
             self.masks[step, window] = self._mask(step, window, Nodes(self.decoder, anchor))
         return self.masks[step, window]

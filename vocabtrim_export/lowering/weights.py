@@ -41,6 +41,7 @@ class Weight:
         return Weight((len(ids), *self.shape[1:]), self.dtype, lambda: self.stored()[ids], self.moments)
 
     def transposed(self) -> "Weight":
+        """Returns the matrix with rows and columns exchanged."""
         return Weight(self.shape[::-1], self.dtype, lambda: self.stored().t(), self.moments)
 
     def reshaped(self, shape: tuple[int, ...]) -> "Weight":
@@ -52,6 +53,7 @@ class Weight:
         return Weight(self.shape, self.dtype, lambda: self.load().float() + number)
 
     def to_ir(self, name: str) -> ir.LazyTensor:
+        """Returns an initializer's values, which are loaded when the graph is written."""
         dtype = from_torch_dtype(self.dtype)
         return ir.LazyTensor(lambda: TorchTensor(self.load(), name=name), dtype, ir.Shape(self.shape), name=name)
 

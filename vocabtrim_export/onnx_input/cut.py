@@ -33,6 +33,7 @@ class _Cutter:
         self.done: set[ir.Node] = set()
 
     def through(self, value: ir.Value) -> None:
+        """Cut what computes `value`, [..., vocab], to the kept columns, from its node back to the product."""
         node = value.producer()
         if node is None or node in self.done:
             return

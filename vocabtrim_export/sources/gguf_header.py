@@ -45,6 +45,7 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
+        """The architecture's name in llama.cpp; "" where the file states none."""
         return str(self.metadata.get("general.architecture", ""))
 
     def hyperparameters(self) -> dict[str, Any]:

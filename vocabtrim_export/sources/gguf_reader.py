@@ -121,6 +121,14 @@ class GgufReader:
         return name, GgufTensor(shape, kind, offset, -(-math.prod(shape) // block) * block_bytes)
 
     def value(self, kind: int) -> Any:
+        """Read a value of the metadata.
+
+        Args:
+            kind: The number by which GGUF names the value's type.
+
+        Raises:
+            VocabtrimError: The file claims what it cannot hold.
+        """
         if kind == _STRING:
             return self.text(self.size)
         if kind != _ARRAY:
@@ -147,6 +155,18 @@ class GgufReader:
         return texts
 
     def numbers(self, kind: int, count: int) -> Any:
+        """Read numbers of one type.
+
+        Args:
+            kind: The number by which GGUF names their type.
+            count: How many there are.
+
+        Returns:
+            A read-only array [count] of that type.
+
+        Raises:
+            VocabtrimError: The type is unknown, or the file is shorter.
+        """
         if kind not in _NUMBERS:  # a list of lists is refused too; no writer produces one
             raise self.broken(f"its metadata has a value of the unknown type {kind}")
         dtype = np.dtype(_NUMBERS[kind])
@@ -155,11 +175,21 @@ class GgufReader:
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
     def number(self, form: str) -> int:
+        """Read one number in a format of `struct`.
+
+        Raises:
+            VocabtrimError: The file ends before it.
+        """
         if struct.calcsize(form) > self.left():
             raise self.broken("it ends in the middle of its header")
         return int(struct.unpack(form, self.take(struct.calcsize(form)))[0])
 
     def text(self, most: int) -> str:
+        """Read a text of at most so many bytes. What is not UTF-8 in it is replaced.
+
+        Raises:
+            VocabtrimError: It claims to be longer, or the file is shorter.
+        """
         length = self.number("<Q")
         if length > min(most, self.left()):
             raise self.broken(f"it claims a name of {length} bytes")

@@ -47,10 +47,12 @@ class Source:
 
     @property
     def backend(self) -> Tokenizer:
+        """The tokenizer of the library tokenizers, which the bundle's `tokenizer.json` holds."""
         return self.tokenizer.backend_tokenizer
 
     @property
     def tokenizer_digest(self) -> str:
+        """The digest of the token ↔ id table."""
         return tokenizer_digest(self.backend)
 
     @property
@@ -60,6 +62,7 @@ class Source:
 
     @property
     def vocabulary(self) -> Vocabulary:
+        """The tokens that have a row in the model's embedding."""
         return Vocabulary.of(self.backend, self.vocab_size)
 
     @property

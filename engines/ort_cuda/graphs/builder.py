@@ -22,9 +22,26 @@ class GraphBuilder:
         self._constants: dict[str, ir.Value] = {}
 
     def op(self, op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        """Append a node to the graph, in ONNX's own domain.
+
+        Args:
+            op: The operator.
+            inputs: The node's inputs.
+            attributes: The node's attributes.
+
+        Returns:
+            The node's one output.
+        """
         return self._tape.op(op, inputs, attributes)
 
     def input(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
+        """Add an input to the graph.
+
+        Args:
+            name: The input's name.
+            dtype: The input's dtype.
+            shape: Its sizes; a text names a dynamic one.
+        """
         self._inputs.append(ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape)))
         return self._inputs[-1]
 
@@ -43,9 +60,11 @@ class GraphBuilder:
         return self.constant(f"axis_{axis}", np.array(axis, np.int64))
 
     def floats(self, *values: float) -> ir.Value:
+        """Returns a constant float32 vector of these values."""
         return self.constant("floats_" + "_".join(map(str, values)), np.array(values, np.float32))
 
     def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
+        """Returns `value` in another shape, in which -1 and 0 mean what ONNX's Reshape means by them."""
         return self.op("Reshape", value, *self.ints([*shape]))
 
     def highest(self, value: ir.Value, count: int) -> ir.Value:
