@@ -125,5 +125,5 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:  # a name whose parts are too long is a UnicodeError
-        why = getattr(error, "strerror", None) or error
+        why = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]  # the address is named below
         raise VocabtrimError(f"cannot listen on {host}, port {port}: {why}; give another --host or --port") from error
