@@ -37,7 +37,7 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """ "near-tie" where rounding explains the gap, else "different"."""
+        """Whether rounding explains the gap ("near-tie") or not ("different")."""
         return "near-tie" if self.gap <= self.tolerance else "different"  # a gap that is NaN is no tie
 
 
