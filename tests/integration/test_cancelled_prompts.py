@@ -28,6 +28,7 @@ def reads(monkeypatch):
         run(step, end)
 
     monkeypatch.setattr("engines.ort.engine.CHUNK", 16)
+    monkeypatch.setattr("engines.base.MAX_KEEP", 16)
     monkeypatch.setattr(HostStep, "run", slow)
     return begun, seen
 
