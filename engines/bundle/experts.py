@@ -27,7 +27,7 @@ class Experts:
 
     @property
     def is_possible(self) -> bool:
-        """Nothing picks no expert, or more than there are."""
+        """Whether a token picks at least one expert, and no more than there are."""
         return 0 < self.per_token <= self.num_experts >= max(self.distinct, default=0)
 
     def expected_distinct(self, tokens: float) -> float:

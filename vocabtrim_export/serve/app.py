@@ -85,7 +85,7 @@ class Server:
         return guarded
 
     def _check_caller(self, request: Request) -> None:
-        """Check the API key; without one, that no web page asks which is not allowed to.
+        """Check the API key. Where the server has none, refuse web pages of origins that it does not allow.
 
         Raises:
             ApiError: The caller may not ask.
