@@ -119,12 +119,14 @@ class _Loop:
 
     @property
     def finish_reason(self) -> FinishReason | None:
+        """The reason why the text ends with its last token; None while it goes on."""
         if self.sequence[-1] in self.stop:
             return "stop"
         is_full = self.target.length >= self.target.capacity
         return "length" if is_full or len(self.sequence) >= self.end else None
 
     def prefill(self, keep_prefix: bool) -> Round:
+        """Read the prompt. Returns the first round, with one token."""
         start = perf_counter()
         cached = restart(self.target, self.drafting.drafter, self.sequence, keep_prefix)
         self.drafting.begin()
@@ -142,6 +144,7 @@ class _Loop:
         return Round((token,), True, 0, 0, *times, self.finish_reason, logprobs, cached=cached)
 
     def round(self) -> Round:
+        """Draft, verify, and take back what was rejected. Returns the round."""
         start = perf_counter()
         draft = self.drafting.propose(self.sequence, self.room())
         output, accepted, verify_seconds = self.verify(draft)
@@ -188,7 +191,10 @@ class _Loop:
             return output, accepted or self.rule.accept(draft.tokens, draft.q, output), seconds
 
     def logprobs_of(self, tokens: Sequence[int], output: StepOutput) -> tuple[TokenLogprob, ...]:
-        """Returns nothing where none were asked for, so that an engine need not hand its logits over."""
+        """Returns the log-probabilities of a round's tokens.
+
+        There are none where none were asked for, so that an engine need not hand its logits over.
+        """
         if self.logprobs is None:
             return ()
         logits = self.masks.of_last_tokens(output.logits) if self.masks else output.logits
