@@ -113,8 +113,8 @@ def write_bundle(
         traced: The model's trace; None for `ParallelHeads`.
         plan: The description of the bundle.
         progress: Called with (task, done, total).
-        twin: A bundle for ONNX Runtime of the same model, dtype, quantisation and context, whose weights are linked,
-            except those of the LM head.
+        twin: A bundle for ONNX Runtime of the same model, dtype, quantisation and context, whose weights are
+            copied, except those of the LM head.
     """
     lowered, tensorrt = _write_graphs(directory, traced, plan, progress, twin)
     _save_tokenizer(plan.source, directory)

@@ -19,7 +19,8 @@ class TensorRTSettings:
     """Settings for building a bundle of `--format trt`.
 
     Attributes:
-        flavor: The library to build with; "auto": the one that is installed, "none": write graphs only.
+        flavor: The library to build with; "auto": TensorRT where it is installed and there is a GPU, else TensorRT-RTX;
+            "none": write graphs only.
         compute_capabilities: See `BuildOptions`.
         draft_length: γ, the tokens drafted in a round.
         prefill_chunk: The prompt tokens of one call.
