@@ -82,6 +82,15 @@ class ChatTemplates:
             return self._render_open(name, plain, options)
         return self._render(name, plain, options)
 
+    def check(self, options: ChatOptions) -> None:
+        """Check that there is a template of the name that `options` state, if they state one.
+
+        Raises:
+            VocabtrimError: There is none.
+        """
+        if options.template is not None:
+            self._choose(options)
+
     def reads_tools(self, options: ChatOptions) -> bool:
         """Returns whether the template that `options` choose offers tools to the model.
 

@@ -269,6 +269,17 @@ def test_wrong_bundles(bundles, tmp_path, capsys):
     assert_one_line(generate(bundles.target, swapped), "lacks vocab_map.safetensors")
 
 
+def test_a_chat_template_that_does_not_exist(attempt, bundles, tmp_path, capsys):
+    prompts = write(tmp_path / "prompts.jsonl", '{"prompt": "the fox"}\n' * 9)
+    message = "^error: no chat template is named other: choose one of default$"
+    assert_one_line(attempt(calibration=prompts, chat_template="other"), message)
+    for command in ("verify", "bench"):
+        pair = ("--target", bundles.target, "--drafter", bundles.drafter)
+        assert_one_line(
+            run_vocabtrim(capsys, command, *pair, "--prompts", prompts, "--chat-template", "other"), message
+        )
+
+
 def test_a_k_that_covers_the_vocabulary_is_said_to_trim_nothing(attempt, tmp_path):
     code, message = attempt(k=10_000)
     assert code == 0

@@ -136,10 +136,47 @@ def fp8_by_row(weight):
     return {"weight": q, "weight_scale": scales}, q.float() * scales
 
 
+def bitsandbytes(kind, is_nested=False, stored_as=torch.uint8):
+    """Numbers of 4 bits in blocks of 64 of the flattened matrix; the blocks' largest magnitudes may be 8-bit ones."""
+
+    def quantise(weight):
+        generator = torch.Generator().manual_seed(weight.numel())
+        q = torch.randint(0, 16, (weight.numel(),), generator=generator)
+        table = torch.linspace(-1, 1, 16) ** 3
+        largest = torch.rand(-(-len(q) // 64), generator=generator) + 0.5
+        packed_bytes = (q[::2] << 4 | q[1::2]).to(torch.uint8)
+        state = {"quant_type": kind, "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+        parts = {"weight": packed_bytes.view(stored_as)[:, None], "weight.absmax": largest, "weight.quant_map": table}
+        if is_nested:
+            state |= {"nested_blocksize": 32, "nested_dtype": "float32", "nested_offset": 0.75}
+            q8 = torch.randint(0, 256, largest.shape, generator=generator)
+            scales, bytes_table = torch.rand(-(-len(q8) // 32), generator=generator), torch.linspace(-1, 1, 256)
+            largest = bytes_table[q8] * scales.repeat_interleave(32)[: len(q8)] + 0.75
+            parts |= {"weight.absmax": q8.to(torch.uint8), "weight.nested_absmax": scales}
+            parts |= {"weight.nested_quant_map": bytes_table}
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        dense = table[q] * largest.repeat_interleave(64)[: len(q)]
+        return parts | {f"weight.quant_state.bitsandbytes__{kind}": text}, dense.view(weight.shape)
+
+    return quantise
+
+
+def llm_int8(weight):
+    q = torch.randint(-127, 128, weight.shape, generator=torch.Generator().manual_seed(weight.numel())).to(torch.int8)
+    largest = torch.rand(len(q), generator=torch.Generator().manual_seed(6)) + 0.1
+    parts = {"weight": q, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return parts, q.float() * largest[:, None] / 127
+
+
 AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": False, "data_type": "int"}
 COMPRESSED_NVFP4 = nvfp4(("weight_packed", "weight_scale", "weight_global_scale"), is_divided=True)
 MODELOPT_NVFP4 = nvfp4(("weight", "weight_scale", "weight_scale_2"), is_divided=False)
+BNB = {"quant_method": "bitsandbytes", "_load_in_4bit": True, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 FORMS = {
+    "bitsandbytes, nf4": (bitsandbytes("nf4"), BNB),
+    "bitsandbytes, nested nf4": (bitsandbytes("nf4", is_nested=True), BNB | {"bnb_4bit_use_double_quant": True}),
+    "bitsandbytes, fp4 in bfloat16": (bitsandbytes("fp4", stored_as=torch.bfloat16), BNB),
+    "bitsandbytes, int8": (llm_int8, {"quant_method": "bitsandbytes", "_load_in_8bit": True, "load_in_8bit": True}),
     "awq, gemv": (awq_gemv, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "GEMV"}),
     "auto-round as gptq": (gptq, AUTO_ROUND | {"packing_format": "auto_round:auto_gptq"}),
     "auto-round of its own": (gptq_v2, AUTO_ROUND | {"packing_format": "auto_round"}),
@@ -218,7 +255,7 @@ def test_a_quantised_checkpoint_is_the_weights_it_stands_for(form, checkpoint):
         ("gptq", {"checkpoint_format": "marlin"}, "the layouts gptq and gptq_v2 in int32 are read, this is marlin"),
         ("awq", {"group_size": 32}, "6 groups of 32 do not make 96"),
         ("compressed-tensors", {"transform_config": {"config_groups": {"R3": {}}}}, "weights that are rotated"),
-        ("fp8", {"quant_method": "bitsandbytes"}, "is quantised by bitsandbytes, which is not read"),
+        ("fp8", {"quant_method": "torchao"}, "is quantised by torchao, which is not read"),
         ("awq", {"version": "gemv_fast"}, "only the 4-bit GEMM and GEMV layouts of AWQ are read"),
         ("awq, gemv", {"group_size": None}, "config.json states no size of its groups"),
         (

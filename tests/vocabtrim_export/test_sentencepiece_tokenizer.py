@@ -77,6 +77,32 @@ def test_text_is_split_as_sentencepiece_does(kind, model_type, tokenizer_class, 
     assert tokenizer.backend.encode("a</s>b", add_special_tokens=False).ids.count(processor.eos_id()) == 1
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize(
+    ("config", "has_bos"),
+    [
+        (None, True),
+        ({}, True),
+        ({"tokenizer_class": "LlamaTokenizer"}, True),
+        ({"tokenizer_class": "GemmaTokenizerFast"}, True),
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, False),
+        ({"add_bos_token": False}, False),
+        ({"tokenizer_class": "LlamaTokenizer", "bos_token": None}, False),
+        ({"tokenizer_class": "OwnTokenizer"}, False),
+    ],
+)
+def test_a_text_begins_with_the_bos_that_its_class_adds_by_default(
+    config, has_bos, model_type, sentencepiece_models, tmp_path
+):
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    place = directory(tmp_path, sentencepiece_models["bpe"], model_type=model_type, **names | (config or {}))
+    if config is None:
+        (tmp_path / "tokenizer_config.json").unlink()
+    tokenizer = read_checkpoint_tokenizer("MODEL", place)
+    assert tokenizer.backend_tokenizer.encode("Hello").tokens[0] == (tokenizer.bos_token if has_bos else "\u2581")
+    assert tokenizer.backend_tokenizer.encode("Hello").tokens[1:3] != [tokenizer.bos_token] * 2
+
+
 def test_ids_that_are_not_the_models_own_are_refused(sentencepiece_models, tmp_path):
     model = sentencepiece_models["bpe"]
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))

@@ -24,6 +24,7 @@ from vocabtrim_export.calibration.partial_batch import SECONDS
 from vocabtrim_export.calibration.producers import CountTask, CountWorkers, producer
 from vocabtrim_export.calibration.saving import Saver, resume
 from vocabtrim_export.calibration.sufficiency import Evidence, HeadSize
+from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -67,11 +68,14 @@ def calibrate(
         The counts of the documents that choose the kept tokens, and of those held out.
 
     Raises:
-        VocabtrimError: The model is missing, the checkpoint comes from other settings, or the corpus yields no token.
+        VocabtrimError: The model is missing, there is no chat template of the name in the settings, the checkpoint
+            comes from other settings, or the corpus yields no token.
     """
     model = None if settings.source == "text" else model
     facts = None if settings.source == "text" else _model_facts(model, workers, settings)
     settings = replace(settings, chat=replace(settings.chat, now=CALIBRATION_DATE))
+    if facts is not None:
+        runtime_tokenizer(tokenizer).chat.check(settings.chat)
     fresh = _fresh_counts(facts, tokenizer, corpus, settings)
     skipped: list[Skipped] = []
     counts = fresh if checkpoint is None or not checkpoint.exists() else resume(checkpoint, fresh)

@@ -46,11 +46,12 @@ def prompts_that_fit(
     """Returns the token ids of the first `most` documents that the decoder can run, and the documents left out before.
 
     Raises:
-        VocabtrimError: None fits, or the decoder has no tokenizer.
+        VocabtrimError: None fits, the decoder has no tokenizer, or there is no chat template of the name in `options`.
     """
     tokenizer = decoder.tokenizer
     if tokenizer is None:
         raise VocabtrimError("the target's bundle has no tokenizer, which prompts need: export it again")
+    tokenizer.chat.check(options)
     prompts: list[list[int]] = []
     skipped: list[Skipped] = []
     for document in documents:

@@ -39,9 +39,10 @@ def held_out_prompts(
         settings: The settings of the chat template that renders the prompts.
 
     Raises:
-        VocabtrimError: There is none.
+        VocabtrimError: There is no prompt, or no chat template of the name in `settings`.
     """
     options = ChatOptions(settings.chat_template, None, settings.template_args, now=CALIBRATION_DATE)
+    tokenizer.chat.check(options)
     domains = held_out_places(data)
     most = max(_FEWEST_PER_DOMAIN, _TEXTS // max(1, len(domains)))
     prompts: list[tuple[str, list[int]]] = []

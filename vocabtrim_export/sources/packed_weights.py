@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources import bitsandbytes_weights
 from vocabtrim_export.sources.float4_weights import exponents, scaled
 
 Parts: TypeAlias = Mapping[str, Tensor]  # the tensors of one matrix, by the last part of their names
@@ -172,6 +173,7 @@ def _fp8(parts: Parts, quantization: Mapping[str, Any]) -> Tensor:
 READERS: dict[str, Callable[[Parts, Mapping[str, Any]], Tensor]] = {
     "auto-round": _auto_round,
     "awq": _awq,
+    "bitsandbytes": bitsandbytes_weights.dequantize,
     "compressed-tensors": _compressed,
     "fbgemm_fp8": _float8,
     "fp8": _fp8,
@@ -179,11 +181,15 @@ READERS: dict[str, Callable[[Parts, Mapping[str, Any]], Tensor]] = {
     "modelopt": _modelopt,
     "quark": _float8,
 }
-QUANTISED = frozenset({"qweight", "weight_packed", "weight_scale", "weight_scale_inv"})
+QUANTISED = frozenset(
+    {"qweight", "weight_packed", "weight_scale", "weight_scale_inv"}
+    | {bitsandbytes_weights.ABSMAX, bitsandbytes_weights.ROW_SCALES}
+)
 PARTS = frozenset(
     {"qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed", "weight_shape", "weight_scale"}
     | {"weight_scale_2", "weight_scale_inv", "weight_global_scale", "weight_zero_point", "weight_g_idx"}
     | {"input_scale", "input_global_scale", "input_zero_point", "activation_scale"}
+    | bitsandbytes_weights.PARTS
 )
 
 

@@ -24,6 +24,7 @@ _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2", "
 _FLOATS = ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64")
 _MXFP4 = "mxfp4"
 _BLOCKS, _SCALES = "_blocks", "_scales"
+_INSIDE = ".weight."  # where a name goes on behind a module's weight
 _PACKED_DTYPES = (
     *(torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32),
     *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
@@ -111,12 +112,18 @@ def dense_weights(
 
 
 def _by_module(files: list[Path]) -> dict[str, dict[str, Tensor]]:
-    """Returns the tensors of a checkpoint, which stay in its files, by module and the last part of their names."""
+    """Returns the tensors of a checkpoint, which stay in its files, by module and the end of their names.
+
+    The end is the last part of a name, or everything from `weight` on, as in `weight.absmax`.
+    """
     modules: dict[str, dict[str, Tensor]] = {}
     for file in files:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (no dictionary)
                 module, _, part = name.rpartition(".")
+                if _INSIDE in name:
+                    module, _, rest = name.partition(_INSIDE)
+                    part = f"weight.{rest}"
                 modules.setdefault(module, {})[part] = opened.get_tensor(name)
     return modules
 

@@ -27,14 +27,18 @@ _PROBES = (
     "def f(x):\n    return x  # c",
 )
 _LEGACY_PROBES = (" a space first",)  # which gets a second one, but not in tokenizers that state legacy: false
+# The classes that put the BOS before a text by default: LLaMATokenizer is an old name, and transformers reads models
+# such as Mistral's by a class of no family.
+_ADDS_BOS = {"LlamaTokenizer", "LLaMATokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "TokenizersBackend"}
 
 
 def follow_sentencepiece(spec: str, where: str, tokenizer: Any) -> None:
     """Make a tokenizer that was converted from a sentencepiece model split text as that model does.
 
     transformers' conversion drops the model's space in front of a text for some architectures, its normalisation for
-    others, and takes a Unigram model for BPE where the tokenizer's class is Llama's. A tokenizer that has a
-    `tokenizer.json` is left as it is.
+    others, and takes a Unigram model for BPE where the tokenizer's class is Llama's. Where tokenizer_config.json does
+    not state `add_bos_token`, transformers 5 drops the BOS too. A tokenizer that has a `tokenizer.json` is left as it
+    is.
 
     Args:
         spec: MODEL as the user gave it.
@@ -47,6 +51,7 @@ def follow_sentencepiece(spec: str, where: str, tokenizer: Any) -> None:
     file = Path(getattr(tokenizer, "vocab_file", None) or "")
     if (Path(where) / "tokenizer.json").is_file() or not file.is_file() or (proto := _read(file)) is None:
         return
+    _add_default_bos(Path(where), tokenizer)
     processor = _processor(spec, file)
     is_legacy = tokenizer.init_kwargs.get("legacy") is not False
     probes = (*_PROBES, *_LEGACY_PROBES) if is_legacy else _PROBES
@@ -62,6 +67,14 @@ def follow_sentencepiece(spec: str, where: str, tokenizer: Any) -> None:
         f"{spec} has no tokenizer.json, and what transformers makes of its {file.name} splits text in another way than "
         "sentencepiece: put the tokenizer.json of the model's release there"
     )
+
+
+def _add_default_bos(where: Path, tokenizer: Any) -> None:
+    """Put the BOS before a text where tokenizer_config.json leaves that to a class whose default it is."""
+    config = where / "tokenizer_config.json"
+    stated = (json.loads(config.read_bytes()).get("tokenizer_class") if config.is_file() else None) or "LlamaTokenizer"
+    if "add_bos_token" not in tokenizer.init_kwargs and stated.removesuffix("Fast") in _ADDS_BOS:
+        tokenizer.add_bos_token = True  # transformers takes it back where there is no BOS
 
 
 def _read(file: Path) -> Any:
