@@ -5,8 +5,10 @@ python benchmarks/calibration_table.py --model MODEL --target DIR --drafter DIR 
 
 MODEL drafts for itself. --target: its bundle in fp32; --drafter: the same in int4 with its full head (`--k 1000000
 --quantize-drafter int4`); --drafter-alone: the target of an export with `--quantize int4`, which generates by itself.
-Calibration reads the first prompts of each file, all files as one corpus, and the test the last ones. Acceptance is
-replayed along the target's own greedy text, see `vocabtrim_export.head_choice.replay`. Writes STEM.json and STEM.md.
+With `--tokens` of no number, and without --drafter-alone, only the texts of `--text` are counted, for any pair of
+bundles; MODEL is either of the two then. Calibration reads the first prompts of each file, all files as one corpus, and
+the test the last ones. Acceptance is replayed along the target's own greedy text, see
+`vocabtrim_export.head_choice.replay`. Writes STEM.json and STEM.md.
 
 What is done is kept in the directory STEM.work: a run that is stopped goes on from there when it is started again with
 the same options. Remove the directory to start again from nothing.
@@ -70,7 +72,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     texts = test_texts(options, files, work)
     corpus = calibration_corpus(files, options.calibration_prompts)
-    counted = [*model_counts(options, source, corpus, work), *drafter_counts(options, corpus, source, work)]
+    counted = [*model_counts(options, source, corpus, work)]
+    counted += drafter_counts(options, corpus, source, work) if options.drafter_alone else []
     always = structural_token_ids(source.tokenizer, source.model.generation_config)
     rows = trimmed_rows(Counted("full head", 0, 0.0, empty(source)), source.vocab_size, texts, frozenset())
     for each in counted:
@@ -96,12 +99,13 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", required=True)
-    for name in ("--target", "--drafter", "--drafter-alone"):
+    for name in ("--target", "--drafter"):
         parser.add_argument(name, type=Path, required=True, metavar="DIR")
+    parser.add_argument("--drafter-alone", type=Path, metavar="DIR", help="without it no drafter's tokens are counted")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--calibration-prompts", type=int, default=56, help="first prompts of each file to count on")
     parser.add_argument("--test-prompts", type=int, default=12, help="last prompts of each file to test on")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 4000, 8000], help="tokens to count")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1000, 4000, 8000], help="tokens to count")
     parser.add_argument("--k", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--drafter-tokens", type=int, nargs="*", default=[1000, 4000, 8000], help="of the drafter's")
     parser.add_argument("--text", nargs="*", default=[], metavar="NAME=PATH", help="other texts to count")
