@@ -7,8 +7,9 @@ counts a text by `--calibration-source text` and encodes the same texts with `to
 libraries, as often as it takes, the files in another order each time. Ours is all that `vocabtrim calibrate` does after
 its imports and the tokenizer: reading, cutting, choosing batches, encoding, counting. Theirs only encodes texts that
 are in memory, in the order of the file. Peak memory is that of `vocabtrim calibrate` in a process of its own for each
-of the `--memory` sizes, as one text and as JSON lines of conversations, which 1 GB keeps busy for ten minutes each;
-`--memory` without a size leaves it out, `--rounds 0` the seconds.
+of the `--memory` sizes, as one text and as JSON lines of conversations, which 1 GB keeps busy for ten minutes each, or
+for two with `--memory-tokens auto`, which reads all and counts 20 million tokens; `--memory` without a size leaves it
+out, `--rounds 0` the seconds.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def main() -> None:
         for size, (form, path) in itertools.product(options.memory, {"text": text, "json_lines": lines}.items()):
             (write_text if path == text else write_lines)(path, size)
             peaks = report["peak_megabytes"].setdefault(form, {})
-            peaks[str(size)] = peak(options.model, path)
+            peaks[str(size)] = peak(options.model, path, options.memory_tokens)
             print(f"{size} MB of {form}: {peaks[str(size)]} MB at most", flush=True)
             path.unlink()
     report["environment"] = environment()
@@ -66,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--megabytes", type=int, default=100, help="text to count for the seconds")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", type=int, nargs="*", default=[10, 100, 1000], help="megabytes of text to count")
+    parser.add_argument("--memory-tokens", default=str(ALL), help="tokens to count of these: a number, or auto")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     return parser.parse_args()
 
@@ -147,10 +149,10 @@ def clocked(job: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - began, time.process_time() - used
 
 
-def peak(model: str, text: Path) -> int:
+def peak(model: str, text: Path, tokens: str) -> int:
     """The largest resident memory of `vocabtrim calibrate` on the text, in megabytes."""
     code = "import sys; from vocabtrim_export.cli.main import main; sys.exit(main())"
-    how = ["--calibration", str(text), "--calibration-source", "text", "--calibration-tokens", str(ALL)]
+    how = ["--calibration", str(text), "--calibration-source", "text", "--calibration-tokens", tokens]
     output = str(text.with_name("counts.safetensors"))
     Path(output).unlink(missing_ok=True)
     command = [sys.executable, "-c", code, "calibrate", "--target", model, *how, "--output", output]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import marshal
+import os
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from vocabtrim_export.calibration.document import Document, Message
 
 IN_MEMORY = 8 << 20  # characters of text
+_WRITTEN_AT_ONCE = 1 << 20  # bytes
 _to_json = json.JSONEncoder(sort_keys=True).encode
 
 
@@ -27,13 +29,14 @@ class DocumentFile(Sequence[Document]):
     """
 
     def __init__(self, documents: Iterable[Document]) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the object
+        self._file = tempfile.TemporaryFile(buffering=_WRITTEN_AT_ONCE)  # noqa: SIM115 - lives as long as the object
         ends, lengths = array("q", [0]), array("q")
         end = 0
         for document in documents:
             end += self._file.write(_pack(document))
             ends.append(end)
             lengths.append(document.prompt_length)
+        self._file.flush()
         self._ends: NDArray[np.int64] = np.array(ends, np.int64)
         self.prompt_lengths: NDArray[np.int64] = np.array(lengths, np.int64)
 
@@ -49,8 +52,7 @@ class DocumentFile(Sequence[Document]):
             return tuple(self[number] for number in range(*index.indices(len(self))))
         number = range(len(self))[index]
         begin, end = self._ends[number : number + 2].tolist()
-        self._file.seek(begin)
-        return _unpack(self._file.read(end - begin))
+        return _unpack(os.pread(self._file.fileno(), end - begin, begin))
 
 
 def _pack(document: Document) -> bytes:
