@@ -81,7 +81,7 @@ def model_counts(options: argparse.Namespace, source: Source, corpus: Corpus, wo
     for name, path in map(named, options.text):
         text = read_corpus([path])
         jobs += [(name, tokens, text, CountSettings("text", tokens)) for tokens in options.text_tokens]
-    jobs += [("target", tokens, corpus, CountSettings("target", tokens)) for tokens in options.tokens]
+    jobs += [("target", tokens, corpus, CountSettings("target", tokens)) for tokens in options.target_tokens]
     if options.most:
         settings = CountSettings("target", options.most, enough_for=options.k[0])
         jobs += [("auto", options.most, corpus, settings)]

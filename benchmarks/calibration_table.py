@@ -5,7 +5,7 @@ python benchmarks/calibration_table.py --model MODEL --target DIR --drafter DIR 
 
 MODEL drafts for itself. --target: its bundle in fp32; --drafter: the same in int4 with its full head (`--k 1000000
 --quantize-drafter int4`); --drafter-alone: the target of an export with `--quantize int4`, which generates by itself.
-With `--tokens` of no number, and without --drafter-alone, only the texts of `--text` are counted, for any pair of
+Without --drafter-alone, and with `--target-tokens` of no number and `--most 0`, only texts are counted, for any pair of
 bundles; MODEL is either of the two then. Calibration reads the first prompts of each file, all files as one corpus, and
 the test the last ones. Acceptance is replayed along the target's own greedy text, see
 `vocabtrim_export.head_choice.replay`. Writes STEM.json and STEM.md.
@@ -75,9 +75,11 @@ def main() -> None:
     counted = [*model_counts(options, source, corpus, work)]
     counted += drafter_counts(options, corpus, source, work) if options.drafter_alone else []
     always = structural_token_ids(source.tokenizer, source.model.generation_config)
-    rows = trimmed_rows(Counted("full head", 0, 0.0, empty(source)), source.vocab_size, texts, frozenset())
+    full = Counted("full head", 0, 0.0, empty(source))
+    rows = trimmed_rows(full, full.counts, source.vocab_size, texts, frozenset())
     for each in counted:
-        rows += [row for k in options.k for row in trimmed_rows(each, k, texts, always)]
+        counts = each.counts.resized(source.vocab_size)  # a text's counts lack the head's padding rows
+        rows += [row for k in options.k for row in trimmed_rows(each, counts, k, texts, always)]
     report = {
         "model": Path(options.model).name,
         "draft_length": DRAFT_LENGTH,
@@ -105,7 +107,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--calibration-prompts", type=int, default=56, help="first prompts of each file to count on")
     parser.add_argument("--test-prompts", type=int, default=12, help="last prompts of each file to test on")
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1000, 4000, 8000], help="tokens to count")
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=[1000, 4000, 8000], help="of the prompts' files to count"
+    )
+    parser.add_argument("--target-tokens", type=int, nargs="*", default=[1000, 4000, 8000], help="of the target's")
     parser.add_argument("--k", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--drafter-tokens", type=int, nargs="*", default=[1000, 4000, 8000], help="of the drafter's")
     parser.add_argument("--text", nargs="*", default=[], metavar="NAME=PATH", help="other texts to count")
@@ -162,10 +167,12 @@ def empty(source: Source) -> TokenCounts:
     return TokenCounts(nothing, nothing, source.tokenizer_digest, ())
 
 
-def trimmed_rows(counted: Counted, k: int, texts: Sequence[Text], always: frozenset[int]) -> list[Row]:
+def trimmed_rows(
+    counted: Counted, counts: TokenCounts, k: int, texts: Sequence[Text], always: frozenset[int]
+) -> list[Row]:
     """Measure a head of the K tokens that were counted most often, on each domain and on all."""
-    full_vocab = counted.counts.full_vocab
-    order, _ = kept_order(counted.counts, always, full_vocab, None)
+    full_vocab = counts.full_vocab
+    order, _ = kept_order(counts, always, full_vocab, None)
     row_of = np.full(full_vocab, NEVER_KEPT)
     row_of[order] = np.arange(len(order))
     rows = []
