@@ -88,6 +88,7 @@ def model_counts(options: argparse.Namespace, source: Source, corpus: Corpus, wo
     events = CountEvents(on_look=lambda look: print(look, flush=True))
     with calibration_model(source.model) as model:
         before: dict[str, float] = {}
+        before_tokens: dict[str, int] = {}
         for name, tokens, documents, settings in jobs:
             counted, began = finished(work, name, tokens), perf_counter()
             if counted is None:  # each goes on from the one before, an interrupted one from where it was
@@ -96,7 +97,9 @@ def model_counts(options: argparse.Namespace, source: Source, corpus: Corpus, wo
                 seconds = before.get(name, 0.0) + perf_counter() - began
                 counted = finish(work, tokens, Counted(name, counts.total, seconds, counts))
             before[name] = counted.seconds
-            yield counted
+            if counted.tokens > before_tokens.get(name, 0):  # else the text had no more
+                yield counted
+            before_tokens[name] = counted.tokens
 
 
 def drafter_counts(options: argparse.Namespace, corpus: Corpus, source: Source, work: Path) -> Iterator[Counted]:
