@@ -13,8 +13,8 @@ def no_gain(drafter: Manifest, target: Manifest | None) -> tuple[str, ...]:
     """Find out whether the drafter reads about as much per step as its target, so that drafting cannot pay.
 
     Args:
-        drafter: the drafter's manifest.
-        target: the target's; None where no target was exported.
+        drafter: The drafter's manifest.
+        target: The target's; None where no target was exported.
 
     Returns:
         A note for the user, or nothing.
@@ -32,8 +32,8 @@ def mixture_note(drafter: Manifest, target: Manifest | None) -> tuple[str, ...]:
     """Describe what a verification reads of a mixture of experts, and the most that drafts can gain by it.
 
     Args:
-        drafter: the drafter's manifest.
-        target: the target's; None where no target was exported.
+        drafter: The drafter's manifest.
+        target: The target's; None where no target was exported.
 
     Returns:
         A note for the user, or nothing for a dense target.

@@ -96,8 +96,7 @@ class ParallelHeads(LlamaPreTrainedModel):
 
         Returns:
             The graph: features: [1, S, feature_size] → logits: [1, heads, S, rows], token_ids: int64[1, heads, S]. One
-            call
-            drafts with all heads, so a draft step counts as its share of the bytes that a call reads.
+            call drafts with all heads, so a draft step counts as its share of the bytes that a call reads.
         """
         raise NotImplementedError
 
