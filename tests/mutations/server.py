@@ -52,6 +52,14 @@ SERVER = (
     ),
     Mutation(
         "A client that leaves ends its generation",
+        "nobody looks whether a client is there before its answer begins",
+        "vocabtrim_export/serve/app.py",
+        "    task = asyncio.ensure_future(work)\n",
+        "    return await work\n    task = asyncio.ensure_future(work)\n",
+        f"{SERVE} -k leaves_",
+    ),
+    Mutation(
+        "A client that leaves ends its generation",
         "a streamed answer keeps its place",
         "vocabtrim_export/serve/events.py",
         "                self._end(self._is_broken)",
