@@ -97,6 +97,10 @@ class Engine(Closing):
             ContextFull: The tokens do not fit; the cache is unchanged.
         """
 
+    def rows_computed(self, rows: int) -> int:
+        """Returns how many rows a call on so many tokens computes: more where some pad it."""
+        return rows
+
     def check_feed(self, count: int, keep: int) -> None:
         """Check the arguments of a `feed`.
 

@@ -2,7 +2,8 @@
 
 from bisect import bisect
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import mul
 
 from runtime.draft_length import RoundPlan
 from runtime.prompt_lookup import LOOKUP_PRIORS
@@ -53,8 +54,10 @@ class AdaptiveLength:
     A round gains tokens and takes seconds, and the loop is fastest where each part of a round gains at least what the
     loop makes of the same time anyway (Dinkelbach's method for a ratio). So a further token is drafted where
 
-        P(all drafted so far are accepted) · P(the next one is) > tokens per second · seconds of the next one.
+        P(all drafted so far are accepted) · P(the next one is) > tokens per second · seconds of the next one,
 
+    or where this holds of the next two together: a target that computes rows in pairs verifies every second token for
+    nothing.
     The probabilities are running shares of accepted tokens by the drafter's confidence in the token before. The rate is
     the loop's own, and never less than target-only decoding's. Where rounds with a draft gain less than target-only
     decoding, rounds draft nothing; after ever longer waits one of them probes, so that a text which becomes predictable
@@ -102,8 +105,9 @@ class AdaptiveLength:
         index = bisect(_EDGES, confidence)
         self._bins.append(index)
         self._chance *= self._is_right[index]
-        gain = self._chance * self._next_is_right[index]
-        return gain > self._rate() * self._costs.next_drafted
+        share = self._next_is_right[index]
+        gain = self._chance * share
+        return self._is_worth(1, gain) or self._is_worth(2, gain * (1 + share))
 
     def observe(self, entry: Round) -> None:
         accepted, stepped = entry.accepted, entry.drafted - entry.looked_up
@@ -139,18 +143,22 @@ class AdaptiveLength:
             if i > 0:
                 self._next_is_right.count(self._bins[i - 1], i < accepted)
 
-    def _looked_up(self, chances: Sequence[float]) -> tuple[int, float]:
-        """Returns how many tokens of a match are worth verifying, and the tokens gained beyond their time's worth.
+    def _is_worth(self, more: int, gain: float) -> bool:
+        """Returns whether drafting so many more tokens, which gain `gain` tokens, is worth its time."""
+        now, then = len(self._bins), len(self._bins) + more
+        seconds = self._costs.round(then, then) - self._costs.round(now, now)
+        return then <= self.longest and gain > self._rate() * seconds
 
-        Each further token is less likely than the one before, so the first that is not worth it ends them.
-        """
-        cost, chance, gain = self._rate() * self._costs.next_row, 1.0, 0.0
-        for count, share in enumerate(chances[: self.longest]):
-            chance *= share
-            if chance <= cost:
-                return count, gain
-            gain += chance - cost
-        return min(len(chances), self.longest), gain
+    def _looked_up(self, chances: Sequence[float]) -> tuple[int, float]:
+        """Returns how many tokens of a match are worth verifying, and the tokens gained beyond their time's worth."""
+        plain, rate = self._costs.round(0, 0), self._rate()
+        count, most, expected = 0, 0.0, 0.0
+        for length, chance in enumerate(accumulate(chances[: self.longest], mul), 1):
+            expected += chance
+            gain = expected - rate * (self._costs.round(0, length) - plain)
+            if gain > most:
+                count, most = length, gain
+        return count, most
 
     def _drafter_gain(self) -> float:
         """Returns the tokens that a round with the drafter's draft gains beyond its time's worth."""

@@ -13,7 +13,7 @@ from runtime.adaptive_length import AdaptiveLength
 from runtime.draft_length import DraftLength, FixedLength
 from runtime.draft_tiers import TieredLength, tiers_up_to
 from runtime.lookup_length import LookupLength
-from runtime.round_costs import GivenCosts
+from runtime.round_costs import GivenCosts, MeasuredCosts
 
 DEFAULT_DRAFT_LENGTH = 4
 LONGEST_DRAFT = 16  # of an adaptive length
@@ -71,15 +71,16 @@ def make_draft_length(
     if draft_length not in (None, "auto"):
         draft_length = whole_number("draft_length", draft_length)
     fixed = resolve_draft_length(target, drafter, None if draft_length == "auto" else draft_length)
+    costs = MeasuredCosts(target.rows_computed)
     if drafter is None and draft_length == "auto" and prompt_lookup and target.max_keep > 1:
-        return LookupLength(min(target.max_keep - 1, LONGEST_DRAFT))
+        return LookupLength(min(target.max_keep - 1, LONGEST_DRAFT), costs=costs)
     if drafter is None or isinstance(draft_length, int):
         return FixedLength(fixed)
     most = min(target.max_keep - 1, LONGEST_DRAFT, drafter.max_draft or LONGEST_DRAFT)
     # Engines that draft without the host in between, or all at once, do not stop within a draft.
     if "cuda" in (target.device, drafter.device) or drafter.unrolled:
-        return TieredLength(tiers_up_to(most, drafter.unrolled), prompt_lookup)
-    return AdaptiveLength(most, prompt_lookup)
+        return TieredLength(tiers_up_to(most, drafter.unrolled), prompt_lookup, costs)
+    return AdaptiveLength(most, prompt_lookup, costs)
 
 
 def length_for(length: DraftLength, sampling: SamplingParams) -> DraftLength:

@@ -1,6 +1,7 @@
 """The costs of a round's parts: measured while the loop runs, or given."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
@@ -18,14 +19,6 @@ class Costs(Protocol):
     @property
     def knows_plain(self) -> bool:
         """Whether a round without a draft is known and not deduced from others."""
-
-    @property
-    def next_row(self) -> float:
-        """The cost of one more token to verify."""
-
-    @property
-    def next_drafted(self) -> float:
-        """The cost of one more token to draft and to verify."""
 
     def observe(self, drafted: int, verified: int, draft_seconds: float, verify_seconds: float, seconds: float) -> bool:
         """Learn from the times of a round.
@@ -63,14 +56,6 @@ class GivenCosts:
     row: float
     knows_plain = True
 
-    @property
-    def next_row(self) -> float:
-        return self.row
-
-    @property
-    def next_drafted(self) -> float:
-        return self.step + self.row
-
     def observe(self, *_times: float) -> bool:
         """Do nothing: the costs are given."""
         return False
@@ -99,39 +84,38 @@ class _Recent:
 
 
 class MeasuredCosts:
-    """Medians of measured seconds. A verification's are a line over its number of rows, but for one row.
+    """Medians of measured seconds. A verification's are a line over the rows that it computes, but for the fewest.
 
     Another program may slow some calls down. Where a call is much faster than those before it, this has ended, and all
     times are forgotten: those of calls that are not made now would stay slow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows_computed: Callable[[int], int] = int) -> None:
+        """Make costs that know no times yet.
+
+        Args:
+            rows_computed: The target's `Engine.rows_computed`; by default every token is one row.
+        """
+        self._rows_computed = rows_computed
         self._forget()
 
     def _forget(self) -> None:
-        self._verify: dict[int, _Recent] = {}  # by rows
+        self._verify: dict[int, _Recent] = {}  # by rows that are computed
         self._step, self._other = _Recent(), _Recent()
         self._base, self._slope = 1.0, _SLOPE  # until the first round, a verification is the unit
 
     @property
     def knows_plain(self) -> bool:
-        return 1 in self._verify
-
-    @property
-    def next_row(self) -> float:
-        return self._slope
-
-    @property
-    def next_drafted(self) -> float:
-        return self._step_seconds() + self._slope
+        return self._rows_computed(1) in self._verify
 
     def observe(self, drafted: int, verified: int, draft_seconds: float, verify_seconds: float, seconds: float) -> bool:
         step = draft_seconds / drafted if drafted else self._step.median
-        known = self._verify.get(verified + 1, _Recent())
+        rows = self._rows_computed(verified + 1)
+        known = self._verify.get(rows, _Recent())
         were_slowed = known.was_slowed(verify_seconds) or self._step.was_slowed(step)
         if were_slowed:
             self._forget()
-        self._verify.setdefault(verified + 1, _Recent()).add(verify_seconds)
+        self._verify.setdefault(rows, _Recent()).add(verify_seconds)
         self._other.add(seconds - draft_seconds - verify_seconds)
         if drafted:
             self._step.add(step)
@@ -139,9 +123,9 @@ class MeasuredCosts:
         return were_slowed
 
     def round(self, drafted: int, verified: int) -> float:
-        verify = self._base + self._slope * (verified + 1)
-        if verified == 0 and self.knows_plain:
-            verify = self._verify[1].median
+        rows = self._rows_computed(verified + 1)
+        is_fewest = rows == self._rows_computed(1) and self.knows_plain
+        verify = self._verify[rows].median if is_fewest else self._base + self._slope * rows
         return drafted * self._step_seconds() + verify + self._other.median
 
     def _step_seconds(self) -> float:

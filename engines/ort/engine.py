@@ -62,8 +62,7 @@ class OnnxRuntimeEngine(Engine):
     A quantised target never computes a lone row (see `padded`): its products round their inputs to 8 bits, which makes
     another order of additions, 1e-7 of a sum, a difference of several per cent of the logits. A row of padding, the
     last token once more, makes a token's logits the same bit for bit in a step of any length. Its keys and values lie
-    after the cached tokens, where the next step overwrites them; the cache holds a token less for it. Where a head has
-    more than 128 numbers, a feed may take two calls (see `KeyTiles`).
+    after the cached tokens, where the next step overwrites them; the cache holds a token less for it.
 
     Attributes:
         traces: The sessions that trace their operators, by the files that the traces go to when the engine is closed.
@@ -100,6 +99,9 @@ class OnnxRuntimeEngine(Engine):
             if value.name in (FEATURES_OUTPUT, HIDDEN_INPUT, HIDDEN_OUTPUT)
         }
         self.features_given = bundle.manifest.feature_size if FEATURES_OUTPUT in self._hidden else 0
+
+    def rows_computed(self, rows: int) -> int:
+        return padded(rows, self.manifest.quantization) if self._is_padded else rows
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         return self._feed(token_ids, keep)
@@ -174,10 +176,8 @@ class OnnxRuntimeEngine(Engine):
         return step
 
     def _bind(self, length: int, keep: int) -> Step:
-        rows, kept = length, keep
-        if self._is_padded:
-            rows = padded(length, self.manifest.quantization)
-            kept = padded(keep + rows - length, self.manifest.quantization)  # rows of the head's product
+        rows = self.rows_computed(length)
+        kept = self.rows_computed(keep + rows - length)  # of the head's product
         step = HostStep(
             self._session,
             self._bind_common(kept),

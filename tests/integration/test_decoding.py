@@ -172,6 +172,18 @@ def check_one_model(path, lengths):
                     np.testing.assert_array_equal(output.token_ids, rows.argmax(axis=1))
 
 
+@pytest.mark.parametrize(
+    ("quantization", "wanted"), [("int8", {1: 2, 2: 2, 3: 4, 17: 18}), ("int4", {1: 2, 2: 2, 3: 3, 17: 18})]
+)
+def test_a_quantised_target_tells_the_rows_that_it_computes(random_model, export_pair, quantization, wanted):
+    """They decide how long drafts are."""
+    result = export_pair(random_model("llama", num_hidden_layers=1), quantize=quantization)
+    with SpeculativeDecoder.load(result.target, result.drafter) as decoder:
+        assert {rows: decoder.target.rows_computed(rows) for rows in wanted} == wanted
+        assert decoder.drafter.rows_computed(1) == 1
+        decoder.generate(PROMPTS[0], max_new_tokens=2)
+
+
 def test_a_quantised_target_is_one_model_in_steps_of_every_length(quantised):
     """Bit for bit: its products round their inputs to 8 bits, which turns any difference into a large one."""
     check_one_model(quantised.target, (1, 2, 3, 5, 17, 33))
