@@ -15,7 +15,7 @@ _EDGES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)  # bins of the draf
 _LOOP_MEMORY = 64.0  # rounds that the loop's rate remembers
 _DRAFTED_MEMORY = 8.0  # rounds with a draft that decide whether drafting pays
 _PRIOR_TOKENS = 2.5  # tokens gained by the one round with a draft that is assumed before the first
-_FIRST_WAIT, _LONGEST_WAIT = 4, 64  # rounds without a draft before a probe
+_FIRST_WAIT, _LONGEST_WAIT = 4, 64  # rounds up to the next draft where drafting does not pay, or matches replace it
 _CLOSE = 1.3  # below this many times target-only speed, a plain round is measured and not deduced
 _PLAIN_EVERY = 256  # rounds after which a plain one is measured again
 
@@ -83,23 +83,21 @@ class AdaptiveLength:
         self._loop, self._drafted = _TokenRate(_LOOP_MEMORY), _TokenRate(_DRAFTED_MEMORY)
         self._bins: list[int] = []  # of the draft at hand
         self._chance = 1.0  # that all of it is accepted
-        self._wait, self._left = _FIRST_WAIT, 0
+        self._wait, self._idle = _FIRST_WAIT, 0  # rounds: before a draft is due, and since the last one
         self._rounds = 0
 
     def begin(self, chances: Sequence[float] = ()) -> RoundPlan:
         self._bins, self._chance = [], 1.0
         self._rounds += 1
-        pays = self._pays()
+        pays, is_due = self._pays(), self._idle + 1 >= self._wait
         looked_up, gain = self._looked_up(chances)
-        if looked_up > 0 and gain > (self._drafter_gain() if pays else 0.0):
+        rival = self._drafter_gain() if pays else 0.0
+        # A match may cost nothing to verify. Only one that gains a token puts off a draft that is due.
+        if looked_up > 0 and gain > (max(rival, 1.0) if is_due else rival):
             return RoundPlan(looked_up, 0)
         if pays:
-            self._left = 0
             return RoundPlan(0, 0 if self._must_measure_plain() else self._most_drafted())
-        if self._left == 0:
-            self._left = self._wait
-        self._left -= 1
-        return RoundPlan(0, 0 if self._left else self._most_drafted(), pays=False)
+        return RoundPlan(0, self._most_drafted() if is_due else 0, pays=False)
 
     def goes_on(self, confidence: float) -> bool:
         index = bisect(_EDGES, confidence)
@@ -114,9 +112,10 @@ class AdaptiveLength:
         seconds = entry.seconds - entry.prefill_seconds
         if self._costs.observe(stepped, entry.drafted, entry.draft_seconds, entry.verify_seconds, seconds):
             self._loop, self._drafted = _TokenRate(_LOOP_MEMORY), _TokenRate(_DRAFTED_MEMORY)
-            self._wait, self._left = _FIRST_WAIT, 0
+            self._wait = _FIRST_WAIT
         spent = self._costs.round(stepped, entry.drafted)
         self._loop.add(accepted + 1, spent)
+        self._idle = 0 if stepped else self._idle + 1
         if stepped == 0:
             return
         if self._drafted.value == 0:
@@ -125,7 +124,7 @@ class AdaptiveLength:
         self._learn(stepped, accepted)
         if self._pays():
             self._wait = _FIRST_WAIT
-        elif self._left == 0:  # this was a probe, or the draft that told that drafting does not pay
+        else:  # this was a probe, or the draft that told that drafting does not pay
             gained = accepted + 1 > spent * self._plain_rate()
             self._wait = 1 if gained else min(_LONGEST_WAIT, max(_FIRST_WAIT, 2 * self._wait))
 

@@ -10,8 +10,8 @@ import numpy as np
 from engines.base import Engine
 from runtime.measure.sweep import at_context
 
-# The numbers of tokens that a verification is timed for: those of every draft that is tried. A target may compute rows in
-# pairs, so the time of an odd number says little of an even one's.
+# The numbers of tokens that a verification is timed for: those of every draft that is tried. A target may compute rows
+# in pairs, so the time of an odd number says little of an even one.
 _ROWS = (1, 2, 3, 4, 5, 7, 9, 13, 17)
 _REPEATS, _WARM_UP = 15, 2
 _CONTEXT = 16  # tokens in the caches
