@@ -18,7 +18,6 @@ import pytest
 from engines.bundle.chat_template import ChatTemplates
 from engines.errors import VocabtrimError
 from runtime import SamplingParams, SpeculativeDecoder
-from runtime.json_schema import JsonSchemas
 from runtime.stream import Stream
 from tests.engines.chat_templates import TEMPLATES
 from vocabtrim_export.cli.main import main
@@ -523,23 +522,6 @@ def test_for_a_client_that_leaves_in_the_queue_nothing_is_generated(pair, monkey
         prompt = server.workers.all[0].decoder.encode("the", chat=False)
         assert list(held.text[: len(prompt)]) == prompt
         assert helper.gauges(server.url)["vocabtrim_prompt_tokens_total"] == len(prompt)
-
-
-def test_for_a_client_that_leaves_while_its_schema_is_compiled_nothing_is_generated(pair, monkeypatch):
-    begun, go_on, constraint = threading.Event(), threading.Event(), JsonSchemas.constraint
-
-    def compiled(schemas, schema):
-        begun.set()
-        assert go_on.wait(20)
-        return constraint(schemas, schema)
-
-    monkeypatch.setattr(JsonSchemas, "constraint", compiled)
-    with helper.serving(pair, workers=1) as server:
-        leave(server, {"prompt": "the", "response_format": {"type": "json_object"}}, begun.is_set)
-        time.sleep(0.2)  # the server has noticed
-        go_on.set()
-        helper.wait_until_idle(server)
-        assert server.workers.all[0].decoder.target.length == 0
 
 
 def test_a_turn_goes_on_where_the_last_one_ended(client):
