@@ -58,10 +58,12 @@ class AdaptiveLength:
 
     or where this holds of the next two together: a target that computes rows in pairs verifies every second token for
     nothing.
+
     The probabilities are running shares of accepted tokens by the drafter's confidence in the token before. The rate is
     the loop's own, and never less than target-only decoding's. Where rounds with a draft gain less than target-only
     decoding, rounds draft nothing; after ever longer waits one of them probes, so that a text which becomes predictable
-    is noticed. Seconds are medians of what was measured, so that a single slow moment of the machine decides nothing.
+    is noticed. A probe also comes where weak matches of the text replaced every draft. Seconds are medians of what was
+    measured, so that a single slow moment of the machine decides nothing.
 
     Its state outlives a generation: costs and confidence belong to the pair.
     """

@@ -23,6 +23,7 @@ from tests.engines.chat_templates import TEMPLATES
 from vocabtrim_export.cli.main import main
 from vocabtrim_export.cli.serve_command import memory_size
 from vocabtrim_export.memory import all_memory
+from vocabtrim_export.serve.cache_store import CacheStore
 from vocabtrim_export.serve.settings import ServeSettings
 
 openai = pytest.importorskip("openai")
@@ -31,6 +32,7 @@ httpx = pytest.importorskip("httpx")
 ClientDisconnect = pytest.importorskip("starlette.requests").ClientDisconnect
 Server = pytest.importorskip("vocabtrim_export.serve.app").Server
 read_job = pytest.importorskip("vocabtrim_export.serve.job").read_job
+Running = pytest.importorskip("vocabtrim_export.serve.running").Running
 helper = pytest.importorskip("tests.serving")
 
 MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
@@ -522,6 +524,19 @@ def test_for_a_client_that_leaves_in_the_queue_nothing_is_generated(pair, monkey
         prompt = server.workers.all[0].decoder.encode("the", chat=False)
         assert list(held.text[: len(prompt)]) == prompt
         assert helper.gauges(server.url)["vocabtrim_prompt_tokens_total"] == len(prompt)
+
+
+def test_an_answer_that_is_cancelled_before_it_begins_generates_nothing(pair):
+    """As where its client leaves while a schema is compiled."""
+    counted = []
+    with SpeculativeDecoder.load(pair.target, pair.drafter) as decoder:
+        job = read_job(b'{"prompt": "the", "response_format": {"type": "json_object"}}', False, decoder, "tiny")
+        running = Running(job, job.prompts[0], job.sampling, asyncio.new_event_loop())
+        running.cancel()
+        running.run(decoder, CacheStore(0), lambda *count: counted.append(count))
+        assert decoder.target.length == 0
+    ((stats, prompt_tokens, _),) = counted
+    assert (stats.tokens, prompt_tokens) == (0, 0)
 
 
 def test_a_turn_goes_on_where_the_last_one_ended(client):
