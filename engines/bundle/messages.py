@@ -10,7 +10,7 @@ import numpy as np
 from engines.errors import VocabtrimError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first
-_CONTENT = "content"
+_CONTENT, _CALLS = "content", "tool_calls"
 TEXT_PARTS = ("text", "input_text", "output_text")
 _MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file")
 
@@ -65,20 +65,22 @@ def plain_data(value: Any) -> Any:
 def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """Copy messages into plain data, with their reasoning under each name that templates read.
 
-    Keys whose value is None are left out, except for the content.
+    Keys whose value is None, and empty lists of tool calls, are left out, except for the content.
 
     Raises:
-        VocabtrimError: Something is not a message, or a message has images or other media.
+        VocabtrimError: Something is not a message, or a message has neither content nor a call, or images or other
+            media.
     """
     plain = [plain_data(message) for message in messages]
     for index, message in enumerate(plain):
         if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
             raise VocabtrimError(f'messages[{index}] is no message: give {{"role": …, "content": …}}')
+        if not isinstance(message.get("role"), str):
+            raise VocabtrimError(f'messages[{index}] has no role: give one, such as "user" or "assistant"')
+        if not message.keys() - {"role", "name"}:
+            raise VocabtrimError(f"messages[{index}] has no content: give it a text")
         _refuse_media(message.get("content"), index)
-    without_none = [
-        {key: value for key, value in message.items() if value is not None or key == _CONTENT} for message in plain
-    ]
-    return [_with_reasoning(message) for message in without_none]
+    return [_with_reasoning(_without_nothing(message)) for message in plain]
 
 
 def plain_tools(tools: Sequence[Any] | None) -> list[Any] | None:
@@ -112,6 +114,12 @@ def _refuse_media(content: Any, index: int) -> None:
             raise VocabtrimError(f"messages[{index}] has a part of type {part['type']!r}: only text can be read")
 
 
+def _without_nothing(message: dict[str, Any]) -> dict[str, Any]:
+    """Leave out keys that say nothing: of the value None, and a list of no tool calls."""
+    kept = {key: value for key, value in message.items() if value is not None or key == _CONTENT}
+    return {key: value for key, value in kept.items() if key != _CALLS or value != []}
+
+
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     reasoning = next((message[name] for name in _REASONING if name in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
@@ -119,9 +127,12 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 def _fit_content(message: dict[str, Any], forms: MessageForms) -> dict[str, Any]:
     content = message.get("content")
+    if content is None and _CONTENT in message and _CALLS not in message:
+        content = ""  # templates would fail, or write "None"
+        message = message | {_CONTENT: content}
     if content is None and not forms.none:
         return {key: value for key, value in message.items() if key != _CONTENT}
-    if content is None and "tool_calls" in message:
+    if content is None and _CALLS in message:
         return message | {_CONTENT: None}
     if isinstance(content, str) and not forms.text:
         return message | {"content": [{"type": "text", "text": content}]}
@@ -148,10 +159,10 @@ def _part_text(part: Any) -> str | None:
 
 
 def _fit_arguments(message: dict[str, Any], forms: MessageForms) -> dict[str, Any]:
-    calls = message.get("tool_calls")
+    calls = message.get(_CALLS)
     if not isinstance(calls, list) or (forms.argument_text and forms.argument_object):
         return message
-    return message | {"tool_calls": [_fit_call(call, forms) for call in calls]}
+    return message | {_CALLS: [_fit_call(call, forms) for call in calls]}
 
 
 def _fit_call(call: Any, forms: MessageForms) -> Any:

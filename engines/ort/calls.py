@@ -50,7 +50,12 @@ def plan_calls(
         longest: The most tokens of a call.
         tiles: The other places where a call must begin.
         features: [n, features_read], or None; see `Call`.
+
+    Raises:
+        ValueError: More positions are kept than there are tokens, or than a call holds.
     """
+    if keep > min(len(ids), longest):
+        raise ValueError(f"{keep} positions cannot be kept of {len(ids)} tokens in calls of {longest} at most")
     if len(ids) <= longest and not tiles.cuts:  # almost every feed, so that planning costs a step nothing
         return [Call(ids, keep, True, features)]
     calls, start = list[Call](), 0

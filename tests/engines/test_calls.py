@@ -41,6 +41,13 @@ def test_a_feed_that_fits_is_one_call_without_copies():
     assert join_outputs([output]) is output
 
 
+@pytest.mark.parametrize(("count", "keep"), [(LONGEST + 1, LONGEST + 1), (20, 12), (3, 4)])
+def test_more_kept_positions_than_a_call_holds_are_an_error(count, keep):
+    """No call would ever be long enough, and the loop would not end."""
+    with pytest.raises(ValueError, match=f"{keep} positions cannot be kept of {count} tokens in calls of 8"):
+        plan_calls(np.arange(count), keep, 0, LONGEST, UNCUT)
+
+
 def test_outputs_of_calls_that_share_buffers_are_joined():
     """Calls of 0, 2 and 1 kept positions write the same arrays, one after the other."""
     token_ids, logits = np.zeros(2, np.int64), np.zeros((2, 3), np.float32)

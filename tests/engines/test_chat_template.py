@@ -157,6 +157,18 @@ def test_a_content_of_none_is_none_to_a_template_that_asks_for_it(content, writt
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("more", [{}, {"tool_calls": []}, {"refusal": None, "tool_calls": None}])
+def test_a_message_with_neither_text_nor_calls_is_empty(name, more):
+    """Servers write their answers so, and clients send them back with the next question."""
+    chats = [
+        [message("user", "a"), message("assistant", content) | others, message("user", "b")]
+        for content, others in (("", {}), (None, more))
+    ]
+    empty, none = (templates(TEMPLATES[name]).render(chat) for chat in chats)
+    assert none == empty
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_a_developers_message_is_never_lost(expected, name):
     """OpenAI's clients name the system so: a template that knows no such role gets the system's message."""
     chat, as_system = [[message(role, "Be kind."), message("user", "Hi")] for role in ("developer", "system")]
@@ -217,12 +229,14 @@ def test_how_an_assistants_turn_ends():
         ([], {}, "conversation is empty"),
         ("text", {}, "conversation is empty"),
         ([3], {}, r"messages\[0\] is no message"),
+        ([{"from": "human", "value": "Hi"}], {}, r"messages\[0\] has no role: give one"),
+        ([*CHATS["user"], {"role": "assistant"}], {}, r"messages\[1\] has no content: give it a text"),
         ([message("user", [{"type": "image_url", "image_url": {}}])], {}, r"messages\[0\] .* 'image_url': only text"),
         (CHATS["user"], {"tools": [print]}, r"tools\[0\] is no JSON schema .*get_json_schema"),
         (CHATS["user"], {"tools": TOOL}, "tools must be a list"),
         (CHATS["user"], {"template_args": {"messages": []}}, "messages is no template argument"),
         (CHATS["user"], {"template_args": [1]}, "template_args must map"),
-        ([message("user", None)], {"continue_final_message": True}, "no text to continue"),
+        ([call("{}")], {"continue_final_message": True}, "no text to continue"),
         (
             CHATS["user"],
             {"continue_final_message": True, "template_args": {"add_generation_prompt": True}},

@@ -75,6 +75,9 @@ def write_arrow_stream(rows, stream):
         ("Hi", Document("Hi", (USER,))),
         ([{"role": "user", "content": "Hi"}], Document("Hi", (USER,))),
         ({"prompt": "Hi", "completion": "Yes."}, Document("Hi\n\nYes.", (USER,))),
+        ({"prompt": "Hi", "completion": 3}, Document("Hi\n\n3", (USER,))),
+        ({"question": "Hi", "answer": 0.5}, Document("Hi\n\n0.5", (USER,))),
+        ({"question": "Hi", "answer": float("nan")}, Document("Hi", (USER,))),
         ({"question": "Hi", "answer": "Yes."}, Document("Hi\n\nYes.", (USER,))),
         ({"instruction": "Hi", "input": "", "output": "Yes."}, Document("Hi\n\nYes.", (USER,))),
         (

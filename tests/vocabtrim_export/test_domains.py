@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from engines.errors import VocabtrimError
-from vocabtrim_export.calibration import TokenCounts
+from vocabtrim_export.calibration import Corpus, TokenCounts
 from vocabtrim_export.calibration.counting import CalibrationSettings, calibrate_models, read_calibration
-from vocabtrim_export.calibration.domains import coverage_by_domain, domains_note
+from vocabtrim_export.calibration.domains import Domain, coverage_by_domain, domains_note, shared_tokens
+
+EMPTY = Corpus((), "", "", ())
 
 
 @pytest.fixture
@@ -49,6 +51,30 @@ def test_domains_are_counted_apart_and_mixed_by_weight(place, tokenizer):
     assert domains_note(loaded, kept)[0].startswith("coverage by domain: code 100.00%, chat ")
     more = count(place, *domains, tokens=1200)  # goes on from the domains in the file
     assert [each.total for each in more.domains] == [900, 300]
+
+
+@pytest.mark.parametrize(
+    ("weights", "tokens", "shares"),
+    [
+        ((1, 1), 2, (1, 1)),
+        ((1, 1), 3, (2, 1)),
+        ((3, 1), 1000, (750, 250)),
+        ((1, 1, 1), 100, (33, 34, 33)),
+        ((0.1, 0.2), 7, (2, 5)),
+        ((1, 1), "auto", ("auto", "auto")),
+    ],
+)
+def test_tokens_are_shared_out_by_weight_and_none_is_added(weights, tokens, shares):
+    domains = [Domain(str(index), weight, EMPTY) for index, weight in enumerate(weights)]
+    assert shared_tokens(domains, tokens) == shares
+
+
+@pytest.mark.parametrize(("weights", "tokens", "needed"), [((1, 1), 1, 2), ((1, 9, 990), 500, 1000)])
+def test_too_few_tokens_for_all_domains_are_refused(weights, tokens, needed):
+    domains = [Domain(str(index), weight, EMPTY) for index, weight in enumerate(weights)]
+    with pytest.raises(VocabtrimError, match=f"leaves none to some domain: count at least {needed}$"):
+        shared_tokens(domains, tokens)
+    assert sum(shared_tokens(domains, needed)) == needed
 
 
 def test_a_domain_with_too_little_text_still_has_its_weight(place):

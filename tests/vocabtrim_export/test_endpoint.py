@@ -2,9 +2,11 @@
 
 import json
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -23,8 +25,11 @@ def answer(prompt):
 
 
 @contextmanager
-def serve(tokenizer, fault=lambda _number: None, factor=1):
-    """A server of the model "m". fault: number of the request → a status, "cut" for half an answer, bytes, or None."""
+def serve(tokenizer, fault=lambda _number: None, factor=1, retry_after=""):
+    """A server of the model "m". fault: number of the request → a status, "cut" for half an answer, bytes, or None.
+
+    A status 429 comes with the header `Retry-After` that `retry_after` states.
+    """
     seen, lock = Counter(), threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -57,6 +62,8 @@ def serve(tokenizer, fault=lambda _number: None, factor=1):
 
         def send(self, status, data, cut=False):
             self.send_response(status)
+            if status == 429:
+                self.send_header("Retry-After", retry_after)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data[: len(data) // 2] if cut else data)
@@ -155,6 +162,27 @@ def test_a_server_that_answers_with_nothing_is_one_line(tokenizer, tmp_path):
         count(tokenizer, endpoint, path, temperature=1.0)
     assert seen["requests"] == len(CORPUS.documents)
     assert TokenCounts.load(path).total > 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        ("7", 7),
+        (lambda: formatdate(time.time() + 30.5, usegmt=True), 30),
+        (lambda: formatdate(0), 0.01),  # a time that has passed
+        ("99999", 300),  # no longer than an answer may take
+        ("0", 0.01),
+        ("soon", 0.01),
+        ("-3", 0.01),
+    ],
+)
+def test_a_busy_server_is_left_alone_as_long_as_it_asks_for(tokenizer, monkeypatch, asked, seconds):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    asked = asked() if callable(asked) else asked
+    with serve(tokenizer, {1: 429, 2: 503}.get, retry_after=asked) as (endpoint, _):
+        assert endpoint.answer(CHATS[0], 8, 0.0, seed=0).text == answer("the fox 0")
+    assert waits == [pytest.approx(seconds, abs=1.5 if seconds == 30 else 1e-9), 0.02]  # the second states nothing
 
 
 def test_a_url_or_a_key_that_cannot_be_one_is_refused_at_once():

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from engines.bundle.chat_template import ChatOptions
 from vocabtrim_export.calibration import (
@@ -15,7 +15,7 @@ from vocabtrim_export.calibration import (
     TokenCounts,
     calibrate,
 )
-from vocabtrim_export.calibration.domains import Domain, mix
+from vocabtrim_export.calibration.domains import Domain, mix, shared_tokens
 from vocabtrim_export.calibration.endpoint import Endpoint
 from vocabtrim_export.calibration.producers import CountWorkers
 from vocabtrim_export.calibration.sufficiency import MOST_GENERATED, MOST_OF_TEXT, HeadSize, Sufficiency
@@ -89,15 +89,12 @@ def count_data(
     """
     if data.corpus:
         return _count_corpus(model, tokenizer, data.corpus, job, model_digest)
-    checkpoint = job.checkpoint
+    checkpoint, shares = job.checkpoint, shared_tokens(data.domains, job.settings.calibration_tokens)
     places = {domain.name: checkpoint.with_name(f"{checkpoint.name}.{domain.name}") for domain in data.domains}
     _take_apart(checkpoint, places)
-    whole = sum(domain.weight for domain in data.domains)
     counts = [
-        _count_corpus(
-            model, tokenizer, domain.corpus, _job_of(domain, job, domain.weight / whole, places), model_digest
-        )
-        for domain in data.domains
+        _count_corpus(model, tokenizer, domain.corpus, _job_of(domain, job, tokens, places), model_digest)
+        for domain, tokens in zip(data.domains, shares, strict=True)
     ]
     mixture = mix(data.domains, counts)
     mixture.save(checkpoint)
@@ -106,11 +103,9 @@ def count_data(
     return mixture
 
 
-def _job_of(domain: Domain, job: CountJob, share: float, places: Mapping[str, Path]) -> CountJob:
-    """Returns the job for one domain, whose share of the tokens is that of its weight."""
-    tokens, listener = job.settings.calibration_tokens, job.listener
-    if tokens != "auto":
-        tokens = max(1, round(tokens * share))
+def _job_of(domain: Domain, job: CountJob, tokens: int | Literal["auto"], places: Mapping[str, Path]) -> CountJob:
+    """Returns the job that counts `tokens` for one domain."""
+    listener = job.listener
     named = replace(
         listener,
         progress=lambda task, done, total: listener.progress(f"{task} {domain.name}", done, total),

@@ -4,7 +4,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +56,32 @@ def read_domains(names: Sequence[str | Path]) -> tuple[Domain, ...]:
             raise VocabtrimError(f"--calibration names the domain {name} twice: give each a name of its own")
         domains[name] = path, weight
     return tuple(Domain(name, weight, read_corpus([path])) for name, (path, weight) in domains.items())
+
+
+def shared_tokens(
+    domains: Sequence[Domain], tokens: int | Literal["auto"]
+) -> tuple[int, ...] | tuple[Literal["auto"], ...]:
+    """Divide a number of tokens among domains by their weights.
+
+    Args:
+        domains: The domains.
+        tokens: The tokens of all domains; "auto": each counts as many as are enough for it.
+
+    Returns:
+        The tokens of each domain.
+
+    Raises:
+        VocabtrimError: So few tokens leave none to some domain.
+    """
+    if tokens == "auto":
+        return ("auto",) * len(domains)
+    ends = [0, *accumulate(domain.weight for domain in domains)]
+    places = [round(tokens * end / ends[-1]) for end in ends]
+    shares = tuple(end - begin for begin, end in pairwise(places))
+    if min(shares) < 1:
+        needed = math.ceil(ends[-1] / min(domain.weight for domain in domains))
+        raise VocabtrimError(f"--calibration-tokens {tokens} leaves none to some domain: count at least {needed}")
+    return shares
 
 
 def mix(domains: Sequence[Domain], counts: Sequence[TokenCounts]) -> TokenCounts:

@@ -10,6 +10,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from engines.errors import VocabtrimError
@@ -52,7 +53,8 @@ class Endpoint:
         model: The model's name there.
         concurrency: Requests at a time.
         timeout: Seconds that one answer may take.
-        wait: Seconds before the first repetition of a request that failed; they double with each.
+        wait: Seconds before the first repetition of a request that failed; they double with each. Where the server asks
+            for more (`Retry-After`), it gets that, up to `timeout`.
         key: The API key; by default the environment variable OPENAI_API_KEY.
     """
 
@@ -117,17 +119,18 @@ class Endpoint:
         url = f"{self.url.rstrip('/')}/{path}"
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
-        why = ""
+        why, asked = "", 0.0
         for attempt in range(_ATTEMPTS):
             if attempt:
-                time.sleep(self.wait * 2 ** (attempt - 1))
+                time.sleep(max(self.wait * 2 ** (attempt - 1), min(asked, self.timeout)))
+                asked = 0.0
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                     return json.loads(reply.read())
             except urllib.error.HTTPError as error:
                 if error.code in (404, 405) and body is None:
                     raise _NoSuchPath from error
-                why = _said(error)
+                why, asked = _said(error), _asked_wait(error.headers.get("Retry-After", ""))
                 if error.code not in _AGAIN:
                     raise VocabtrimError(f"{url} refuses the request: {why}") from error
             except _PASSING as error:
@@ -201,6 +204,16 @@ def check_not_empty(endpoint: Endpoint, answers: Sequence[Answer]) -> None:
             f"{endpoint.url} answers {len(answers)} prompts with no text; the counts so far are kept: check how the "
             "server renders prompts, or give others"
         )
+
+
+def _asked_wait(value: str) -> float:
+    """Returns the seconds that a `Retry-After` asks for, which may state a time instead; 0 where it states neither."""
+    if value.isascii() and value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def _said(error: urllib.error.HTTPError) -> str:

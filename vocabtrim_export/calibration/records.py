@@ -1,5 +1,6 @@
 """One record of a data file made into documents: the known forms of prompts, conversations and texts."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from engines.bundle.messages import TEXT_PARTS
@@ -95,11 +96,16 @@ def _messages(record: Mapping[str, object], field: str, where: str) -> list[Mess
         raise VocabtrimError(f"{where}: `{field}` must be a list, not {_kind(value)}")
     messages = [_message(item, f"{where}, {field}[{index}]") for index, item in enumerate(value)]
     answer = next((record[name] for name in _ANSWERS.get(field, ()) if record.get(name) is not None), None)
-    if isinstance(answer, str):
-        messages.append(Message("assistant", without_surrogates(answer)))
+    if isinstance(answer, str) or _is_number(answer):
+        messages.append(Message("assistant", without_surrogates(str(answer))))
     elif isinstance(answer, list) and all(isinstance(item, Mapping) for item in answer):
         messages += [_message(item, f"{where}, answer[{index}]") for index, item in enumerate(answer)]
     return messages
+
+
+def _is_number(value: object) -> bool:
+    """Returns whether an answer is a number, as those of sums may be. NaN stands for a missing one in tables."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _message(item: object, where: str) -> Message:
