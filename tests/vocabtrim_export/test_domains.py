@@ -56,12 +56,12 @@ def test_domains_are_counted_apart_and_mixed_by_weight(place, tokenizer):
 @pytest.mark.parametrize(
     ("weights", "tokens", "shares"),
     [
-        ((1, 1), 2, (1, 1)),
-        ((1, 1), 3, (2, 1)),
-        ((3, 1), 1000, (750, 250)),
-        ((1, 1, 1), 100, (33, 34, 33)),
-        ((0.1, 0.2), 7, (2, 5)),
-        ((1, 1), "auto", ("auto", "auto")),
+        ((1, 1), 2, [1, 1]),
+        ((1, 1), 3, [2, 1]),
+        ((3, 1), 1000, [750, 250]),
+        ((1, 1, 1), 100, [33, 34, 33]),
+        ((0.1, 0.2), 7, [2, 5]),
+        ((1, 1), "auto", ["auto", "auto"]),
     ],
 )
 def test_tokens_are_shared_out_by_weight_and_none_is_added(weights, tokens, shares):

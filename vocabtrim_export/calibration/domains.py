@@ -58,9 +58,7 @@ def read_domains(names: Sequence[str | Path]) -> tuple[Domain, ...]:
     return tuple(Domain(name, weight, read_corpus([path])) for name, (path, weight) in domains.items())
 
 
-def shared_tokens(
-    domains: Sequence[Domain], tokens: int | Literal["auto"]
-) -> tuple[int, ...] | tuple[Literal["auto"], ...]:
+def shared_tokens(domains: Sequence[Domain], tokens: int | Literal["auto"]) -> list[int | Literal["auto"]]:
     """Divide a number of tokens among domains by their weights.
 
     Args:
@@ -74,11 +72,11 @@ def shared_tokens(
         VocabtrimError: So few tokens leave none to some domain.
     """
     if tokens == "auto":
-        return ("auto",) * len(domains)
+        return ["auto" for _ in domains]
     ends = [0, *accumulate(domain.weight for domain in domains)]
     places = [round(tokens * end / ends[-1]) for end in ends]
-    shares = tuple(end - begin for begin, end in pairwise(places))
-    if min(shares) < 1:
+    shares: list[int | Literal["auto"]] = [end - begin for begin, end in pairwise(places)]
+    if 0 in shares:
         needed = math.ceil(ends[-1] / min(domain.weight for domain in domains))
         raise VocabtrimError(f"--calibration-tokens {tokens} leaves none to some domain: count at least {needed}")
     return shares
