@@ -1,6 +1,7 @@
 """ONNX Runtime sessions: their options, their thread pools, and errors in one line."""
 
 import ctypes
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,7 @@ def new_session(
     _check_version(ort.__version__)
     options = ort.SessionOptions()
     options.log_severity_level = 4  # an error is raised; it would also be printed, in colour
+    options.intra_op_num_threads = _threads()
     # Without this, an idle engine's threads spin and take the cores from the other engine of the pair.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if weights_in_file:
@@ -82,6 +84,17 @@ def new_session(
             raise
     options.use_per_session_threads = False
     return ort.InferenceSession(model, options, **how)
+
+
+def _threads() -> int:
+    """Returns the number of threads of a session: the cores of a process that may not use all, else 0, the default.
+
+    ONNX Runtime has a thread for each core of the machine and binds it to that core, also where taskset, a container or
+    a scheduler gives the process some cores only: threads then take other programs' cores, or wait for each other on
+    one. With a number given, it binds none.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 0 if not allowed or allowed == os.cpu_count() else allowed
 
 
 def _check_version(version: str) -> None:
