@@ -26,8 +26,16 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items):
-    """Run the real weights' tests, which take minutes, first: at the end one worker would wait for the other."""
-    items.sort(key=lambda item: "slow" not in item.keywords)
+    """Run the real weights' tests, which take minutes, first: at the end one worker would wait for the other.
+
+    The tests of one architecture run one after the other, so that few workers have to trace it.
+    """
+
+    def place(item):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return "slow" not in item.keywords, str(parameters.get("architecture", ""))
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish():

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SECONDS = 2  # for each of the targets
+SECONDS = 1  # for each of the targets
 
 
 def test_readers_refuse_what_they_cannot_read():
