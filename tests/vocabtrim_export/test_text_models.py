@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.sources.checkpoint import read_checkpoint_tokenizer
+from vocabtrim_export.sources.refusals import check_architecture
 from vocabtrim_export.sources.source import load_source
 from vocabtrim_export.sources.text_models import text_config, text_tensor_names
 
@@ -51,6 +52,12 @@ FAMILIES = {
     "qwen2_5_vl": {"text_config": TEXT | {"rope_parameters": SECTIONS}, "vision_config": QWEN_SIGHT},
     "qwen3_vl": {
         "text_config": TEXT | {"rope_parameters": SECTIONS},
+        "vision_config": QWEN_SIGHT | {"deepstack_visual_indexes": [0]},
+    },
+    "qwen3_vl_moe": {
+        "text_config": TEXT
+        | {"rope_parameters": SECTIONS}
+        | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
         "vision_config": QWEN_SIGHT | {"deepstack_visual_indexes": [0]},
     },
 }
@@ -99,6 +106,14 @@ def test_a_template_in_a_file_of_the_processor(tokenizer, tmp_path):
 def test_a_text_model_that_transformers_has_only_inside_the_whole():
     with pytest.raises(VocabtrimError, match="multimodal model whose text model"):
         text_config("MODEL", transformers.CONFIG_MAPPING["mllama"]())
+
+
+def test_a_decoder_that_reads_an_encoder_is_no_text_model():
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(), transformers.GPT2Config()
+    )
+    with pytest.raises(VocabtrimError, match=r"MODEL \(vision-encoder-decoder\) is an encoder-decoder model"):
+        check_architecture("MODEL", text_config("MODEL", config))
 
 
 def test_only_the_text_models_tensors_are_read():

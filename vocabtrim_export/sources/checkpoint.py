@@ -32,6 +32,7 @@ from vocabtrim_export.sources.text_models import (
     text_config,
     text_tensor_names,
     text_weights,
+    upright_experts,
 )
 from vocabtrim_export.sources.tokenizer_file import follow_tokenizer_file
 from vocabtrim_export.sources.unread_tensors import check_unread
@@ -148,6 +149,8 @@ def _load_weights(
             weights = {name: weights[stored] for stored, name in text_tensor_names(weights).items()}
     else:
         weights = text_weights(files)
+    if multimodal:
+        weights = upright_experts(weights, text, holder(scratch))
     if hasattr(text, "quantization_config"):
         del text.quantization_config
     if "lm_head.weight" not in weights and getattr(config, "tie_word_embeddings", False):

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from engines.errors import VocabtrimError
+from vocabtrim_export.sources.mapped import Hold
 from vocabtrim_export.sources.weight_files import tensor_shapes
 
 # Text models that transformers registers only inside a multimodal one, and the language model that they are: on text
@@ -19,7 +20,11 @@ _SAME_AS = {
     "qwen2_5_vl_text": "qwen2",
     "qwen2_5_omni_text": "qwen2",
     "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
 }
+# What the code of the whole always does, and the language model's does only where its config says so.
+_ALWAYS: dict[str, dict[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
+_EXPERTS = re.compile(r"\.experts\.(gate_up|down)_proj$")
 _PREFIX = re.compile(r"^(?:thinker\.)?(?:model\.)?(?:language_model|text_model)\.(?:model\.)?")
 _HEAD = re.compile(r"^(?:thinker\.)?(?:model\.)?(?:language_model\.|text_model\.)?lm_head\.")
 _OTHER_PARTS = re.compile(
@@ -34,6 +39,8 @@ def text_config(spec: str, config: PreTrainedConfig) -> PreTrainedConfig:
     Raises:
         VocabtrimError: transformers cannot run that text model by itself.
     """
+    if config.is_encoder_decoder:
+        return config
     try:
         text = config.get_text_config(decoder=True)
     except ValueError:  # several: an encoder-decoder of different models
@@ -91,6 +98,23 @@ def text_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     return weights
 
 
+def upright_experts(weights: dict[str, Tensor], text: PreTrainedConfig, hold: Hold) -> dict[str, Tensor]:
+    """Transpose the experts of Qwen3-VL's mixtures, which are stored as [experts, inputs, outputs].
+
+    Args:
+        weights: The language model's tensors, by the names that it has alone.
+        text: Its configuration.
+        hold: Keeps a transposed tensor, see `holder`.
+    """
+    if text.model_type != "qwen3_moe":
+        return weights
+    inner, outer = text.moe_intermediate_size, text.hidden_size
+    shapes = {"gate_up": (2 * inner, outer), "down": (outer, inner)}
+    experts = {name: shapes[match[1]] for name in weights if (match := _EXPERTS.search(name))}
+    lying = {name for name, shape in experts.items() if weights[name].shape[1:] == shape[::-1] != shape}
+    return {name: hold(tensor.mT) if name in lying else tensor for name, tensor in weights.items()}
+
+
 def _as_language_model(text: PreTrainedConfig) -> PreTrainedConfig:
     kind: Any = CONFIG_MAPPING[_SAME_AS[text.model_type]]
     settings = {name: value for name, value in text.to_dict().items() if name != "model_type"}
@@ -98,4 +122,4 @@ def _as_language_model(text: PreTrainedConfig) -> PreTrainedConfig:
     rope.pop("mrope_section", None)
     rope.pop("mrope_interleaved", None)
     rope["rope_type"] = "default" if rope.get("rope_type") in (None, "mrope") else rope["rope_type"]
-    return kind(**settings | {"rope_parameters": rope})  # type: ignore[no-any-return]
+    return kind(**settings | {"rope_parameters": rope} | _ALWAYS.get(text.model_type, {}))  # type: ignore[no-any-return]
