@@ -20,6 +20,14 @@ CONVERSATIONS = (
         f"{CHAT_TESTS} -k as_transformers_renders",
     ),
     Mutation(
+        "A null content without tool calls is an empty text",
+        "it is left to the template",
+        MESSAGES,
+        'content = ""',
+        "pass",
+        f"{CHAT_TESTS} -k neither",
+    ),
+    Mutation(
         "Text parts are read where a template takes strings",
         "parts are given as they are",
         TEMPLATE,

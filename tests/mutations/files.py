@@ -199,8 +199,16 @@ FILES = (
         "tests/vocabtrim_export/test_text_models.py -k backup",
     ),
     Mutation(
+        "The text model of a multimodal checkpoint computes the whole's logits for a text",
+        "experts that are stored the other way round stay so",
+        "vocabtrim_export/sources/text_models.py",
+        "hold(tensor.mT) if name in lying else tensor",
+        "tensor",
+        "tests/vocabtrim_export/test_text_models.py -k qwen3_vl_moe",
+    ),
+    Mutation(
         "A head's weights are its own files, not a backup beside them",
-        "every file beside it is read",
+        "every file beside the head is read",
         "vocabtrim_export/drafters/source.py",
         "files = checkpoint_files(directory)",
         'files = sorted(directory.glob("*.safetensors"))',
