@@ -441,6 +441,17 @@ def test_what_llama_cpp_would_sample_with_is_named(gguf_file):
     assert any("sample with penalty_repeat=1.5: not applied" in note for note in notes)
 
 
+def test_settings_that_nothing_reads_are_named(gguf_file):
+    def says(writer):
+        writer.add_float32("llama.attention.temperature_scale", 0.5)
+        writer.add_array("llama.experts_of", [2, 3])
+        writer.add_float32("llama.expert_weights_scale", 1.0)  # changes nothing
+
+    notes = load_source(str(gguf_file(lambda _: "Q8_0", says=says)[0]), torch.float32).notes
+    (note,) = (each for each in notes if "are not read" in each)
+    assert note.endswith("llama.cpp's: llama.attention.temperature_scale=0.5, llama.experts_of=[2 3]")
+
+
 @pytest.mark.parametrize(
     ("says", "message"),
     [

@@ -11,6 +11,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.progress import BytesDone
 from vocabtrim_export.sources.gguf_config import read_config
 from vocabtrim_export.sources.gguf_header import GgufHeader
+from vocabtrim_export.sources.gguf_keys import unread_note
 from vocabtrim_export.sources.gguf_rotation import rope_parameters
 from vocabtrim_export.sources.gguf_weights import load_weights
 from vocabtrim_export.sources.mapped import check_room, holder
@@ -75,7 +76,8 @@ def load_gguf(
         raise VocabtrimError(f"{header.path} does not fit its own metadata: no usable {missing[0]} in it")
     _check_rotated(model, header)
     layers = int(model.config.get_text_config().num_hidden_layers)
-    return model, (*check_unread(str(header.path), _unread(model, header), layers), *_sampling_note(header))
+    notes = check_unread(str(header.path), _unread(model, header), layers)
+    return model, (*notes, *unread_note(header), *_sampling_note(header))
 
 
 def _check_kind(header: GgufHeader) -> None:
