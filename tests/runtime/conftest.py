@@ -46,6 +46,11 @@ def make_manifest(**changes: object) -> Manifest:
     return Manifest(**(fields | changes))
 
 
+def random_numbers(seed, prefix):
+    """float32[512]. NumPy reads an array of its own type in a twentieth of the time that the same list takes."""
+    return np.random.default_rng(np.array([seed, *prefix], np.uint32)).standard_normal(512, np.float32)
+
+
 class FakeEngine(Engine):
     """Two of the same `seed` agree; `noise` makes one differ from the other. `eos_bias` raises the EOS logits."""
 
@@ -81,8 +86,9 @@ class FakeEngine(Engine):
     def logits(self, prefix) -> np.ndarray:
         """float32[head_rows] after `prefix`."""
         width = self.manifest.head_rows if self.vocab_map is None else self.vocab_map.full_vocab
-        full = 2 * np.random.default_rng([self.seed, *prefix]).standard_normal(512, np.float32)
-        full += self.noise * np.random.default_rng([self.seed + 1, *prefix]).standard_normal(512, np.float32)
+        full = 2 * random_numbers(self.seed, prefix)
+        if self.noise:
+            full += self.noise * random_numbers(self.seed + 1, prefix)
         full[EOS] += self.eos_bias
         return full[:width] if self.vocab_map is None else full[self.vocab_map.kept_token_ids]
 
