@@ -79,6 +79,8 @@ def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
             raise VocabtrimError(f'messages[{index}] has no role: give one, such as "user" or "assistant"')
         if not message.keys() - {"role", "name"}:
             raise VocabtrimError(f"messages[{index}] has no content: give it a text")
+        if message.get("function_call"):  # OpenAI's first form of a call; templates pass over it
+            raise VocabtrimError(f"messages[{index}] has a function_call, which no template reads: give tool_calls")
         _refuse_media(message.get("content"), index)
     return [_with_reasoning(_without_nothing(message)) for message in plain]
 

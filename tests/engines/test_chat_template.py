@@ -231,6 +231,11 @@ def test_how_an_assistants_turn_ends():
         ([3], {}, r"messages\[0\] is no message"),
         ([{"from": "human", "value": "Hi"}], {}, r"messages\[0\] has no role: give one"),
         ([*CHATS["user"], {"role": "assistant"}], {}, r"messages\[1\] has no content: give it a text"),
+        (
+            [message("assistant", None, function_call={"name": "f", "arguments": "{}"})],
+            {},
+            "function_call.* tool_calls",
+        ),
         ([message("user", [{"type": "image_url", "image_url": {}}])], {}, r"messages\[0\] .* 'image_url': only text"),
         (CHATS["user"], {"tools": [print]}, r"tools\[0\] is no JSON schema .*get_json_schema"),
         (CHATS["user"], {"tools": TOOL}, "tools must be a list"),

@@ -78,6 +78,22 @@ def test_the_text_model_of_a_multimodal_checkpoint(family, tokenizer, tmp_path):
         torch.testing.assert_close(source.model(ids).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_experts_that_are_stored_the_other_way_round(tokenizer, tmp_path):
+    """transformers saves Qwen3-VL's mixtures as they are in memory; those that Qwen published are transposed."""
+    config = transformers.CONFIG_MAPPING["qwen3_vl_moe"](**FAMILIES["qwen3_vl_moe"])
+    whole = transformers.AutoModelForImageTextToText.from_config(config)
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    experts = {name: each for name, each in stored.items() if ".experts." in name}
+    save_file(stored | {name: each.mT.contiguous() for name, each in experts.items()}, file, {"format": "pt"})
+    read = load_source(str(tmp_path), torch.float32).model.state_dict()
+    assert len(experts) == 2 * TEXT["num_hidden_layers"]
+    for name, each in whole.model.language_model.state_dict().items():
+        assert torch.equal(read[f"model.{name}"], each), name
+
+
 def test_towers_in_a_file_of_their_own_and_a_backup_beside_the_model(tokenizer, tmp_path):
     """The files are those of the index, and all of them say what is a tower: `projector` alone says nothing."""
     config = transformers.CONFIG_MAPPING["llava"](**FAMILIES["llava"])
