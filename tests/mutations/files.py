@@ -148,7 +148,7 @@ FILES = (
         COMMIT,
         "        _write_mark(directory, aside, names)\n        _forward(directory, aside, names)\n",
         "        _forward(directory, aside, names)\n        _write_mark(directory, aside, names)\n",
-        f"{FAULTS} -k again",
+        f"{FAULTS} -k exports",
     ),
     Mutation(
         "A killed export is finished by whoever reads it",
@@ -156,7 +156,7 @@ FILES = (
         "engines/bundle/read.py",
         "    finish_if_free(root.absolute().parent)\n",
         "",
-        f"{FAULTS} -k fresh",
+        f"{FAULTS} -k exports",
     ),
     Mutation(
         "A killed calibration goes on and counts nothing twice",
@@ -172,7 +172,7 @@ FILES = (
         "vocabtrim_export/bundles/output.py",
         "            _clear(directory)\n",
         "",
-        f"{FAULTS} -k fresh",
+        f"{FAULTS} -k exports",
     ),
     Mutation(
         "A second export into the same place is refused",
