@@ -90,7 +90,7 @@ def between(server, fault):
                 self.request.sendall(data)
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        threading.Thread(target=proxy.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{proxy.server_address[1]}/v1"
         proxy.shutdown()
 

@@ -69,7 +69,7 @@ def serve(tokenizer, fault=lambda _number: None, factor=1, retry_after=""):
             self.wfile.write(data[: len(data) // 2] if cut else data)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # seconds until a shutdown is seen
     try:
         yield Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "m", wait=0.01, key="secret"), seen
     finally:
