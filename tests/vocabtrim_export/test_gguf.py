@@ -277,6 +277,11 @@ def write_gguf(path, model, kind, tokenizer, says):
     for name, weight in model.state_dict().items():
         module, _, leaf = name.rpartition(".")
         is_raised = kind in ("gemma3", "nemotron") and name.endswith("norm.weight")
+        if ".experts." in name:
+            parts = ("gate", "up") if leaf == "gate_up_proj" else ("down",)
+            for part, matrices in zip(parts, weight.chunk(len(parts), dim=1), strict=True):
+                writer.add_tensor(f"{names.get_name(f'{module}.{part}_proj')}.weight", matrices.contiguous().numpy())
+            continue
         writer.add_tensor(f"{names.get_name(module)}.{leaf}", (weight + 1 if is_raised else weight).numpy())
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
@@ -339,6 +344,26 @@ def test_the_epsilon_of_a_norm_that_is_no_rms_norm(tokenizer, tmp_path):
         writer.add_layer_norm_eps(0.1)
 
     write_gguf(tmp_path / "model.gguf", model, "nemotron", tokenizer, says)
+    check_file(tmp_path / "model.gguf", model, [24])
+
+
+@pytest.mark.parametrize("kind", ["qwen2moe", "qwen3moe"])
+def test_experts_have_the_size_that_the_file_states(kind, tokenizer, tmp_path):
+    """transformers takes it from the defaults of its configuration: other sizes of a family could not be read."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    sizes |= {"shared_expert_intermediate_size": 96} if kind == "qwen2moe" else {"norm_topk_prob": True}
+    model = random_decoder(kind.replace("moe", "_moe"), **sizes)
+
+    def says(writer):
+        writer.add_expert_count(4)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(32)
+        if kind == "qwen2moe":
+            writer.add_expert_shared_feed_forward_length(96)
+        writer.add_key_length(HEAD)
+        writer.add_layer_norm_rms_eps(1e-6)
+
+    write_gguf(tmp_path / "model.gguf", model, kind, tokenizer, says)
     check_file(tmp_path / "model.gguf", model, [24])
 
 
@@ -415,6 +440,10 @@ def turn(writer, size):
         (lambda w: turn(w, 32), "does not fit its own metadata"),
         (lambda w: (turn(w, 32), w.add_key_length(HEAD)), "rotates 32 of the numbers in a head"),
         (lambda w: (w.add_key_length(64), w.add_value_length(32)), "keys of 64 numbers and values of 32"),
+        (
+            lambda w: (w.kv_data[0].pop("llama.attention.head_count_kv"), w.add_head_count_kv([2, 2])),
+            "states llama.attention.head_count_kv for each layer",
+        ),
     ],
 )
 def test_a_rule_of_the_file_that_would_be_lost_is_refused(says, message, gguf_file):

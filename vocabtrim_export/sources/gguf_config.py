@@ -24,8 +24,8 @@ def read_config(header: GgufHeader) -> Any:
         brief = Path(directory) / header.path.name
         brief.write_bytes(_without_vocabulary(header))
         config = AutoConfig.from_pretrained(directory, gguf_file=brief.name)
-    if f"{header.architecture}.vocab_size" not in header.metadata:
-        config.vocab_size = len(header.metadata["tokenizer.ggml.tokens"])
+    stated = header.hyperparameters().get("vocab_size")  # not in transformers' tables of all architectures
+    config.vocab_size = int(stated or len(header.metadata["tokenizer.ggml.tokens"]))
     return config
 
 

@@ -1,7 +1,8 @@
-"""Settings of a `.gguf` file's architecture that nothing here reads."""
+"""Settings of a `.gguf` file that are refused, and those of its architecture that nothing here reads."""
 
 from typing import Any
 
+from engines.errors import VocabtrimError
 from vocabtrim_export.sources.gguf_header import GgufHeader
 
 # What is read, compared with the tensors' shapes, refused elsewhere, or without effect on what the model computes.
@@ -18,8 +19,33 @@ _KNOWN = frozenset(
         *("rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scale_linear"),
     )
 )
+_SIZES = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+_BY_LAYER = ("lfm2", "gemma4")  # architectures of which transformers reads sizes of each layer
 _ROTATION = "rope.scaling."  # read, or refused, in `gguf_rotation`
 _WITHOUT_EFFECT = (0, 1, "")
+
+
+def check_kind(header: GgufHeader) -> None:
+    """Refuse files that hold no decoder, or one whose layers have sizes of their own.
+
+    Raises:
+        VocabtrimError: The file is of such a kind.
+    """
+    kind = header.metadata.get("general.type", "model")
+    if kind != "model":
+        raise VocabtrimError(f"{header.path} holds no model but a part of one ({kind}): give the language model's file")
+    parameters = header.hyperparameters()
+    if parameters.get("attention.causal") is False:
+        raise VocabtrimError(
+            f"{header.path} is a model with bidirectional attention, which cannot continue a text token by token: give "
+            "a model trained as a decoder"
+        )
+    by_layer = [name for name in _SIZES if not isinstance(parameters.get(name, 0), int)]
+    if by_layer and header.architecture not in _BY_LAYER:
+        raise VocabtrimError(
+            f"{header.path} states {header.architecture}.{by_layer[0]} for each layer, which is not read: give the "
+            "original weights"
+        )
 
 
 def unread_note(header: GgufHeader) -> tuple[str, ...]:

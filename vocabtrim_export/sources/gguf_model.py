@@ -11,7 +11,7 @@ from engines.errors import VocabtrimError
 from vocabtrim_export.progress import BytesDone
 from vocabtrim_export.sources.gguf_config import read_config
 from vocabtrim_export.sources.gguf_header import GgufHeader
-from vocabtrim_export.sources.gguf_keys import unread_note
+from vocabtrim_export.sources.gguf_keys import check_kind, unread_note
 from vocabtrim_export.sources.gguf_rotation import rope_parameters
 from vocabtrim_export.sources.gguf_weights import load_weights
 from vocabtrim_export.sources.mapped import check_room, holder
@@ -26,6 +26,10 @@ _STATED = {
     "final_logit_softcapping": ("final_logit_softcapping",),
     "attention.layer_norm_epsilon": _EPSILON,
     "attention.layer_norm_rms_epsilon": _EPSILON,
+}
+_EXPERTS = {  # sizes that transformers takes from its own defaults, which are those of one release
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 # Gemma's 27B models divide their queries by another number than the smaller ones; the file does not say so.
 _QUERIES_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}
@@ -60,7 +64,7 @@ def load_gguf(
     Raises:
         VocabtrimError: transformers would misread the file.
     """
-    _check_kind(header)
+    check_kind(header)
     config = read_config(header)
     check_architecture(str(header.path), config)
     read = config.to_dict()
@@ -78,18 +82,6 @@ def load_gguf(
     layers = int(model.config.get_text_config().num_hidden_layers)
     notes = check_unread(str(header.path), _unread(model, header), layers)
     return model, (*notes, *unread_note(header), *_sampling_note(header))
-
-
-def _check_kind(header: GgufHeader) -> None:
-    """Refuse a file that holds no language model, or one that reads a text in both directions."""
-    kind = header.metadata.get("general.type", "model")
-    if kind != "model":
-        raise VocabtrimError(f"{header.path} holds no model but a part of one ({kind}): give the language model's file")
-    if header.hyperparameters().get("attention.causal") is False:
-        raise VocabtrimError(
-            f"{header.path} is a model with bidirectional attention, which cannot continue a text token by token: give "
-            "a model trained as a decoder"
-        )
 
 
 def _sampling_note(header: GgufHeader) -> tuple[str, ...]:
@@ -142,6 +134,9 @@ def _correct(config: Any, header: GgufHeader) -> tuple[str, ...]:
             raise VocabtrimError(f"{header.path} scales by {name}, which is not read: give the original weights")
     _turn(config, rope_parameters(header), header)
     _set_head_size(config, parameters, header)
+    for key, name in _EXPERTS.items():
+        if (size := parameters.get(key)) and hasattr(config, name):
+            setattr(config, name, int(size))
     for key, names in _STATED.items():
         if value := parameters.get(key):
             attribute = next((name for name in names if hasattr(config, name)), None)
