@@ -282,6 +282,7 @@ def write_gguf(path, model, kind, tokenizer, says):
             for part, matrices in zip(parts, weight.chunk(len(parts), dim=1), strict=True):
                 writer.add_tensor(f"{names.get_name(f'{module}.{part}_proj')}.weight", matrices.contiguous().numpy())
             continue
+        weight = weight[0] if name.endswith("shared_expert_gate.weight") else weight
         writer.add_tensor(f"{names.get_name(module)}.{leaf}", (weight + 1 if is_raised else weight).numpy())
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
