@@ -13,6 +13,7 @@ from engines.bundle.vocab_map import VocabMap
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration.calibrate import CALIBRATION_DATE
 from vocabtrim_export.calibration.counts import TokenCounts
+from vocabtrim_export.calibration.likely_order import likely_order
 from vocabtrim_export.calibration.prompts import encode
 from vocabtrim_export.sources.end_tokens import eos_token_ids
 from vocabtrim_export.sources.runtime_tokenizer import runtime_tokenizer
@@ -57,7 +58,7 @@ class Selection:
             where too few tokens are `available`.
         counted: Rows of tokens that occurred in the counts.
         always_kept: Rows of `always_keep`; some of them may also be in `counted`.
-        filler: Rows that are neither, and only fill K up.
+        filler: Rows that are neither: likely by their ids alone.
         is_noop: Every token is kept, nothing is trimmed.
         lost_token_ids: int64[n], ascending, the ids that a larger K would keep.
     """
@@ -80,10 +81,10 @@ def select_vocab(
     full_vocab: int | None = None,
     available: NDArray[np.int64] | None = None,
 ) -> Selection:
-    """Keep the K tokens that were counted most often.
+    """Keep the K tokens that are the likeliest by their counts.
 
-    First come the ids of `always_keep`, then counted ids (of equal counts the smaller id first), then, as filler, the
-    rest by id: BPE numbers tokens in the order of its merges, so a smaller id is likely the more frequent one.
+    First come the ids of `always_keep`, then the others by `likely_order`: by their counts, of equal counts the smaller
+    id first, and where the text is long, low ids before high ones that it has only a few times.
 
     Args:
         counts: The counts of each token.
@@ -173,7 +174,7 @@ def kept_order(
     """
     always = np.unique(np.fromiter((token for token in always_keep if 0 <= token < limit), np.int64))
     seen = counts.resized(max(limit, counts.full_vocab)).counts[:limit]
-    order = np.argsort(-seen, kind="stable")  # stable: ties, and the uncounted, by the smaller id
+    order = likely_order(seen)
     order = np.concatenate([always, order[~np.isin(order, always)]])
     if available is None:
         return order, always

@@ -11,6 +11,7 @@ PAST = "past_key_values."  # then LAYER.key or LAYER.value: [1, kv_heads, slots,
 # Inputs of graphs for ONNX Runtime.
 SEQLENS_K = "seqlens_k"  # int32[1]: tokens in the KV cache after this call, less one
 TOTAL_LENGTH = "total_sequence_length"  # int32[1], on the host: see `engines.ort_cuda.engine`
+ATTENTION_PADDING = "attention_padding"  # int64[1], 0 unless it is fed: rows that attention alone computes in addition
 KEEP = "num_logits_to_keep"  # int64[1]: how many of the last positions the LM head reads
 
 # Inputs of graphs for TensorRT.

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from engines.base import MAX_KEEP, Engine
 from engines.bundle.graph_io import (
+    ATTENTION_PADDING,
     FEATURES_OUTPUT,
     HIDDEN_INPUT,
     HIDDEN_OUTPUT,
@@ -30,6 +31,7 @@ from engines.bundle.vocab_map import VocabMap
 from engines.keys_values import KeysValues
 from engines.ort.calls import Call, plan_calls
 from engines.ort.key_tiles import UNCUT, KeyTiles
+from engines.ort.padding import NO_PADDING, Padding
 from engines.ort.session import host_array, numpy_dtype, share
 from engines.ort.step import HostStep, Step
 from engines.outputs import StepOutput, join_outputs
@@ -37,18 +39,6 @@ from engines.slots import Slots, open_head_rows
 
 CHUNK = MAX_KEEP
 CACHED_LENGTHS = 32  # step lengths (drafts, catch-ups, verifications) whose bindings are kept
-_NEVER_LONE = 16  # rows: no tile of attention is shorter than these, so that an odd number of them leaves none alone
-
-
-def padded(rows: int, quantization: str) -> int:
-    """Returns `rows`, or one more where a kernel would compute one row alone.
-
-    That is a single row, or the last of an odd number, which may end one row into a tile: of attention above 16 rows,
-    and of products with 8-bit weights in wide blocks, which take two rows at a time. A lone row has kernels of its own,
-    which add in another order.
-    """
-    is_lone = rows == 1 or (rows % 2 == 1 and (quantization == "int8" or rows > _NEVER_LONE))
-    return rows + is_lone
 
 
 class OnnxRuntimeEngine(Engine):
@@ -58,29 +48,30 @@ class OnnxRuntimeEngine(Engine):
         bundle: The bundle.
         session: A session on the bundle's model.
         shared: An engine whose KV cache to use instead of an own one; the caches must be of one form and on one device.
+        padding: The rows that are computed in addition; none on a GPU, whose kernels are others.
 
-    A quantised target never computes a lone row (see `padded`): its products round their inputs to 8 bits, which makes
-    another order of additions, 1e-7 of a sum, a difference of several per cent of the logits. A row of padding, the
-    last token once more, makes a token's logits the same bit for bit in a step of any length. Its keys and values lie
-    after the cached tokens, where the next step overwrites them; the cache holds a token less for it.
+    A quantised target gives a token the same logits, bit for bit, in a step of any length: see `Padding`. A row of
+    padding is the last token once more, or zeros in attention alone. Its keys and values lie after the cached tokens,
+    where the next step overwrites them; the cache holds a token less for it.
 
     Attributes:
         traces: The sessions that trace their operators, by the files that the traces go to when the engine is closed.
     """
 
-    pads_lone_rows = True  # on the CPU; what runs elsewhere has other kernels
-
     def __init__(
-        self, bundle: Bundle, session: ort.InferenceSession, shared: "OnnxRuntimeEngine | None" = None
+        self,
+        bundle: Bundle,
+        session: ort.InferenceSession,
+        shared: "OnnxRuntimeEngine | None" = None,
+        padding: Padding = NO_PADDING,
     ) -> None:
         super().__init__(bundle.manifest, bundle.vocab_map, bundle.tokenizer_file)
         self._bundle, self._session = bundle, session
         self._caches: dict[str, ort.OrtValue] = dict(shared._caches) if shared else self._allocate_caches()
         self.cache = shared.cache if shared else self.cache
-        is_quantized_target = bundle.manifest.role == "target" and bundle.manifest.quantization != "none"
-        self._is_padded = self.pads_lone_rows and is_quantized_target
-        self._tiles = KeyTiles.of(bundle.manifest.head_dim) if self._is_padded else UNCUT
-        self.capacity -= self._is_padded
+        self._padding, is_padded = padding, padding != NO_PADDING
+        self._tiles = KeyTiles.of(bundle.manifest.head_dim) if is_padded else UNCUT
+        self.capacity -= is_padded
         self._seqlens = np.zeros(1, np.int32)
         # The number of tokens that the kernels reserve for: those so far on the CPU, always the capacity on CUDA.
         self._total = np.full(1, self.capacity, np.int32)
@@ -101,7 +92,7 @@ class OnnxRuntimeEngine(Engine):
         self.features_given = bundle.manifest.feature_size if FEATURES_OUTPUT in self._hidden else 0
 
     def rows_computed(self, rows: int) -> int:
-        return padded(rows, self.manifest.quantization) if self._is_padded else rows
+        return self._padding.step_rows(rows)
 
     def feed(self, token_ids: Sequence[int] | NDArray[np.int64], keep: int = 1) -> StepOutput:
         return self._feed(token_ids, keep)
@@ -126,7 +117,7 @@ class OnnxRuntimeEngine(Engine):
         if self.device != "cpu":
             return super().fork(share_cache_with)
         shared = share_cache_with if isinstance(share_cache_with, OnnxRuntimeEngine) else None
-        return OnnxRuntimeEngine(self._bundle, self._session, shared)
+        return OnnxRuntimeEngine(self._bundle, self._session, shared, self._padding)
 
     def snapshot(self) -> KeysValues:
         self.use.check_open()
@@ -153,10 +144,10 @@ class OnnxRuntimeEngine(Engine):
             del self._session
 
     def _execute(self, step: Step, call: Call) -> StepOutput:
-        count, end = len(call.ids), self.length + step.input_ids.shape[1]
+        count, end = len(call.ids), self.length + step.written
         step.input_ids[0, :count] = call.ids
         step.input_ids[0, count:] = call.ids[-1]
-        step.position_ids[0] = np.arange(self.length, end)
+        step.position_ids[0] = np.arange(self.length, self.length + step.input_ids.shape[1])
         step.seqlens_k[0] = end - 1
         step.run(end)
         if self.vocab_map is None and isinstance(step, HostStep):
@@ -188,6 +179,7 @@ class OnnxRuntimeEngine(Engine):
             self._total,
             np.zeros((1, kept, self._head_rows), numpy_dtype(self.logits_type)),
             {name: np.zeros((1, rows, size), dtype) for name, (size, dtype) in self._hidden.items()},
+            self._padding.attention_rows(length),
         )
         for name in self._token_inputs:
             step.binding.bind_ortvalue_input(name, share(getattr(step, name)))
@@ -196,6 +188,8 @@ class OnnxRuntimeEngine(Engine):
         for name, array in step.hidden.items():
             bind = step.binding.bind_ortvalue_input if name == HIDDEN_INPUT else step.binding.bind_ortvalue_output
             bind(name, share(array))
+        if step.attention_padding:
+            step.binding.bind_ortvalue_input(ATTENTION_PADDING, share(np.array([step.attention_padding], np.int64)))
         return step.without_padding(length, keep)
 
     def _bind_common(self, keep: int) -> ort.IOBinding:

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import onnxruntime as ort
+
 from engines.base import DeviceName, Engine, Neighbour
+from engines.bundle.graph_io import ATTENTION_PADDING
 from engines.bundle.read import FEATURES_NAME, MODEL_NAME, Bundle
 from engines.errors import VocabtrimError
 from engines.ort.eagle import EagleEngine
 from engines.ort.engine import OnnxRuntimeEngine
 from engines.ort.medusa import MedusaEngine
+from engines.ort.padding import NO_PADDING, Padding, is_row_exact
 from engines.ort.session import open_session
 from engines.refusals import refuse_bf16
 
@@ -33,9 +37,20 @@ def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> Engine:
     if manifest.interface == "feature-head":
         engine: OnnxRuntimeEngine = EagleEngine(bundle, sessions[MODEL_NAME], sessions.get(FEATURES_NAME))
     else:
-        engine = OnnxRuntimeEngine(bundle, sessions[MODEL_NAME], cache_owner(bundle, neighbour(), "cpu"))
+        engine = _one_model(bundle, sessions[MODEL_NAME], cache_owner(bundle, neighbour(), "cpu"))
     engine.traces = {traces[name]: session for name, session in sessions.items() if name in traces}
     return engine
+
+
+def _one_model(bundle: Bundle, session: ort.InferenceSession, shared: OnnxRuntimeEngine | None) -> OnnxRuntimeEngine:
+    """Returns an engine with the least padding that makes it one model in steps of every length on this machine."""
+    steps = Padding.of_steps(bundle.manifest)
+    can_pad_attention = any(value.name == ATTENTION_PADDING for value in session.get_overridable_initializers())
+    if steps != NO_PADDING and can_pad_attention:
+        engine = OnnxRuntimeEngine(bundle, session, shared, Padding("attention"))
+        if is_row_exact(engine):
+            return engine
+    return OnnxRuntimeEngine(bundle, session, shared, steps)
 
 
 def _trace_files(profile: Path | None) -> dict[str, Path]:

@@ -33,6 +33,11 @@ class Step(ABC):
     seqlens_k: NDArray[np.int32]
     token_ids: NDArray[np.int64]
 
+    @property
+    def written(self) -> int:
+        """The tokens that a run writes to the cache, those of padding included."""
+        return int(self.input_ids.shape[1])
+
     @abstractmethod
     def run(self, end: int) -> None:
         """Compute with what the arrays hold, and wait for `token_ids`.
@@ -62,11 +67,17 @@ class HostStep(Step):
         total: int32[1], the tokens in the cache after the step; all steps of an engine share it.
         logits: [1, keep, head_rows], in the bundle's dtype.
         hidden: Features and hidden states by the graph's names, [1, length, size] each, in the bundle's dtype.
+        attention_padding: Rows that attention alone computes in addition.
     """
 
     total: NDArray[np.int32]
     logits: NDArray[Any]
     hidden: Mapping[str, NDArray[Any]]
+    attention_padding: int
+
+    @property
+    def written(self) -> int:
+        return int(self.input_ids.shape[1]) + self.attention_padding
 
     def without_padding(self, length: int, keep: int) -> "HostStep":
         """Returns this step with views of the rows of `length` tokens, the last `keep` of which are predicted after."""

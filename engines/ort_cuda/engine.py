@@ -45,7 +45,6 @@ class OnnxRuntimeCudaEngine(OnnxRuntimeEngine):
 
     device = "cuda"
     lag = 0
-    pads_lone_rows = False
 
     def __init__(
         self,

@@ -8,6 +8,10 @@ import transformers
 from onnx.numpy_helper import to_array
 
 from engines import load_engine
+from engines.bundle.graph_io import ATTENTION_PADDING
+from engines.bundle.read import read_bundle
+from engines.ort.engine import OnnxRuntimeEngine
+from engines.ort.session import open_session
 from runtime import SamplingParams, SpeculativeDecoder
 from vocabtrim_export.selection import Coverage
 
@@ -158,24 +162,42 @@ def test_quantised_targets_are_near_the_model_and_still_lossless(quantised, dire
 
 
 def check_one_model(path, lengths):
-    ids = np.random.default_rng(0).integers(2, 400, 120)
     with load_engine(path) as engine:
-        wanted = engine.feed(ids, keep=120).logits.copy()
-        for length in lengths:
-            engine.rewind(0)
-            for start in range(0, 120, length):
-                part = ids[start : start + length]
-                for keep in sorted({1, len(part) // 2 or 1, len(part)}):
-                    engine.rewind(start)
-                    output, rows = engine.feed(part, keep), wanted[start : start + length][-keep:]
-                    np.testing.assert_array_equal(output.logits, rows)
-                    np.testing.assert_array_equal(output.token_ids, rows.argmax(axis=1))
+        check_one_engine(engine, lengths)
+
+
+def check_one_engine(engine, lengths):
+    ids = np.random.default_rng(0).integers(2, 400, 120)
+    wanted = engine.feed(ids, keep=120).logits.copy()
+    for length in lengths:
+        engine.rewind(0)
+        for start in range(0, 120, length):
+            part = ids[start : start + length]
+            for keep in sorted({1, len(part) // 2 or 1, len(part)}):
+                engine.rewind(start)
+                output, rows = engine.feed(part, keep), wanted[start : start + length][-keep:]
+                np.testing.assert_array_equal(output.logits, rows)
+                np.testing.assert_array_equal(output.token_ids, rows.argmax(axis=1))
+
+
+@pytest.fixture
+def is_exact(request, monkeypatch):
+    """Whether products in 8 bits are taken to be exact in any number of rows; None looks at this machine's."""
+    if request.param is not None:
+        monkeypatch.setattr("engines.ort.load.is_row_exact", lambda _engine: request.param)
+    return request.param
 
 
 @pytest.mark.parametrize(
-    ("quantization", "wanted"), [("int8", {1: 2, 2: 2, 3: 4, 17: 18}), ("int4", {1: 2, 2: 2, 3: 3, 17: 18})]
+    ("quantization", "is_exact", "wanted"),
+    [
+        ("int8", True, {1: 1, 2: 2, 3: 3, 17: 17}),
+        ("int8", False, {1: 2, 2: 2, 3: 4, 17: 18}),
+        ("int4", True, {1: 2, 2: 2, 3: 3, 17: 18}),
+    ],
+    indirect=["is_exact"],
 )
-def test_a_quantised_target_tells_the_rows_that_it_computes(random_model, export_pair, quantization, wanted):
+def test_a_quantised_target_tells_the_rows_that_it_computes(random_model, export_pair, quantization, is_exact, wanted):
     """They decide how long drafts are."""
     result = export_pair(random_model("llama", num_hidden_layers=1), quantize=quantization)
     with SpeculativeDecoder.load(result.target, result.drafter) as decoder:
@@ -184,9 +206,32 @@ def test_a_quantised_target_tells_the_rows_that_it_computes(random_model, export
         decoder.generate(PROMPTS[0], max_new_tokens=2)
 
 
-def test_a_quantised_target_is_one_model_in_steps_of_every_length(quantised):
+@pytest.mark.parametrize("is_exact", [None, False], indirect=True)
+def test_a_quantised_target_is_one_model_in_steps_of_every_length(quantised, is_exact):
     """Bit for bit: its products round their inputs to 8 bits, which turns any difference into a large one."""
     check_one_model(quantised.target, (1, 2, 3, 5, 17, 33))
+
+
+def test_without_padding_a_quantised_target_is_not_one_model(quantised):
+    bundle = read_bundle(quantised.target)
+    with (
+        OnnxRuntimeEngine(bundle, open_session(bundle.path / "model.onnx")) as engine,
+        pytest.raises(AssertionError),
+    ):
+        check_one_engine(engine, (1,))
+
+
+def test_attention_alone_is_padded_where_that_can_be_enough(quantised, random_model, export_pair):
+    """Products in 4 bits and experts have a kernel for a lone row. Other programs feed no padding."""
+    mixture = export_pair(random_model("mixtral"), quantize="int8")
+    for path, pads in [
+        (quantised.target, quantised.target_manifest.quantization == "int8"),
+        (quantised.drafter, False),
+        (mixture.target, False),
+    ]:
+        session = open_session(path / "model.onnx")
+        assert ATTENTION_PADDING not in {value.name for value in session.get_inputs()}
+        assert (ATTENTION_PADDING in {value.name for value in session.get_overridable_initializers()}) == pads
 
 
 def test_an_int8_target_of_wide_blocks_is_one_model_in_steps_of_every_length(random_model, export_pair):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration import CalibrationRun, TokenCounts
+from vocabtrim_export.calibration.likely_order import likely_order
 from vocabtrim_export.cli.selection_text import parse_k
 from vocabtrim_export.selection import Coverage, select_vocab, structural_token_ids
 
@@ -68,6 +69,17 @@ def test_the_held_out_part_does_not_choose():
     chosen = select_vocab(token_counts(counts, held_out), 64, always_keep=())
     assert chosen.vocab_map.kept_token_ids.tolist() == list(range(200, 264))
     assert chosen.coverage == 0.0
+
+
+@pytest.mark.parametrize(("tokens", "place"), [(30_000, 1), (1_000_000, 6_025)])
+def test_in_a_long_text_a_rare_token_comes_after_low_ids(tokens, place):
+    counts = np.zeros(50_000, np.int64)
+    counts[[100, 40_000]] = tokens - 3, 3
+    order = likely_order(counts)
+    assert order[0] == 100
+    assert order[place] == 40_000
+    rest = np.delete(order, [0, place])
+    assert (np.diff(rest) > 0).all()
 
 
 def test_a_k_of_the_whole_vocabulary_is_a_noop():

@@ -96,7 +96,8 @@ class BundlePlan:
     @property
     def weights(self) -> Weights:
         rows = None if self.head_rows is None else torch.from_numpy(self.head_rows)
-        return Weights(DTYPES[self.dtype], self.quantization, self.vocab_map, self.moments, rows, self.slots)
+        pads = self.role == "target" and self.quantization == "int8"  # int4's products have a kernel for a lone row
+        return Weights(DTYPES[self.dtype], self.quantization, self.vocab_map, self.moments, rows, self.slots, pads)
 
     def rows_of(self, token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the rows, int64[n], of the tokens int64[n] in the model's LM head."""

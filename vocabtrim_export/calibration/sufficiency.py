@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vocabtrim_export.calibration.likely_order import likely_order
+
 # Counting stops where both hold. Doubling the tokens then gained less than this share of the held-out tokens,
 GAIN = 0.002
 # and the coverage is known to within this, half of a 95% interval.
@@ -125,12 +127,12 @@ def rows_of(rows: HeadSize, counts: NDArray[np.int64], held_out: NDArray[np.int6
     """
     if isinstance(rows, int):
         return min(rows, len(counts))
-    covered = np.cumsum(held_out[np.argsort(-counts, kind="stable")])
+    covered = np.cumsum(held_out[likely_order(counts)])
     return min(int(np.searchsorted(covered, rows * covered[-1])) + 1, len(counts))
 
 
 def _kept(counts: NDArray[np.int64], rows: int) -> NDArray[np.bool_]:
-    """Returns bool[full_vocab]: the tokens that were counted most often, of equal counts the smaller id."""
+    """Returns bool[full_vocab]: the tokens that a head of `rows` rows keeps."""
     kept = np.zeros(len(counts), np.bool_)
-    kept[np.argsort(-counts, kind="stable")[:rows]] = True
+    kept[likely_order(counts)[:rows]] = True
     return kept

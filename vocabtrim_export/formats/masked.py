@@ -9,13 +9,22 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from engines.bundle.graph_io import INPUT_IDS, KEEP, LOGITS, SEQLENS_K, TOKEN_IDS, TOKEN_TABLE, TOTAL_LENGTH
+from engines.bundle.graph_io import (
+    ATTENTION_PADDING,
+    INPUT_IDS,
+    KEEP,
+    LOGITS,
+    SEQLENS_K,
+    TOKEN_IDS,
+    TOKEN_TABLE,
+    TOTAL_LENGTH,
+)
 from engines.bundle.manifest import MODEL_NAME, WEIGHTS_NAME
 from engines.errors import VocabtrimError
 from vocabtrim_export.formats.exported import Exported
 from vocabtrim_export.lowering.graph_files import clone_file
 
-_OWN_INPUTS = (SEQLENS_K, TOTAL_LENGTH, KEEP)
+_OWN_INPUTS = (SEQLENS_K, TOTAL_LENGTH, KEEP, ATTENTION_PADDING)
 
 
 def check_widths(exported: Exported, name: str) -> None:

@@ -44,9 +44,11 @@ def _config(name: str, graph: onnx.GraphProto, manifest: Manifest) -> str:
     capacity.
     """
     sizes = {"capacity": manifest.context_length}
-    inputs = [_tensor(value, sizes) for value in graph.input if not value.name.startswith(PAST)]
+    not_fed = {tensor.name for tensor in graph.initializer}
+    fed = [value for value in graph.input if value.name not in not_fed]
+    inputs = [_tensor(value, sizes) for value in fed if not value.name.startswith(PAST)]
     outputs = [_tensor(value, sizes) for value in graph.output if not value.name.startswith(PRESENT)]
-    states = [_state(value, sizes) for value in graph.input if value.name.startswith(PAST)]
+    states = [_state(value, sizes) for value in fed if value.name.startswith(PAST)]
     return f"""# {name}: written by vocabtrim-export
 name: "{name}"
 backend: "onnxruntime"

@@ -101,6 +101,17 @@ class DecoderGraph:
         self.graph.inputs.append(value)
         return value
 
+    def default_input(self, name: str, values: Sequence[int]) -> ir.Value:
+        """Add an input that need not be fed.
+
+        Args:
+            name: The input's name.
+            values: int64[n], its values where nothing is fed.
+        """
+        value = self.constant(name, values)
+        self.graph.inputs.append(value)
+        return value
+
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
         """Make a value an output of the graph.
 

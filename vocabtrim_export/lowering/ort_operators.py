@@ -4,6 +4,7 @@ import onnx_ir as ir
 
 from engines.bundle.graph_io import INPUT_IDS, PAST, PRESENT, SEQLENS_K, TOTAL_LENGTH, cache_names
 from engines.errors import VocabtrimError
+from vocabtrim_export.lowering.attention_padding import AttentionPadding
 from vocabtrim_export.lowering.graph import DecoderGraph, attributes, name_of
 from vocabtrim_export.lowering.nodes import CONTRIB, Nodes
 
@@ -49,11 +50,17 @@ def _skip_norm(decoder: DecoderGraph, node: ir.Node, add: ir.Node, scale: ir.Val
     decoder.replace(add, [], [total])
 
 
-def lower_attention(decoder: DecoderGraph) -> None:
+def lower_attention(decoder: DecoderGraph, padded: bool) -> None:
     """Lower Attention to GroupQueryAttention over a cache whose past and present may be one buffer.
 
     Adds the inputs seqlens_k: int32[1] (tokens in the cache after this step, less one), total_sequence_length:
     int32[1], past_key_values.N.key|value: [1, kv_heads, capacity, head_dim], and the outputs present.N.key|value.
+
+    Args:
+        decoder: The graph.
+        padded: Adds the input attention_padding: int64[1] as well, the rows of zeros behind those fed, which attention
+            computes and nothing else; `seqlens_k` and `total_sequence_length` count them. A program that does not feed
+            it gets none.
 
     Raises:
         VocabtrimError: ONNX Runtime has no kernel for heads of this size.
@@ -61,11 +68,14 @@ def lower_attention(decoder: DecoderGraph) -> None:
     seqlens = decoder.input(SEQLENS_K, ir.DataType.INT32, [1])
     total = decoder.input(TOTAL_LENGTH, ir.DataType.INT32, [1])
     biases: dict[str, ir.Value] = {}  # for the keys so far, which all layers share
-    for node in decoder.composites("Attention"):
+    composites = list(decoder.composites("Attention"))
+    padding = AttentionPadding.before(composites[0], decoder) if padded and composites else None
+    for node in composites:
         numbers = attributes(node)
+        nodes = Nodes(decoder, node)
         layer, (cos, sin, sink, table) = int(numbers["layer"]), (*node.inputs[3:], None, None, None, None)[:4]
         if table is not None and name_of(table) not in biases:
-            biases[name_of(table)] = _key_bias(Nodes(decoder, node), table, total)
+            biases[name_of(table)] = _key_bias(nodes, table, total)
         if int(numbers["head_dim"]) % _HEAD_SIZES:
             raise VocabtrimError(
                 f"its attention heads have {numbers['head_dim']} numbers, and ONNX Runtime's attention takes multiples "
@@ -87,8 +97,11 @@ def lower_attention(decoder: DecoderGraph) -> None:
         inputs = [*node.inputs[:3], *past, seqlens, total, cos, sin, None, bias, sink]
         while inputs[-1] is None:
             inputs.pop()
+        if padding:
+            inputs[:3] = [padding.padded(nodes, value) for value in inputs[:3]]
         gqa = ir.node("GroupQueryAttention", inputs, options, domain=CONTRIB, num_outputs=3)
-        decoder.replace(node, [gqa], gqa.outputs[:1])
+        last = padding.cut(nodes, gqa.outputs[0]) if padding else gqa
+        decoder.replace(node, [gqa, last] if padding else [gqa], last.outputs[:1])
         for name, present in zip(cache_names(PRESENT, layer), gqa.outputs[1:], strict=True):
             decoder.output(present, name, decoder.ir_dtype, cache_shape)
 

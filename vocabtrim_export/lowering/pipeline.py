@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from engines.bundle.graph_io import FEATURES_OUTPUT, HIDDEN_INPUT, POSITION_IDS
 from engines.bundle.vocab_map import VocabMap
+from vocabtrim_export.lowering.attention_padding import suffices
 from vocabtrim_export.lowering.embedding import lower_embedding
 from vocabtrim_export.lowering.experts import lower_experts
 from vocabtrim_export.lowering.graph import DecoderGraph, name_of
@@ -45,6 +46,7 @@ class Weights:
         moments: Second moments of the linear layers' inputs (`input_moments`); int4 is better with them.
         head_rows: int64[K], the model's rows for the tokens of `vocab_map`; None where a token's row is its id.
         slots: In-context slots of a trimmed head (see `add_slots`), 0 for none.
+        pads_attention: Whether attention can compute more rows than are fed, see `lower_attention`.
     """
 
     dtype: torch.dtype
@@ -53,6 +55,7 @@ class Weights:
     moments: Mapping[str, Tensor] | None = None
     head_rows: Tensor | None = None
     slots: int = 0
+    pads_attention: bool = False
 
 
 def lower(traced: Traced, weights: Weights) -> Lowered:
@@ -62,7 +65,7 @@ def lower(traced: Traced, weights: Weights) -> Lowered:
     keep_last_positions(decoder)
     _finish_head(decoder, weights)
     lower_norms(decoder)
-    lower_attention(decoder)
+    lower_attention(decoder, weights.pads_attention and suffices(decoder))
     lower_experts(decoder, weights.quantization)
     head_weights = lower_products(decoder, weights.quantization)
     if weights.quantization != "none":

@@ -50,7 +50,8 @@ def in_lockstep(model: onnx.ModelProto, count: int) -> None:
             nodes += _joined(node, constants, count)
         else:
             nodes += [_renamed(node, constants, call) for call in calls]
-    inputs = [_named(each, call) for call in calls for each in graph.input if not call or not _is_past(each)]
+    fed = [each for each in graph.input if each.name not in constants]
+    inputs = [_named(each, call) for call in calls for each in fed if not call or not _is_past(each)]
     outputs = [
         _named(each, call) for call in calls for each in graph.output if call == count - 1 or not _is_present(each)
     ]

@@ -13,6 +13,7 @@ from engines.bundle.tokenizer import Tokenizer
 from engines.errors import VocabtrimError
 from vocabtrim_export.bundles.output import COUNTS_NAME
 from vocabtrim_export.calibration import TokenCounts, read_corpus
+from vocabtrim_export.calibration.likely_order import likely_order
 from vocabtrim_export.reports.benches import Bench, named_path, read_bench
 from vocabtrim_export.reports.coverage import Curve, curve_of_counts, curve_of_documents, grid, places
 from vocabtrim_export.reports.lost_tokens import KeptTokens, MarkedLine, kept_tokens, marked_lines
@@ -128,7 +129,7 @@ class _Tokens:
             seen = counts.resized(size).counts
         is_kept = np.zeros(size, np.bool_)
         is_kept[kept] = True
-        place = places(kept, np.argsort(-seen, kind="stable"))
+        place = places(kept, likely_order(seen))
         rows = grid(len(kept), size) if counts is not None else (len(kept), size)
         return cls(Tokenizer.load(drafter.path), kept, is_kept, place, rows)
 
