@@ -105,4 +105,12 @@ CALIBRATION = (
         "pass",
         f"{FORMS} -k guessed",
     ),
+    Mutation(
+        "In a long text a token that was counted a few times comes after low ids",
+        "the order is that of the counts",
+        "vocabtrim_export/calibration/likely_order.py",
+        "_SHARE = 0.1",
+        "_SHARE = 0.0",
+        "tests/vocabtrim_export/test_select.py",
+    ),
 )
