@@ -16,8 +16,8 @@ LOAD = (
         "Decoders over one pair of loaded weights do not meet",
         "a fork's target writes into the cache of its origin",
         "engines/ort/engine.py",
-        "return OnnxRuntimeEngine(self._bundle, self._session, shared)",
-        "return OnnxRuntimeEngine(self._bundle, self._session, shared or self)",
+        "return OnnxRuntimeEngine(self._bundle, self._session, shared, self._padding)",
+        "return OnnxRuntimeEngine(self._bundle, self._session, shared or self, self._padding)",
         f"{LOAD_TESTS} -k threads",
     ),
     Mutation(
@@ -32,8 +32,8 @@ LOAD = (
         "Weights are in memory once",
         "a fork loads them again",
         "engines/ort/engine.py",
-        "return OnnxRuntimeEngine(self._bundle, self._session, shared)",
-        "return OnnxRuntimeEngine(self._source, open_session(self._source.path / MODEL_NAME), shared)",
+        "return OnnxRuntimeEngine(self._bundle, self._session, shared, self._padding)",
+        "return OnnxRuntimeEngine(self._source, open_session(self._source.path / MODEL_NAME), shared, self._padding)",
         f"{LOAD_TESTS} -k caches",
     ),
     Mutation(
