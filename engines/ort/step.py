@@ -73,7 +73,7 @@ class HostStep(Step):
     total: NDArray[np.int32]
     logits: NDArray[Any]
     hidden: Mapping[str, NDArray[Any]]
-    attention_padding: int
+    attention_padding: int = 0
 
     @property
     def written(self) -> int:

@@ -247,7 +247,7 @@ def test_files_that_are_missing_or_malformed_are_named(bundle):
 def test_text_that_the_library_cannot_encode_is_one_line():
     no_unknown = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="?"))
     tokenizer = Tokenizer(no_unknown, {}, "{{ messages[0].content }}")
-    for encode in (tokenizer.encode, lambda text: tokenizer.encode_chat([{"content": text}])):
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_chat([{"role": "user", "content": text}])):
         assert encode("a") == [0]
         with pytest.raises(VocabtrimError, match="cannot encode this text"):
             encode("b")
