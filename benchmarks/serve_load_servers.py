@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from runtime.measure.environment import usable_cores
+from engines.cores import usable_cores
 
 PACKAGES = ("onnxruntime", "starlette", "uvicorn")
 

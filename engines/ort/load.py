@@ -37,20 +37,20 @@ def load(bundle: Bundle, neighbour: Neighbour, profile: Path | None) -> Engine:
     if manifest.interface == "feature-head":
         engine: OnnxRuntimeEngine = EagleEngine(bundle, sessions[MODEL_NAME], sessions.get(FEATURES_NAME))
     else:
-        engine = _one_model(bundle, sessions[MODEL_NAME], cache_owner(bundle, neighbour(), "cpu"))
+        session, shared = sessions[MODEL_NAME], cache_owner(bundle, neighbour(), "cpu")
+        engine = OnnxRuntimeEngine(bundle, session, shared, _least_padding(bundle, session))
     engine.traces = {traces[name]: session for name, session in sessions.items() if name in traces}
     return engine
 
 
-def _one_model(bundle: Bundle, session: ort.InferenceSession, shared: OnnxRuntimeEngine | None) -> OnnxRuntimeEngine:
-    """Returns an engine with the least padding that makes it one model in steps of every length on this machine."""
-    steps = Padding.of_steps(bundle.manifest)
+def _least_padding(bundle: Bundle, session: ort.InferenceSession) -> Padding:
+    """Returns the least padding that makes a bundle one model in steps of every length on this machine."""
+    steps, attention = Padding.of_steps(bundle.manifest), Padding("attention")
     can_pad_attention = any(value.name == ATTENTION_PADDING for value in session.get_overridable_initializers())
-    if steps != NO_PADDING and can_pad_attention:
-        engine = OnnxRuntimeEngine(bundle, session, shared, Padding("attention"))
-        if is_row_exact(engine):
-            return engine
-    return OnnxRuntimeEngine(bundle, session, shared, steps)
+    if steps == NO_PADDING or not can_pad_attention:
+        return steps
+    with OnnxRuntimeEngine(bundle, session, padding=attention) as engine:  # a cache of its own: a shared one holds text
+        return attention if is_row_exact(engine) else steps
 
 
 def _trace_files(profile: Path | None) -> dict[str, Path]:

@@ -1,7 +1,7 @@
 """Rows of padding, which make a quantised target one model in steps of every length."""
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 
@@ -9,8 +9,6 @@ from engines.base import Engine
 from engines.bundle.manifest import Manifest
 
 _NEVER_LONE = 16  # rows: no tile of attention is shorter than these, so that an odd number of them leaves none alone
-
-PaddedPart: TypeAlias = Literal["nothing", "attention", "step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +25,7 @@ class Padding:
         in_pairs: Whether products take rows two at a time, so that the last of an odd number is alone.
     """
 
-    part: PaddedPart
+    part: Literal["nothing", "attention", "step"]
     in_pairs: bool = False
 
     @classmethod

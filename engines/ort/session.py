@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from engines.cores import usable_cores
 from engines.errors import VocabtrimError
 
 _OLDEST = (1, 31)  # releases before 1.30 compute the logits of more tokens than a graph's inputs ask for, or fail
@@ -87,14 +88,14 @@ def new_session(
 
 
 def _threads() -> int:
-    """Returns the number of threads of a session: the cores of a process that may not use all, else 0, the default.
+    """Returns the number of threads of a session: the cores of a process that may use only some, else 0, the default.
 
     ONNX Runtime has a thread for each core of the machine and binds it to that core, also where taskset, a container or
     a scheduler gives the process some cores only: threads then take other programs' cores, or wait for each other on
     one. With a number given, it binds none.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return 0 if not allowed or allowed == os.cpu_count() else allowed
+    cores = usable_cores()
+    return 0 if cores == os.cpu_count() else cores
 
 
 def _check_version(version: str) -> None:

@@ -7,8 +7,8 @@ from time import perf_counter
 import numpy as np
 
 from engines.base import DeviceName, Engine
+from engines.cores import usable_cores
 from engines.cuda.bandwidth import copy_bandwidth
-from runtime.measure.environment import usable_cores
 
 BUFFER_BYTES = 1 << 29  # beyond the last-level cache of large servers
 

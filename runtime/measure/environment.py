@@ -1,15 +1,11 @@
 """The machine and the library versions of a measurement."""
 
-import os
 import platform
 from pathlib import Path
 
 import numpy as np
 
-
-def usable_cores() -> int:
-    """Returns the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from engines.cores import usable_cores
 
 
 def cpu_model() -> str:

@@ -255,6 +255,17 @@ def test_only_a_drafter_of_the_targets_weights_shares_its_cache(pair, directory,
                 assert (drafter.cache is target.cache) == shares
 
 
+def test_loading_an_engine_that_shares_a_cache_leaves_the_text_in_it(quantised):
+    """A load looks at the logits of a few tokens, in a cache of its own."""
+    with load_engine(quantised.target) as target:
+        target.feed(PROMPTS[1])
+        wanted = target.feed([7]).logits.copy()
+        target.rewind(len(PROMPTS[1]))
+        with load_engine(quantised.target, share_cache_with=target) as other:
+            assert other.cache is target.cache
+        np.testing.assert_array_equal(target.feed([7]).logits, wanted)
+
+
 def test_sharing_the_cache_changes_the_drafts_and_not_the_output(directory, pair):
     prompt = PROMPTS[1]
     with (

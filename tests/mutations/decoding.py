@@ -248,8 +248,8 @@ DECODING = (
         "A quantised target is one model in steps of every length",
         "its products are not looked at",
         "engines/ort/load.py",
-        "if is_row_exact(engine):",
-        "if True:",
+        "attention if is_row_exact(engine) else steps",
+        "attention",
         "tests/integration/test_decoding.py -k rows_that_it_computes",
     ),
     Mutation(

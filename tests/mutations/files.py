@@ -208,7 +208,7 @@ FILES = (
     ),
     Mutation(
         "A head's weights are its own files, not a backup beside them",
-        "every file beside the head is read",
+        "every file of the directory is read",
         "vocabtrim_export/drafters/source.py",
         "files = checkpoint_files(directory)",
         'files = sorted(directory.glob("*.safetensors"))',

@@ -8,7 +8,7 @@ import pytest
 from engines.errors import VocabtrimError
 from vocabtrim_export.calibration import Corpus, TokenCounts
 from vocabtrim_export.calibration.counting import CalibrationSettings, calibrate_models, read_calibration
-from vocabtrim_export.calibration.domains import Domain, coverage_by_domain, domains_note, shared_tokens
+from vocabtrim_export.calibration.domains import Domain, coverage_by_domain, divided_tokens, domains_note
 
 EMPTY = Corpus((), "", "", ())
 
@@ -66,15 +66,15 @@ def test_domains_are_counted_apart_and_mixed_by_weight(place, tokenizer):
 )
 def test_tokens_are_shared_out_by_weight_and_none_is_added(weights, tokens, shares):
     domains = [Domain(str(index), weight, EMPTY) for index, weight in enumerate(weights)]
-    assert shared_tokens(domains, tokens) == shares
+    assert divided_tokens(domains, tokens) == shares
 
 
 @pytest.mark.parametrize(("weights", "tokens", "needed"), [((1, 1), 1, 2), ((1, 9, 990), 500, 1000)])
 def test_too_few_tokens_for_all_domains_are_refused(weights, tokens, needed):
     domains = [Domain(str(index), weight, EMPTY) for index, weight in enumerate(weights)]
     with pytest.raises(VocabtrimError, match=f"leaves none to some domain: count at least {needed}$"):
-        shared_tokens(domains, tokens)
-    assert sum(shared_tokens(domains, needed)) == needed
+        divided_tokens(domains, tokens)
+    assert sum(divided_tokens(domains, needed)) == needed
 
 
 def test_a_domain_with_too_little_text_still_has_its_weight(place):

@@ -15,7 +15,7 @@ from vocabtrim_export.calibration import (
     TokenCounts,
     calibrate,
 )
-from vocabtrim_export.calibration.domains import Domain, mix, shared_tokens
+from vocabtrim_export.calibration.domains import Domain, divided_tokens, mix
 from vocabtrim_export.calibration.endpoint import Endpoint
 from vocabtrim_export.calibration.producers import CountWorkers
 from vocabtrim_export.calibration.sufficiency import MOST_GENERATED, MOST_OF_TEXT, HeadSize, Sufficiency
@@ -89,7 +89,7 @@ def count_data(
     """
     if data.corpus:
         return _count_corpus(model, tokenizer, data.corpus, job, model_digest)
-    checkpoint, shares = job.checkpoint, shared_tokens(data.domains, job.settings.calibration_tokens)
+    checkpoint, shares = job.checkpoint, divided_tokens(data.domains, job.settings.calibration_tokens)
     places = {domain.name: checkpoint.with_name(f"{checkpoint.name}.{domain.name}") for domain in data.domains}
     _take_apart(checkpoint, places)
     counts = [

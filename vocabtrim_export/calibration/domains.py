@@ -58,7 +58,7 @@ def read_domains(names: Sequence[str | Path]) -> tuple[Domain, ...]:
     return tuple(Domain(name, weight, read_corpus([path])) for name, (path, weight) in domains.items())
 
 
-def shared_tokens(domains: Sequence[Domain], tokens: int | Literal["auto"]) -> list[int | Literal["auto"]]:
+def divided_tokens(domains: Sequence[Domain], tokens: int | Literal["auto"]) -> list[int | Literal["auto"]]:
     """Divide a number of tokens among domains by their weights.
 
     Args:

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-# Weight of the smoothing beside the counts. docs/decisions.md has what 0.1 gains on text of another kind, and costs.
+# The weight of the smoothing, over that of the counts. docs/decisions.md states the gain and the cost of 0.1.
 _SHARE = 0.1
 _OFFSET = 1_000  # in Zipf's law of Mandelbrot's form: the first ids are bytes, no more frequent than the next thousand
 

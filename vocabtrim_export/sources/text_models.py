@@ -122,4 +122,5 @@ def _as_language_model(text: PreTrainedConfig) -> PreTrainedConfig:
     rope.pop("mrope_section", None)
     rope.pop("mrope_interleaved", None)
     rope["rope_type"] = "default" if rope.get("rope_type") in (None, "mrope") else rope["rope_type"]
-    return kind(**settings | {"rope_parameters": rope} | _ALWAYS.get(text.model_type, {}))  # type: ignore[no-any-return]
+    config: PreTrainedConfig = kind(**settings | {"rope_parameters": rope} | _ALWAYS.get(text.model_type, {}))
+    return config
